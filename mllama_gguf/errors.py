@@ -1,0 +1,25 @@
+"""Every exception that the package raises on purpose. The message is one line, fit to be shown to a user."""
+
+
+class MllamaError(Exception):
+    """Base of all errors of this package; catch it to catch them all."""
+
+
+class ImageError(MllamaError, ValueError):
+    """A picture that cannot be used: missing, corrupt, of an unsupported kind, empty or absurdly large."""
+
+
+class ModelError(MllamaError, ValueError):
+    """A model file that cannot be used: not a GGUF, truncated, incomplete, inconsistent or unsupported."""
+
+
+class BackendError(MllamaError, RuntimeError):
+    """The native library or a device failed: library missing or mismatched, out of memory, device lost."""
+
+
+class ContextFullError(MllamaError, ValueError):
+    """The prompt, or the prompt and the reply, need more positions or image slots than the context has."""
+
+
+class Aborted(MllamaError):
+    """The caller stopped the computation (abort callback, Ctrl-C). The object stays usable."""
