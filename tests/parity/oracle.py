@@ -23,7 +23,8 @@ import torch
 import transformers
 from transformers import MllamaForConditionalGeneration
 
-from mllama_gguf import convert
+from mllama_gguf.checkpoint import Checkpoint, read_shape
+from mllama_gguf.convert import FloatType, plan
 from tiny import new_name
 
 F32 = npt.NDArray[np.float32]
@@ -52,8 +53,8 @@ class Oracle:
     def __init__(
         self,
         checkpoint: Path,
-        type: convert.FloatType = "f32",
-        vision_type: convert.FloatType | None = None,
+        type: FloatType = "f32",
+        vision_type: FloatType | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if transformers.__version__ != VERSION:
@@ -77,11 +78,11 @@ class Oracle:
             if hasattr(layer, "cross_attn"):
                 layer.cross_attn.register_forward_hook(self._silence)
 
-    def _round_weights(self, path: Path, type: convert.FloatType, vision_type: convert.FloatType) -> None:
-        checkpoint = convert.Checkpoint(path)
+    def _round_weights(self, path: Path, type: FloatType, vision_type: FloatType) -> None:
+        checkpoint = Checkpoint(path)
         weights = self.model.state_dict()
         with torch.no_grad():
-            for tensor in convert.plan(checkpoint, convert.read_shape(checkpoint), type, vision_type):
+            for tensor in plan(checkpoint, read_shape(checkpoint), type, vision_type):
                 if tensor.type == "f32" or tensor.source is None:
                     continue
                 name = tensor.source.name
