@@ -81,7 +81,7 @@ def _llama3(original: int = 8192, factor: float = 8.0, low: float = 1.0, high: f
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arch:
     """One architecture. The names are those of config.json where it has them."""
 

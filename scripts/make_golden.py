@@ -1,0 +1,110 @@
+"""Compute tests/golden/model_*.npz with the oracle, so that plain pytest needs no torch.
+
+    python scripts/make_golden.py            write them
+    python scripts/make_golden.py --check    compare what is there with what is computed now
+
+Needs the extra ``parity``. Inputs come from tests/golden_cases.py, weights from tests/tiny.py, both from the
+name of the architecture alone. A file holds
+
+    about            JSON: how it was made, sha256 of the weights
+    states_<id>      float32 [tiles, positions, width]: cross_attention_states of that aspect_ratio_id
+    logits_<case>    float32 [tokens, 48]: golden_cases.condense of the logits at every position
+    greedy_<case>    int32 [32]: the tokens that follow, each the most likely
+    margin_<case>    float32: the smallest lead of those tokens over the second, in logits
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+
+from golden_cases import GOLDEN_DIR, N_GREEDY, cases, condense, grid_pictures, relative_error  # noqa: E402
+from oracle import Oracle  # noqa: E402
+from tiny import ARCHS, Arch, make_checkpoint, make_weights  # noqa: E402
+
+
+def weights_sha256(arch: Arch) -> str:
+    digest = hashlib.sha256()
+    for name, values in make_weights(arch).items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values, dtype="<f4").data)
+    return digest.hexdigest()
+
+
+def compute(arch: Arch, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    oracle = Oracle(make_checkpoint(arch, folder / arch.name))
+    about = {
+        "command": "python scripts/make_golden.py",
+        "oracle": "tests/parity/oracle.py: MllamaForConditionalGeneration, float32, eager attention",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "architecture": arch.name,
+        "weights_sha256": weights_sha256(arch),
+    }
+    out: dict[str, np.ndarray[Any, Any]] = {"about": np.array(json.dumps(about, indent=1))}
+    for picture in grid_pictures(arch):
+        out[f"states_{picture.aspect_ratio_id}"] = oracle.states(
+            picture.pixels(arch), picture.aspect_ratio_id
+        )
+    for case in cases(arch):
+        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in case.pictures]
+        out[f"logits_{case.name}"] = condense(oracle.logits(case.tokens, images))
+        greedy, margin = oracle.greedy(case.tokens, N_GREEDY, images)
+        out[f"greedy_{case.name}"] = np.array(greedy, dtype=np.int32)
+        out[f"margin_{case.name}"] = np.array(margin, dtype=np.float32)
+    return out
+
+
+def compare(name: str, new: dict[str, np.ndarray[Any, Any]], path: Path) -> bool:
+    """Print how far the stored numbers are from the new ones; True if that is no more than rounding."""
+    good = True
+    with np.load(path) as old:
+        if set(old.files) != set(new):
+            print(f"{name}: other entries: {sorted(set(old.files) ^ set(new))}")
+            return False
+        worst = 0.0
+        for key in old.files:
+            if key.startswith(("states", "logits")):
+                worst = max(worst, relative_error(old[key], new[key]))
+            elif key.startswith("greedy") and not np.array_equal(old[key], new[key]):
+                print(f"{name}: {key} differs")
+                good = False
+    print(f"{name}: largest relative difference {worst:.1e}")
+    return good and worst < 3e-6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compute the golden numbers of the tests.")
+    parser.add_argument("--check", action="store_true", help="compare only, write nothing")
+    check = parser.parse_args().check
+    torch.set_num_threads(1)
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in ARCHS.values():
+            new, path = compute(arch, Path(folder)), GOLDEN_DIR / f"model_{arch.name}.npz"
+            if check:
+                good &= compare(arch.name, new, path)
+                continue
+            np.savez_compressed(path, allow_pickle=False, **new)
+            margin = min(float(v) for k, v in new.items() if k.startswith("margin"))
+            print(
+                f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes, smallest greedy margin {margin:.1e}"
+            )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
