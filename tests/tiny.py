@@ -109,6 +109,7 @@ class Arch:
     rope_scaling: dict[str, Any] = field(default_factory=_llama3)
     max_positions: int = 131072
     dtype: str = "F32"  # of the checkpoint
+    vision_scale: float = 1.0  # of what enters the first LayerNorm: when small, its epsilon shows
 
     @property
     def head_dim(self) -> int:
@@ -175,6 +176,7 @@ ARCHS: dict[str, Arch] = {
             vocab_size=333,
             rope_theta=10000.0,
             rope_scaling=_llama3(original=64),
+            vision_scale=0.05,
         ),
         # 37 positions (% 8 = 5); vision head 40, text head 64, one KV head; three cross-attention layers, two
         # adjacent.
@@ -195,7 +197,7 @@ ARCHS: dict[str, Arch] = {
             layers=6,
             cross_layers=(1, 2, 5),
             vocab_size=400,
-            rms_eps=1e-6,
+            rms_eps=1e-3,
             rope_scaling=_llama3(original=256, factor=32.0, low=1.0, high=8.0),
         ),
         # Two tiles, three grids; 26 positions (% 8 = 2); vision head 20; no RoPE scaling; one intermediate
@@ -334,17 +336,23 @@ def make_weights(arch: Arch, seed: int = 0) -> Weights:
     norm(f"{text}.norm", d)
     matrix("language_model.lm_head", arch.vocab_size, d)
 
-    vd, ids = arch.vision_width, len(arch.grids) + 1
-    w["vision_model.class_embedding"] = stream.noise(vd)
+    vd, ids, scale = arch.vision_width, len(arch.grids) + 1, arch.vision_scale
+    w["vision_model.class_embedding"] = stream.noise(vd, scale=scale)
     patch = (vd, 3, arch.patch_size, arch.patch_size)
-    w["vision_model.patch_embedding.weight"] = stream.noise(*patch, scale=(3 * arch.patch_size**2) ** -0.5)
+    w["vision_model.patch_embedding.weight"] = stream.noise(
+        *patch, scale=scale * (3 * arch.patch_size**2) ** -0.5
+    )
     table = "vision_model.gated_positional_embedding"
-    w[f"{table}.embedding"] = stream.noise(arch.n_positions, vd)
+    w[f"{table}.embedding"] = stream.noise(arch.n_positions, vd, scale=scale)
     gate(f"{table}.gate")
-    w[f"{table}.tile_embedding.weight"] = stream.noise(ids, arch.max_tiles * arch.n_positions * vd)
+    w[f"{table}.tile_embedding.weight"] = stream.noise(
+        ids, arch.max_tiles * arch.n_positions * vd, scale=scale
+    )
     for which in ("pre", "post"):
         table = f"vision_model.{which}_tile_positional_embedding"
-        w[f"{table}.embedding.weight"] = stream.noise(ids, arch.max_tiles * vd)
+        w[f"{table}.embedding.weight"] = stream.noise(
+            ids, arch.max_tiles * vd, scale=scale if which == "pre" else 1.0
+        )
         gate(f"{table}.gate")
     norm("vision_model.layernorm_pre", vd, bias=True)
     norm("vision_model.layernorm_post", vd, bias=True)
