@@ -255,6 +255,9 @@ def read_shape(checkpoint: Checkpoint) -> Shape:
         value = section.get(key, default)
         if not isinstance(value, list) or not all(isinstance(i, int) and 0 <= i < below for i in value):
             raise fail(f"{name}.{key}", value, f"a list of layers below {below} is expected")
+        if not value or value != sorted(set(value)):
+            # Meta's encoder goes through its layers and keeps those named: order and repetition mean nothing.
+            raise fail(f"{name}.{key}", value, "different layers in rising order are expected")
         return tuple(value)
 
     t, v = "text_config", "vision_config"
@@ -275,10 +278,6 @@ def read_shape(checkpoint: Checkpoint) -> Shape:
         raise fail(f"{t}.rope_scaling", rope, "an object is expected")
     theta_section = rope if rope and "rope_theta" in rope else text
     cross = indices(text, t, "cross_attention_layers", n_layer, [3, 8, 13, 18, 23, 28, 33, 38])
-    if not cross or list(cross) != sorted(set(cross)):
-        raise fail(
-            f"{t}.cross_attention_layers", list(cross), "different layers in rising order are expected"
-        )
 
     image_token_id = config.get("image_token_index", config.get("image_token_id", vocab_size))
     if (
@@ -302,8 +301,8 @@ def read_shape(checkpoint: Checkpoint) -> Shape:
     if vision_embd % vision_head:
         raise fail(f"{v}.num_attention_heads", vision_head, f"does not divide the width {vision_embd}")
     image_size, patch_size = count(vision, v, "image_size", 448), count(vision, v, "patch_size", 14)
-    if patch_size > image_size:
-        raise fail(f"{v}.patch_size", patch_size, f"larger than the image of {image_size}")
+    if image_size % patch_size:
+        raise fail(f"{v}.patch_size", patch_size, f"does not divide the image size {image_size}")
     max_tiles = count(vision, v, "max_num_tiles", 4)
     if max_tiles > 64:
         raise fail(f"{v}.max_num_tiles", max_tiles, "at most 64 are supported")

@@ -358,7 +358,6 @@ def _writer(
         int_array("mllama.attention.cross_attention_layers", shape.cross_layers)
         w.add_float32("mllama.rope.freq_base", shape.rope_theta)
         w.add_uint32("mllama.rope.dimension_count", shape.head_dim)
-        w.add_uint32("mllama.image_token_id", shape.image_token_id)
     if "vision" in parts:
         w.add_uint32("mllama.vision.image_size", shape.image_size)
         w.add_uint32("mllama.vision.patch_size", shape.patch_size)

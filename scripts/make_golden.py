@@ -11,6 +11,8 @@ name of the architecture alone. A file holds
     logits_<case>    float32 [tokens, 48]: golden_cases.condense of the logits at every position
     greedy_<case>    int32 [32]: the tokens that follow, each the most likely
     margin_<case>    float32: the smallest lead of those tokens over the second, in logits
+    states_<type>, logits_<type>_<case>
+                     some of these with matrices rounded as a GGUF of type bf16 or f16 holds them
 """
 
 from __future__ import annotations
@@ -30,7 +32,19 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 
-from golden_cases import GOLDEN_DIR, N_GREEDY, cases, condense, grid_pictures, relative_error  # noqa: E402
+from golden_cases import (  # noqa: E402
+    GOLDEN_DIR,
+    HALF_CASES,
+    HALF_PICTURE,
+    HALF_TOLERANCES,
+    N_GREEDY,
+    Picture,
+    case,
+    cases,
+    condense,
+    grid_pictures,
+    relative_error,
+)
 from oracle import Oracle  # noqa: E402
 from tiny import ARCHS, Arch, make_checkpoint, make_weights  # noqa: E402
 
@@ -59,12 +73,20 @@ def compute(arch: Arch, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
         out[f"states_{picture.aspect_ratio_id}"] = oracle.states(
             picture.pixels(arch), picture.aspect_ratio_id
         )
-    for case in cases(arch):
-        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in case.pictures]
-        out[f"logits_{case.name}"] = condense(oracle.logits(case.tokens, images))
-        greedy, margin = oracle.greedy(case.tokens, N_GREEDY, images)
-        out[f"greedy_{case.name}"] = np.array(greedy, dtype=np.int32)
-        out[f"margin_{case.name}"] = np.array(margin, dtype=np.float32)
+    for prompt in cases(arch):
+        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+        out[f"logits_{prompt.name}"] = condense(oracle.logits(prompt.tokens, images))
+        greedy, margin = oracle.greedy(prompt.tokens, N_GREEDY, images)
+        out[f"greedy_{prompt.name}"] = np.array(greedy, dtype=np.int32)
+        out[f"margin_{prompt.name}"] = np.array(margin, dtype=np.float32)
+    for kind in HALF_TOLERANCES:
+        rounded = Oracle(folder / arch.name, kind)
+        picture = Picture(HALF_PICTURE)
+        out[f"states_{kind}"] = rounded.states(picture.pixels(arch), picture.aspect_ratio_id)
+        for name in HALF_CASES:
+            prompt = case(arch, name)
+            images = [rounded.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+            out[f"logits_{kind}_{name}"] = condense(rounded.logits(prompt.tokens, images))
     return out
 
 

@@ -17,6 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from tiny import Arch, Stream, make_pixels
 
+from mllama_gguf.convert import FloatType
+from mllama_gguf.preprocess import TiledImage
+
 F32 = npt.NDArray[np.float32]
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
@@ -30,6 +33,18 @@ STATES_TOLERANCE = 1e-5
 LOGITS_TOLERANCE = 2e-5
 LOGITS_TOLERANCE_LONG = 1e-4  # from this position on:
 LONG = 300
+
+# With weights in half precision ggml rounds what it multiplies with them too, so that products carry errors
+# of 2^-9 (BF16) or 2^-12 (F16). Against the oracle with equally rounded weights, the numpy model with its
+# inputs rounded at every product differs by at most 3.4e-3 and 6.9e-3 (states, logits) with BF16 and 4.3e-4
+# and 9.9e-4 with F16, over all architectures and prompts; without that rounding by 2e-6. Bounds: twice that.
+# A model with other weights (unrounded, say) is not told from the right one here: tests/test_convert.py does
+# that, to the bit.
+HALF_TOLERANCES: dict[FloatType, tuple[float, float]] = {"bf16": (7e-3, 1.4e-2), "f16": (9e-4, 2e-3)}
+HALF_PICTURE = 2  # aspect_ratio_id
+HALF_CASES = ("text_before_image", "several_turns")
+# With F16 caches. K and V of both kinds of attention are rounded once to 2^-12.
+F16_CACHE_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -140,3 +155,19 @@ def position_errors(actual: F32, expected: F32) -> npt.NDArray[np.float64]:
 def tolerances(n_tokens: int) -> npt.NDArray[np.float64]:
     """What `position_errors` may be at each position."""
     return np.where(np.arange(n_tokens) < LONG, LOGITS_TOLERANCE, LOGITS_TOLERANCE_LONG)
+
+
+def tiled(arch: Arch, picture: Picture) -> TiledImage:
+    """The picture as the preprocessor would hand it over."""
+    rows, columns = arch.grids[picture.aspect_ratio_id - 1]
+    size = (columns * arch.image_size, rows * arch.image_size)
+    return TiledImage(
+        pixels=picture.pixels(arch),
+        rows=rows,
+        columns=columns,
+        aspect_ratio_id=picture.aspect_ratio_id,
+        image_size=size,
+        resized_size=size,
+        tile_size=arch.image_size,
+        max_tiles=arch.max_tiles,
+    )

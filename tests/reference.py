@@ -153,7 +153,7 @@ class Reference:
 
     def _visible(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
         """The images that each token sees."""
-        image_token, count = self.key("image_token_id"), 0
+        image_token, count = self.keys["tokenizer.ggml.tokens"].index("<|image|>"), 0
         group: tuple[int, ...] = ()
         out: list[tuple[int, ...]] = []
         for before, token in zip([None, *tokens], tokens, strict=False):

@@ -320,7 +320,6 @@ def test_keys(made: dict[str, File], name: str) -> None:
         "mllama.attention.cross_attention_layers": list(arch.cross_layers),
         "mllama.rope.freq_base": arch.rope_theta,
         "mllama.rope.dimension_count": arch.head_dim,
-        "mllama.image_token_id": arch.image_token,
         "mllama.vision.image_size": arch.image_size,
         "mllama.vision.patch_size": arch.patch_size,
         "mllama.vision.num_channels": 3,
@@ -563,6 +562,9 @@ WRONG_CONFIGS: list[tuple[str, str, Any]] = [
     ("vision_config", "supported_aspect_ratios", [[1, 1], [2, 1]]),
     ("vision_config", "intermediate_layers_indices", [5]),
     ("vision_config", "intermediate_layers_indices", "3"),
+    ("vision_config", "intermediate_layers_indices", [3, 0]),
+    ("vision_config", "intermediate_layers_indices", [1, 1]),
+    ("vision_config", "intermediate_layers_indices", []),
 ]
 
 
