@@ -23,7 +23,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ def main() -> int:
             if check:
                 good &= compare(arch.name, new, path)
                 continue
-            np.savez_compressed(path, allow_pickle=False, **new)
+            np.savez_compressed(path, **cast("dict[str, Any]", new))
             margin = min(float(v) for k, v in new.items() if k.startswith("margin"))
             print(
                 f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes, smallest greedy margin {margin:.1e}"

@@ -282,7 +282,7 @@ class Stream:
         """In [0, 1), multiples of 2**-24."""
         n = int(np.prod(shape, dtype=np.int64))
         raw = np.asarray(self._bits.random_raw(n), dtype=np.uint64)
-        return ((raw >> np.uint64(40)).astype(np.float64) * 2.0**-24).reshape(shape)
+        return np.asarray((raw >> np.uint64(40)).astype(np.float64) * 2.0**-24).reshape(shape)
 
     def noise(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> npt.NDArray[np.float32]:
         """Uniform, of the given mean and standard deviation."""

@@ -1,6 +1,7 @@
-"""Puts the helpers of tests/ within reach. These tests need the extra ``parity`` and fail without it."""
+"""Puts the helpers of tests/ and of this folder within reach. The tests here need the extra ``parity``."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from tiny import new_name
 from transformers import MllamaForConditionalGeneration
 
 from mllama_gguf.checkpoint import Checkpoint, read_shape
 from mllama_gguf.convert import FloatType, plan
-from tiny import new_name
 
 F32 = npt.NDArray[np.float32]
 
