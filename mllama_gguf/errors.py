@@ -23,3 +23,13 @@ class ContextFullError(MllamaError, ValueError):
 
 class Aborted(MllamaError):
     """The caller stopped the computation (abort callback, Ctrl-C). The object stays usable."""
+
+
+class RequestError(MllamaError, ValueError):
+    """A request that cannot be carried out as asked: messages, options, a grammar, or pictures for a text
+    model."""
+
+
+class BusyError(MllamaError, RuntimeError):
+    """One object used from two threads at once, or while one of its own callbacks runs; open one for each
+    thread."""

@@ -1,0 +1,291 @@
+"""The command line: the commands, what they share, and how every failure becomes one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import Aborted, MllamaError
+
+if TYPE_CHECKING:
+    from .model import Mllama
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
+COMMANDS = {
+    "caption": ("cli_caption:caption_command", "Say what is in a picture."),
+    "convert": ("cli_convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
+    "devices": ("cli_devices:devices_command", "List the devices that can compute."),
+    "info": ("cli_info:info_command", "Show what is in model files."),
+    "preprocess": ("cli_preprocess:preprocess_command", "Show what the vision encoder gets of a picture."),
+    "trace": ("cli_trace:trace_command", "Show intermediate tensors by name."),
+}
+
+
+class Commands(click.Group):
+    """A group that knows its commands by name and one line, and imports one when it is wanted."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(import_module(f".{module}", __package__), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value and not ctx.resilient_parsing:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("mllama_gguf").setLevel(logging.DEBUG)
+        Failure.show_traceback = True
+    return value
+
+
+verbose_option = click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_verbose,
+    help="Log to stderr; show tracebacks.",
+)
+
+
+class Failure:
+    """Whether failures are shown with their traceback. click has torn its context down by the time we ask."""
+
+    show_traceback = False
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nExamples:\n"
+    "  mllama caption photo.jpg\n"
+    "  mllama caption photo.jpg -p 'What colour is the car?'\n"
+    "  mllama caption photo.jpg -m text.gguf --mmproj mmproj.gguf\n"
+    "  mllama info text.gguf mmproj.gguf",
+)
+@click.version_option(__version__, prog_name="mllama")
+@verbose_option
+def cli() -> None:
+    """Llama 3.2 Vision from GGUF files: say what is in a picture, and look inside the model.
+
+    Without -m the small bundled demo model answers; it knows simple drawings of everyday things.
+    """
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; failures are printed. Returns the exit code."""
+    Failure.show_traceback = False
+    try:
+        # Not cli.main(), which handles Ctrl-C and broken pipes in its own way.
+        with cli.make_context("mllama", list(args)) as context:
+            code = cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as e:  # --help, --version
+        return e.exit_code
+    except click.exceptions.NoArgsIsHelpError as e:
+        e.show()
+        return e.exit_code
+    except click.UsageError as e:
+        path = e.ctx.command_path if e.ctx else "mllama"
+        click.echo(f"Error: {e.format_message()} (see {path} --help)", err=True)
+        return e.exit_code
+    except click.ClickException as e:
+        _traceback()
+        e.show()
+        return e.exit_code
+    except (KeyboardInterrupt, Aborted):
+        print("Interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would complain at exit, when it flushes what nobody reads.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MllamaError as e:
+        _traceback()
+        click.echo(f"Error: {e}", err=True)
+        return 1
+    except Exception as e:  # a bug, or a machine in trouble
+        _traceback()
+        words = " ".join(str(e).split())
+        hint = "" if Failure.show_traceback else " (--verbose shows where)"
+        click.echo(f"Error: unexpected {type(e).__name__}: {words}{hint}", err=True)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _traceback() -> None:
+    if Failure.show_traceback:
+        traceback.print_exc()
+
+
+# ---- what the commands that open a model share -------------------------------------------------------------
+
+
+def model_options(command: F) -> F:
+    """The options that say which model to open and how; `open_model` takes their values."""
+    for option in reversed(
+        (
+            click.option(
+                "-m",
+                "--model",
+                metavar="NAME|PATH",
+                default="demo",
+                envvar="MLLAMA_MODEL",
+                show_default=True,
+                show_envvar=True,
+                help="GGUF file of the text model or of the whole model, or a bundled model's name.",
+            ),
+            click.option(
+                "--mmproj",
+                metavar="PATH",
+                envvar="MLLAMA_MMPROJ",
+                show_envvar=True,
+                type=click.Path(),
+                help="GGUF file of the vision encoder, if the model's file does not hold it.",
+            ),
+            click.option(
+                "-ngl",
+                "--n-gpu-layers",
+                metavar="N",
+                type=click.IntRange(min=-1),
+                default=0,
+                show_default=True,
+                help="How many of the last layers go to the GPU; -1: all.",
+            ),
+            click.option(
+                "--vision-device",
+                metavar="NAME",
+                default="auto",
+                show_default=True,
+                help="Where the vision encoder runs: auto, cpu, or a name from `mllama devices`.",
+            ),
+            click.option(
+                "-c",
+                "--n-ctx",
+                metavar="N_CTX",
+                type=click.IntRange(min=0),
+                default=4096,
+                show_default=True,
+                help="Most tokens of a conversation; 0: as the model was trained.",
+            ),
+            click.option(
+                "-t",
+                "--threads",
+                metavar="THREADS",
+                type=click.IntRange(min=1),
+                help="CPU threads.  [default: all usable CPUs]",
+            ),
+            click.option(
+                "--allow-quantized-vision",
+                is_flag=True,
+                help="Take a vision encoder with quantized matrices, which ruin the captions.",
+            ),
+            verbose_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def open_model(
+    *,
+    model: str,
+    mmproj: str | None,
+    n_gpu_layers: int,
+    vision_device: str,
+    n_ctx: int,
+    threads: int | None,
+    allow_quantized_vision: bool,
+) -> Iterator[Mllama]:
+    """The model that the options of `model_options` name, with a progress bar on a terminal."""
+    from .model import Mllama
+    from .models import model_path
+
+    with (
+        progress_bar() as progress,
+        Mllama(
+            model_path(model),
+            mmproj,
+            n_gpu_layers=n_gpu_layers,
+            vision_device=vision_device,
+            n_ctx=n_ctx,
+            n_threads=threads,
+            allow_quantized_vision=allow_quantized_vision,
+            progress=progress,
+        ) as opened,
+    ):
+        yield opened
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback that draws a bar for each phase on stderr; None if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+    titles = {"load": "loading", "encode": "looking", "prompt": "reading"}
+    console = Console(stderr=True)
+    bar: Progress | None = None
+    task = TaskID(0)
+    phase = ""
+
+    def stop() -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.stop()
+            bar = None
+
+    def progress(new_phase: str, done: int, total: int) -> None:
+        nonlocal bar, task, phase
+        if done >= total:
+            stop()  # the text that follows must not meet the bar
+            return
+        if bar is None or new_phase != phase:
+            stop()
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            bar = Progress(*columns, console=console, transient=True)
+            task = bar.add_task(titles[new_phase], total=total)
+            bar.start()
+            phase = new_phase
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        stop()
+
+
+def size(n_bytes: int) -> str:
+    """Bytes in words."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.1f} {unit}"
+    return f"{n_bytes} bytes"

@@ -1,0 +1,111 @@
+"""`mllama caption`: what is in a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+
+from .cli import model_options, open_model
+from .errors import ImageError
+
+
+@click.command(
+    "caption",
+    epilog="\b\nExamples:\n"
+    "  mllama caption photo.jpg\n"
+    "  mllama caption photo.jpg -p 'What colour is the car?' -n 50\n"
+    "  mllama caption *.jpg --json > captions.jsonl\n"
+    "  mllama caption photo.jpg -m text.gguf --mmproj mmproj.gguf -ngl -1\n"
+    "  curl -s https://example.com/photo.jpg | mllama caption -",
+)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option(
+    "-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask about the picture."
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    metavar="MAX",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Most tokens of a reply.",
+)
+@click.option(
+    "--temp",
+    "temperature",
+    metavar="T",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: always the likeliest word; higher: more variety.",
+)
+@click.option("--seed", metavar="S", type=int, help="Of the random choice, for --temp above 0.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@model_options
+def caption_command(
+    images: tuple[str, ...],
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
+    **model_settings: Any,
+) -> int:
+    """Say what is in each IMAGE: a file, a data URI, or - for standard input.
+
+    The text appears as it is written. A picture that cannot be read is reported and left out; the exit code
+    is then 1.
+    """
+    start = time.perf_counter()
+    failed = False
+    with open_model(**model_settings) as model:
+        load_seconds = time.perf_counter() - start
+        for image in images:
+            name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs
+            source = sys.stdin.buffer.read() if image == "-" else image
+            content = [{"type": "image", "image": source}, {"type": "text", "text": prompt}]
+            try:
+                chunks = model.create_chat_completion(
+                    [{"role": "user", "content": content}],
+                    stream=True,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                )
+            except ImageError as e:
+                click.echo(f"Error: {e}", err=True)
+                failed = True
+                continue
+            if len(images) > 1 and not as_json:
+                click.echo(f"{name}: ", nl=False)
+            text, last = "", {}
+            for last in chunks:
+                piece = last["choices"][0]["delta"].get("content", "")
+                text += piece
+                if not as_json:
+                    click.echo(piece, nl=False)
+                    sys.stdout.flush()
+            click.echo(json.dumps(_as_dict(name, text, last, load_seconds)) if as_json else "")
+    return int(failed)
+
+
+def _as_dict(image: str, text: str, last: dict[str, Any], load_seconds: float) -> dict[str, Any]:
+    def rounded(values: dict[str, float | None]) -> dict[str, float | None]:
+        return {name: None if value is None else round(value, 4) for name, value in values.items()}
+
+    usage, timings = last["usage"], last["timings"]
+    return {
+        "image": image,
+        "caption": text,
+        "finish_reason": last["choices"][0]["finish_reason"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "seconds": rounded({"load": load_seconds, **timings["seconds"]}),
+        "tokens_per_second": rounded(timings["tokens_per_second"]),
+    }

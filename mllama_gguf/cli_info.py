@@ -1,0 +1,103 @@
+"""`mllama info`: what is in model files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli import size, verbose_option
+
+if TYPE_CHECKING:
+    from .info import ModelInfo
+    from .runtime import HParams
+
+
+@click.command(
+    "info",
+    epilog="\b\nExamples:\n"
+    "  mllama info demo\n"
+    "  mllama info text.gguf mmproj.gguf\n"
+    "  mllama info --json all.gguf | jq .hparams.n_ctx_train",
+)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each model.")
+@verbose_option
+def info_command(files: tuple[str, ...], as_json: bool) -> None:
+    """Show layout, shape, types and memory of each FILE: a path, or a bundled model's name.
+
+    A text file and a projector, given together, are one model. Everything that loading checks is checked; the
+    weights are not read.
+    """
+    from .info import model_info
+    from .models import model_path
+
+    for index, model in enumerate(model_info([model_path(file) for file in files])):
+        if as_json:
+            click.echo(json.dumps(_as_dict(model)))
+            continue
+        if index:
+            click.echo()
+        for title, words in _lines(model):
+            click.echo(f"{title:18}  {words}" if words else title)
+
+
+def _as_dict(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "files": [
+            {**asdict(file), "path": str(file.path), "quantized": file.quantized} for file in model.files
+        ],
+        "layout": model.layout,
+        "hparams": None if model.hparams is None else asdict(model.hparams),
+        "memory": [{**asdict(need), "total": need.total} for need in model.memory],
+    }
+
+
+def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
+    for file in model.files:
+        yield "file", f"{file.path} ({size(file.size)})"
+        yield "  holds", f"{file.part}, {file.n_tensors} tensors"
+        if file.name:
+            yield "  name", file.name
+        yield "  written by", file.converter or "another program"
+        for part, types in (("text", file.text_types), ("vision", file.vision_types)):
+            if types:
+                yield f"  {part} types", ", ".join(f"{kind} {size(n)}" for kind, n in types.items())
+        yield "  quantized", "yes" if file.quantized else "no"
+    if model.layout is None or model.hparams is None:
+        yield "layout", "projector alone; give the text file too to see the whole model"
+        return
+    yield "layout", model.layout
+    yield from _shape(model.hparams)
+    yield "memory", "weights + self-attention cache + one picture of all tiles (caches F16)"
+    for need in model.memory:
+        parts = " + ".join(size(n) for n in (need.weights, need.self_kv, need.cross_kv))
+        yield f"  n_ctx {need.n_ctx}", f"{size(need.total)} = {parts}, and compute buffers"
+
+
+def _shape(h: HParams) -> Iterator[tuple[str, str]]:
+    yield (
+        "text",
+        f"{h.n_layer} layers, {h.n_embd} wide, feed-forward {h.n_ff}, "
+        f"{h.n_head} heads of {h.head_dim}, {h.n_head_kv} for K and V",
+    )
+    yield "  cross-attention", f"layers {', '.join(map(str, h.cross_layers))}"
+    yield "  RoPE", f"base {h.rope_freq_base:g}, {h.rope_dim} dimensions"
+    yield "  n_ctx trained", str(h.n_ctx_train)
+    yield "  vocabulary", f"{h.vocab_size} logits, image token {h.image_token_id}"
+    if not h.has_vision:
+        yield "vision", "none"
+        return
+    yield (
+        "vision",
+        f"{h.n_vision_layer} + {h.n_vision_global_layer} global layers, {h.vision_embd} wide, "
+        f"feed-forward {h.vision_ff}, {h.vision_head} heads, {h.n_intermediate} intermediate states",
+    )
+    yield (
+        "  picture",
+        f"up to {h.max_tiles} tiles of {h.image_size} pixels, patches of {h.patch_size}, "
+        f"{h.n_positions} positions a tile (padded to {h.n_positions_padded})",
+    )

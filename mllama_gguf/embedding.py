@@ -1,0 +1,83 @@
+"""What the vision encoder makes of a picture, and a small store of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ImageError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEmbedding:
+    """The cross-attention states of one picture, for the model that made them. Accepted wherever a picture
+    is.
+
+    states:          float32 [n_tiles, n_positions, n_embd], read-only; the tiles in use only
+    aspect_ratio_id: the tile grid, as in TiledImage
+    key:             names the content: two embeddings with one key are taken to be the same. From
+                     `encode_image` it is the sha256 of pixels, grid and projector file; left out, the sha256
+                     of the states.
+
+    Raises ImageError for states of another type or number of dimensions.
+    """
+
+    states: npt.NDArray[np.float32]
+    aspect_ratio_id: int
+    key: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if self.states.dtype != np.float32 or self.states.ndim != 3 or 0 in self.states.shape:
+            raise ImageError(
+                f"ImageEmbedding: states are {self.states.dtype} {list(self.states.shape)}; "
+                "expected float32 [n_tiles, n_positions, n_embd]"
+            )
+        states = np.ascontiguousarray(self.states)
+        if states is self.states and states.flags.writeable:
+            states = states.view()  # the caller's own array stays writeable
+        states.flags.writeable = False
+        object.__setattr__(self, "states", states)
+        if not self.key:
+            object.__setattr__(self, "key", hashlib.sha256(states.data).hexdigest())
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles in use."""
+        return int(self.states.shape[0])
+
+    def __repr__(self) -> str:
+        shape = list(self.states.shape)
+        return f"ImageEmbedding({shape}, aspect_ratio_id={self.aspect_ratio_id}, key={self.key[:12]})"
+
+
+class EmbeddingStore:
+    """The embeddings used last, by key, as many as fit max_bytes (one at least)."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._items: OrderedDict[str, ImageEmbedding] = OrderedDict()
+
+    def get(self, key: str) -> ImageEmbedding | None:
+        """The embedding of that key, which now counts as the last one used."""
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key]
+
+    def add(self, embedding: ImageEmbedding) -> None:
+        """Keep an embedding, and drop the oldest ones that no longer fit."""
+        self._items[embedding.key] = embedding
+        self._items.move_to_end(embedding.key)
+        while len(self._items) > 1 and sum(e.states.nbytes for e in self._items.values()) > self._max_bytes:
+            self._items.popitem(last=False)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._items.clear()
+
+    def __len__(self) -> int:
+        return len(self._items)

@@ -1,0 +1,144 @@
+"""What is in model files: layout, shape, types, memory."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import _native
+from ._native import Callbacks
+from .errors import ModelError
+from .gguf_file import GGUFFile, read_gguf
+from .runtime import HParams, NativeModel
+
+Layout = Literal["canonical, one file", "canonical, two files", "one file (Ollama)", "two files", "text only"]
+
+# The key that our converter writes and no other.
+CONVERTER_KEY = "mllama.converter"
+_FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+CONTEXT_SIZES = (2048, 4096, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file. types: bytes of weights by ggml type, of text and of vision tensors."""
+
+    path: Path
+    size: int  # bytes
+    part: Literal["text", "vision", "text and vision"]
+    name: str
+    converter: str  # "" for files of others
+    n_tensors: int
+    text_types: dict[str, int]
+    vision_types: dict[str, int]
+
+    @property
+    def quantized(self) -> bool:
+        """Any matrix is."""
+        return any(kind not in _FLOAT_TYPES for kind in (*self.text_types, *self.vision_types))
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes for one n_ctx, caches as F16; compute buffers come on top."""
+
+    n_ctx: int  # tokens
+    weights: int
+    self_kv: int
+    cross_kv: int  # of one picture with all its tiles
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.self_kv + self.cross_kv
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Files that make a model together. hparams, memory: None and empty for a projector alone."""
+
+    files: tuple[FileInfo, ...]
+    layout: Layout | None
+    hparams: HParams | None
+    memory: tuple[MemoryNeed, ...]
+
+
+def model_info(paths: Sequence[str | os.PathLike[str]]) -> list[ModelInfo]:
+    """What is in these files. One text file and one projector are read as one model, others each by itself.
+
+    A model is checked as for loading, without reading its weights. Raises ModelError.
+    """
+    files = [read_gguf(path) for path in paths]
+    for file in files:
+        if file.architecture != "mllama" or not (file.has_text or file.has_vision):
+            raise ModelError(
+                f"{file.path}: not a mllama model (architecture {file.architecture or 'not named'})"
+            )
+    text = [file for file in files if file.has_text]
+    projectors = [file for file in files if not file.has_text]
+    if len(text) == 1 and len(projectors) == 1 and not text[0].has_vision:
+        return [_model_info(text[0], projectors[0])]
+    return [_model_info(file, None) for file in files]
+
+
+def _model_info(file: GGUFFile, projector: GGUFFile | None) -> ModelInfo:
+    parts = (file,) if projector is None else (file, projector)
+    infos = tuple(_file_info(part) for part in parts)
+    if not file.has_text:
+        return ModelInfo(infos, None, None, ())
+    model = NativeModel(
+        file.path,
+        projector.path if projector else None,
+        Callbacks(_native.load()),
+        allow_quantized_vision=True,  # to be shown, not to be used
+        check_only=True,
+    )
+    hparams = model.hparams
+    model.close()
+    weights = sum(sum(i.text_types.values()) + sum(i.vision_types.values()) for i in infos)
+    sizes = [n for n in CONTEXT_SIZES if n < hparams.n_ctx_train] + [hparams.n_ctx_train]
+    return ModelInfo(
+        infos, _layout(file, projector), hparams, tuple(_need(hparams, weights, n) for n in sizes)
+    )
+
+
+def _layout(file: GGUFFile, projector: GGUFFile | None) -> Layout:
+    ours = CONVERTER_KEY in file.keys  # a field of that name, not a dict's method
+    if file.has_vision:
+        return "canonical, one file" if ours else "one file (Ollama)"
+    if projector is None:
+        return "text only"
+    return "canonical, two files" if ours and CONVERTER_KEY in projector.keys else "two files"
+
+
+def _file_info(file: GGUFFile) -> FileInfo:
+    types: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for tensor in file.tensors:
+        types[tensor.name.startswith(("v.", "mm."))][tensor.type_name] += tensor.n_bytes
+    return FileInfo(
+        path=file.path,
+        size=file.path.stat().st_size,
+        part="text and vision"
+        if file.has_text and file.has_vision
+        else "text"
+        if file.has_text
+        else "vision",
+        name=str(file.keys.get("general.name", "")),
+        converter=str(file.keys.get(CONVERTER_KEY, "")),
+        n_tensors=len(file.tensors),
+        text_types=dict(types[False].most_common()),
+        vision_types=dict(types[True].most_common()),
+    )
+
+
+def _need(h: HParams, weights: int, n_ctx: int) -> MemoryNeed:
+    row = 2 * 2 * h.n_head_kv * h.head_dim  # K and V, two bytes a value
+    return MemoryNeed(
+        n_ctx,
+        weights,
+        self_kv=(h.n_layer - h.n_cross_layers) * n_ctx * row,
+        cross_kv=h.n_cross_layers * h.max_tiles * h.n_positions * row,
+    )

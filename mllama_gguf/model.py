@@ -1,0 +1,493 @@
+"""`Mllama`: a model, one conversation's caches, and everything that can be done with them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, overload
+
+from . import openai
+from ._native import Callbacks
+from ._native import load as load_native
+from .chat import ChatTemplate
+from .embedding import EmbeddingStore, ImageEmbedding
+from .errors import BusyError, ImageError, MllamaError, RequestError
+from .generate import Reply, ReplyOptions
+from .models import bundled_path
+from .preprocess import ImageSource, TiledImage, preprocess_image
+from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, NativeModel, Tap, device_index
+from .sampling import SamplingOptions, grammar_of
+from .session import Session
+from .stream import stop_list
+from .vocab import Vocab
+
+logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding"
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+
+DEFAULT_PROMPT = "Describe this image."
+# One four-tile picture of the 11B model takes 105 MB.
+EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
+
+
+class Mllama:
+    """A Llama 3.2 Vision model that answers about pictures.
+
+        with Mllama("text.gguf", "mmproj.gguf") as model:
+            print(model.caption("apple.png"))
+
+    An object is used by one thread at a time; a second thread gets BusyError at once. Objects do not know of
+    each other and work in parallel. Ctrl-C stops a computation within a fraction of a second with
+    KeyboardInterrupt; the object stays usable.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        mmproj_path: str | os.PathLike[str] | None = None,
+        *,
+        n_gpu_layers: int = 0,
+        vision_device: str = "auto",
+        devices: Sequence[str] | None = None,
+        tensor_split: Sequence[float] | None = None,
+        n_ctx: int | None = 4096,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        type_k: KvType = "f16",
+        type_v: KvType = "f16",
+        flash_attn: bool = True,
+        use_mmap: bool = True,
+        allow_quantized_vision: bool = False,
+        chat_template: str | None = None,
+        verbose: bool = False,
+        progress: Progress | None = None,
+        abort: Callable[[], bool] | None = None,
+    ) -> None:
+        """Load a model.
+
+        model_path:     GGUF with the text model, or with all of it
+        mmproj_path:    GGUF with vision encoder and projector, if they are not in model_path
+        n_gpu_layers:   how many of the last layers (the output counts as one) go to GPU devices; -1: all
+        vision_device:  "auto": with the text's layers; "cpu"; or a device's name as `mllama devices` shows it
+        devices:        names of the devices to offload to; None: every GPU
+        tensor_split:   share of each device; None: by free memory
+        n_ctx:          most tokens of a conversation; None or 0, or more than the model was trained with: as
+                        trained
+        n_batch:        most tokens that are computed at once
+        n_threads:      CPU threads; None: all usable CPUs
+        type_k, type_v: of the caches: "f32", "f16", or "q8_0" (self-attention only; V needs flash_attn)
+        use_mmap:       let the CPU read weights from the file's pages instead of copying them
+        allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
+        chat_template:  Jinja source in place of the file's
+        verbose:        the log to stderr
+        progress:       called with "load", "encode" or "prompt", how much is done, and of how much
+        abort:          called every 50 ms while something computes; True stops it with Aborted
+
+        Raises ModelError, BackendError, RequestError, Aborted.
+        """
+        if verbose:
+            _log_to_stderr()
+        for name, value in (("type_k", type_k), ("type_v", type_v)):
+            if value not in KV_TYPES:
+                raise RequestError(f"{name} must be one of {', '.join(KV_TYPES)}, not {value!r}")
+        for name, number, least in (
+            ("n_ctx", n_ctx or 1, 1),
+            ("n_batch", n_batch, 1),
+            ("n_threads", n_threads or 1, 1),
+            ("n_gpu_layers", n_gpu_layers, -1),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
+                raise RequestError(f"{name} must be a whole number of at least {least}, not {number!r}")
+
+        self._lock = threading.Lock()
+        self._turn = (
+            0  # counts what changed the conversation; an open stream sees by it that it lost the caches
+        )
+        self._closed = False
+        self.model_path = Path(model_path)
+        self.mmproj_path = None if mmproj_path is None else Path(mmproj_path)
+
+        load_native()
+        callbacks = Callbacks(load_native(), progress, abort)
+        self._model = NativeModel(
+            model_path,
+            mmproj_path,
+            callbacks,
+            n_gpu_layers=n_gpu_layers,
+            vision_device=_vision_device(vision_device),
+            devices=None if devices is None else [device_index(name) for name in devices],
+            tensor_split=tensor_split,
+            use_mmap=use_mmap,
+            allow_quantized_vision=allow_quantized_vision,
+        )
+        # After the C library has checked the file.
+        self._vocab = Vocab(model_path)
+        trained = self.hparams.n_ctx_train
+        if n_ctx and n_ctx > trained:
+            logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
+        self._context = NativeContext(
+            self._model,
+            callbacks,
+            n_ctx=min(n_ctx or trained, trained),
+            n_batch=n_batch,
+            n_threads=n_threads or usable_cpus(),
+            type_k=type_k,
+            type_v=type_v,
+            flash_attn=flash_attn,
+        )
+        self._session = Session(self._context, callbacks)
+        self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES)
+        self._projector = _file_identity(self.mmproj_path or self.model_path)
+        self._template = ChatTemplate(
+            chat_template or self._vocab.chat_template,
+            bos=self._vocab.text(self._vocab.bos),
+            eos=self._vocab.text(self._vocab.eos),
+            image=self._vocab.text(self.image_token_id),
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str = "demo", **kwargs: Any) -> Mllama:
+        """Open a model that comes with the package; kwargs as for the class. Raises ModelError for another
+        name."""
+        return cls(bundled_path(name), **kwargs)
+
+    # ---- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def hparams(self) -> HParams:
+        """The shape of the model."""
+        return self._model.hparams
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The keys of the text file, without the vocabulary's long arrays."""
+        return self._vocab.metadata
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens of a conversation."""
+        return self._session.n_ctx
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits a token. The image token comes after them."""
+        return self.hparams.vocab_size
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for a picture."""
+        return self.hparams.image_token_id
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a reply."""
+        return self._vocab.stop_ids
+
+    def memory(self) -> Memory:
+        """Bytes of the caches and compute buffers, now."""
+        with self._exclusive(changes=False):
+            return self._context.memory()
+
+    # ---- text and tokens -----------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
+        """Text to token ids.
+
+        add_bos: begin with `<|begin_of_text|>`, if the model wants one
+        special: read `<|image|>` and its like as the tokens that they name; else as plain text
+        """
+        self._check_open()
+        return self._vocab.tokenize(text, add_bos=add_bos, special=special)
+
+    def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """Token ids to text. special: show special tokens as well. Raises RequestError for an unknown id."""
+        self._check_open()
+        return self._vocab.detokenize(tokens, special=special)
+
+    # ---- pictures ------------------------------------------------------------------------------------------
+
+    def encode_image(self, image: Picture) -> ImageEmbedding:
+        """Run the vision encoder on a picture. A picture that was encoded lately is not computed again.
+
+        Raises ImageError, RequestError for a model without a vision encoder, Aborted.
+        """
+        with self._exclusive(changes=False):
+            return self._encode(self._prepare(image))
+
+    def _prepare(self, image: Picture) -> TiledImage | ImageEmbedding:
+        """Decode and check a picture, without the costly part."""
+        h = self.hparams
+        if not h.has_vision:
+            raise RequestError(
+                f"{self.model_path.name} is a text model without vision encoder; give mmproj_path"
+            )
+        if isinstance(image, ImageEmbedding):
+            wanted = (h.n_positions, h.n_embd)
+            if image.states.shape[1:] != wanted or image.n_tiles > h.max_tiles:
+                raise ImageError(
+                    f"ImageEmbedding of another model: states {list(image.states.shape)}; this model's are "
+                    f"[1 to {h.max_tiles}, {h.n_positions}, {h.n_embd}]"
+                )
+            return image
+        if not isinstance(image, TiledImage):
+            return preprocess_image(image, tile_size=h.image_size, max_tiles=h.max_tiles)
+        if (image.tile_size, image.max_tiles) != (h.image_size, h.max_tiles):
+            raise ImageError(
+                f"TiledImage of {image.max_tiles} tiles of {image.tile_size} pixels; this model takes "
+                f"{h.max_tiles} of {h.image_size}"
+            )
+        return image
+
+    def _encode(self, image: TiledImage | ImageEmbedding) -> ImageEmbedding:
+        if isinstance(image, ImageEmbedding):
+            return image
+        words = f"{self._projector}/{image.rows}x{image.columns}/{image.sha256}"
+        key = hashlib.sha256(words.encode()).hexdigest()
+        embedding = self._embeddings.get(key)
+        if embedding is None:
+            states = self._context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
+            embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
+            self._embeddings.add(embedding)
+        return embedding
+
+    # ---- replies -------------------------------------------------------------------------------------------
+
+    @overload
+    def caption(
+        self, image: Picture, prompt: str = ..., *, stream: Literal[False] = ..., **options: Any
+    ) -> str: ...
+    @overload
+    def caption(
+        self, image: Picture, prompt: str = ..., *, stream: Literal[True], **options: Any
+    ) -> Iterator[str]: ...
+
+    def caption(
+        self, image: Picture, prompt: str = DEFAULT_PROMPT, *, stream: bool = False, **options: Any
+    ) -> str | Iterator[str]:
+        """What the model says to a picture and a question about it.
+
+        image:   a path, bytes, a file object, a data URI, a PIL image, an array, a TiledImage, an
+                 ImageEmbedding
+        stream:  True: an iterator of pieces of text
+        options: max_tokens (256) and the others of `create_chat_completion`
+
+        Raises what `create_chat_completion` raises.
+        """
+        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        options.setdefault("max_tokens", 256)
+        reply = self._reply([{"role": "user", "content": content}], **options)
+        return iter(reply) if stream else "".join(reply)
+
+    @overload
+    def create_chat_completion(
+        self, messages: Messages, *, stream: Literal[False] = ..., **options: Any
+    ) -> dict[str, Any]: ...
+    @overload
+    def create_chat_completion(
+        self, messages: Messages, *, stream: Literal[True], **options: Any
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def create_chat_completion(
+        self, messages: Messages, *, stream: bool = False, **options: Any
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """The reply to a conversation, in OpenAI's shapes.
+
+        messages: [{"role": "user", "content": "text" or [part, ...]}, ...]; a part is {"type": "text",
+                  "text": ...}, {"type": "image_url", "image_url": {"url": ...}} or {"type": "image", "image":
+                  ...} with whatever `caption` takes as a picture
+        stream:   True: an iterator of chunks, of which the last has usage and timings
+        options:
+          max_tokens:      most tokens of the reply; None: until n_ctx is full (the default)
+          temperature:     0 (the default): always the likeliest token
+          top_k, top_p, min_p, repeat_penalty, seed: as in `SamplingOptions`
+          stop:            a string, or some, that end the reply and are not shown
+          response_format: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema":
+                           {...}}}
+          grammar:         GBNF that the reply must follow
+
+        What the caches hold already, of this conversation or the last one, is not computed again. Everything
+        is checked before anything is computed. An open stream ends with an error once the object is used for
+        something else; close it, or read it to its end.
+
+        Raises ImageError, RequestError, ContextFullError, BusyError, BackendError, Aborted.
+        """
+        reply = self._reply(messages, **options)
+        name = str(self.metadata.get("general.name") or self.model_path.stem)
+        return openai.chunks(reply, name) if stream else openai.completion(reply, name)
+
+    def _reply(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        grammar: str | None = None,
+    ) -> Reply:
+        if max_tokens == -1:  # llama_cpp's way to say None
+            max_tokens = None
+        if max_tokens is not None and (
+            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
+        ):
+            raise RequestError(
+                f"max_tokens must be a whole number of at least 1, or None, not {max_tokens!r}"
+            )
+        options = ReplyOptions(
+            SamplingOptions(
+                temperature, top_k, top_p, min_p, repeat_penalty, seed, grammar_of(response_format, grammar)
+            ),
+            max_tokens,
+            stop_list(stop),
+        )
+        with self._exclusive(changes=False):
+            prompt = self._template.render(messages)
+            images = [self._prepare(image) for image in prompt.images]
+            tokens = self._tokenize_prompt(prompt.pieces)
+            if tokens.count(self.image_token_id) != len(images):
+                raise RequestError("the chat template does not give every picture one image token")
+            self._session.check_fits(len(tokens))
+            turn = -1
+
+            @contextmanager
+            def exclusive(begins: bool) -> Iterator[None]:
+                nonlocal turn
+                with self._exclusive(changes=begins, turn=None if begins else turn):
+                    turn = self._turn
+                    yield
+
+            return Reply(
+                self._session,
+                self._vocab,
+                self.vocab_size,
+                tokens,
+                lambda: [self._encode(image) for image in images],
+                options,
+                exclusive,
+                self.stop_ids,
+            )
+
+    def _tokenize_prompt(self, pieces: Sequence[str]) -> list[int]:
+        bos = self._vocab.text(self._vocab.bos)
+        tokens: list[int] = []
+        for piece in pieces:
+            # Templates usually write the bos token themselves.
+            add_bos = not tokens and not (bos and piece.startswith(bos))
+            tokens += self._vocab.tokenize(piece, add_bos=add_bos)
+        return tokens
+
+    def logits(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> Floats:
+        """The logits at every position of a prompt, from an empty cache: float32 [n_tokens, vocab_size].
+
+        token_ids: with one image token for each of `images`, in order
+
+        The caches hold the prompt afterwards. Raises ImageError, RequestError, ContextFullError, Aborted.
+        """
+        tokens = [int(token) for token in token_ids]
+        wrong = [token for token in tokens if not 0 <= token < self.hparams.n_token_embd]
+        if wrong:
+            raise RequestError(f"token {wrong[0]} is not in the vocabulary")
+        with self._exclusive():
+            embeddings = [self._encode(self._prepare(image)) for image in images]
+            rows, _ = self._session.feed(tokens, embeddings, logits="all")
+            return rows
+
+    # ---- the object's own life -----------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the conversation and all pictures."""
+        with self._exclusive():
+            self._session.clear()
+            self._embeddings.clear()
+
+    def tap(self, callback: Tap) -> AbstractContextManager[None]:
+        """Look at intermediate tensors inside a with block; see `NativeContext.tap`. For finding mistakes."""
+        self._check_open()
+        return self._context.tap(callback)
+
+    def close(self) -> None:
+        """Free the model and its caches. Closing twice is fine. Raises BusyError while another thread
+        computes."""
+        if self._closed:
+            return
+        with self._exclusive():
+            self._closed = True
+            self._context.close()
+            self._model.close()
+            self._vocab.close()
+
+    def __enter__(self) -> Mllama:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Mllama({str(self.model_path)!r}{', closed' if self._closed else ''})"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MllamaError(f"{self.model_path.name}: this Mllama is closed")
+
+    @contextmanager
+    def _exclusive(self, *, changes: bool = True, turn: int | None = None) -> Iterator[None]:
+        """Sole use of the object.
+
+        changes: the conversation in the caches becomes another one
+        turn:    the conversation that must still be the one in the caches
+        """
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(
+                "this Mllama is in use, by another thread or a callback; open one for each thread"
+            )
+        try:
+            self._check_open()
+            if turn is not None and turn != self._turn:
+                raise MllamaError("this reply cannot go on: its Mllama was used for something else meanwhile")
+            self._turn += changes
+            yield
+        finally:
+            self._lock.release()
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _vision_device(name: str) -> int:
+    """As mllama_model_params counts."""
+    special = {"auto": -1, "cpu": -2}
+    return special[name.lower()] if name.lower() in special else device_index(name)
+
+
+def _file_identity(path: Path) -> str:
+    """Tells one projector from another, so that states of one are never taken for those of another."""
+    info = path.stat()
+    return f"{path.resolve()}/{info.st_size}/{info.st_mtime_ns}"
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("mllama_gguf")
+    log.setLevel(logging.DEBUG)
+    if not any(isinstance(handler, logging.StreamHandler) for handler in log.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        log.addHandler(handler)

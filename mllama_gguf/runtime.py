@@ -1,0 +1,359 @@
+"""The C API's model and context as two Python classes: numpy in, numpy out, errors as exceptions.
+
+One method for one C function and no decisions; those are in `session` and `model`. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from ._native import Callbacks, Native
+from .errors import RequestError
+
+Floats = npt.NDArray[np.float32]
+KvType = Literal["f32", "f16", "q8_0"]
+Tap = Callable[[str, Floats | None], bool]
+
+KV_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}
+_DEVICE_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
+
+
+@dataclass(frozen=True)
+class HParams:
+    """The shape of a model, as its file says. Lengths in values unless a unit is given; see mllama.h."""
+
+    n_layer: int
+    n_ctx_train: int  # tokens
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    rope_dim: int
+    rope_freq_base: float
+    rms_eps: float
+    vocab_size: int  # logits a token
+    n_token_embd: int  # rows of the embedding: the image token has one, and no logit
+    image_token_id: int
+    n_cross_layers: int
+    # vision; all 0 without a projector
+    n_vision_layer: int
+    n_vision_global_layer: int
+    vision_embd: int
+    vision_ff: int
+    vision_head: int
+    vision_eps: float
+    image_size: int  # pixels, side of a tile
+    patch_size: int  # pixels
+    max_tiles: int
+    n_positions: int
+    n_positions_padded: int
+    n_aspect_ratios: int
+    n_intermediate: int
+    cross_layers: tuple[int, ...]
+
+    @property
+    def has_vision(self) -> bool:
+        return self.n_vision_layer > 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """A ggml device."""
+
+    name: str
+    description: str
+    type: str  # cpu, gpu, igpu or accel
+    memory_free: int  # bytes
+    memory_total: int  # bytes
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A weight and where it was put."""
+
+    name: str
+    type: str
+    ne: tuple[int, int, int, int]  # fastest first
+    n_bytes: int
+    device: str
+    is_vision: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a context holds."""
+
+    self_kv: int
+    cross_kv: int
+    compute: int
+
+
+def devices() -> list[Device]:
+    """All ggml devices of the process, in the order that indices count. Raises BackendError."""
+    native = _native.load()
+    info = native.ffi.new("mllama_device_info *")
+    found = []
+    for index in range(native.lib.mllama_device_count()):
+        native.check(native.lib.mllama_device_get(index, info))
+        found.append(
+            Device(
+                native.text(info.name),
+                native.text(info.description),
+                _DEVICE_TYPES.get(info.type, "other"),
+                info.memory_free,
+                info.memory_total,
+            )
+        )
+    return found
+
+
+def device_index(name: str) -> int:
+    """The index of a device by its name, whatever the case. Raises RequestError naming those that exist."""
+    names = [device.name for device in devices()]
+    for index, known in enumerate(names):
+        if known.lower() == name.lower():
+            return index
+    raise RequestError(f"no device {name!r}; there are: {', '.join(names)}")
+
+
+class NativeModel:
+    """`mllama_model`: the weights. Close it after every context made from it."""
+
+    def __init__(
+        self,
+        text_path: str | os.PathLike[str],
+        mmproj_path: str | os.PathLike[str] | None,
+        callbacks: Callbacks,
+        *,
+        n_gpu_layers: int = 0,
+        vision_device: int = -1,
+        devices: Sequence[int] | None = None,
+        tensor_split: Sequence[float] | None = None,
+        use_mmap: bool = True,
+        allow_quantized_vision: bool = False,
+        check_only: bool = False,
+    ) -> None:
+        """Load, or with check_only read and validate.
+
+        Raises ModelError for a file that is not right, BackendError for memory and devices, and what the
+        callbacks raised.
+        """
+        self.native = _native.load()
+        ffi, lib = self.native.ffi, self.native.lib
+        params = ffi.new("mllama_model_params *", lib.mllama_model_default_params())
+        params.n_gpu_layers = n_gpu_layers
+        params.vision_device = vision_device
+        c_devices = ffi.new("int32_t[]", list(devices)) if devices else ffi.NULL
+        c_split = ffi.new("float[]", list(tensor_split)) if tensor_split else ffi.NULL
+        params.devices, params.n_devices, params.tensor_split = c_devices, len(devices or ()), c_split
+        params.use_mmap = use_mmap
+        params.allow_quantized_vision = allow_quantized_vision
+        params.check_only = check_only
+        params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
+
+        out = ffi.new("mllama_model **")
+        mmproj = ffi.NULL if mmproj_path is None else ffi.new("char[]", os.fsencode(mmproj_path))
+        status = lib.mllama_model_load(os.fsencode(text_path), mmproj, params, out)
+        if status == _native.OK:
+            self.pointer = out[0]
+            # Runs at exit too, before Python takes the callbacks away.
+            self.close = weakref.finalize(self, lib.mllama_model_free, self.pointer)
+            # C holds the callbacks as long as the model lives.
+            self._callbacks = callbacks
+        _raise(self.native, callbacks, status)
+
+        hparams = lib.mllama_model_hparams(self.pointer)
+        values = {f.name: getattr(hparams, f.name) for f in fields(HParams) if f.name != "cross_layers"}
+        layers = lib.mllama_model_cross_layers(self.pointer)
+        self.hparams = HParams(**values, cross_layers=tuple(layers[i] for i in range(hparams.n_cross_layers)))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return int(self.native.lib.mllama_model_size(self.pointer))
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """All weights."""
+        info = self.native.ffi.new("mllama_tensor_info *")
+        for index in range(self.native.lib.mllama_model_n_tensors(self.pointer)):
+            self.native.check(self.native.lib.mllama_model_tensor(self.pointer, index, info))
+            yield TensorInfo(
+                self.native.text(info.name),
+                self.native.text(info.type),
+                tuple(info.ne),
+                info.n_bytes,
+                self.native.text(info.device),
+                info.is_vision,
+            )
+
+
+class NativeContext:
+    """`mllama_context`: the caches and the computation."""
+
+    def __init__(
+        self,
+        model: NativeModel,
+        callbacks: Callbacks,
+        *,
+        n_ctx: int,
+        n_batch: int = 512,
+        n_threads: int = 0,
+        type_k: KvType = "f16",
+        type_v: KvType = "f16",
+        flash_attn: bool = True,
+    ) -> None:
+        """n_ctx, n_batch in tokens; n_threads 0: ggml's default. Raises RequestError, BackendError."""
+        self.native = model.native
+        self.hparams = model.hparams
+        self._callbacks = callbacks
+        ffi, lib = self.native.ffi, self.native.lib
+        params = ffi.new("mllama_context_params *", lib.mllama_context_default_params())
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_threads = n_threads
+        params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
+        params.flash_attn = flash_attn
+        params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
+        out = ffi.new("mllama_context **")
+        status = lib.mllama_context_new(model.pointer, params, out)
+        if status == _native.OK:
+            self.pointer = out[0]
+            self.close = weakref.finalize(self, lib.mllama_context_free, self.pointer)
+        _raise(self.native, callbacks, status)
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens."""
+        return int(self.native.lib.mllama_n_ctx(self.pointer))
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the self-attention cache."""
+        return int(self.native.lib.mllama_n_past(self.pointer))
+
+    def memory(self) -> Memory:
+        """Bytes in use now."""
+        memory = self.native.ffi.new("mllama_memory *")
+        self.native.lib.mllama_memory_usage(self.pointer, memory)
+        return Memory(memory.self_kv, memory.cross_kv, memory.compute)
+
+    def encode(self, pixels: Floats, aspect_ratio_id: int) -> Floats:
+        """pixels float32 [n_tiles, 3, image_size, image_size] -> states float32 [n_tiles, n_positions,
+        n_embd]."""
+        h = self.hparams
+        n_tiles = len(pixels)
+        pixels = np.ascontiguousarray(pixels, np.float32)
+        states = np.empty((n_tiles, h.n_positions, h.n_embd), np.float32)
+        status = self.native.lib.mllama_encode(
+            self.pointer, self._floats(pixels), n_tiles, aspect_ratio_id, self._floats(states)
+        )
+        _raise(self.native, self._callbacks, status)
+        return states
+
+    def image_fill(self, states: Sequence[Floats]) -> int:
+        """Put one picture, or a group of adjacent ones, into a new slot; each states [n_tiles, P, D]."""
+        ffi = self.native.ffi
+        arrays = [np.ascontiguousarray(s, np.float32) for s in states]
+        pointers = ffi.new("float *[]", [self._floats(a) for a in arrays])
+        n_tiles = ffi.new("int32_t[]", [len(a) for a in arrays])
+        slot = ffi.new("int32_t *")
+        status = self.native.lib.mllama_image_fill(self.pointer, len(arrays), pointers, n_tiles, slot)
+        try:
+            _raise(self.native, self._callbacks, status)
+        except BaseException:
+            if status == _native.OK:  # a callback failed: nobody will hear of the slot
+                self.image_free(slot[0])
+            raise
+        return int(slot[0])
+
+    def image_free(self, slot: int) -> None:
+        """Give a slot back."""
+        self.native.check(self.native.lib.mllama_image_free(self.pointer, slot))
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        slot: int,
+        n_visible: int,
+        logits: Literal["none", "last", "all"] = "last",
+    ) -> Floats:
+        """Append tokens that all see the first n_visible pictures of a slot (-1: no picture yet).
+
+        Returns float32 [0, 1 or n_tokens, vocab_size].
+        """
+        rows = {"none": 0, "last": 1, "all": len(tokens)}[logits]
+        mode = {"none": 0, "last": 1, "all": 2}[logits]
+        out = np.empty((rows, self.hparams.vocab_size), np.float32)
+        status = self.native.lib.mllama_decode(
+            self.pointer,
+            self.native.ffi.new("int32_t[]", list(tokens)),
+            len(tokens),
+            slot,
+            n_visible,
+            mode,
+            self._floats(out) if rows else self.native.ffi.NULL,
+            out.size,
+        )
+        _raise(self.native, self._callbacks, status)
+        return out
+
+    def truncate(self, n_past: int) -> None:
+        """Keep the first n_past tokens."""
+        self.native.check(self.native.lib.mllama_truncate(self.pointer, n_past))
+
+    def clear(self) -> None:
+        """Forget tokens and pictures."""
+        self.native.lib.mllama_clear(self.pointer)
+
+    @contextmanager
+    def tap(self, callback: Tap) -> Iterator[None]:
+        """Inside the block callback(name, None) is asked for every intermediate tensor whether its values are
+        wanted, and if so callback(name, values) gets them: float32, slowest dimension first, valid during the
+        call.
+        """
+        ffi, lib = self.native.ffi, self.native.lib
+
+        def on_tensor(name: Any, ne: Any, data: Any, _: Any) -> bool:
+            text = self.native.text(name)
+            if data == ffi.NULL:
+                return bool(callback(text, None))
+            shape = [ne[i] for i in range(4)]
+            while len(shape) > 1 and shape[-1] == 1:
+                shape.pop()
+            n = int(np.prod(shape, dtype=np.int64))
+            values = np.frombuffer(ffi.buffer(data, n * 4), np.float32)
+            callback(text, values.reshape(shape[::-1]))
+            return False
+
+        def on_error(_: Any, error: BaseException, __: Any) -> bool:
+            self._callbacks.keep(error)
+            return False
+
+        c_callback = ffi.callback("mllama_tap_callback", on_tensor, error=False, onerror=on_error)
+        lib.mllama_set_tap(self.pointer, c_callback, ffi.NULL)
+        try:
+            yield
+        finally:
+            lib.mllama_set_tap(self.pointer, ffi.NULL, ffi.NULL)
+
+    def _floats(self, array: Floats) -> Any:
+        """float * to a C-contiguous array, which must outlive it."""
+        return self.native.ffi.cast("float *", array.ctypes.data)
+
+
+def _raise(native: Native, callbacks: Callbacks, status: int) -> None:
+    """What a callback raised first, for that is why the status is what it is."""
+    error = native.error(status) if status != _native.OK else None
+    callbacks.raise_pending()
+    if error is not None:
+        raise error

@@ -1,0 +1,146 @@
+"""One conversation's caches: what is in them, what of a new prompt need not be computed again.
+
+Reuse is exact: a cached token counts only if it saw the same pictures. The list kept here never claims more
+than the C context holds: tokens are added to it after C has them, and taken off it before C forgets them, so
+that an interruption at any point leaves a state that `_agree` can repair.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ._native import Callbacks
+from .embedding import ImageEmbedding
+from .errors import ContextFullError, RequestError
+from .prompt import Run, common_prefix, drop_first, split_runs, visible_keys
+from .runtime import Floats, NativeContext
+
+# Filled image slots that are kept. The current one is enough to go on; the others make a return to a recent
+# picture cheap. One tile of the 11B model takes 52 MB as F16.
+MAX_SLOTS = 4
+
+
+class Session:
+    """Feeds prompts and single tokens to a context. Not thread-safe."""
+
+    def __init__(self, context: NativeContext, callbacks: Callbacks) -> None:
+        self._context = context
+        self._callbacks = callbacks
+        self._tokens: list[int] = []
+        self._seen: list[tuple[str, ...]] = []  # for each token the keys of the pictures it saw
+        # Filled slots by the keys of their group; the last used one is last.
+        self._slots: OrderedDict[tuple[str, ...], int] = OrderedDict()
+        self._slot = -1  # what the last token saw
+        self._n_visible = 0
+        self.n_ctx = context.n_ctx
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the cache."""
+        return len(self._tokens)
+
+    def feed(
+        self,
+        tokens: Sequence[int],
+        images: Sequence[ImageEmbedding] = (),
+        *,
+        logits: Literal["last", "all"] = "last",
+    ) -> tuple[Floats, int]:
+        """Make the cache hold exactly these tokens, computing only what it does not hold yet.
+
+        tokens: the whole prompt; its image tokens stand for `images`, in order
+        logits: "last" or, computing everything anew, "all"
+
+        Returns (float32 [1 or n_tokens, vocab_size], number of tokens that were there already).
+        Raises ContextFullError, RequestError, Aborted; the cache then holds some first part of the prompt.
+        """
+        hparams = self._context.hparams
+        n_image_tokens = sum(token == hparams.image_token_id for token in tokens)
+        if n_image_tokens != len(images):
+            raise RequestError(f"the prompt has {n_image_tokens} image tokens for {len(images)} pictures")
+        self.check_fits(len(tokens))
+        if not tokens:
+            raise RequestError("the prompt is empty")
+
+        self._agree()
+        runs = split_runs(tokens, hparams.image_token_id)
+        seen = visible_keys(runs, [image.key for image in images])
+        reused = 0
+        if logits == "last":
+            # The last token is computed in any case, for its logits.
+            reused = min(common_prefix(self._tokens, self._seen, tokens, seen), len(tokens) - 1)
+        self._truncate(reused)
+
+        rows = []
+        rest = drop_first(runs, reused)
+        self._callbacks.prompt_total = len(tokens) - reused
+        try:
+            for run in rest:
+                self._callbacks.prompt_offset = len(self._tokens) - reused
+                self._slot, self._n_visible = self._slot_for(run, images), run.n_visible
+                wanted = logits if logits == "all" or run is rest[-1] else "none"
+                rows.append(self._context.decode(run.tokens, self._slot, self._n_visible, wanted))
+                start = len(self._tokens)
+                self._seen.extend(seen[start : start + len(run.tokens)])
+                self._tokens.extend(run.tokens)
+        finally:
+            self._callbacks.prompt_total = 0
+        return np.concatenate(rows) if len(rows) > 1 else rows[0], reused
+
+    def step(self, token: int) -> Floats:
+        """Append one token of the reply, which sees what the token before it saw.
+
+        Returns its logits, float32 [vocab_size]. Raises ContextFullError, Aborted; the cache is then as
+        before.
+        """
+        self._agree()
+        logits: Floats = self._context.decode([token], self._slot, self._n_visible, "last")[0]
+        self._seen.append(self._seen[-1] if self._seen else ())
+        self._tokens.append(token)
+        return logits
+
+    def check_fits(self, n_tokens: int) -> None:
+        """Raise ContextFullError if a prompt of so many tokens cannot fit."""
+        if n_tokens > self.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {n_tokens} tokens, but n_ctx is {self.n_ctx}; "
+                "raise n_ctx or shorten the prompt"
+            )
+
+    def clear(self) -> None:
+        """Forget tokens and pictures."""
+        self._tokens.clear()
+        self._seen.clear()
+        self._slots.clear()
+        self._slot, self._n_visible = -1, 0
+        self._context.clear()
+
+    def _slot_for(self, run: Run, images: Sequence[ImageEmbedding]) -> int:
+        if not run.group:
+            return -1
+        group = [images[i] for i in run.group]
+        key = tuple(image.key for image in group)
+        if key not in self._slots:
+            while len(self._slots) >= MAX_SLOTS:
+                _, oldest = self._slots.popitem(last=False)
+                self._context.image_free(oldest)
+            self._slots[key] = self._context.image_fill([image.states for image in group])
+        self._slots.move_to_end(key)
+        return self._slots[key]
+
+    def _truncate(self, n: int) -> None:
+        del self._tokens[n:]
+        del self._seen[n:]
+        self._context.truncate(n)
+
+    def _agree(self) -> None:
+        """Repair what an interruption between C's work and ours left behind."""
+        n = min(len(self._tokens), len(self._seen))
+        del self._tokens[n:]
+        del self._seen[n:]
+        if self._context.n_past > n:
+            self._context.truncate(n)

@@ -1,0 +1,28 @@
+"""Random models that many tests share, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+from helpers import TinyFiles
+
+from mllama_gguf.convert import convert
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyFiles]:
+    """The files of an architecture by its name."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made: dict[str, TinyFiles] = {}
+
+    def files(name: str) -> TinyFiles:
+        if name not in made:
+            checkpoint = tiny.make_checkpoint(tiny.ARCHS[name], folder / name)
+            text, mmproj = convert(checkpoint, folder / f"{name}.gguf", type="f32")
+            (one,) = convert(checkpoint, folder / f"{name}.one.gguf", type="f32", single_file=True)
+            made[name] = TinyFiles(tiny.ARCHS[name], text, mmproj, one)
+        return made[name]
+
+    return files

@@ -1,0 +1,25 @@
+"""What several tests need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tiny
+
+
+@dataclass(frozen=True)
+class TinyFiles:
+    """One architecture of tests/tiny.py as GGUF, F32."""
+
+    arch: tiny.Arch
+    text: Path
+    mmproj: Path
+    one: Path
+
+
+def picture(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]:
+    """A noisy picture, uint8 [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
