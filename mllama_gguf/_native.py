@@ -196,8 +196,8 @@ class Callbacks:
         self.prompt_offset = 0
         self.prompt_total = 0  # 0: no progress for the prompt (single tokens of a reply)
         make = native.ffi.callback
-        self.c_progress = make("mllama_progress_callback", self._on_progress, onerror=self._on_error)
-        self.c_abort = make("mllama_abort_callback", self._on_abort, error=True, onerror=self._on_error)
+        self.c_progress = make("mllama_progress_callback", self._on_progress, onerror=self.on_error)
+        self.c_abort = make("mllama_abort_callback", self._on_abort, error=True, onerror=self.on_error)
 
     def _on_progress(self, phase: int, done: int, total: int, _: Any) -> None:
         if self._progress is None or self._pending is not None:
@@ -212,12 +212,8 @@ class Callbacks:
         # Running Python at all is what lets a pending Ctrl-C strike, here, inside the callback.
         return self._pending is not None or (self._abort is not None and bool(self._abort()))
 
-    def _on_error(self, _: type[BaseException], error: BaseException, __: TracebackType) -> bool:
-        self.keep(error)
-        return True
-
-    def keep(self, error: BaseException) -> None:
-        """Remember an exception for `raise_pending`; the first one counts."""
+    def on_error(self, _: type[BaseException], error: BaseException, __: TracebackType) -> None:
+        """Remember an exception for `raise_pending`; the first one counts. In the form of cffi's onerror."""
         if self._pending is None:
             self._pending = error
 

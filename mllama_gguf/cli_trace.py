@@ -32,7 +32,7 @@ FIRST_VALUES = 5
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. The folder is made if it is missing.",
+    help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. DIR is made if missing.",
 )
 @click.option(
     "-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask about the picture."

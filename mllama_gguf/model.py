@@ -17,7 +17,7 @@ from ._native import Callbacks
 from ._native import load as load_native
 from .chat import ChatTemplate
 from .embedding import EmbeddingStore, ImageEmbedding
-from .errors import BusyError, ImageError, MllamaError, RequestError
+from .errors import BusyError, ImageError, MllamaError, ModelError, RequestError
 from .generate import Reply, ReplyOptions
 from .models import bundled_path
 from .preprocess import ImageSource, TiledImage, preprocess_image
@@ -130,6 +130,11 @@ class Mllama:
         )
         # After the C library has checked the file.
         self._vocab = Vocab(model_path)
+        needed = max(self.hparams.vocab_size, self.image_token_id + 1 if self.hparams.has_vision else 0)
+        if self._vocab.n_tokens < needed:
+            raise ModelError(
+                f"{model_path}: the vocabulary has {self._vocab.n_tokens} tokens, the model needs {needed}"
+            )
         trained = self.hparams.n_ctx_train
         if n_ctx and n_ctx > trained:
             logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
@@ -150,7 +155,7 @@ class Mllama:
             chat_template or self._vocab.chat_template,
             bos=self._vocab.text(self._vocab.bos),
             eos=self._vocab.text(self._vocab.eos),
-            image=self._vocab.text(self.image_token_id),
+            image=self._vocab.text(self.image_token_id) if self.hparams.has_vision else "<|image|>",
         )
 
     @classmethod

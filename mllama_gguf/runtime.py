@@ -335,11 +335,7 @@ class NativeContext:
             callback(text, values.reshape(shape[::-1]))
             return False
 
-        def on_error(_: Any, error: BaseException, __: Any) -> bool:
-            self._callbacks.keep(error)
-            return False
-
-        c_callback = ffi.callback("mllama_tap_callback", on_tensor, error=False, onerror=on_error)
+        c_callback = ffi.callback("mllama_tap_callback", on_tensor, onerror=self._callbacks.on_error)
         lib.mllama_set_tap(self.pointer, c_callback, ffi.NULL)
         try:
             yield

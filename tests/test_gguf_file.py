@@ -81,7 +81,7 @@ def test_every_truncation_is_an_error(made: Path, tmp_path: Path) -> None:
     data = made.read_bytes()
     head = data.index(b"v.q") + 3 + 4 + 16 + 4 + 8
     short = tmp_path / "short.gguf"
-    for length in [*range(0, 300), *range(300, head, 97), head - 1]:
+    for length in [*range(300), *range(300, head, 97), head - 1]:
         short.write_bytes(data[:length])
         with pytest.raises(ModelError, match=r"short\.gguf"):
             read_gguf(short)

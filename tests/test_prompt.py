@@ -78,7 +78,7 @@ def test_runs_join_to_the_prompt_and_follow_the_rules(seed: int) -> None:
 
 
 def test_drop_first_keeps_what_a_run_sees() -> None:
-    assert drop_first(split_runs([1, IMAGE, 2, 3], IMAGE), 3) == [Run((3,), range(0, 1), 1)]
+    assert drop_first(split_runs([1, IMAGE, 2, 3], IMAGE), 3) == [Run((3,), range(1), 1)]
 
 
 def test_common_prefix_counts_a_token_only_with_its_pictures() -> None:
