@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -141,20 +142,30 @@ def declarations(header: str) -> str:
 
 
 def _header() -> Path:
-    for path in (_PACKAGE / "lib" / "mllama.h", _PACKAGE.parent / "native" / "include" / "mllama.h"):
-        if path.is_file():
-            return path
-    raise BackendError(f"mllama.h is missing from the installed package; run: {_REINSTALL}")
+    return _installed("mllama.h", _PACKAGE.parent / "native" / "include" / "mllama.h")
 
 
 def _library() -> Path:
     chosen = os.environ.get("MLLAMA_LIBRARY")
-    path = Path(chosen) if chosen else _PACKAGE / "lib" / _LIBRARY
-    if path.is_file():
-        return path
-    if chosen:
-        raise BackendError(f"MLLAMA_LIBRARY: {path}: no such file")
-    raise BackendError(f"{_LIBRARY} is missing from the installed package; run: {_REINSTALL}")
+    if not chosen:
+        return _installed(_LIBRARY)
+    if not Path(chosen).is_file():
+        raise BackendError(f"MLLAMA_LIBRARY: {chosen}: no such file")
+    return Path(chosen)
+
+
+def _installed(name: str, *others: Path) -> Path:
+    """A file that the build puts into the package; in a source tree that of the installed package, if any."""
+    for path in (_PACKAGE / "lib" / name, *others):
+        if path.is_file():
+            return path
+    try:
+        path = Path(str(distribution("mllama_gguf").locate_file(f"mllama_gguf/lib/{name}")))
+    except PackageNotFoundError:
+        raise BackendError(f"{name} is not built yet; in the source tree run: pip install .") from None
+    if not path.is_file():
+        raise BackendError(f"{name} is missing from the installed package; run: {_REINSTALL}")
+    return path
 
 
 class _Log:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tiny
+
+import mllama_gguf
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,9 @@ class TinyFiles:
 def picture(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]:
     """A noisy picture, uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def elsewhere(**env: str) -> dict[str, Any]:
+    """How to start another Python: outside the source tree, with the package that this one uses."""
+    package = Path(mllama_gguf.__file__).parents[1]
+    return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": str(package), **env}}

@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, elsewhere, picture
 from PIL import Image
 
 from mllama_gguf import (
@@ -541,10 +541,8 @@ def test_a_stream_may_be_left(model: Mllama) -> None:
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=60
+        [sys.executable, "-c", code], **elsewhere(**env), capture_output=True, text=True, timeout=60
     )
 
 

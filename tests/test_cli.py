@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, elsewhere, picture
 from PIL import Image
 
 from mllama_gguf import Mllama
@@ -39,13 +38,13 @@ def one(tiny_files: Files) -> str:
     return str(tiny_files("gqa").one)
 
 
-def process(*args: str, **options: Any) -> subprocess.Popen[str]:
+def process(*args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "mllama_gguf", *args],
+        **elsewhere(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -116,6 +115,7 @@ def test_caption_with_a_seed(photo: str, one: str, capsys: Captured) -> None:
 def test_caption_of_standard_input(photo: str, one: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mllama_gguf", "caption", "-", "-m", one, "-n", "3", "--json"],
+        **elsewhere(),
         input=Path(photo).read_bytes(),
         capture_output=True,
         timeout=60,
@@ -380,7 +380,7 @@ def test_version(capsys: Captured) -> None:
 
 def test_help_is_quick() -> None:
     start = time.monotonic()
-    child = process("--help", env={**os.environ})
+    child = process("--help")
     child.communicate(timeout=30)
     assert child.returncode == 0
     assert time.monotonic() - start < 1
