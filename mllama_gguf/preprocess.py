@@ -1,7 +1,10 @@
 """From a picture to the pixels that the vision encoder reads: decode, orient, fit to tiles, normalise.
 
 The result is bit-identical to `MllamaImageProcessor` of transformers 4.52.4 (the Pillow one) given the same
-picture. Where that processor has no useful behaviour of its own:
+picture and the same Pillow. (Pillow's resize is integer arithmetic, the same on every machine. But a picture
+that is reduced much more in height than in width comes out a level different here and there between Pillow
+12.1, 12.2 and 13, which run its two passes in another order.) Where that processor has no useful behaviour of
+its own:
 
 - EXIF orientation is applied to every picture that has one, PIL images included; the processor ignores it.
 - 16-bit grey (`I;16` and its byte orders) is scaled, round(v / 257); the processor clips it to 255, which
@@ -321,7 +324,7 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
         )
         raise ImageError(f"{found}: {wanted}{hint}")
     _check_size((array.shape[1], array.shape[0]), found, max_pixels)
-    return Image.fromarray(np.ascontiguousarray(array))
+    return Image.fromarray(array)
 
 
 def _parse_data_uri(uri: str) -> tuple[str, bytes]:

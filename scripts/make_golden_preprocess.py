@@ -2,6 +2,10 @@
 
     pip install '.[parity]' && python scripts/make_golden_preprocess.py
 
+Pillow's resize is not the same in all versions, so run it once for each that matters (for another Pillow than
+the installed one: `pip install --target DIR --no-deps pillow==VERSION`, then with PYTHONPATH=DIR). A run adds
+its Pillow's hashes to those in the file; delete the file to begin anew.
+
 The pictures are formulas (tests/preprocess_cases.py), so the file holds sizes and hashes only. Nothing of
 this package's own preprocessing is used.
 """
@@ -38,7 +42,18 @@ def readable(mode: str, image: Image.Image) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
+def key(case: dict[str, Any]) -> tuple[Any, ...]:
+    return case["mode"], *case["size"], case["tile_size"], case["max_tiles"]
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(".")[:3])
+
+
 def main() -> None:
+    old: dict[str, Any] = {"made": {"pillow": []}, "cases": []}
+    if TARGET.exists():
+        old = json.loads(TARGET.read_text())
     cases: list[dict[str, Any]] = []
     for mode, width, height, tile_size, max_tiles in golden_cases():
         processor = MllamaImageProcessor(
@@ -61,13 +76,28 @@ def main() -> None:
                 "sha256": hashlib.sha256(pixels.astype("<f4").tobytes()).hexdigest(),
             }
         )
+    pillows = old["made"]["pillow"]
+    known: list[dict[str, str]] = [{} for _ in cases]
+    if [key(c) for c in old["cases"]] == [key(c) for c in cases]:
+        for case, hashes in zip(old["cases"], known, strict=True):
+            stored = case["sha256"]
+            hashes.update(
+                zip(pillows, [stored] * len(pillows) if isinstance(stored, str) else stored, strict=True)
+            )
+    else:
+        pillows = []
+    pillows = sorted({*pillows, PIL.__version__}, key=version)
+    for case, hashes in zip(cases, known, strict=True):
+        hashes[PIL.__version__] = case["sha256"]
+        if len(set(hashes.values())) > 1:
+            case["sha256"] = [hashes[p] for p in pillows]
     made = {
         "script": "scripts/make_golden_preprocess.py",
         "reference": "transformers MllamaImageProcessor",
         "transformers": transformers.__version__,
-        "pillow": PIL.__version__,
+        "pillow": pillows,
         "numpy": np.__version__,
-        "sha256 of": "pixel_values[0, 0], float32 little-endian, C order",
+        "sha256 of": "pixel_values[0, 0], float32 little-endian, C order; a list: one for each Pillow",
     }
     lines = ",\n".join("  " + json.dumps(case) for case in cases)
     TARGET.parent.mkdir(parents=True, exist_ok=True)

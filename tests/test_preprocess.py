@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageFile
@@ -94,6 +95,19 @@ def test_golden_file_holds_every_case() -> None:
     } == set(range(1, 9))
 
 
+def golden_hash(case: dict[str, Any]) -> str:
+    """The hash for the installed Pillow: that of the newest Pillow in the file which is not newer."""
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in text.split(".")[:2])
+
+    if isinstance(case["sha256"], str):
+        return case["sha256"]
+    index = sum(version(p) <= version(PIL.__version__) for p in GOLDEN["made"]["pillow"]) - 1
+    hashes: list[str] = case["sha256"]
+    return hashes[max(index, 0)]
+
+
 @pytest.mark.parametrize(
     "case",
     GOLDEN["cases"],
@@ -104,7 +118,7 @@ def test_golden(case: dict[str, Any]) -> None:
     tiled = preprocess_image(image, tile_size=case["tile_size"], max_tiles=case["max_tiles"])
     assert tiled.image_size == tuple(case["size"])
     assert (tiled.n_tiles, tiled.aspect_ratio_id) == (case["n_tiles"], case["aspect_ratio_id"])
-    assert tiled.sha256 == case["sha256"]
+    assert tiled.sha256 == golden_hash(case)
 
 
 def test_tiled_image_fields() -> None:
@@ -450,7 +464,8 @@ def test_unknown_orientation_is_ignored(orientation: int) -> None:
 )
 def test_damaged_exif_is_ignored(junk: bytes) -> None:
     picture = Image.new("RGB", (16, 8), "red")
-    assert load_image(encode(picture, "JPEG", exif=junk)).size == (16, 8)
+    for format in ("JPEG", "PNG"):
+        assert load_image(encode(picture, format, exif=junk)).size == (16, 8), format
 
 
 # --- what is wrong with a picture -----------------------------------------------------------------
