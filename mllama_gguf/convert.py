@@ -419,15 +419,17 @@ def convert(
     single_file: bool = False,
     type: FloatType = "bf16",
     vision_type: FloatType | None = None,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Convert a Hugging Face checkpoint directory to GGUF and return the files written.
 
     The text goes to ``out`` and the vision part to ``mmproj``, by default ``<out without .gguf>-mmproj.gguf``
     beside it; with ``single_file`` all goes to ``out``. ``type`` is the type of the text matrices,
-    ``vision_type`` (as ``type`` if not given) that of the vision matrices. ``progress(done, total)`` is
-    called with bytes written. Files appear under their names only when all are complete. Raises `ModelError`
-    for a checkpoint that is damaged or not supported, `MllamaError` when the output cannot be written.
+    ``vision_type`` (as ``type`` if not given) that of the vision matrices. ``name`` is the model's name, by
+    default that of the directory. ``progress(done, total)`` is called with bytes written. Files appear under
+    their names only when all are complete. Raises `ModelError` for a checkpoint that is damaged or not
+    supported, `MllamaError` when the output cannot be written.
     """
     vision_type = type if vision_type is None else vision_type
     for given in (type, vision_type):
@@ -450,7 +452,7 @@ def convert(
     check_preprocessor(checkpoint, shape)
     tokenizer = read_tokenizer(checkpoint, shape)
     tensors = plan(checkpoint, shape, type, vision_type)
-    name = Path(os.path.abspath(hf_dir)).name
+    name = name or Path(os.path.abspath(hf_dir)).name
 
     total, done = sum(t.n_bytes for t in tensors), 0
     _check_outputs(layout, tensors)

@@ -95,6 +95,12 @@ def test_two_files_split_one_file(checkpoint: Path, tmp_path: Path) -> None:
         assert file.keys["mllama.converter"].startswith("mllama_gguf ")
 
 
+def test_name(checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "m.gguf", name="My model")
+    assert File(tmp_path / "m.gguf").keys["general.name"] == "My model"
+    assert File(tmp_path / "m-mmproj.gguf").keys["general.name"] == "My model"
+
+
 def test_default_name_of_the_projector_file(checkpoint: Path, tmp_path: Path) -> None:
     assert convert(checkpoint, tmp_path / "m.gguf") == [tmp_path / "m.gguf", tmp_path / "m-mmproj.gguf"]
 
