@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from evaluate import names_right
 from icons import HELD_OUT_FAMILY, THINGS, TRAIN_FAMILIES, Icons, load_icons
 from model import CONFIG, DemoModel
 from PIL import Image
@@ -257,18 +258,6 @@ class Evaluation:
                 named += names_right(reply, placed)
                 pairs.append((wanted, reply))
         return named / len(pairs), full / len(pairs), pairs
-
-
-def names_right(reply: str, placed: list[Placed]) -> bool:
-    """Whether the reply names the things in their order, whatever their colours."""
-    parts = reply.replace(" to the left of ", "|").replace(" above ", "|").split("|")
-    if len(parts) != len(placed):
-        return False
-    for part, p in zip(parts, placed):
-        thing = THINGS[p.thing]
-        if part not in {thing.phrase(c) for c in (None, *COLOUR_NAMES)}:
-            return False
-    return True
 
 
 class Heads(nn.Module):
