@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 import click
 import numpy as np
 
-from .errors import MllamaError
+from .errors import MllamaError, ModelError
 from .preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
 
 FIRST_VALUES = 10
+MOST_TILE_SIZE, MOST_TILES = 4096, 64  # beyond any model, within memory
 
 
 @click.command(
@@ -24,7 +25,7 @@ FIRST_VALUES = 10
     epilog="\b\nExamples:\n"
     "  mllama preprocess cat.jpg\n"
     "  mllama preprocess --json *.png | jq .sha256\n"
-    "  mllama preprocess cat.jpg --out cat.npy --png tiles/",
+    "  mllama preprocess cat.jpg -m mmproj.gguf --out cat.npy --png tiles/",
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
@@ -42,20 +43,28 @@ FIRST_VALUES = 10
 )
 @click.option(
     "--tile-size",
-    type=click.IntRange(1, 4096),
-    default=TILE_SIZE,
-    show_default=True,
-    help="Side of a tile in pixels (the model's image_size).",
+    type=click.IntRange(1, MOST_TILE_SIZE),
+    help=f"Side of a tile in pixels.  [default: the model's, or {TILE_SIZE}]",
 )
 @click.option(
     "--max-tiles",
-    type=click.IntRange(1, 64),
-    default=MAX_TILES,
-    show_default=True,
-    help="Most tiles for a picture (the model's max_num_tiles).",
+    type=click.IntRange(1, MOST_TILES),
+    help=f"Most tiles for a picture.  [default: the model's, or {MAX_TILES}]",
+)
+@click.option(
+    "-m",
+    "--model",
+    metavar="NAME|PATH",
+    help="Take both from a model: the GGUF file that holds the vision encoder, or a bundled model's name.",
 )
 def preprocess_command(
-    images: tuple[str, ...], as_json: bool, out: Path | None, png: Path | None, tile_size: int, max_tiles: int
+    images: tuple[str, ...],
+    as_json: bool,
+    out: Path | None,
+    png: Path | None,
+    tile_size: int | None,
+    max_tiles: int | None,
+    model: str | None,
 ) -> None:
     """Show what the vision encoder gets of each IMAGE (a file or a data URI).
 
@@ -64,6 +73,11 @@ def preprocess_command(
     """
     if out and len(images) > 1:
         raise click.UsageError("--out takes one picture; run the command once for each")
+    try:
+        sizes = _sizes_of(model) if model else (TILE_SIZE, MAX_TILES)
+    except MllamaError as e:
+        raise click.ClickException(str(e)) from e
+    tile_size, max_tiles = tile_size or sizes[0], max_tiles or sizes[1]
     used_names: set[str] = set()
     for index, image in enumerate(images):
         try:
@@ -81,6 +95,23 @@ def preprocess_command(
             if index:
                 click.echo()
             _print(shown, tiled)
+
+
+def _sizes_of(model: str) -> tuple[int, int]:
+    """(tile size, most tiles) of a model. Raises ModelError."""
+    from .gguf_file import read_gguf
+    from .models import model_path
+
+    file = read_gguf(model_path(model))
+    found = [file.keys.get(f"mllama.vision.{key}") for key in ("image_size", "max_num_tiles")]
+    if found == [None, None]:
+        raise ModelError(f"{file.path}: holds no vision encoder of an mllama model; give its mmproj file")
+    tile_size, max_tiles = found
+    if not (isinstance(tile_size, int) and isinstance(max_tiles, int)) or not (
+        1 <= tile_size <= MOST_TILE_SIZE and 1 <= max_tiles <= MOST_TILES
+    ):
+        raise ModelError(f"{file.path}: unusable image_size {tile_size!r} or max_num_tiles {max_tiles!r}")
+    return tile_size, max_tiles
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

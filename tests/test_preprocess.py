@@ -734,3 +734,38 @@ def test_a_failed_write_leaves_the_old_file(
     result = run(picture_file, "--out", out)
     assert result.exit_code == 1 and "No space left" in result.stderr
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+
+
+def gguf_head(**keys: int) -> bytes:
+    """A GGUF of keys only, all uint32."""
+
+    def text(words: str) -> bytes:
+        return struct.pack("<Q", len(words)) + words.encode()
+
+    pairs = b"".join(text(f"mllama.vision.{k}") + struct.pack("<II", 4, v) for k, v in keys.items())
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + pairs
+
+
+def test_command_takes_the_sizes_from_a_model(picture_file: Path, tmp_path: Path) -> None:
+    model = tmp_path / "mmproj.gguf"
+    model.write_bytes(gguf_head(image_size=84, max_num_tiles=3))
+    for options, shape in (
+        ([], [3, 3, 84, 84]),
+        (["--max-tiles", 2], [2, 3, 84, 84]),
+        (["--tile-size", 20], [3, 3, 20, 20]),
+    ):
+        result = run(picture_file, "--json", "-m", model, *options)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["shape"] == shape
+    for data, words in (
+        (gguf_head(block_count=3), "holds no vision encoder"),
+        (gguf_head(image_size=84), "max_num_tiles None"),
+        (gguf_head(image_size=0, max_num_tiles=4), "image_size 0"),
+        (gguf_head(image_size=84, max_num_tiles=4)[:-3], "truncated"),
+        (b"not a model", "not a GGUF file"),
+    ):
+        model.write_bytes(data)
+        result = run(picture_file, "-m", model)
+        assert result.exit_code == 1 and words in result.stderr, (words, result.output)
+        assert result.stderr.startswith(f"Error: {model}: ") and len(result.stderr.splitlines()) == 1
+    assert run(picture_file, "-m", tmp_path / "none.gguf").exit_code == 1
