@@ -1,0 +1,228 @@
+// libmllama: Llama 3.2 Vision ("mllama") inference over ggml.
+//
+// Usage:
+//
+//     mllama_model_params mp = mllama_model_default_params();
+//     mllama_model * model = NULL;
+//     if (mllama_model_load("text.gguf", "mmproj.gguf", &mp, &model) != MLLAMA_OK) die(mllama_last_error());
+//
+//     mllama_context_params cp = mllama_context_default_params();
+//     mllama_context * ctx = NULL;
+//     mllama_context_new(model, &cp, &ctx);
+//
+//     mllama_encode(ctx, pixels, n_tiles, aspect_ratio_id, states);                     // picture -> states
+//     mllama_image_fill(ctx, 1, &states_ptr, &n_tiles, &slot);                          // states -> cross-attention cache
+//     mllama_decode(ctx, tokens, n_tokens, slot, 1, MLLAMA_LOGITS_LAST, logits, cap);   // tokens -> logits
+//
+// Every function that can fail returns a status; the words are in mllama_last_error() of the same thread.
+// A model is read-only and may be shared by contexts of several threads; a context belongs to one thread at a time.
+// This header is also what Python reads (cffi, ABI mode): plain C declarations only; lines that start with '#' are skipped.
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#pragma GCC visibility push(default)
+
+typedef enum mllama_status {
+    MLLAMA_OK               =  0,
+    MLLAMA_ERR_ARGUMENT     = -1, // the caller's mistake: an argument out of range
+    MLLAMA_ERR_FILE         = -2, // a model file that cannot be read or is not right
+    MLLAMA_ERR_MEMORY       = -3, // host or device memory
+    MLLAMA_ERR_BACKEND      = -4, // a device failed, or ggml does not match
+    MLLAMA_ERR_CONTEXT_FULL = -5, // the tokens do not fit n_ctx
+    MLLAMA_ERR_ABORTED      = -6, // the abort callback said so; the context stays usable
+} mllama_status;
+
+typedef struct mllama_model   mllama_model;
+typedef struct mllama_context mllama_context;
+
+// ---- library ------------------------------------------------------------------------------------------------------
+
+// Words of the last error of the calling thread; valid until its next failing call.
+const char * mllama_last_error(void);
+const char * mllama_version(void);
+const char * mllama_ggml_version_built(void);  // the ggml that this library was compiled against
+const char * mllama_ggml_version_loaded(void); // the ggml that the process has loaded
+
+// level: ggml_log_level (1 debug, 2 info, 3 warn, 4 error, 5 continued line). text is valid during the call only.
+typedef void (*mllama_log_callback)(int32_t level, const char * text, void * user_data);
+void mllama_log_set(mllama_log_callback callback, void * user_data); // NULL: stderr, warnings and errors
+
+// ---- devices ------------------------------------------------------------------------------------------------------
+
+typedef enum mllama_device_type {
+    MLLAMA_DEVICE_CPU = 0,
+    MLLAMA_DEVICE_GPU = 1,
+    MLLAMA_DEVICE_IGPU = 2,
+    MLLAMA_DEVICE_ACCEL = 3, // helps the CPU (BLAS, AMX)
+} mllama_device_type;
+
+typedef struct mllama_device_info {
+    const char * name;         // as ggml names it: "CPU", "CUDA0", "Metal"
+    const char * description;
+    int32_t      type;         // mllama_device_type
+    uint64_t     memory_free;  // bytes
+    uint64_t     memory_total; // bytes
+} mllama_device_info;
+
+int32_t       mllama_device_count(void);
+mllama_status mllama_device_get(int32_t index, mllama_device_info * info);
+
+// ---- model --------------------------------------------------------------------------------------------------------
+
+typedef enum mllama_phase {
+    MLLAMA_PHASE_LOAD   = 0, // done/total in bytes
+    MLLAMA_PHASE_ENCODE = 1, // done/total in graph nodes
+    MLLAMA_PHASE_PROMPT = 2, // done/total in tokens
+} mllama_phase;
+
+typedef void (*mllama_progress_callback)(int32_t phase, int64_t done, int64_t total, void * user_data);
+// Called on the calling thread at most every 50 ms while a function works; true stops it with MLLAMA_ERR_ABORTED.
+typedef bool (*mllama_abort_callback)(void * user_data);
+
+typedef struct mllama_model_params {
+    int32_t         n_gpu_layers;  // the last N of block_count + 1 (the output counts as one); -1: all
+    int32_t         vision_device; // index in mllama_device_get; -1: with the text's layers (first GPU if any is offloaded); -2: CPU
+    const int32_t * devices;       // device indices to offload to; NULL: every GPU
+    int32_t         n_devices;
+    const float *   tensor_split;  // share of each device, n_devices long; NULL: by free memory
+    bool            use_mmap;
+    bool            allow_quantized_vision;
+    bool            check_only;    // read and validate everything, load no weights (mllama info)
+    mllama_progress_callback progress;
+    mllama_abort_callback    abort;
+    void *                   user_data;
+} mllama_model_params;
+
+typedef struct mllama_hparams {
+    // text
+    int32_t n_layer;
+    int32_t n_ctx_train;
+    int32_t n_embd;
+    int32_t n_ff;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t head_dim;
+    int32_t rope_dim;
+    float   rope_freq_base;
+    float   rms_eps;
+    int32_t vocab_size;     // logits a token
+    int32_t n_token_embd;   // rows of the embedding: the image token has one, and no logit
+    int32_t image_token_id;
+    int32_t n_cross_layers;
+    // vision; all 0 when the model has no projector
+    int32_t n_vision_layer;
+    int32_t n_vision_global_layer;
+    int32_t vision_embd;
+    int32_t vision_ff;
+    int32_t vision_head;
+    float   vision_eps;
+    int32_t image_size;     // pixels, side of a tile
+    int32_t patch_size;
+    int32_t max_tiles;
+    int32_t n_positions;        // P: patches + 1
+    int32_t n_positions_padded; // PP: P rounded up to a multiple of 8
+    int32_t n_aspect_ratios;    // aspect_ratio_id runs from 1 to this
+    int32_t n_intermediate;
+} mllama_hparams;
+
+mllama_model_params mllama_model_default_params(void);
+
+// mmproj_path: NULL when text_path holds both, or for text only. On success *model is the caller's.
+mllama_status mllama_model_load(const char * text_path, const char * mmproj_path, const mllama_model_params * params,
+                                mllama_model ** model);
+// Contexts made from the model must be freed first.
+void                   mllama_model_free(mllama_model * model);
+const mllama_hparams * mllama_model_hparams(const mllama_model * model);
+// n_cross_layers layer indices, ascending.
+const int32_t *        mllama_model_cross_layers(const mllama_model * model);
+uint64_t               mllama_model_size(const mllama_model * model); // bytes of all weights
+
+typedef struct mllama_tensor_info {
+    const char * name;     // as in the file
+    const char * type;     // "f16", "q4_K", ...
+    int64_t      ne[4];    // fastest first
+    uint64_t     n_bytes;
+    const char * device;   // where it was put
+    bool         is_vision;
+} mllama_tensor_info;
+
+int32_t       mllama_model_n_tensors(const mllama_model * model);
+mllama_status mllama_model_tensor(const mllama_model * model, int32_t index, mllama_tensor_info * info);
+
+// ---- context ------------------------------------------------------------------------------------------------------
+
+typedef enum mllama_kv_type {
+    MLLAMA_KV_F32  = 0,
+    MLLAMA_KV_F16  = 1,
+    MLLAMA_KV_Q8_0 = 8, // self-attention only; cross-attention then uses F16. V needs flash_attn
+} mllama_kv_type;
+
+typedef struct mllama_context_params {
+    int32_t n_ctx;     // tokens; 0: what the model was trained with
+    int32_t n_batch;   // most tokens computed at once
+    int32_t n_threads; // CPU threads; 0: ggml's default
+    int32_t type_k;    // mllama_kv_type
+    int32_t type_v;
+    bool    flash_attn;
+    mllama_progress_callback progress;
+    mllama_abort_callback    abort;
+    void *                   user_data;
+} mllama_context_params;
+
+mllama_context_params mllama_context_default_params(void);
+mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** ctx);
+void          mllama_context_free(mllama_context * ctx);
+int32_t       mllama_n_ctx(const mllama_context * ctx);
+void          mllama_set_n_threads(mllama_context * ctx, int32_t n_threads);
+
+typedef struct mllama_memory {
+    uint64_t self_kv;  // bytes of the self-attention cache
+    uint64_t cross_kv; // bytes of all filled image slots
+    uint64_t compute;  // bytes of the text compute buffers
+} mllama_memory;
+void          mllama_memory_usage(const mllama_context * ctx, mllama_memory * memory);
+
+// Picture -> cross_attention_states.
+//   pixels  [n_tiles, 3, image_size, image_size] float32, normalised; only the used tiles
+//   states  [n_tiles, n_positions, n_embd] float32, written
+mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id,
+                            float * states);
+
+// Fills a new slot of the cross-attention cache with one image, or with several directly adjacent ones, which later text
+// sees together. states[i] is [n_tiles[i], n_positions, n_embd]. *slot >= 0 names it from then on.
+mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states,
+                                const int32_t * n_tiles, int32_t * slot);
+mllama_status mllama_image_free(mllama_context * ctx, int32_t slot);
+
+typedef enum mllama_logits {
+    MLLAMA_LOGITS_NONE = 0,
+    MLLAMA_LOGITS_LAST = 1,
+    MLLAMA_LOGITS_ALL  = 2,
+} mllama_logits;
+
+// Appends tokens to the conversation. All of them see the first n_visible images of the slot; slot -1: no image yet,
+// the cross-attention layers are left out. logits: [1 or n_tokens, vocab_size] float32, or NULL with MLLAMA_LOGITS_NONE.
+// logits_capacity is its size in floats. After an error the cache holds what it held before the call.
+mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot,
+                            int32_t n_visible, int32_t logits_mode, float * logits, int64_t logits_capacity);
+
+int32_t       mllama_n_past(const mllama_context * ctx);                    // tokens in the self-attention cache
+mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past);        // keep the first n_past tokens
+void          mllama_clear(mllama_context * ctx);                           // forget tokens and images
+
+// Shows any named intermediate tensor as float32 right after it is computed. Called first with data NULL: true asks for
+// the values, which then come in a second call (ne: shape, fastest first), whose result is ignored.
+typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);
+void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data); // NULL: off
+
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif

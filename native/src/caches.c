@@ -1,0 +1,99 @@
+#include "caches.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+// k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device.
+static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool cross, int64_t rows, enum ggml_type type_k,
+                              enum ggml_type type_v) {
+    const mllama_hparams * p       = &model->hp.pub;
+    const int64_t          n_embd  = (int64_t) p->head_dim * p->n_head_kv;
+    const size_t           n_layer = (size_t) p->n_layer;
+    memset(cache, 0, sizeof(*cache));
+    cache->k = calloc(n_layer, sizeof(*cache->k));
+    cache->v = calloc(n_layer, sizeof(*cache->v));
+    if (!cache->k || !cache->v) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    for (int32_t d = -1; d < model->plan.n_gpus; d++) {
+        ggml_backend_dev_t      device = d < 0 ? model->plan.cpu : model->plan.gpus[d];
+        struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (2 * n_layer + 1), .no_alloc = true };
+        struct ggml_context *   ctx    = ggml_init(params);
+        if (!ctx) {
+            return fail(MLLAMA_ERR_MEMORY, "out of memory");
+        }
+        cache->contexts[cache->n_buffers++] = ctx;
+        uint64_t size = 0;
+        for (int32_t il = 0; il < p->n_layer; il++) {
+            if (model->layers[il].is_cross != cross || model->plan.layers[il] != device) {
+                continue;
+            }
+            cache->k[il] = ggml_new_tensor_2d(ctx, type_k, n_embd, rows);
+            cache->v[il] = ggml_new_tensor_2d(ctx, type_v, n_embd, rows);
+            ggml_format_name(cache->k[il], "%scache_k.%d", cross ? "cross_" : "", il);
+            ggml_format_name(cache->v[il], "%scache_v.%d", cross ? "cross_" : "", il);
+            size += ggml_nbytes(cache->k[il]) + ggml_nbytes(cache->v[il]);
+        }
+        if (size == 0) {
+            continue;
+        }
+        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
+        if (!buffer) {
+            return fail(MLLAMA_ERR_MEMORY, "device %s has no room for a %s cache of %llu MiB; %s", ggml_backend_dev_name(device),
+                        cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
+                        cross ? "use fewer images" : "lower n_ctx");
+        }
+        // A masked row still enters a product with weight 0, so it must hold numbers.
+        ggml_backend_buffer_clear(buffer, 0);
+        cache->buffers[cache->n_buffers - 1] = buffer;
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, int32_t n_ctx, enum ggml_type type_k, enum ggml_type type_v) {
+    return allocate(cache, model, false, n_ctx, type_k, type_v);
+}
+
+void kv_cache_free(kv_cache * cache) {
+    for (int32_t i = 0; i < cache->n_buffers; i++) {
+        ggml_backend_buffer_free(cache->buffers[i]);
+        ggml_free(cache->contexts[i]);
+    }
+    free(cache->k);
+    free(cache->v);
+    memset(cache, 0, sizeof(*cache));
+}
+
+uint64_t kv_cache_size(const kv_cache * cache) {
+    uint64_t size = 0;
+    for (int32_t i = 0; i < cache->n_buffers; i++) {
+        size += cache->buffers[i] ? ggml_backend_buffer_get_size(cache->buffers[i]) : 0;
+    }
+    return size;
+}
+
+mllama_status image_slot_init(image_slot * slot, const mllama_model * model, int32_t n_images, const int32_t * n_tiles,
+                              enum ggml_type type_k, enum ggml_type type_v) {
+    slot->used    = true;
+    slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));
+    if (!slot->row_end) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    slot->n_images = n_images;
+    int32_t rows   = 0;
+    for (int32_t i = 0; i < n_images; i++) {
+        rows += n_tiles[i] * model->hp.pub.n_positions;
+        slot->row_end[i] = rows;
+    }
+    return allocate(&slot->kv, model, true, rows, type_k, type_v);
+}
+
+void image_slot_free(image_slot * slot) {
+    if (!slot->used) {
+        return;
+    }
+    kv_cache_free(&slot->kv);
+    free(slot->row_end);
+    slot->row_end = NULL;
+    slot->used    = false;
+}

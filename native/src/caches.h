@@ -1,0 +1,30 @@
+// The two key/value caches of a conversation: self-attention (all tokens) and cross-attention (one slot an image group).
+#pragma once
+
+#include "model.h"
+
+typedef struct kv_cache {
+    struct ggml_tensor **   k; // [n_layer]: [head_dim * n_head_kv, n_ctx], NULL in cross-attention layers
+    struct ggml_tensor **   v;
+    struct ggml_context *   contexts[MAX_DEVICES + 1]; // one for each device
+    ggml_backend_buffer_t   buffers[MAX_DEVICES + 1];
+    int32_t                 n_buffers;
+} kv_cache;
+
+mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, int32_t n_ctx, enum ggml_type type_k, enum ggml_type type_v);
+void          kv_cache_free(kv_cache * cache);
+uint64_t      kv_cache_size(const kv_cache * cache);
+
+// One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
+// sees, the first n images, is one view.
+typedef struct image_slot {
+    bool      used;
+    uint64_t  generation; // differs between two fillings of one slot
+    int32_t   n_images;
+    int32_t * row_end;    // [n_images] rows of the images up to and including this one
+    kv_cache  kv;         // [n_layer], set in cross-attention layers only
+} image_slot;
+
+mllama_status image_slot_init(image_slot * slot, const mllama_model * model, int32_t n_images, const int32_t * n_tiles,
+                              enum ggml_type type_k, enum ggml_type type_v);
+void          image_slot_free(image_slot * slot);

@@ -1,0 +1,600 @@
+// A conversation: its backends, its caches, and the running of graphs on them.
+#include "text_graph.h"
+#include "vision_graph.h"
+#include "weights.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+    MAX_BACKENDS = MAX_DEVICES + 4,
+    KV_STEP      = 256,   // the attended part of the cache grows in such steps, so that a graph serves many tokens
+    ABORT_EVERY  = 50000, // microseconds between two looks at the caller's abort callback
+};
+
+struct mllama_context {
+    const mllama_model *  model;
+    mllama_context_params params;
+    enum ggml_type        type_k, type_v;             // self-attention
+    enum ggml_type        cross_type_k, cross_type_v;
+
+    ggml_backend_t        backends[MAX_BACKENDS];     // the CPU is the last
+    int32_t               n_backends;
+    ggml_backend_sched_t  sched;                      // for text graphs; keeps the last one allocated
+    text_graph            text;
+
+    kv_cache              cache;
+    int32_t               n_past;
+    image_slot *          slots;
+    int32_t               n_slots;
+    uint64_t              generation;
+
+    // of the call that runs
+    bool                  aborted;
+    int64_t               looked_at;                  // when the abort callback was last asked, microseconds
+    int32_t               phase;
+    int64_t               nodes_done, nodes_total;    // progress of an encode
+
+    mllama_tap_callback   tap;
+    void *                tap_user_data;
+    float *               tap_values;
+    size_t                tap_capacity;
+};
+
+// ---- aborting, progress, taps -------------------------------------------------------------------------------------
+
+static void report(const mllama_context * ctx, int32_t phase, int64_t done, int64_t total) {
+    if (ctx->params.progress) {
+        ctx->params.progress(phase, done, total, ctx->params.user_data);
+    }
+}
+
+// ggml's CPU backend asks this before every node, on the calling thread.
+static bool should_abort(void * user_data) {
+    mllama_context * ctx = user_data;
+    ctx->nodes_done++;
+    if (ctx->aborted) {
+        return true;
+    }
+    const int64_t now = ggml_time_us();
+    if (now - ctx->looked_at < ABORT_EVERY) {
+        return false;
+    }
+    ctx->looked_at = now;
+    if (ctx->phase == MLLAMA_PHASE_ENCODE && ctx->nodes_total > 0) {
+        const int64_t done = ctx->nodes_done < ctx->nodes_total ? ctx->nodes_done : ctx->nodes_total;
+        report(ctx, MLLAMA_PHASE_ENCODE, done, ctx->nodes_total);
+    }
+    ctx->aborted = ctx->params.abort && ctx->params.abort(ctx->params.user_data);
+    return ctx->aborted;
+}
+
+static void begin(mllama_context * ctx, int32_t phase) {
+    ctx->aborted    = false;
+    ctx->looked_at  = ggml_time_us();
+    ctx->phase      = phase;
+    ctx->nodes_done = ctx->nodes_total = 0;
+}
+
+static void to_floats(const struct ggml_tensor * t, const char * raw, float * out) {
+    const ggml_to_float_t to_float = ggml_get_type_traits(t->type)->to_float;
+    for (int64_t i3 = 0; i3 < t->ne[3]; i3++) {
+        for (int64_t i2 = 0; i2 < t->ne[2]; i2++) {
+            for (int64_t i1 = 0; i1 < t->ne[1]; i1++, out += t->ne[0]) {
+                const char * row = raw + (size_t) i1 * t->nb[1] + (size_t) i2 * t->nb[2] + (size_t) i3 * t->nb[3];
+                if (t->type != GGML_TYPE_F32) {
+                    to_float(row, out, t->ne[0]);
+                    continue;
+                }
+                for (int64_t i0 = 0; i0 < t->ne[0]; i0++) {
+                    memcpy(out + i0, row + (size_t) i0 * t->nb[0], sizeof(float));
+                }
+            }
+        }
+    }
+}
+
+static bool show_tensor(struct ggml_tensor * t, bool ask, void * user_data) {
+    mllama_context * ctx = user_data;
+    if (ask) {
+        const bool readable = t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float;
+        return readable && ctx->tap(t->name, t->ne, NULL, ctx->tap_user_data);
+    }
+    const size_t raw_size = ggml_nbytes(t), n = (size_t) ggml_nelements(t), need = n * sizeof(float) + raw_size;
+    if (need > ctx->tap_capacity) {
+        float * values = realloc(ctx->tap_values, need);
+        if (!values) {
+            return true;
+        }
+        ctx->tap_values   = values;
+        ctx->tap_capacity = need;
+    }
+    char * raw = (char *) (ctx->tap_values + n);
+    ggml_backend_tensor_get(t, raw, 0, raw_size);
+    to_floats(t, raw, ctx->tap_values);
+    ctx->tap(t->name, t->ne, ctx->tap_values, ctx->tap_user_data);
+    return true;
+}
+
+void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data) {
+    ctx->tap           = callback;
+    ctx->tap_user_data = user_data;
+    if (ctx->sched) {
+        ggml_backend_sched_set_eval_callback(ctx->sched, callback ? show_tensor : NULL, ctx);
+    }
+}
+
+// ---- running a graph ----------------------------------------------------------------------------------------------
+
+static mllama_status new_sched(mllama_context * ctx, size_t n_nodes, ggml_backend_sched_t * sched) {
+    *sched = ggml_backend_sched_new(ctx->backends, NULL, ctx->n_backends, n_nodes, false, false);
+    if (!*sched) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    if (ctx->tap) {
+        ggml_backend_sched_set_eval_callback(*sched, show_tensor, ctx);
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status alloc_graph(ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what, const char * remedy) {
+    ggml_backend_sched_reset(sched);
+    log_forget();
+    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+        return fail(MLLAMA_ERR_MEMORY, "no room for the compute buffers of %s; %s", what, remedy);
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what) {
+    log_forget();
+    const enum ggml_status status = ggml_backend_sched_graph_compute(sched, gf);
+    if (ctx->aborted || status == GGML_STATUS_ABORTED) {
+        return fail(MLLAMA_ERR_ABORTED, "%s was stopped", what);
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        return fail(MLLAMA_ERR_BACKEND, "%s failed: %s%s%s", what, ggml_status_to_string(status), log_last_error()[0] ? ": " : "",
+                    log_last_error());
+    }
+    return MLLAMA_OK;
+}
+
+// ---- context ------------------------------------------------------------------------------------------------------
+
+mllama_context_params mllama_context_default_params(void) {
+    return (mllama_context_params) { .n_ctx = 4096, .n_batch = 512, .type_k = MLLAMA_KV_F16, .type_v = MLLAMA_KV_F16, .flash_attn = true };
+}
+
+static mllama_status ggml_type_of(int32_t kv_type, enum ggml_type * type) {
+    switch (kv_type) {
+        case MLLAMA_KV_F32:  *type = GGML_TYPE_F32; return MLLAMA_OK;
+        case MLLAMA_KV_F16:  *type = GGML_TYPE_F16; return MLLAMA_OK;
+        case MLLAMA_KV_Q8_0: *type = GGML_TYPE_Q8_0; return MLLAMA_OK;
+        default: return fail(MLLAMA_ERR_ARGUMENT, "%d is not a cache type: F32, F16 or Q8_0", kv_type);
+    }
+}
+
+static mllama_status add_backend(mllama_context * ctx, ggml_backend_dev_t device) {
+    if (ctx->n_backends == MAX_BACKENDS) {
+        return fail(MLLAMA_ERR_BACKEND, "too many devices");
+    }
+    ggml_backend_t backend = ggml_backend_dev_init(device, NULL);
+    if (!backend) {
+        return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started", ggml_backend_dev_name(device));
+    }
+    ctx->backends[ctx->n_backends++] = backend;
+
+    const ggml_backend_reg_t                reg       = ggml_backend_dev_backend_reg(device);
+    const ggml_backend_set_abort_callback_t set_abort =
+        (ggml_backend_set_abort_callback_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_abort_callback");
+    if (set_abort) {
+        set_abort(backend, should_abort, ctx);
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status check_params(mllama_context * ctx) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    TRY(ggml_type_of(ctx->params.type_k, &ctx->type_k));
+    TRY(ggml_type_of(ctx->params.type_v, &ctx->type_v));
+    ctx->cross_type_k = ggml_is_quantized(ctx->type_k) ? GGML_TYPE_F16 : ctx->type_k;
+    ctx->cross_type_v = ggml_is_quantized(ctx->type_v) ? GGML_TYPE_F16 : ctx->type_v;
+    if (ctx->params.n_ctx == 0) {
+        ctx->params.n_ctx = p->n_ctx_train;
+    }
+    if (ctx->params.n_ctx < 1 || ctx->params.n_ctx > p->n_ctx_train) {
+        return fail(MLLAMA_ERR_ARGUMENT, "n_ctx is %d; this model takes 1 to %d", ctx->params.n_ctx, p->n_ctx_train);
+    }
+    if (ctx->params.n_batch < 1) {
+        return fail(MLLAMA_ERR_ARGUMENT, "n_batch is %d; it must be at least 1", ctx->params.n_batch);
+    }
+    if (ctx->params.n_batch > ctx->params.n_ctx) {
+        ctx->params.n_batch = ctx->params.n_ctx;
+    }
+    if ((ggml_is_quantized(ctx->type_k) || ggml_is_quantized(ctx->type_v)) && p->head_dim % 32 != 0) {
+        return fail(MLLAMA_ERR_ARGUMENT, "a Q8_0 cache needs heads of a multiple of 32 values, this model's have %d; use F16", p->head_dim);
+    }
+    if (ggml_is_quantized(ctx->type_v) && !ctx->params.flash_attn) {
+        return fail(MLLAMA_ERR_ARGUMENT, "a Q8_0 cache of values needs flash_attn");
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status init(mllama_context * ctx) {
+    const mllama_model * model = ctx->model;
+    TRY(check_params(ctx));
+    if (!model->token_embd) {
+        return fail(MLLAMA_ERR_ARGUMENT, "the model was opened for checking only");
+    }
+    for (int32_t i = 0; i < model->plan.n_gpus; i++) {
+        TRY(add_backend(ctx, model->plan.gpus[i]));
+    }
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        if (device_is_accel(ggml_backend_dev_get(i))) {
+            TRY(add_backend(ctx, ggml_backend_dev_get(i)));
+        }
+    }
+    TRY(add_backend(ctx, model->plan.cpu));
+    mllama_set_n_threads(ctx, ctx->params.n_threads);
+    const size_t n_nodes = 256 + (size_t) model->hp.pub.n_layer * (128 + (size_t) ctx->params.n_batch);
+    TRY(new_sched(ctx, n_nodes, &ctx->sched));
+
+    // what is attended is rounded up, so the cache is too
+    const int32_t rows = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP;
+    return kv_cache_init(&ctx->cache, model, rows, ctx->type_k, ctx->type_v);
+}
+
+mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** out) {
+    if (!model || !params || !out) {
+        return fail(MLLAMA_ERR_ARGUMENT, "mllama_context_new: NULL argument");
+    }
+    *out = NULL;
+    mllama_context * ctx = calloc(1, sizeof(*ctx));
+    if (!ctx) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    ctx->model  = model;
+    ctx->params = *params;
+    const mllama_status status = init(ctx);
+    if (status != MLLAMA_OK) {
+        mllama_context_free(ctx);
+        return status;
+    }
+    *out = ctx;
+    return MLLAMA_OK;
+}
+
+void mllama_context_free(mllama_context * ctx) {
+    if (!ctx) {
+        return;
+    }
+    text_graph_free(&ctx->text);
+    ggml_backend_sched_free(ctx->sched);
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        image_slot_free(&ctx->slots[i]);
+    }
+    free(ctx->slots);
+    if (ctx->cache.k || ctx->cache.n_buffers) {
+        kv_cache_free(&ctx->cache);
+    }
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        ggml_backend_free(ctx->backends[i]);
+    }
+    free(ctx->tap_values);
+    free(ctx);
+}
+
+int32_t mllama_n_ctx(const mllama_context * ctx) {
+    return ctx->params.n_ctx;
+}
+
+void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
+    if (n_threads <= 0) {
+        const long n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+        n_threads = n_cpus > 0 ? (int32_t) n_cpus : 1;
+    }
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx->backends[i]));
+        const ggml_backend_set_n_threads_t set =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+        if (set) {
+            set(ctx->backends[i], n_threads);
+        }
+    }
+}
+
+void mllama_memory_usage(const mllama_context * ctx, mllama_memory * memory) {
+    memory->self_kv  = kv_cache_size(&ctx->cache);
+    memory->cross_kv = 0;
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        memory->cross_kv += ctx->slots[i].used ? kv_cache_size(&ctx->slots[i].kv) : 0;
+    }
+    memory->compute = 0;
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        memory->compute += ggml_backend_sched_get_buffer_size(ctx->sched, ctx->backends[i]);
+    }
+}
+
+// ---- images -------------------------------------------------------------------------------------------------------
+
+static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched, vision_graph * vg, const float * patches,
+                                int32_t aspect_ratio_id, float * states) {
+    TRY(alloc_graph(sched, vg->g.gf, "the vision encoder", "free some memory, or put the encoder on the CPU"));
+    ggml_backend_tensor_set(vg->patches, patches, 0, ggml_nbytes(vg->patches));
+    ggml_backend_tensor_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id));
+    ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
+    TRY(compute(ctx, sched, vg->g.gf, "encoding the image"));
+    report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
+    ggml_backend_tensor_get(vg->states, states, 0, ggml_nbytes(vg->states));
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    if (!hparams_has_vision(&ctx->model->hp)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images; give the mmproj file",
+                    ctx->model->text_file->path);
+    }
+    if (n_tiles < 1 || n_tiles > p->max_tiles) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d tiles; this model takes 1 to %d", n_tiles, p->max_tiles);
+    }
+    if (aspect_ratio_id < 1 || aspect_ratio_id > p->n_aspect_ratios) {
+        return fail(MLLAMA_ERR_ARGUMENT, "aspect_ratio_id %d; this model knows 1 to %d", aspect_ratio_id, p->n_aspect_ratios);
+    }
+    begin(ctx, MLLAMA_PHASE_ENCODE);
+    const size_t tile    = (size_t) (p->n_positions - 1) * (size_t) (p->patch_size * p->patch_size * 3);
+    float *      patches = malloc(tile * (size_t) p->max_tiles * sizeof(float));
+    if (!patches) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    vision_patches(p, pixels, n_tiles, patches);
+
+    // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
+    vision_graph         vg;
+    ggml_backend_sched_t sched  = NULL;
+    mllama_status        status = vision_graph_build(ctx->model, n_tiles, ctx->params.flash_attn, &vg);
+    if (status == MLLAMA_OK) {
+        status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
+    }
+    if (status == MLLAMA_OK) {
+        status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
+    }
+    ggml_backend_sched_free(sched);
+    vision_graph_free(&vg);
+    free(patches);
+    return status;
+}
+
+static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows, const float * states) {
+    fill_graph           fg;
+    ggml_backend_sched_t sched  = NULL;
+    mllama_status        status = fill_graph_build(ctx->model, slot, first, n_rows, &fg);
+    if (status == MLLAMA_OK) {
+        status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
+    }
+    if (status == MLLAMA_OK) {
+        status = alloc_graph(sched, fg.g.gf, "the cross-attention cache", "free some memory");
+    }
+    if (status == MLLAMA_OK) {
+        ggml_backend_tensor_set(fg.states, states, 0, ggml_nbytes(fg.states));
+        status = compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
+    }
+    ggml_backend_sched_free(sched);
+    fill_graph_free(&fg);
+    return status;
+}
+
+static mllama_status free_slot_index(mllama_context * ctx, int32_t * index) {
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        if (!ctx->slots[i].used) {
+            *index = i;
+            return MLLAMA_OK;
+        }
+    }
+    const size_t n     = (size_t) ctx->n_slots + 1;
+    image_slot * slots = realloc(ctx->slots, n * sizeof(*slots));
+    if (!slots) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    ctx->slots = slots;
+    memset(&slots[n - 1], 0, sizeof(*slots));
+    *index = ctx->n_slots++;
+    return MLLAMA_OK;
+}
+
+static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t n_images, const float * const * states,
+                               const int32_t * n_tiles) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    TRY(image_slot_init(slot, ctx->model, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
+    int64_t row = 0;
+    for (int32_t i = 0; i < n_images; i++) {
+        for (int32_t tile = 0; tile < n_tiles[i]; tile++, row += p->n_positions) {
+            TRY(fill_rows(ctx, slot, row, p->n_positions, states[i] + (size_t) tile * (size_t) p->n_positions * (size_t) p->n_embd));
+        }
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states, const int32_t * n_tiles,
+                                int32_t * slot) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    if (!hparams_has_vision(&ctx->model->hp)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images", ctx->model->text_file->path);
+    }
+    if (n_images < 1 || n_images > 4096) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d adjacent images; 1 to 4096 are possible", n_images);
+    }
+    for (int32_t i = 0; i < n_images; i++) {
+        if (n_tiles[i] < 1 || n_tiles[i] > p->max_tiles) {
+            return fail(MLLAMA_ERR_ARGUMENT, "image %d has %d tiles; this model takes 1 to %d", i, n_tiles[i], p->max_tiles);
+        }
+    }
+    begin(ctx, MLLAMA_PHASE_PROMPT);
+    int32_t index = 0;
+    TRY(free_slot_index(ctx, &index));
+    ctx->slots[index].generation = ++ctx->generation;
+    const mllama_status status   = fill_slot(ctx, &ctx->slots[index], n_images, states, n_tiles);
+    if (status != MLLAMA_OK) {
+        image_slot_free(&ctx->slots[index]);
+        return status;
+    }
+    *slot = index;
+    return MLLAMA_OK;
+}
+
+static bool is_slot(const mllama_context * ctx, int32_t slot) {
+    return slot >= 0 && slot < ctx->n_slots && ctx->slots[slot].used;
+}
+
+mllama_status mllama_image_free(mllama_context * ctx, int32_t slot) {
+    if (!is_slot(ctx, slot)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
+    }
+    image_slot_free(&ctx->slots[slot]);
+    return MLLAMA_OK;
+}
+
+// ---- text ---------------------------------------------------------------------------------------------------------
+
+static bool same_shape(const text_shape * a, const text_shape * b) {
+    return a->n_tokens == b->n_tokens && a->n_kv == b->n_kv && a->n_rows == b->n_rows && a->slot == b->slot &&
+           a->generation == b->generation && a->logits == b->logits;
+}
+
+// Makes ctx->text an allocated graph of this shape; most tokens find it there already.
+static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shape) {
+    if (ctx->text.g.ctx && same_shape(&ctx->text.shape, shape)) {
+        return MLLAMA_OK;
+    }
+    text_graph_free(&ctx->text);
+    const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
+    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, &ctx->text);
+    if (status == MLLAMA_OK) {
+        status = alloc_graph(ctx->sched, ctx->text.g.gf, "the text model", "lower n_batch or n_ctx");
+    }
+    if (status != MLLAMA_OK) {
+        text_graph_free(&ctx->text);
+    }
+    return status;
+}
+
+static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
+    const text_graph * tg = &ctx->text;
+    const int64_t      n = tg->shape.n_tokens, n_kv = tg->shape.n_kv;
+    int32_t *          positions = malloc((size_t) n * sizeof(*positions));
+    int64_t *          cells     = malloc((size_t) n * sizeof(*cells));
+    ggml_fp16_t *      mask      = malloc((size_t) (n * n_kv) * sizeof(*mask));
+    const bool         ok        = positions && cells && mask;
+    if (ok) {
+        const ggml_fp16_t seen = ggml_fp32_to_fp16(0.0f), unseen = 0xfc00; // -inf
+        for (int64_t i = 0; i < n; i++) {
+            positions[i] = (int32_t) (ctx->n_past + i);
+            cells[i]     = ctx->n_past + i;
+            for (int64_t j = 0; j < n_kv; j++) {
+                mask[i * n_kv + j] = j <= ctx->n_past + i ? seen : unseen;
+            }
+        }
+        ggml_backend_tensor_set(tg->tokens, tokens, 0, (size_t) n * sizeof(*tokens));
+        // a model of cross-attention layers only reads neither positions nor mask
+        if (tg->positions->buffer) ggml_backend_tensor_set(tg->positions, positions, 0, (size_t) n * sizeof(*positions));
+        if (tg->cells->buffer) ggml_backend_tensor_set(tg->cells, cells, 0, (size_t) n * sizeof(*cells));
+        if (tg->mask->buffer) ggml_backend_tensor_set(tg->mask, mask, 0, (size_t) (n * n_kv) * sizeof(*mask));
+    }
+    free(positions);
+    free(cells);
+    free(mask);
+    return ok ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+}
+
+static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
+                                  int32_t logits_mode, float * logits) {
+    const int32_t    end   = ctx->n_past + n_tokens;
+    const text_shape shape = {
+        .n_tokens   = n_tokens,
+        .n_kv       = (end + KV_STEP - 1) / KV_STEP * KV_STEP,
+        .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[n_visible - 1] : 0,
+        .slot       = slot,
+        .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
+        .logits     = logits_mode,
+    };
+    TRY(prepare_graph(ctx, &shape));
+    TRY(set_inputs(ctx, tokens));
+    TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
+    if (ctx->text.logits) {
+        ggml_backend_tensor_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits));
+    }
+    ctx->n_past = end;
+    return MLLAMA_OK;
+}
+
+static mllama_status check_decode(const mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
+                                  int32_t logits_mode, const float * logits, int64_t capacity) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    if (n_tokens < 1 || !tokens) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no tokens to decode");
+    }
+    if (n_tokens > ctx->params.n_ctx - ctx->n_past) {
+        return fail(MLLAMA_ERR_CONTEXT_FULL, "%d tokens after %d do not fit n_ctx %d", n_tokens, ctx->n_past, ctx->params.n_ctx);
+    }
+    for (int32_t i = 0; i < n_tokens; i++) {
+        if (tokens[i] < 0 || tokens[i] >= p->n_token_embd) {
+            return fail(MLLAMA_ERR_ARGUMENT, "token %d is not in the vocabulary of %d", tokens[i], p->n_token_embd);
+        }
+    }
+    if (slot != -1 && !is_slot(ctx, slot)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
+    }
+    if (slot >= 0 && (n_visible < 1 || n_visible > ctx->slots[slot].n_images)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d visible images of the %d in slot %d", n_visible, ctx->slots[slot].n_images, slot);
+    }
+    const int64_t rows = logits_mode == MLLAMA_LOGITS_ALL ? n_tokens : logits_mode == MLLAMA_LOGITS_LAST ? 1 : 0;
+    if (logits_mode < MLLAMA_LOGITS_NONE || logits_mode > MLLAMA_LOGITS_ALL || (rows > 0 && (!logits || capacity < rows * p->vocab_size))) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no room for %lld rows of %d logits", (long long) rows, p->vocab_size);
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
+                            int32_t logits_mode, float * logits, int64_t logits_capacity) {
+    TRY(check_decode(ctx, tokens, n_tokens, slot, n_visible, logits_mode, logits, logits_capacity));
+    begin(ctx, MLLAMA_PHASE_PROMPT);
+    const int32_t n_past = ctx->n_past;
+    for (int32_t at = 0; at < n_tokens;) {
+        const int32_t n    = n_tokens - at < ctx->params.n_batch ? n_tokens - at : ctx->params.n_batch;
+        const bool    last = at + n == n_tokens;
+        const int32_t mode = logits_mode == MLLAMA_LOGITS_LAST && !last ? MLLAMA_LOGITS_NONE : logits_mode;
+        const mllama_status status = decode_batch(ctx, tokens + at, n, slot, n_visible, mode, logits);
+        if (status != MLLAMA_OK) {
+            ctx->n_past = n_past; // what was written beyond is masked from now on
+            return status;
+        }
+        at += n;
+        if (mode == MLLAMA_LOGITS_ALL) {
+            logits += (int64_t) n * ctx->model->hp.pub.vocab_size;
+        }
+        if (n_tokens > 1) {
+            report(ctx, MLLAMA_PHASE_PROMPT, at, n_tokens);
+        }
+    }
+    return MLLAMA_OK;
+}
+
+int32_t mllama_n_past(const mllama_context * ctx) {
+    return ctx->n_past;
+}
+
+mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past) {
+    if (n_past < 0 || n_past > ctx->n_past) {
+        return fail(MLLAMA_ERR_ARGUMENT, "cannot keep %d of %d tokens", n_past, ctx->n_past);
+    }
+    ctx->n_past = n_past;
+    return MLLAMA_OK;
+}
+
+void mllama_clear(mllama_context * ctx) {
+    ctx->n_past = 0;
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        image_slot_free(&ctx->slots[i]);
+    }
+}

@@ -1,0 +1,17 @@
+// The vision encoder and the projector as one ggml graph.
+#pragma once
+
+#include "graph.h"
+
+typedef struct vision_graph {
+    graph                g;
+    struct ggml_tensor * patches;         // input  F32 [patch * patch * 3, patches a tile, max_tiles]; unused tiles are 0
+    struct ggml_tensor * aspect_ratio_id; // input  I32 [1]
+    struct ggml_tensor * states;          // output F32 [n_embd, P * n_tiles]
+} vision_graph;
+
+mllama_status vision_graph_build(const mllama_model * model, int32_t n_tiles, bool flash_attn, vision_graph * graph);
+void          vision_graph_free(vision_graph * graph);
+
+// pixels [n_tiles, 3, size, size] -> patches as vision_graph.patches has them, zeros after the used tiles.
+void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_tiles, float * patches);

@@ -1,0 +1,517 @@
+#include "weights.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef enum weight_kind {
+    WEIGHT_MATRIX, // multiplied: any type that ggml multiplies
+    WEIGHT_TABLE,  // rows are looked up: F32, F16 or BF16
+    WEIGHT_VECTOR, // F32 when it is used, whatever the file has
+    WEIGHT_GATE,   // one number, read into a float
+} weight_kind;
+
+typedef struct weight {
+    gguf_file *                file;
+    const struct ggml_tensor * source;  // in file->meta
+    struct ggml_tensor **      tensor;  // where the loaded tensor goes; NULL for a gate
+    ggml_backend_dev_t         device;
+    weight_kind                kind;
+    bool                       is_vision;
+} weight;
+
+struct weight_list {
+    weight *                items;
+    int32_t                 n, capacity;
+    struct ggml_context *   contexts[MAX_DEVICES + 3]; // one for each buffer
+    ggml_backend_buffer_t   buffers[MAX_DEVICES + 3];
+    int32_t                 n_buffers;
+};
+
+// ---- what must be there -------------------------------------------------------------------------------------------
+
+static bool is_float(enum ggml_type type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+}
+
+static bool is_multipliable(enum ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q2_K: case GGML_TYPE_Q3_K: case GGML_TYPE_Q4_K: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ1_S: case GGML_TYPE_IQ1_M: case GGML_TYPE_IQ2_XXS: case GGML_TYPE_IQ2_XS: case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ3_XXS: case GGML_TYPE_IQ3_S: case GGML_TYPE_IQ4_NL: case GGML_TYPE_IQ4_XS:
+        case GGML_TYPE_TQ1_0: case GGML_TYPE_TQ2_0: case GGML_TYPE_MXFP4:
+            return true;
+        default:
+            return is_float(type);
+    }
+}
+
+typedef struct finder {
+    mllama_model * model;
+    gguf_file *    file;
+    bool           is_vision;
+    bool           allow_quantized_vision;
+    mllama_status  status; // the first failure
+} finder;
+
+static void add_weight(finder * f, weight w) {
+    weight_list * list = f->model->weights;
+    if (list->n == list->capacity) {
+        const int32_t capacity = list->capacity ? 2 * list->capacity : 256;
+        weight *      items    = realloc(list->items, (size_t) capacity * sizeof(*items));
+        if (!items) {
+            f->status = fail(MLLAMA_ERR_MEMORY, "%s: out of memory", f->file->path);
+            return;
+        }
+        list->items    = items;
+        list->capacity = capacity;
+    }
+    list->items[list->n++] = w;
+}
+
+static void format_shape(const int64_t * ne, char * text, size_t size) {
+    int n_dims = 4;
+    while (n_dims > 1 && ne[n_dims - 1] == 1) {
+        n_dims--;
+    }
+    size_t used = 0;
+    for (int i = 0; i < n_dims && used < size; i++) {
+        used += (size_t) snprintf(text + used, size - used, "%s%lld", i ? ", " : "[", (long long) ne[i]);
+    }
+    if (used < size) {
+        snprintf(text + used, size - used, "]");
+    }
+}
+
+static bool check_shape(finder * f, const struct ggml_tensor * t, const int64_t * ne) {
+    for (int i = 0; i < 4; i++) {
+        if (t->ne[i] != ne[i]) {
+            char is[128], must[128];
+            format_shape(t->ne, is, sizeof(is));
+            format_shape(ne, must, sizeof(must));
+            f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is %s, expected %s from the keys", f->file->path, t->name, is, must);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool check_type(finder * f, const struct ggml_tensor * t, weight_kind kind) {
+    const bool ok = kind == WEIGHT_MATRIX ? is_multipliable(t->type) : is_float(t->type);
+    if (!ok) {
+        f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' has type %s, which is not supported there", f->file->path, t->name,
+                         ggml_type_name(t->type));
+        return false;
+    }
+    if (f->is_vision && kind == WEIGHT_MATRIX && !is_float(t->type) && !f->allow_quantized_vision) {
+        f->status = fail(MLLAMA_ERR_FILE,
+                         "%s: tensor '%s' of the vision encoder is quantized (%s), which gives wrong captions; "
+                         "use an F16, BF16 or F32 projector, or allow_quantized_vision=True",
+                         f->file->path, t->name, ggml_type_name(t->type));
+        return false;
+    }
+    return true;
+}
+
+// The one place where a tensor of the model is asked for. `gate` takes the number of a WEIGHT_GATE.
+static void want(finder * f, weight_kind kind, ggml_backend_dev_t device, struct ggml_tensor ** tensor, float * gate,
+                 const int64_t ne[4], const char * name) {
+    if (f->status != MLLAMA_OK) {
+        return;
+    }
+    const struct ggml_tensor * t = ggml_get_tensor(f->file->meta, name);
+    if (!t) {
+        f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is missing", f->file->path, name);
+        return;
+    }
+    if (!check_shape(f, t, ne) || !check_type(f, t, kind)) {
+        return;
+    }
+    if (kind == WEIGHT_GATE) {
+        unsigned char raw[4];
+        f->status = gguf_file_read(f->file, t, 0, raw, ggml_type_size(t->type));
+        if (f->status != MLLAMA_OK) {
+            return;
+        }
+        if (t->type == GGML_TYPE_F32) {
+            memcpy(gate, raw, sizeof(*gate));
+        } else if (t->type == GGML_TYPE_F16) {
+            ggml_fp16_t half;
+            memcpy(&half, raw, sizeof(half));
+            *gate = ggml_fp16_to_fp32(half);
+        } else {
+            ggml_bf16_t half;
+            memcpy(&half, raw, sizeof(half));
+            *gate = ggml_bf16_to_fp32(half);
+        }
+        if (!isfinite(*gate)) {
+            f->status = fail(MLLAMA_ERR_FILE, "%s: gate '%s' is not a finite number", f->file->path, name);
+            return;
+        }
+    }
+    add_weight(f, (weight) { .file = f->file, .source = t, .tensor = tensor, .device = device, .kind = kind, .is_vision = f->is_vision });
+}
+
+static void matrix(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, int64_t n_in, int64_t n_out,
+                   const char * format, ...) __attribute__((format(printf, 6, 7)));
+static void matrix(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, int64_t n_in, int64_t n_out,
+                   const char * format, ...) {
+    char    name[GGML_MAX_NAME];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof(name), format, args);
+    va_end(args);
+    want(f, WEIGHT_MATRIX, device, tensor, NULL, (int64_t[]) { n_in, n_out, 1, 1 }, name);
+}
+
+static void vector(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, int64_t n, const char * format, ...)
+    __attribute__((format(printf, 5, 6)));
+static void vector(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, int64_t n, const char * format, ...) {
+    char    name[GGML_MAX_NAME];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof(name), format, args);
+    va_end(args);
+    want(f, WEIGHT_VECTOR, device, tensor, NULL, (int64_t[]) { n, 1, 1, 1 }, name);
+}
+
+static void gate(finder * f, float * value, const char * format, ...) __attribute__((format(printf, 3, 4)));
+static void gate(finder * f, float * value, const char * format, ...) {
+    char    name[GGML_MAX_NAME];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof(name), format, args);
+    va_end(args);
+    want(f, WEIGHT_GATE, NULL, NULL, value, (int64_t[]) { 1, 1, 1, 1 }, name);
+}
+
+static void find_text_layer(finder * f, int32_t il) {
+    const mllama_hparams * p   = &f->model->hp.pub;
+    text_layer *           l   = &f->model->layers[il];
+    const int64_t          n_q = (int64_t) p->head_dim * p->n_head, n_kv = (int64_t) p->head_dim * p->n_head_kv;
+    ggml_backend_dev_t     dev = f->model->plan.layers[il];
+
+    l->is_cross = hparams_is_cross(&f->model->hp, il);
+    vector(f, dev, &l->attn_norm, p->n_embd, "blk.%d.attn_norm.weight", il);
+    if (l->is_cross) {
+        matrix(f, dev, &l->q, p->n_embd, n_q, "blk.%d.cross_attn_q_proj.weight", il);
+        matrix(f, dev, &l->k, p->n_embd, n_kv, "blk.%d.cross_attn_k_proj.weight", il);
+        matrix(f, dev, &l->v, p->n_embd, n_kv, "blk.%d.cross_attn_v_proj.weight", il);
+        matrix(f, dev, &l->o, n_q, p->n_embd, "blk.%d.cross_attn_o_proj.weight", il);
+        vector(f, dev, &l->q_norm, p->head_dim, "blk.%d.cross_attn_q_norm.weight", il);
+        vector(f, dev, &l->k_norm, p->head_dim, "blk.%d.cross_attn_k_norm.weight", il);
+        gate(f, &l->attn_gate, "blk.%d.cross_attn_attn_gate", il);
+        gate(f, &l->mlp_gate, "blk.%d.cross_attn_mlp_gate", il);
+        l->attn_gate = tanhf(l->attn_gate); // raw in the file
+        l->mlp_gate  = tanhf(l->mlp_gate);
+    } else {
+        matrix(f, dev, &l->q, p->n_embd, n_q, "blk.%d.attn_q.weight", il);
+        matrix(f, dev, &l->k, p->n_embd, n_kv, "blk.%d.attn_k.weight", il);
+        matrix(f, dev, &l->v, p->n_embd, n_kv, "blk.%d.attn_v.weight", il);
+        matrix(f, dev, &l->o, n_q, p->n_embd, "blk.%d.attn_output.weight", il);
+    }
+    vector(f, dev, &l->ffn_norm, p->n_embd, "blk.%d.ffn_norm.weight", il);
+    matrix(f, dev, &l->ffn_gate, p->n_embd, p->n_ff, "blk.%d.ffn_gate.weight", il);
+    matrix(f, dev, &l->ffn_up, p->n_embd, p->n_ff, "blk.%d.ffn_up.weight", il);
+    matrix(f, dev, &l->ffn_down, p->n_ff, p->n_embd, "blk.%d.ffn_down.weight", il);
+}
+
+static void find_text(finder * f) {
+    mllama_model *         m   = f->model;
+    const mllama_hparams * p   = &m->hp.pub;
+    ggml_backend_dev_t     cpu = m->plan.cpu, last = m->plan.layers[p->n_layer];
+
+    // The table has a row for the image token and padding beyond the vocabulary; how many, the file says.
+    const struct ggml_tensor * embd = ggml_get_tensor(f->file->meta, "token_embd.weight");
+    const int64_t              rows = embd ? embd->ne[1] : p->vocab_size;
+    matrix(f, cpu, &m->token_embd, p->n_embd, rows, "token_embd.weight");
+    if (f->status == MLLAMA_OK && (rows < p->vocab_size || rows > INT32_MAX || p->image_token_id >= rows)) {
+        f->status = fail(MLLAMA_ERR_FILE, "%s: tensor 'token_embd.weight' has %lld rows, too few for %d tokens and image token %d",
+                         f->file->path, (long long) rows, p->vocab_size, p->image_token_id);
+    }
+    m->hp.pub.n_token_embd = (int32_t) rows;
+    if (ggml_get_tensor(f->file->meta, "rope_freqs.weight")) {
+        vector(f, cpu, &m->rope_freqs, p->rope_dim / 2, "rope_freqs.weight");
+    }
+    for (int32_t il = 0; il < p->n_layer; il++) {
+        find_text_layer(f, il);
+    }
+    vector(f, last, &m->output_norm, p->n_embd, "output_norm.weight");
+    matrix(f, last, &m->output, p->n_embd, p->vocab_size, "output.weight");
+}
+
+static void find_vision_layer(finder * f, vision_layer * l, const char * prefix, int32_t il, bool is_global) {
+    const mllama_hparams * p   = &f->model->hp.pub;
+    const int64_t          n   = p->vision_embd;
+    ggml_backend_dev_t     dev = f->model->plan.vision;
+
+    vector(f, dev, &l->attn_norm, n, "%s.%d.attn_norm.weight", prefix, il);
+    vector(f, dev, &l->attn_norm_b, n, "%s.%d.attn_norm.bias", prefix, il);
+    matrix(f, dev, &l->q, n, n, "%s.%d.attn_q.weight", prefix, il);
+    matrix(f, dev, &l->k, n, n, "%s.%d.attn_k.weight", prefix, il);
+    matrix(f, dev, &l->v, n, n, "%s.%d.attn_v.weight", prefix, il);
+    matrix(f, dev, &l->o, n, n, "%s.%d.attn_output.weight", prefix, il);
+    vector(f, dev, &l->ffn_norm, n, "%s.%d.ffn_norm.weight", prefix, il);
+    vector(f, dev, &l->ffn_norm_b, n, "%s.%d.ffn_norm.bias", prefix, il);
+    matrix(f, dev, &l->fc1, n, p->vision_ff, "%s.%d.ffn_up.weight", prefix, il);
+    vector(f, dev, &l->fc1_b, p->vision_ff, "%s.%d.ffn_up.bias", prefix, il);
+    matrix(f, dev, &l->fc2, p->vision_ff, n, "%s.%d.ffn_down.weight", prefix, il);
+    vector(f, dev, &l->fc2_b, n, "%s.%d.ffn_down.bias", prefix, il);
+    l->attn_gate = l->ffn_gate = 1.0f;
+    if (is_global) {
+        gate(f, &l->attn_gate, "%s.%d.attn_gate", prefix, il);
+        gate(f, &l->ffn_gate, "%s.%d.ffn_gate", prefix, il);
+    }
+}
+
+static void find_vision(finder * f) {
+    vision_weights *       v     = &f->model->vision;
+    const mllama_hparams * p     = &f->model->hp.pub;
+    const int64_t          n     = p->vision_embd, tiles = p->max_tiles, ids = p->n_aspect_ratios + 1;
+    ggml_backend_dev_t     dev   = f->model->plan.vision;
+
+    vector(f, dev, &v->class_embd, n, "v.class_embd");
+    want(f, WEIGHT_MATRIX, dev, &v->patch_embd, NULL, (int64_t[]) { p->patch_size, p->patch_size, 3, n }, "v.patch_embd.weight");
+    want(f, WEIGHT_VECTOR, dev, &v->position_embd, NULL, (int64_t[]) { n, p->n_positions, 1, 1 }, "v.position_embd.weight");
+    want(f, WEIGHT_TABLE, dev, &v->tile_position_embd, NULL, (int64_t[]) { n * p->n_positions * tiles, ids, 1, 1 },
+         "v.tile_position_embd.weight");
+    want(f, WEIGHT_TABLE, dev, &v->pre_tile_embd, NULL, (int64_t[]) { n * tiles, ids, 1, 1 }, "v.pre_tile_position_embd.weight");
+    want(f, WEIGHT_TABLE, dev, &v->post_tile_embd, NULL, (int64_t[]) { n * tiles, ids, 1, 1 }, "v.post_tile_position_embd.weight");
+    gate(f, &v->position_gate, "v.position_embd.gate");
+    gate(f, &v->tile_position_gate, "v.tile_position_embd.gate");
+    gate(f, &v->pre_tile_gate, "v.pre_tile_position_embd.gate");
+    gate(f, &v->post_tile_gate, "v.post_tile_position_embd.gate");
+    vector(f, dev, &v->pre_ln, n, "v.pre_ln.weight");
+    vector(f, dev, &v->pre_ln_b, n, "v.pre_ln.bias");
+    vector(f, dev, &v->post_ln, n, "v.post_ln.weight");
+    vector(f, dev, &v->post_ln_b, n, "v.post_ln.bias");
+    for (int32_t il = 0; il < p->n_vision_layer; il++) {
+        find_vision_layer(f, &v->local[il], "v.blk", il, false);
+    }
+    for (int32_t il = 0; il < p->n_vision_global_layer; il++) {
+        find_vision_layer(f, &v->global[il], "v.global.blk", il, true);
+    }
+    matrix(f, dev, &v->projector, n * (1 + p->n_intermediate), p->n_embd, "mm.0.weight");
+    vector(f, dev, &v->projector_b, p->n_embd, "mm.0.bias");
+}
+
+mllama_status weights_find(mllama_model * model, bool allow_quantized_vision) {
+    const mllama_hparams * p = &model->hp.pub;
+    model->weights = calloc(1, sizeof(*model->weights));
+    model->layers  = calloc((size_t) p->n_layer, sizeof(*model->layers));
+    if (!model->weights || !model->layers) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    finder f = { .model = model, .file = model->text_file };
+    find_text(&f);
+    if (f.status == MLLAMA_OK && model->vision_file) {
+        model->vision.local  = calloc((size_t) p->n_vision_layer, sizeof(vision_layer));
+        model->vision.global = calloc((size_t) p->n_vision_global_layer + 1, sizeof(vision_layer));
+        if (!model->vision.local || !model->vision.global) {
+            return fail(MLLAMA_ERR_MEMORY, "out of memory");
+        }
+        f.file                   = model->vision_file;
+        f.is_vision              = true;
+        f.allow_quantized_vision = allow_quantized_vision;
+        find_vision(&f);
+    }
+    return f.status;
+}
+
+// ---- loading ------------------------------------------------------------------------------------------------------
+
+enum { STAGING = 16 << 20 }; // bytes on the way from the file to a device
+
+
+static bool needs_conversion(const weight * w) {
+    return w->kind == WEIGHT_VECTOR && w->source->type != GGML_TYPE_F32;
+}
+
+static bool can_map(const mllama_model * model, const weight * w, const mllama_model_params * params) {
+    // ggml's kernels want 32-byte alignment, which a file may not give
+    return params->use_mmap && w->device == model->plan.cpu && !needs_conversion(w) && gguf_file_position(w->file, w->source) % 32 == 0;
+}
+
+typedef struct loader {
+    mllama_model *              model;
+    const mllama_model_params * params;
+    int64_t                     done, total;
+    char *                      staging; // STAGING bytes
+    float *                     floats;  // for conversions
+} loader;
+
+static mllama_status report(loader * ld, int64_t bytes) {
+    ld->done += bytes;
+    if (ld->params->progress) {
+        ld->params->progress(MLLAMA_PHASE_LOAD, ld->done, ld->total, ld->params->user_data);
+    }
+    if (ld->params->abort && ld->params->abort(ld->params->user_data)) {
+        return fail(MLLAMA_ERR_ABORTED, "loading was stopped");
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * tensor) {
+    const size_t n_bytes = ggml_nbytes(w->source);
+    const size_t item    = ggml_type_size(w->source->type);
+    for (size_t at = 0; at < n_bytes;) {
+        const size_t n = n_bytes - at < STAGING ? n_bytes - at : STAGING;
+        TRY(gguf_file_read(w->file, w->source, at, ld->staging, n));
+        if (needs_conversion(w)) {
+            const int64_t count = (int64_t) (n / item);
+            ggml_get_type_traits(w->source->type)->to_float(ld->staging, ld->floats, count);
+            ggml_backend_tensor_set(tensor, ld->floats, at / item * sizeof(float), (size_t) count * sizeof(float));
+        } else {
+            ggml_backend_tensor_set(tensor, ld->staging, at, n);
+        }
+        at += n;
+        TRY(report(ld, (int64_t) n));
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status new_context(weight_list * list, struct ggml_context ** ctx) {
+    struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (list->n + 1), .no_alloc = true };
+    *ctx = ggml_init(params);
+    if (!*ctx) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    list->contexts[list->n_buffers] = *ctx;
+    list->buffers[list->n_buffers]  = NULL;
+    list->n_buffers++;
+    return MLLAMA_OK;
+}
+
+static struct ggml_tensor * new_tensor(struct ggml_context * ctx, const weight * w) {
+    const enum ggml_type type = w->kind == WEIGHT_VECTOR ? GGML_TYPE_F32 : w->source->type;
+    struct ggml_tensor * t    = ggml_new_tensor(ctx, type, 4, w->source->ne);
+    ggml_set_name(t, w->source->name);
+    *w->tensor = t;
+    return t;
+}
+
+// The tensors of a file that stay in its mapping.
+static mllama_status load_mapped(loader * ld, gguf_file * file) {
+    weight_list *         list = ld->model->weights;
+    struct ggml_context * ctx  = NULL;
+    for (int32_t i = 0; i < list->n; i++) {
+        const weight * w = &list->items[i];
+        if (!w->tensor || w->file != file || !can_map(ld->model, w, ld->params)) {
+            continue;
+        }
+        if (!ctx) {
+            if (!file->map) {
+                TRY(gguf_file_map(file));
+            }
+            TRY(new_context(list, &ctx));
+            ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(file->map, file->size);
+            if (!buffer) {
+                return fail(MLLAMA_ERR_MEMORY, "%s: out of memory", file->path);
+            }
+            ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            list->buffers[list->n_buffers - 1] = buffer;
+        }
+        struct ggml_tensor * t = new_tensor(ctx, w);
+        if (ggml_backend_tensor_alloc(list->buffers[list->n_buffers - 1], t,
+                                      (char *) file->map + gguf_file_position(file, w->source)) != GGML_STATUS_SUCCESS) {
+            return fail(MLLAMA_ERR_BACKEND, "%s: tensor '%s' cannot be used in place", file->path, t->name);
+        }
+        TRY(report(ld, (int64_t) ggml_nbytes(t)));
+    }
+    return MLLAMA_OK;
+}
+
+// The tensors that are copied to a buffer of the device.
+static mllama_status load_copied(loader * ld, ggml_backend_dev_t device) {
+    weight_list *         list = ld->model->weights;
+    struct ggml_context * ctx  = NULL;
+    uint64_t              size = 0;
+    for (int32_t i = 0; i < list->n; i++) {
+        const weight * w = &list->items[i];
+        if (!w->tensor || w->device != device || can_map(ld->model, w, ld->params)) {
+            continue;
+        }
+        if (!ctx) {
+            TRY(new_context(list, &ctx));
+        }
+        size += ggml_nbytes(new_tensor(ctx, w));
+    }
+    if (!ctx) {
+        return MLLAMA_OK;
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
+    if (!buffer) {
+        return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; offload fewer layers", ggml_backend_dev_name(device),
+                    (unsigned long long) (size >> 20));
+    }
+    ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    list->buffers[list->n_buffers - 1] = buffer;
+    for (int32_t i = 0; i < list->n; i++) {
+        const weight * w = &list->items[i];
+        if (w->tensor && w->device == device && !can_map(ld->model, w, ld->params)) {
+            TRY(upload(ld, w, *w->tensor));
+        }
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status load_all(loader * ld) {
+    mllama_model * model = ld->model;
+    for (int32_t i = 0; i < model->weights->n; i++) {
+        if (model->weights->items[i].tensor) {
+            ld->total += (int64_t) ggml_nbytes(model->weights->items[i].source);
+        }
+    }
+    TRY(load_mapped(ld, model->text_file));
+    if (model->vision_file && model->vision_file != model->text_file) {
+        TRY(load_mapped(ld, model->vision_file));
+    }
+    TRY(load_copied(ld, model->plan.cpu));
+    for (int32_t i = 0; i < model->plan.n_gpus; i++) {
+        TRY(load_copied(ld, model->plan.gpus[i]));
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status weights_load(mllama_model * model, const mllama_model_params * params) {
+    loader ld = { .model = model, .params = params };
+    ld.staging = malloc(STAGING);
+    ld.floats  = malloc(STAGING / 2 * sizeof(float)); // 2-byte types are the smallest that are converted
+    mllama_status status = ld.staging && ld.floats ? load_all(&ld) : fail(MLLAMA_ERR_MEMORY, "out of memory");
+    free(ld.staging);
+    free(ld.floats);
+    return status;
+}
+
+void weights_free(weight_list * list) {
+    if (!list) {
+        return;
+    }
+    for (int32_t i = 0; i < list->n_buffers; i++) {
+        ggml_backend_buffer_free(list->buffers[i]);
+        ggml_free(list->contexts[i]);
+    }
+    free(list->items);
+    free(list);
+}
+
+int32_t weights_count(const weight_list * list) {
+    return list->n;
+}
+
+mllama_status weights_info(const weight_list * list, int32_t index, mllama_tensor_info * info) {
+    if (index < 0 || index >= list->n) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no tensor %d; there are %d", index, list->n);
+    }
+    const weight * w = &list->items[index];
+    info->name      = w->source->name;
+    info->type      = ggml_type_name(w->source->type);
+    memcpy(info->ne, w->source->ne, sizeof(info->ne));
+    info->n_bytes   = ggml_nbytes(w->source);
+    info->device    = w->device ? ggml_backend_dev_name(w->device) : "CPU";
+    info->is_vision = w->is_vision;
+    return MLLAMA_OK;
+}
