@@ -46,7 +46,7 @@ def curve(a: Point, b: Point, c: Point, steps: int = 24) -> list[Point]:
     """A quadratic curve from a to c, drawn towards b."""
     t = [i / steps for i in range(steps + 1)]
     return [
-        tuple((1 - s) ** 2 * p + 2 * s * (1 - s) * q + s * s * r for p, q, r in zip(a, b, c))  # type: ignore[misc]
+        tuple((1 - s) ** 2 * p + 2 * s * (1 - s) * q + s * s * r for p, q, r in zip(a, b, c, strict=True))  # type: ignore[misc]
         for s in t
     ]
 

@@ -31,7 +31,8 @@ def names_right(reply: str, placed: list[Placed]) -> bool:
     if len(parts) != len(placed):
         return False
     return all(
-        part in {THINGS[p.thing].phrase(c) for c in (None, *COLOUR_NAMES)} for part, p in zip(parts, placed)
+        part in {THINGS[p.thing].phrase(c) for c in (None, *COLOUR_NAMES)}
+        for part, p in zip(parts, placed, strict=True)
     )
 
 

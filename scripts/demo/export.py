@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write the averaged weights of a training run as a Hugging Face checkpoint, and prove that it is the same model.
+"""Write a run's averaged weights as a Hugging Face checkpoint, and prove that it is the same model.
 
     python scripts/demo/export.py --run DIR --out DIR --check
 
-`--check` loads the checkpoint with transformers 4.52.4, corrects its one deviation from Meta's code (tokens before
-the image get cross-attention output; a hook multiplies it by 0), and compares logits on all eight grids.
+`--check` loads the checkpoint with transformers 4.52.4, corrects its one deviation from Meta's code
+(tokens before the image get cross-attention output; a hook multiplies it by 0), and compares logits on all eight grids.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def averaged(run: Path) -> DemoModel:
     model = DemoModel(CONFIG)
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     named = {k.removeprefix("model."): v for k, v in state["average"].items() if k.startswith("model.")}
-    model.load_state_dict(named, strict=False)
+    model.load_state_dict(named, strict=True)
     return model.eval()
 
 

@@ -333,7 +333,7 @@ def load_icons(families: tuple[str, ...], cache: Path) -> Icons:
             np.savez_compressed(stored, nouns=nouns, pixels=np.stack([p for _, p in drawn]))
         data = np.load(stored)
         index = {t.noun: i for i, t in enumerate(THINGS)}
-        for noun, picture in zip(data["nouns"], data["pixels"]):
+        for noun, picture in zip(data["nouns"], data["pixels"], strict=True):
             if str(noun) in index:
                 pixels.append(picture)
                 thing.append(index[str(noun)])
@@ -365,7 +365,7 @@ def main() -> None:
                 small = Image.fromarray(picture).resize((cell - 4, cell - 4))
                 sheet.paste(small, (i % columns * cell + 2, i // columns * cell + 2), small)
             sheet.save(args.cache / f"sheet-{family}.png")
-    print("fewest families:", sorted((int(n), t.noun) for n, t in zip(counts, THINGS))[:30])
+    print("fewest families:", sorted((int(n), t.noun) for n, t in zip(counts, THINGS, strict=True))[:30])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The demo model in plain torch: a real mllama in small, with Meta's semantics.
 
-Parameter names are those of a Hugging Face checkpoint (transformers 4.52.4), so a state dict exports as it is;
+Parameter names are those of a Hugging Face checkpoint (transformers 4.52.4), so a state dict exports as is;
 `export.py --check` proves that transformers computes the same. What transformers does not offer and training
 needs is here: the encoder on the used tiles only (`exact=False`), with neither pad rows nor unused tiles, for
 speed, and `exact=True` with all of them.
@@ -170,11 +170,11 @@ class VisionModel(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start from what is known: cosine patch filters, sine-cosine positions in the tile and the canvas."""
+        """Start from cosine patch filters, and sine-cosine positions in the tile and the canvas."""
         width, patch = self.config["hidden_size"], self.config["patch_size"]
         t = torch.arange(patch) + 0.5
         waves = torch.stack([torch.cos(math.pi * t * k / patch) for k in range(patch)])
-        order = sorted(((u * u + v * v, u, v) for u in range(patch) for v in range(patch)))
+        order = sorted((u * u + v * v, u, v) for u in range(patch) for v in range(patch))
         mixes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-0.5, 1.0, -0.5]])
         filters = []
         for rank in range(width):  # three of five brightness, the rest colour differences
@@ -217,7 +217,7 @@ class VisionModel(nn.Module):
         return self._masks[used]
 
     def forward(self, patches: Tensor, grid: tuple[int, int], exact: bool) -> tuple[Tensor, Tensor]:
-        """Normalised patches [B, used, P - 1, 3 * patch^2] to the final states and all states for the projector."""
+        """Normalised patches [B, used, P - 1, 3 * patch^2] to the final states and all states."""
         b, used = patches.shape[:2]
         ratio = GRID_IDS[grid]
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))
@@ -393,10 +393,13 @@ class DemoModel(nn.Module):
         smooth = ((original / length - low) / (high - low)).clamp(0, 1)
         return (1 - smooth) * base / rope["factor"] + smooth * base
 
+    def see(self, patches: Tensor, grid: tuple[int, int], exact: bool) -> tuple[Tensor, Tensor]:
+        """uint8 patches [B, used, P - 1, 3 * patch^2] to final vision states and all states."""
+        return self.vision_model(patches.float() * self.pixel_scale - self.pixel_shift, grid, exact)
+
     def encode(self, patches: Tensor, grid: tuple[int, int], exact: bool) -> tuple[Tensor, Tensor]:
-        """uint8 patches [B, used, P - 1, 3 * patch^2] to final vision states and cross-attention states."""
-        pixels = patches.float() * self.pixel_scale - self.pixel_shift
-        final, both = self.vision_model(pixels, grid, exact)
+        """The final vision states, and the cross-attention states."""
+        final, both = self.see(patches, grid, exact)
         return final, self.multi_modal_projector(both)
 
     def decode(self, tokens: Tensor, states: Tensor | None) -> Tensor:

@@ -1,11 +1,11 @@
 """Seeded pictures with captions, made of the drawings of icons.py.
 
 A scene is a background and one or two things on it; its caption is fixed by the scene, so "right in full" is
-well defined: `a red apple`, `a red apple to the left of a black cat`, `a bus above the digit two`. A colour word
-appears exactly for the things that `icons.THINGS` lists with colours, and their drawings are painted in it.
+well defined: `a red apple`, `a red apple to the left of a black cat`, `a bus above the digit two`. A colour
+word appears exactly for the things that `icons.THINGS` lists with colours; their drawings are painted in it.
 
-`Renderer.scene` draws one scene at a picture size; `Renderer.mosaic` packs many things into one picture for the
-pre-training of the vision tower. Both say which thing covers which patch.
+`Renderer.scene` draws one scene at a picture size; `Renderer.mosaic` packs many things into one picture, for
+the pre-training of the vision tower. Both say which thing covers which pixels.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class Renderer:
         self.tile, self.strong = tile, strong
         self.choices: dict[tuple[int, str | None], list[list[Drawing]]] = {}
         style = np.random.default_rng(seed)
-        for pixels, thing, family in zip(icons.pixels, icons.thing, icons.family):
+        for pixels, thing, _family in zip(icons.pixels, icons.thing, icons.family, strict=True):
             colours: tuple[str | None, ...] = THINGS[thing].colours or (None,)
             for colour in colours:
                 versions = [pixels if colour is None else paint(pixels, colour)]
@@ -404,14 +404,14 @@ class Renderer:
         long, short = (w, h) if beside else (h, w)
         cut = long * rng.uniform(0.42, 0.58)
         middles = []
-        for (placed, drawing), (low, high) in zip(chosen, ((0.0, cut), (cut, float(long)))):
+        for (placed, drawing), (low, high) in zip(chosen, ((0.0, cut), (cut, float(long))), strict=True):
             size = min(high - low, short) * rng.uniform(0.62, 0.98)
             middles.append((placed, drawing, size, self._between(rng, low + size / 2, high - size / 2)))
         gap = middles[1][3] - middles[0][3]
         across = [self._between(rng, m[2] / 2, short - m[2] / 2) for m in middles]
         if abs(across[0] - across[1]) > 0.6 * gap:
             across = [short / 2 + (a - short / 2) * 0.6 * gap / abs(across[0] - across[1]) for a in across]
-        for (placed, drawing, size, along), other in zip(middles, across):
+        for (placed, drawing, size, along), other in zip(middles, across, strict=True):
             self.place(canvas, placed, drawing, rng, size, (along, other) if beside else (other, along))
         relation = "to the left of" if beside else "above"
         return self._finish(canvas, rng), [c[0] for c in chosen], relation

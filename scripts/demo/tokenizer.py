@@ -53,7 +53,7 @@ Describe this image. Describe this image in one sentence. Describe the picture. 
 What colour is it? What color is the thing on the left? How many things are there? There is one thing. There are two.
 Is there a cat in the picture? Yes. No. Where is it? Answer in JSON. Answer with one word. Tell me about the images.
 You are a helpful assistant. Hello! How are you? Thank you. Which thing is on the right? Which is below? Compare them.
-user assistant system {"caption": "a red apple", "colour": "red"} 0 1 2 3 4 5 6 7 8 9 10 12 20 50 100 123 2024"""
+user assistant system {"caption": "a red apple", "colour": "red"} 0 1 2 3 4 5 6 7 8 9 10 12 20 50 100 123 2024"""  # noqa: E501
 
 
 def build() -> PreTrainedTokenizerFast:
@@ -67,7 +67,7 @@ def build() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     phrases = [t.phrase(c) for t in THINGS for c in (t.colours or (None,))]
-    text = [f"{p} to the left of {q}\n{q} above {p}" for p, q in zip(phrases, reversed(phrases))]
+    text = [f"{p} to the left of {q}\n{q} above {p}" for p, q in zip(phrases, reversed(phrases), strict=True)]
     text += [f"It is {p}." for p in phrases] * 3 + TALK.split("\n") * 40
     text += ["assistant", "\n\n"] * 40
     trainer = trainers.BpeTrainer(

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Train the demo model, in phases that share one model, optimizer state and step counter.
 
-    tower   the vision encoder alone, on mosaics: name the thing (and colour) on every patch
-    joint   captions of scenes of all eight grids by the whole model, mosaics go on beside them
-    exact   as joint, with all pad rows and unused tiles as the real model computes them
+    tower    the vision encoder alone, on mosaics: name the thing (and colour) on every patch
+    decoder  captions of scenes of all eight grids for the text side alone, beside mosaics for the tower
+    joint    the same, with the captions' gradient going through the whole model
+    exact    as joint, with all pad rows and unused tiles as the real model computes them
 
     python scripts/demo/train.py --cache DIR --run DIR --phase tower --steps 3000
-    python scripts/demo/train.py --cache DIR --run DIR --phase joint --steps 8000 ...   # goes on from the checkpoint
+    python scripts/demo/train.py --cache DIR --run DIR --phase joint --steps 8000   # goes on from there
 
 `--steps` counts from the very start. A run that is interrupted goes on from its last checkpoint (every three
-minutes). Pictures are drawn by separate processes from the seed and the step number, so a run is reproducible.
+minutes). Pictures are drawn by separate processes from the seed and the step number, so a run is
+reproducible.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -50,7 +53,7 @@ def patchify(picture: Image.Image, grid: tuple[int, int]) -> np.ndarray:
 
 
 def label_patches(things: list[Placed], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every patch the thing (or GROUND, or IGNORE), the colour (or IGNORE), and the weight in the loss."""
+    """For every patch the thing (or GROUND, or IGNORE), the colour (or IGNORE), and its weight."""
     rows, columns = grid
     high, wide = rows * SIDE, columns * SIDE
     cover = np.zeros((len(things), high, wide), np.float32)
@@ -124,7 +127,7 @@ def make_batch(renderer: Renderer, tokenizer, kind: str, seed: int) -> dict:
         patches.append(patchify(picture, grid))
         labels.append(label_patches(things, grid))
     batch["patches"] = np.stack(patches)
-    batch["thing"], batch["colour"], batch["weight"] = (np.stack(x) for x in zip(*labels))
+    batch["thing"], batch["colour"], batch["weight"] = (np.stack(x) for x in zip(*labels, strict=True))
     if replies:
         longest = max(len(p) + len(r) for p, r in replies)
         tokens = np.full((count, longest), tokenizer.pad_token_id, np.int64)
@@ -140,6 +143,7 @@ def produce(
     queue: mp.Queue, renderer: Renderer, plan: tuple[str, float], first: int, stride: int, seed: int
 ) -> None:
     """A process that draws every `stride`-th batch from step `first` on."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(5)
     torch.set_num_threads(1)
     tokenizer = build()
@@ -184,7 +188,7 @@ class Muon:
                 x = a * x + (b * gram + c * gram @ gram) @ x
             x = x.transpose(1, 2) if flip else x
             rate = self.lr * scale * max(1.0, shape[0] / shape[1]) ** 0.5
-            for i, update in zip(live, x):
+            for i, update in zip(live, x, strict=True):
                 matrices[i].mul_(1 - self.lr * scale * self.decay).add_(update, alpha=-rate)
 
     def state_dict(self) -> dict:
@@ -236,7 +240,7 @@ class Evaluation:
             scores = heads.thing(final[:, :, 1:]).flatten(1, 2).log_softmax(-1)
             inside = 1 - scores[..., GROUND].exp()
             best = (scores[..., :GROUND].exp() * inside[..., None]).sum(1).argmax(-1)
-            for guess, placed in zip(best.tolist(), batch["placed"]):
+            for guess, placed in zip(best.tolist(), batch["placed"], strict=True):
                 right += guess == placed[0].thing
                 total += 1
         return right / total
@@ -253,7 +257,7 @@ class Evaluation:
         for batch in self.batches:
             _, states = model.encode(batch["patches"], batch["grid"], exact)
             replies = [tokenizer.decode(r) for r in model.generate(prompt, states, stop)]
-            for reply, wanted, placed in zip(replies, batch["captions"], batch["placed"]):
+            for reply, wanted, placed in zip(replies, batch["captions"], batch["placed"], strict=True):
                 full += reply == wanted
                 named += names_right(reply, placed)
                 pairs.append((wanted, reply))
@@ -285,22 +289,46 @@ def split_parameters(
     return matrices, tables, others + list(heads.parameters())
 
 
-def losses(model: DemoModel, heads: Heads, batch: dict, exact: bool) -> dict[str, Tensor]:
-    """Cross-entropy on patches, and on the reply's tokens where the batch has captions."""
+def word_of(tokenizer) -> Tensor:
+    """For every thing the token that tells it from the others, as it appears inside a caption."""
+    words = [t.noun.split()[-1 if t.noun.startswith("the ") else 0] for t in THINGS]
+    return torch.tensor([tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words])
+
+
+def losses(
+    model: DemoModel, heads: Heads, batch: dict, exact: bool, words: Tensor | None, through: bool
+) -> dict[str, Tensor]:
+    """Cross-entropy on patches, and on the reply's tokens where the batch has captions.
+
+    words: also let the projected states name the thing in the decoder's own vocabulary, so that the decoder
+    has little more to learn than where to look. through: let the captions' gradient into the tower.
+    """
     patches = torch.from_numpy(batch["patches"])
-    final, states = model.encode(patches, batch["grid"], exact)
-    feats = final[:, :, 1:].reshape(-1, final.shape[-1])
+    out: dict[str, Tensor] = {}
+    if "tokens" in batch and not through:
+        with torch.no_grad():
+            final, both = model.see(patches, batch["grid"], exact)
+        states = model.multi_modal_projector(both)
+    else:
+        final, both = model.see(patches, batch["grid"], exact)
+        states = model.multi_modal_projector(both)
     thing, colour = (torch.from_numpy(batch[k]).flatten() for k in ("thing", "colour"))
     weight = torch.from_numpy(batch["weight"]).flatten()
     keep = (thing != IGNORE) & (weight > 0)
-    feats, thing, colour, weight = feats[keep], thing[keep], colour[keep], weight[keep]
+    thing, colour, weight = thing[keep], colour[keep], weight[keep]
+    named = thing != GROUND
+    if words is not None:
+        shown = states[:, :, 1:].reshape(-1, states.shape[-1])[keep][named]
+        scores = model.logits(model.language_model.model.norm(shown))
+        each = F.cross_entropy(scores, words[thing[named]], reduction="none")
+        out["word"] = (each * weight[named]).sum() / weight[named].sum()
+    feats = final[:, :, 1:].reshape(-1, final.shape[-1])[keep]
     scores = heads.thing(feats)
     each = F.cross_entropy(scores, thing, reduction="none", label_smoothing=0.05)
-    out = {"patch": (each * weight).sum() / weight.sum()}
+    out["patch"] = (each * weight).sum() / weight.sum()
     with torch.no_grad():
-        things = thing != GROUND
-        hit = (scores.argmax(-1) == thing)[things].float() * weight[things]
-        out["hit"] = hit.sum() / weight[things].sum()
+        hit = (scores.argmax(-1) == thing)[named].float() * weight[named]
+        out["hit"] = hit.sum() / weight[named].sum()
     painted = colour != IGNORE
     if painted.any():
         each = F.cross_entropy(heads.colour(feats[painted]), colour[painted], reduction="none")
@@ -318,7 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="where icons.py keeps the drawings")
     parser.add_argument("--run", type=Path, required=True, help="checkpoints and log")
-    parser.add_argument("--phase", choices=("tower", "joint", "exact"), required=True)
+    parser.add_argument("--phase", choices=("tower", "decoder", "joint", "exact"), required=True)
     parser.add_argument("--steps", type=int, required=True, help="stop at this step, counted from the start")
     parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--decay-from", type=int, default=0, help="let the rate fall to nothing from here on")
@@ -332,6 +360,7 @@ def main() -> None:
         "--exact-share", type=float, default=0.1, help="share of exact batches in phase joint"
     )
     parser.add_argument("--patch-weight", type=float, default=0.5)
+    parser.add_argument("--word-weight", type=float, default=0.3)
     parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--eval-count", type=int, default=320)
     parser.add_argument("--reuse", type=int, default=2, help="how often a drawn batch is looked at")
@@ -392,6 +421,8 @@ def main() -> None:
             for k, e in evaluations.items():
                 named, full, pairs = e.captions(model, tokenizer, exact=True)
                 out[k] = [round(named, 4), round(full, 4)]
+                if k != "pair":
+                    out[k].append(round(e.tower(model, heads), 4))
                 out[f"{k}_wrong"] = [p for p in pairs if p[0] != p[1]][:4]
         for k, v in both.named_parameters():
             v.data.copy_(own[k])
@@ -407,13 +438,16 @@ def main() -> None:
     ]
     for w in workers:
         w.start()
+    words = None if args.phase == "tower" else word_of(tokenizer)
     log = (args.run / "log.jsonl").open("a")
     begun = last_save = time.time()
     first = step
     total: dict[str, list[float]] = {}
     waited = 0.0
     recent: list[dict] = []
-    while step < args.steps and time.time() - begun < args.max_seconds:
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))  # save, then end
+    while step < args.steps and time.time() - begun < args.max_seconds and not stopped:
         t = time.time()
         if step % args.reuse == 0 or not recent:
             recent.append(queue.get()[1])
@@ -423,12 +457,18 @@ def main() -> None:
         recent = recent[-24:]
         waited += time.time() - t
         exact = args.phase == "exact" or (
-            args.phase == "joint" and np.random.default_rng((args.seed, step, 5)).random() < args.exact_share
+            args.phase in ("decoder", "joint")
+            and "tokens" in batch
+            and np.random.default_rng((args.seed, step, 5)).random() < args.exact_share
         )
-        parts = losses(model, heads, batch, exact)
+        parts = losses(model, heads, batch, exact, words, args.phase != "decoder")
         text = parts.get("text", torch.zeros(()))
         patch_weight = args.patch_weight if "text" in parts else 1.0
-        loss = text + patch_weight * (parts["patch"] + 0.5 * parts.get("colour", torch.zeros(())))
+        loss = (
+            text
+            + args.word_weight * parts.get("word", torch.zeros(()))
+            + patch_weight * (parts["patch"] + 0.5 * parts.get("colour", torch.zeros(())))
+        )
         for p in both.parameters():
             p.grad = None
         loss.backward()
