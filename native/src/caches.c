@@ -23,13 +23,17 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
             return fail(MLLAMA_ERR_MEMORY, "out of memory");
         }
         cache->contexts[cache->n_buffers++] = ctx;
+        // ggml's CPU kernel sums F16 values unnormalised in F16, which overflows over many rows of large values (seen: values
+        // of 2000). An image's values are therefore F32 on the CPU.
+        const bool           wide   = cross && device == model->plan.cpu && type_v == GGML_TYPE_F16;
+        const enum ggml_type here_v = wide ? GGML_TYPE_F32 : type_v;
         uint64_t size = 0;
         for (int32_t il = 0; il < p->n_layer; il++) {
             if (model->layers[il].is_cross != cross || model->plan.layers[il] != device) {
                 continue;
             }
             cache->k[il] = ggml_new_tensor_2d(ctx, type_k, n_embd, rows);
-            cache->v[il] = ggml_new_tensor_2d(ctx, type_v, n_embd, rows);
+            cache->v[il] = ggml_new_tensor_2d(ctx, here_v, n_embd, rows);
             ggml_format_name(cache->k[il], "%scache_k.%d", cross ? "cross_" : "", il);
             ggml_format_name(cache->v[il], "%scache_v.%d", cross ? "cross_" : "", il);
             size += ggml_nbytes(cache->k[il]) + ggml_nbytes(cache->v[il]);
