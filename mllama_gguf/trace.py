@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import numpy as np
 
 from .model import DEFAULT_PROMPT, Mllama, Picture
 from .runtime import Floats
+
+# What ggml calls tensors that nobody named, and views of tensors that are shown already.
+_NAMELESS = re.compile(r"(node|leaf)_\d+$|.* \(")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ def trace(
 ) -> None:
     """Encode a picture and run the prompt with it, from empty caches, and show the tensors on the way.
 
-    receive: called with each tensor whose name fits; it may keep the values
+    receive: called with each tensor that has a name, and one that fits; it may keep the values
     pattern: of names, with *, ? and [...] as in a shell
 
     The model forgets its conversation. Raises what `Mllama.caption` raises.
@@ -52,7 +56,7 @@ def trace(
 
     def on_tensor(name: str, values: Floats | None) -> bool:
         if values is None:
-            return fnmatchcase(name, pattern)
+            return fnmatchcase(name, pattern) and not _NAMELESS.match(name)
         receive(TracedTensor(name, counts[name], values.copy()))
         counts[name] += 1
         return False

@@ -33,6 +33,8 @@ from mllama_gguf import (
     preprocess_image,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Files = Callable[[str], TinyFiles]
 
 # A reply that goes on and on: random models end theirs when they please.
@@ -40,7 +42,7 @@ ENDLESS = "root ::= [ a-z] root"
 
 
 @pytest.fixture
-def model(tiny_files: Files) -> Iterator[Mllama]:
+def model(one_thread: None, tiny_files: Files) -> Iterator[Mllama]:
     files = tiny_files("gqa")
     with Mllama(files.text, files.mmproj, n_ctx=512) as opened:
         yield opened
@@ -85,6 +87,11 @@ def test_facts(model: Mllama, tiny_files: Files) -> None:
 def test_one_file_and_two_files_are_the_same(model: Mllama, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=512) as one:
         assert one.caption(picture(1), max_tokens=20) == model.caption(picture(1), max_tokens=20)
+
+
+def test_threads_do_not_change_the_caption(model: Mllama, tiny_files: Files) -> None:
+    with Mllama(tiny_files("gqa").one, n_ctx=512, n_threads=2) as two:
+        assert two.caption(picture(1), max_tokens=5) == model.caption(picture(1), max_tokens=5)
 
 
 def test_n_ctx_is_at_most_what_the_model_was_trained_with(tiny_files: Files) -> None:
@@ -453,14 +460,12 @@ def test_an_exception_while_loading(tiny_files: Files) -> None:
 
 def test_abort(tiny_files: Files) -> None:
     stop = False
-    with Mllama(tiny_files("gqa").one, abort=lambda: stop) as model:
+    long_prompt = "\x01\x02" * 3000  # a token a byte
+    with Mllama(tiny_files("gqa").one, n_ctx=8192, abort=lambda: stop) as model:
         expected = model.caption(picture(1), max_tokens=10)
-        model.reset()
         stop = True
         with pytest.raises(Aborted):
-            for _ in range(10000):  # asked every 50 ms only
-                model.caption(picture(1), max_tokens=10)
-                model.reset()
+            model.caption(picture(1), long_prompt)
         stop = False
         assert model.caption(picture(1), max_tokens=10) == expected
 
