@@ -72,7 +72,7 @@ def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
         return
     yield "layout", model.layout
     yield from _shape(model.hparams)
-    yield "memory", "weights + self-attention cache + one picture of all tiles (caches F16)"
+    yield "memory", "weights + self-attention cache + one picture of all tiles, on the CPU (caches F16)"
     for need in model.memory:
         parts = " + ".join(size(n) for n in (need.weights, need.self_kv, need.cross_kv))
         yield f"  n_ctx {need.n_ctx}", f"{size(need.total)} = {parts}, and compute buffers"

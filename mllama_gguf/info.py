@@ -44,7 +44,10 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes for one n_ctx, caches as F16; compute buffers come on top."""
+    """Bytes for one n_ctx on the CPU, caches as F16; compute buffers come on top.
+
+    The values of a picture are F32 there, whatever the caches are. On a GPU they take a third less.
+    """
 
     n_ctx: int  # tokens
     weights: int
@@ -135,10 +138,10 @@ def _file_info(file: GGUFFile) -> FileInfo:
 
 
 def _need(h: HParams, weights: int, n_ctx: int) -> MemoryNeed:
-    row = 2 * 2 * h.n_head_kv * h.head_dim  # K and V, two bytes a value
+    row = h.n_head_kv * h.head_dim  # of K, and of V
     return MemoryNeed(
         n_ctx,
         weights,
-        self_kv=(h.n_layer - h.n_cross_layers) * n_ctx * row,
-        cross_kv=h.n_cross_layers * h.max_tiles * h.n_positions * row,
+        self_kv=(h.n_layer - h.n_cross_layers) * n_ctx * row * (2 + 2),
+        cross_kv=h.n_cross_layers * h.max_tiles * h.n_positions * row * (2 + 4),
     )

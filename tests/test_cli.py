@@ -126,6 +126,31 @@ def test_caption_of_standard_input(photo: str, one: str) -> None:
     assert json.loads(done.stdout)["image"] == "-"
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_demo_model_says_something_of_every_example(capsys: Captured) -> None:
+    paths = sorted(str(path) for path in EXAMPLES.glob("*.png"))
+    assert len(paths) >= 4
+    assert run(["caption", *paths, "--json"]) == 0
+    replies = lines(capsys.readouterr().out)
+    assert [reply["image"] for reply in replies] == paths
+    assert {reply["finish_reason"] for reply in replies} == {"stop"}
+    assert all(reply["caption"].startswith(("a ", "an ", "the ")) for reply in replies), replies
+
+
+def test_the_first_caption_comes_within_three_seconds() -> None:
+    def seconds() -> float:
+        start = time.monotonic()
+        child = process("caption", str(EXAMPLES / "apple.png"))
+        out, err = child.communicate(timeout=60)
+        assert (child.returncode, err) == (0, "")
+        assert out.strip()
+        return time.monotonic() - start
+
+    assert min(seconds() for _ in range(3)) < 3
+
+
 # ---- failures ----------------------------------------------------------------------------------------------
 
 
@@ -304,10 +329,10 @@ def test_info_json(tiny_files: Files, capsys: Captured) -> None:
     assert text["hparams"]["n_vision_layer"] == 0
     assert projector["hparams"] is None
     need = next(m for m in one["memory"] if m["n_ctx"] == 4096)
-    row = 2 * 2 * arch.kv_heads * arch.head_dim
+    row = arch.kv_heads * arch.head_dim
     n_cross = len(arch.cross_layers)
-    assert need["self_kv"] == (arch.layers - n_cross) * 4096 * row
-    assert need["cross_kv"] == n_cross * arch.max_tiles * arch.n_positions * row
+    assert need["self_kv"] == (arch.layers - n_cross) * 4096 * row * 4
+    assert need["cross_kv"] == n_cross * arch.max_tiles * arch.n_positions * row * 6
     assert need["total"] == need["weights"] + need["self_kv"] + need["cross_kv"]
 
 
