@@ -196,7 +196,7 @@ def model_options(command: F) -> F:
                 "--threads",
                 metavar="THREADS",
                 type=click.IntRange(min=1),
-                help="CPU threads.  [default: all usable CPUs]",
+                help="CPU threads.  [default: all usable CPUs, fewer for a small model]",
             ),
             click.option(
                 "--allow-quantized-vision",

@@ -34,6 +34,9 @@ Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding"
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 DEFAULT_PROMPT = "Describe this image."
+# ggml's threads wait for each other by spinning, after every operation. With less work than this for each,
+# that costs more than it saves; beside another busy process, a hundred times more.
+WEIGHTS_PER_THREAD = 32 * 1024 * 1024
 # One four-tile picture of the 11B model takes 105 MB.
 EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
 
@@ -82,7 +85,7 @@ class Mllama:
         n_ctx:          most tokens of a conversation; None or 0, or more than the model was trained with: as
                         trained
         n_batch:        most tokens that are computed at once
-        n_threads:      CPU threads; None: all usable CPUs
+        n_threads:      CPU threads; None: all usable CPUs, fewer for a small model
         type_k, type_v: of the caches: "f32", "f16", or "q8_0" (self-attention only; V needs flash_attn)
         use_mmap:       let the CPU read weights from the file's pages instead of copying them
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
@@ -143,7 +146,7 @@ class Mllama:
             callbacks,
             n_ctx=min(n_ctx or trained, trained),
             n_batch=n_batch,
-            n_threads=n_threads or usable_cpus(),
+            n_threads=n_threads or default_threads(self._model.size),
             type_k=type_k,
             type_v=type_v,
             flash_attn=flash_attn,
@@ -475,6 +478,11 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_threads(n_bytes: int) -> int:
+    """CPU threads for a model with weights of so many bytes."""
+    return min(usable_cpus(), 1 + n_bytes // WEIGHTS_PER_THREAD)
 
 
 def _vision_device(name: str) -> int:

@@ -26,13 +26,3 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
         return made[name]
 
     return files
-
-
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models compute with one thread unless told otherwise.
-
-    ggml's threads wait for each other by spinning: on a machine that has other work too, tiny models then
-    take a hundred times as long.
-    """
-    monkeypatch.setattr("mllama_gguf.model.usable_cpus", lambda: 1)

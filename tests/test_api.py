@@ -32,8 +32,7 @@ from mllama_gguf import (
     RequestError,
     preprocess_image,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from mllama_gguf.model import default_threads
 
 Files = Callable[[str], TinyFiles]
 
@@ -42,7 +41,7 @@ ENDLESS = "root ::= [ a-z] root"
 
 
 @pytest.fixture
-def model(one_thread: None, tiny_files: Files) -> Iterator[Mllama]:
+def model(tiny_files: Files) -> Iterator[Mllama]:
     files = tiny_files("gqa")
     with Mllama(files.text, files.mmproj, n_ctx=512) as opened:
         yield opened
@@ -87,6 +86,11 @@ def test_facts(model: Mllama, tiny_files: Files) -> None:
 def test_one_file_and_two_files_are_the_same(model: Mllama, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=512) as one:
         assert one.caption(picture(1), max_tokens=20) == model.caption(picture(1), max_tokens=20)
+
+
+def test_a_small_model_gets_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllama_gguf.model.usable_cpus", lambda: 16)
+    assert [default_threads(n) for n in (10**6, 10**8, 8 * 10**9)] == [1, 3, 16]
 
 
 def test_threads_do_not_change_the_caption(model: Mllama, tiny_files: Files) -> None:

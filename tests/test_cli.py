@@ -22,8 +22,6 @@ from mllama_gguf import Mllama
 from mllama_gguf.cli import COMMANDS, run
 from mllama_gguf.convert import convert
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Files = Callable[[str], TinyFiles]
 Captured = pytest.CaptureFixture[str]
 
@@ -116,7 +114,7 @@ def test_caption_with_a_seed(photo: str, one: str, capsys: Captured) -> None:
 
 def test_caption_of_standard_input(photo: str, one: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mllama_gguf", "caption", "-", "-m", one, "-n", "3", "-t", "1", "--json"],
+        [sys.executable, "-m", "mllama_gguf", "caption", "-", "-m", one, "-n", "3", "--json"],
         **elsewhere(),
         input=Path(photo).read_bytes(),
         capture_output=True,
@@ -186,12 +184,12 @@ def test_a_file_that_is_no_model(photo: str, capsys: Captured) -> None:
 
 
 def test_verbose_shows_the_traceback_and_the_log(photo: str, one: str) -> None:
-    done = process("caption", photo, "-m", photo, "-t", "1", "--verbose")
+    done = process("caption", photo, "-m", photo, "--verbose")
     _, err = done.communicate(timeout=60)
     assert done.returncode == 1
     assert "Traceback" in err
     assert "Error: " in err
-    done = process("--verbose", "caption", photo, "-m", one, "-t", "1", "-n", "2")
+    done = process("--verbose", "caption", photo, "-m", one, "-n", "2")
     out, err = done.communicate(timeout=60)
     assert done.returncode == 0
     assert "mllama_gguf.native" in err
@@ -210,7 +208,7 @@ def test_a_bug_is_one_line_too(
 
 
 def test_a_reader_that_goes_away(photo: str, endless: str) -> None:
-    child = process("caption", photo, "-m", endless, "-t", "1", "-n", "1000000", "-c", "0")
+    child = process("caption", photo, "-m", endless, "-n", "1000000", "-c", "0")
     assert child.stdout is not None
     assert child.stderr is not None
     child.stdout.read(5)
@@ -272,23 +270,21 @@ def assert_interrupted(child: subprocess.Popen[str]) -> None:
 def test_ctrl_c_while_encoding(slow: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.fromarray(picture(1, 900, 900)).save(path)
-    child = process("caption", str(path), "-m", str(slow), "-t", "1")
+    child = process("caption", str(path), "-m", str(slow))
     time.sleep(2.5)
     assert child.poll() is None, child.communicate()
     assert_interrupted(child)
 
 
 def test_ctrl_c_while_reading_the_prompt(photo: str, one: str) -> None:
-    child = process(
-        "caption", photo, "-m", one, "-t", "1", "-c", "0", "-p", "\x01\x02" * 60000
-    )  # a token a byte
+    child = process("caption", photo, "-m", one, "-c", "0", "-p", "\x01\x02" * 60000)  # a token a byte
     time.sleep(2.5)
     assert child.poll() is None, child.communicate()
     assert_interrupted(child)
 
 
 def test_ctrl_c_while_writing(photo: str, endless: str) -> None:
-    child = process("caption", photo, "-m", endless, "-t", "1", "-c", "0", "-n", "1000000")
+    child = process("caption", photo, "-m", endless, "-c", "0", "-n", "1000000")
     assert child.stdout is not None
     child.stdout.read(20)
     assert_interrupted(child)
@@ -296,7 +292,7 @@ def test_ctrl_c_while_writing(photo: str, endless: str) -> None:
 
 def test_ctrl_c_at_the_start(photo: str, endless: str) -> None:
     for delay in (0.15, 0.3, 0.5):
-        child = process("caption", photo, "-m", endless, "-t", "1", "-c", "0", "-n", "1000000")
+        child = process("caption", photo, "-m", endless, "-c", "0", "-n", "1000000")
         time.sleep(delay)
         seconds, _, err = interrupt(child)
         # Before Python's own start is over there is nothing of ours to answer.
