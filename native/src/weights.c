@@ -188,6 +188,15 @@ static void gate(finder * f, float * value, const char * format, ...) {
     want(f, WEIGHT_GATE, NULL, NULL, value, (int64_t[]) { 1, 1, 1, 1 }, name);
 }
 
+// A file with more layers than its keys say is not read by half.
+static void no_layer(finder * f, const char * prefix, int32_t il) {
+    char name[GGML_MAX_NAME];
+    snprintf(name, sizeof(name), "%s.%d.attn_norm.weight", prefix, il);
+    if (f->status == MLLAMA_OK && ggml_get_tensor(f->file->meta, name)) {
+        f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is beyond the %d layers that the keys name", f->file->path, name, il);
+    }
+}
+
 static void find_text_layer(finder * f, int32_t il) {
     const mllama_hparams * p   = &f->model->hp.pub;
     text_layer *           l   = &f->model->layers[il];
@@ -239,6 +248,7 @@ static void find_text(finder * f) {
     for (int32_t il = 0; il < p->n_layer; il++) {
         find_text_layer(f, il);
     }
+    no_layer(f, "blk", p->n_layer);
     vector(f, last, &m->output_norm, p->n_embd, "output_norm.weight");
     matrix(f, last, &m->output, p->n_embd, p->vocab_size, "output.weight");
 }
@@ -294,6 +304,8 @@ static void find_vision(finder * f) {
     for (int32_t il = 0; il < p->n_vision_global_layer; il++) {
         find_vision_layer(f, &v->global[il], "v.global.blk", il, true);
     }
+    no_layer(f, "v.blk", p->n_vision_layer);
+    no_layer(f, "v.global.blk", p->n_vision_global_layer);
     matrix(f, dev, &v->projector, n * (1 + p->n_intermediate), p->n_embd, "mm.0.weight");
     vector(f, dev, &v->projector_b, p->n_embd, "mm.0.bias");
 }
