@@ -112,7 +112,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compute the golden numbers of the tests.")
     parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     check = parser.parse_args().check
-    torch.set_num_threads(1)
     good = True
     with tempfile.TemporaryDirectory() as folder:
         for arch in ARCHS.values():

@@ -31,6 +31,9 @@ F32 = npt.NDArray[np.float32]
 
 VERSION = "4.52.4"
 
+# Models this small are slower on several threads, far slower where others use the processor too.
+torch.set_num_threads(1)
+
 
 def visible_images(tokens: Sequence[int], image_token: int) -> list[list[int]]:
     """Which images each token sees: those of the last group of adjacent image tokens up to it, itself

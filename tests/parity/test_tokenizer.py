@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-import tokenizers
+import tokenizers  # type: ignore[import-untyped]
 
 from mllama_gguf.convert import convert
 from mllama_gguf.vocab import Vocab
@@ -43,5 +43,8 @@ def test_same_tokens(both: tuple[Vocab, tokenizers.Tokenizer], text: str) -> Non
 
 def test_same_vocabulary(both: tuple[Vocab, tokenizers.Tokenizer]) -> None:
     vocab, tokenizer = both
+    byte = {character: b for b, character in enumerate(tiny.byte_tokens())}
+    special = {*tiny.SPECIAL_TOKENS, tiny.IMAGE_TOKEN}
     for token, i in tokenizer.get_vocab().items():
-        assert vocab.text(i) == token
+        expected = token.encode() if token in special else bytes(byte[c] for c in token)
+        assert vocab.piece(i, special=True) == expected
