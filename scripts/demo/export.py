@@ -4,7 +4,8 @@
     python scripts/demo/export.py --run DIR --out DIR --check
 
 `--check` loads the checkpoint with transformers 4.52.4, corrects its one deviation from Meta's code
-(tokens before the image get cross-attention output; a hook multiplies it by 0), and compares logits on all eight grids.
+(tokens before the image get cross-attention output; a hook multiplies it by 0), and compares logits
+on all eight grids.
 """
 
 from __future__ import annotations
