@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,17 @@ class GGUFFile:
         return any(t.name.startswith("v.") for t in self.tensors)
 
 
-def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+def read_gguf(path: str | os.PathLike[str], *, whole: Collection[str] = ()) -> GGUFFile:
     """Read the keys and the tensor table of a GGUF file.
+
+    whole: names of arrays to read however long they are
 
     Raises ModelError, naming the file, if it cannot be read or is not a whole GGUF header.
     """
     path = Path(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, path).read()
+            return _Reader(data, path, whole).read()
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}") from e
     except ValueError as e:
@@ -115,9 +118,10 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
+    def __init__(self, data: mmap.mmap, path: Path, whole: Collection[str]) -> None:
         self._data = data
         self._path = path
+        self._whole = whole
         self._at = 0
 
     def read(self) -> GGUFFile:
@@ -133,7 +137,7 @@ class _Reader:
         keys = {}
         for _ in range(n_keys):
             name = self._string()
-            keys[name] = self._value(self._scalar("<I"))
+            keys[name] = self._value(self._scalar("<I"), whole=name in self._whole)
         tensors = []
         for _ in range(n_tensors):
             name = self._string()
@@ -160,20 +164,20 @@ class _Reader:
         self._skip(length)
         return self._data[start : self._at].decode("utf-8", "replace")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, *, whole: bool = False) -> Any:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            return self._array()
+            return self._array(whole)
         if kind not in _SCALARS:
             raise ModelError(f"{self._path}: damaged GGUF header: value type {kind}")
         return self._scalar(_SCALARS[kind])
 
-    def _array(self) -> list[Any] | LongArray:
+    def _array(self, whole: bool) -> list[Any] | LongArray:
         kind, length = self._scalar("<I"), self._scalar("<Q")
         if kind == _ARRAY:
             raise ModelError(f"{self._path}: damaged GGUF header: array of arrays")
-        if length <= LONGEST_ARRAY:
+        if whole or length <= LONGEST_ARRAY:
             return [self._value(kind) for _ in range(length)]
         if kind == _STRING:
             unpack, data, at = struct.unpack_from, self._data, self._at

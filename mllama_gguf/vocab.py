@@ -34,7 +34,7 @@ class Vocab:
 
         self._llama = llama
         self.path = Path(path)
-        self.metadata = read_gguf(path).keys
+        self.metadata = _read_keys(self.path)
 
         params = llama.llama_model_default_params()
         params.vocab_only = True
@@ -106,3 +106,22 @@ class Vocab:
     def count(self, tokens: Sequence[int], token: int) -> int:
         """How often a token occurs."""
         return sum(t == token for t in tokens)
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
+    """The keys of a file whose token table llama.cpp can load: it ends the process over some of what is
+    checked here."""
+    keys = read_gguf(path, whole=("tokenizer.ggml.tokens",)).keys
+    model, tokens = keys.get("tokenizer.ggml.model"), keys.pop("tokenizer.ggml.tokens", None)
+    if model != "gpt2":
+        raise ModelError(f"{path}: tokenizer.ggml.model is {model!r}, 'gpt2' expected")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise ModelError(f"{path}: tokenizer.ggml.tokens is missing or no list of strings")
+    # llama.cpp names empty tokens in this way, and takes a NUL for the end.
+    names = [token.partition("\0")[0] or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+    if len(set(names)) != len(names):
+        raise ModelError(f"{path}: tokenizer.ggml.tokens has the same token twice")
+    bos = keys.get("tokenizer.ggml.bos_token_id")
+    if bos is not None and not (isinstance(bos, int) and 0 <= bos < len(tokens)):
+        raise ModelError(f"{path}: tokenizer.ggml.bos_token_id is {bos!r}, of {len(tokens)} tokens")
+    return keys

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from helpers import TinyFiles
 
-from mllama_gguf.errors import RequestError
+from mllama_gguf.errors import MllamaError, ModelError, RequestError
 from mllama_gguf.sampling import Sampler, SamplingOptions, grammar_of
 from mllama_gguf.vocab import Vocab
 
@@ -196,3 +199,51 @@ class TestVocab:
     def test_unknown_tokens(self, vocab: Vocab, token: int) -> None:
         with pytest.raises(RequestError, match="not in the vocabulary"):
             vocab.detokenize([token])
+
+
+def test_damaged_token_tables_are_errors(tiny_files: Callable[[str], TinyFiles], tmp_path: Path) -> None:
+    """llama.cpp, left to itself, ends the process over some of these."""
+    data = tiny_files("gqa").text.read_bytes()
+    bos = b"tokenizer.ggml.bos_token_id" + struct.pack("<I", 4)  # the type, uint32, and then the value
+    for old, new in (
+        (b"<|step_id|>", b"<|eom_id|>\0"),  # the same token twice, to llama.cpp
+        (b"gpt2", b"none"),
+        (b"gpt2", b"bert"),
+        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"),
+        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"),
+        (bos + struct.pack("<I", 322), bos + struct.pack("<I", 334)),
+        (b"llama-bpe", b"llama-xyz"),
+    ):
+        assert old in data
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(ModelError, match=r"damaged\.gguf: ") as raised:
+            Vocab(path)
+        assert "\n" not in str(raised.value)
+
+
+def test_mutated_token_tables_never_end_the_process(
+    tiny_files: Callable[[str], TinyFiles], tmp_path: Path
+) -> None:
+    data = tiny_files("square").text.read_bytes()
+    begin, end = data.index(b"tokenizer.ggml.model") - 8, data.index(b"token_embd.weight")
+    rng = random.Random(0)
+    path = tmp_path / "mutated.gguf"
+    outcomes = set()
+    for _ in range(500):
+        mutated = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(begin, end - 8)
+            value = rng.choice(
+                [b"\0" * 4, rng.randbytes(1), rng.randbytes(8), struct.pack("<I", rng.randrange(13))]
+            )
+            mutated[at : at + len(value)] = value
+        path.write_bytes(mutated)
+        try:
+            vocab = Vocab(path)
+            vocab.detokenize(vocab.tokenize("the <|image|> cat"), special=True)
+            outcomes.add("loaded")
+        except MllamaError as e:
+            assert "\n" not in str(e)
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
