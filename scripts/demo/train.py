@@ -168,6 +168,7 @@ class Muon:
             self.groups.setdefault((m.shape[0], m.shape[1]), []).append(m)
         self.buffers = {shape: torch.zeros(len(ms), *shape) for shape, ms in self.groups.items()}
         self.lr, self.momentum, self.decay = lr, momentum, decay
+        self.factors: dict[int, float] = {}  # of the rate, by parameter
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
@@ -188,8 +189,9 @@ class Muon:
                 x = a * x + (b * gram + c * gram @ gram) @ x
             x = x.transpose(1, 2) if flip else x
             rate = self.lr * scale * max(1.0, shape[0] / shape[1]) ** 0.5
-            for i, update in zip(live, x, strict=True):
-                matrices[i].mul_(1 - self.lr * scale * self.decay).add_(update, alpha=-rate)
+            factors = [self.factors.get(id(matrices[i]), 1.0) for i in live]
+            for i, update, factor in zip(live, x, factors, strict=True):
+                matrices[i].mul_(1 - self.lr * scale * self.decay).add_(update, alpha=-rate * factor)
 
     def state_dict(self) -> dict:
         return {str(k): v for k, v in self.buffers.items()}
@@ -352,6 +354,9 @@ def main() -> None:
     parser.add_argument("--decay-from", type=int, default=0, help="let the rate fall to nothing from here on")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--text-rate", type=float, default=0.5, help="the decoder's share of --lr")
+    parser.add_argument("--projector-rate", type=float, default=0.05, help="the projector's share of --lr")
+    parser.add_argument("--table-rate", type=float, default=0.25, help="the embeddings' share of --adam-lr")
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument(
         "--mosaics", type=float, default=0.3, help="share of mosaic batches beside the scenes"
@@ -388,9 +393,12 @@ def main() -> None:
     matrices, tables, others = split_parameters(model, heads)
     muon = Muon(matrices, args.lr)
     adam = torch.optim.AdamW(
-        [{"params": tables, "factor": 1.0}, {"params": others, "factor": 1.0}],
+        [{"params": tables, "factor": args.table_rate}, {"params": others, "factor": 1.0}],
         lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0,
     )  # fmt: skip
+    # The inputs of the projector and the values it feeds are large, so equal steps would be too long there.
+    muon.factors = {id(p): args.text_rate for n, p in model.named_parameters() if "language_model" in n}
+    muon.factors[id(model.multi_modal_projector.weight)] = args.projector_rate
     average = {k: v.detach().clone() for k, v in both.named_parameters()}
     step, saved = 0, args.run / "checkpoint.pt"
     if saved.exists():
@@ -399,6 +407,7 @@ def main() -> None:
         average, step = state["average"], state["step"]
         muon.load_state_dict(state["muon"])
         adam.load_state_dict(state["adam"])
+        adam.param_groups[0]["factor"] = args.table_rate
         print(f"goes on from step {step}", flush=True)
 
     def save() -> None:
