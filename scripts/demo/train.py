@@ -297,6 +297,14 @@ def word_of(tokenizer) -> Tensor:
     return torch.tensor([tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words])
 
 
+def text_loss(model: DemoModel, batch: dict, states: Tensor) -> Tensor:
+    """Cross-entropy on the reply's tokens."""
+    tokens, targets = torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["targets"])
+    hidden = model.decode(tokens, states)
+    wanted = targets != IGNORE
+    return F.cross_entropy(model.logits(hidden[wanted]), targets[wanted])
+
+
 def losses(
     model: DemoModel, heads: Heads, batch: dict, exact: bool, words: Tensor | None, through: bool
 ) -> dict[str, Tensor]:
@@ -311,6 +319,7 @@ def losses(
         with torch.no_grad():
             final, both = model.see(patches, batch["grid"], exact)
         states = model.multi_modal_projector(both)
+        batch["both"] = both
     else:
         final, both = model.see(patches, batch["grid"], exact)
         states = model.multi_modal_projector(both)
@@ -336,10 +345,7 @@ def losses(
         each = F.cross_entropy(heads.colour(feats[painted]), colour[painted], reduction="none")
         out["colour"] = (each * weight[painted]).sum() / weight[painted].sum()
     if "tokens" in batch:
-        tokens, targets = torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["targets"])
-        hidden = model.decode(tokens, states)
-        wanted = targets != IGNORE
-        out["text"] = F.cross_entropy(model.logits(hidden[wanted]), targets[wanted])
+        out["text"] = text_loss(model, batch, states)
     return out
 
 
@@ -369,6 +375,8 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--eval-count", type=int, default=320)
     parser.add_argument("--reuse", type=int, default=2, help="how often a drawn batch is looked at")
+    parser.add_argument("--replays", type=int, default=2, help="older batches of states in each decoder step")
+    parser.add_argument("--pool", type=int, default=100, help="how many batches of states to keep")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -454,6 +462,7 @@ def main() -> None:
     total: dict[str, list[float]] = {}
     waited = 0.0
     recent: list[dict] = []
+    pool: list[dict] = []
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))  # save, then end
     while step < args.steps and time.time() - begun < args.max_seconds and not stopped:
@@ -481,6 +490,14 @@ def main() -> None:
         for p in both.parameters():
             p.grad = None
         loss.backward()
+        if (
+            args.phase == "decoder" and "tokens" in batch
+        ):  # the tower stands still: look at older states again
+            chance = np.random.default_rng((args.seed, step, 11))
+            for old in (pool[int(i)] for i in chance.integers(len(pool), size=args.replays if pool else 0)):
+                text_loss(model, old, model.multi_modal_projector(old["both"])).backward()
+            pool.append({k: batch[k] for k in ("both", "tokens", "targets")})
+            pool = pool[-args.pool :]
         scale = min(1.0, (step + 1 - first + (first > 0) * 20) / args.warmup)
         if args.decay_from and step >= args.decay_from:
             scale *= max(0.02, (args.steps - step) / (args.steps - args.decay_from))
