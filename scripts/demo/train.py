@@ -39,6 +39,7 @@ TILE, PATCH = CONFIG["vision"]["image_size"], CONFIG["vision"]["patch_size"]
 SIDE = TILE // PATCH
 GROUND = len(THINGS)  # the class of an empty patch
 IGNORE = -100
+RELATIONS = (None, "to the left of", "above")
 IMAGE_BUDGET = 128  # tiles a batch
 
 
@@ -107,7 +108,7 @@ def make_batch(renderer: Renderer, tokenizer, kind: str, seed: int) -> dict:
     grid = GRIDS[rng.choice(8, p=odds / odds.sum())]
     tiles = grid[0] * grid[1]
     batch: dict = {"kind": kind, "grid": grid}
-    patches, labels, replies = [], [], []
+    patches, labels, replies, relations = [], [], [], []
     count = IMAGE_BUDGET // tiles
     for _ in range(count):
         w, h = renderer.size_for(rng, grid)
@@ -119,10 +120,11 @@ def make_batch(renderer: Renderer, tokenizer, kind: str, seed: int) -> dict:
             cell = float(np.exp(rng.uniform(np.log(36), np.log(most))))
             picture, things = renderer.mosaic(rng, *target, cell)
         else:
-            picture, things, relation = renderer.scene(rng, *target, 1 if rng.random() < 0.3 else 2)
+            picture, things, relation = renderer.scene(rng, *target, 1 if rng.random() < 0.45 else 2)
             prompt = PROMPTS[0] if rng.random() < 0.6 else PROMPTS[rng.integers(len(PROMPTS))]
             reply = tokenizer.encode(caption(things, relation) + "<|eot_id|>", add_special_tokens=False)
             replies.append((prompt_ids(tokenizer, prompt), reply))
+            relations.append(RELATIONS.index(relation))
         picture = blur_like_upscaling(picture, (w, h))
         patches.append(patchify(picture, grid))
         labels.append(label_patches(things, grid))
@@ -130,6 +132,7 @@ def make_batch(renderer: Renderer, tokenizer, kind: str, seed: int) -> dict:
     batch["thing"], batch["colour"], batch["weight"] = (np.stack(x) for x in zip(*labels, strict=True))
     if replies:
         longest = max(len(p) + len(r) for p, r in replies)
+        batch["relation"] = np.array(relations)
         tokens = np.full((count, longest), tokenizer.pad_token_id, np.int64)
         targets = np.full((count, longest), IGNORE, np.int64)
         for i, (p, r) in enumerate(replies):
@@ -273,6 +276,7 @@ class Heads(nn.Module):
         super().__init__()
         self.thing = nn.Linear(width, GROUND + 1)
         self.colour = nn.Linear(width, len(COLOUR_NAMES))
+        self.relation = nn.Linear(width, len(RELATIONS))
 
 
 # ----------------------------------------------------------------------------------------------------- train
@@ -346,6 +350,9 @@ def losses(
         out["colour"] = (each * weight[painted]).sum() / weight[painted].sum()
     if "tokens" in batch:
         out["text"] = text_loss(model, batch, states)
+        out["relation"] = F.cross_entropy(
+            heads.relation(final[:, :, 0].mean(1)), torch.from_numpy(batch["relation"])
+        )
     return out
 
 
@@ -372,6 +379,7 @@ def main() -> None:
     )
     parser.add_argument("--patch-weight", type=float, default=0.5)
     parser.add_argument("--word-weight", type=float, default=0.3)
+    parser.add_argument("--relation-weight", type=float, default=0.3)
     parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--eval-count", type=int, default=320)
     parser.add_argument("--reuse", type=int, default=2, help="how often a drawn batch is looked at")
@@ -485,6 +493,7 @@ def main() -> None:
         loss = (
             text
             + args.word_weight * parts.get("word", torch.zeros(()))
+            + args.relation_weight * parts.get("relation", torch.zeros(()))
             + patch_weight * (parts["patch"] + 0.5 * parts.get("colour", torch.zeros(())))
         )
         for p in both.parameters():
