@@ -3,9 +3,8 @@
 
     python scripts/measure_full_shape.py --dir DIR
 
-The files have every tensor of the 11B model at its true size (text Q4_K and Q6_K, vision BF16) and no data: they
-are sparse, so they take a few megabytes of disk. Zeros cost the same to read and to multiply as weights do, so
-times and memory are real; captions are not.
+The file has every tensor of the 11B model at its true size (text Q4_K and Q6_K, vision BF16) and no data: it is
+sparse, so it takes little disk. Zeros cost the same to multiply as weights do, so times and memory are real.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ Q4, Q6, BF16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_K", "Q6_K"
 CROSS = (3, 8, 13, 18, 23, 28, 33, 38)
 TEXT = {
     "block_count": 40, "context_length": 131072, "embedding_length": 4096, "feed_forward_length": 14336,
-    "attention.head_count": 32, "attention.head_count_kv": 8, "vocab_size": 128256, "rope.dimension_count": 128,
+    "attention.head_count": 32, "attention.head_count_kv": 8, "vocab_size": 128256,
+    "rope.dimension_count": 128,
 }  # fmt: skip
 VISION = {
     "block_count": 32, "global.block_count": 8, "embedding_length": 1280, "feed_forward_length": 5120,
@@ -45,14 +45,16 @@ def tensors() -> list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]:
         q, k, v, o = names if i in CROSS else ("attn_q", "attn_k", "attn_v", "attn_output")
         out += [(f"blk.{i}.{n}.weight", s, t) for n, s, t in (
             ("attn_norm", (d,), F32), (q, (d, d), Q4), (k, (kv, d), Q4), (v, (kv, d), Q6), (o, (d, d), Q4),
-            ("ffn_norm", (d,), F32), ("ffn_gate", (ff, d), Q4), ("ffn_up", (ff, d), Q4), ("ffn_down", (d, ff), Q6),
+            ("ffn_norm", (d,), F32), ("ffn_gate", (ff, d), Q4), ("ffn_up", (ff, d), Q4),
+            ("ffn_down", (d, ff), Q6),
         )]  # fmt: skip
         if i in CROSS:
             out += [(f"blk.{i}.cross_attn_{n}_norm.weight", (128,), F32) for n in "qk"]
             out += [(f"blk.{i}.cross_attn_{n}_gate", (1,), F32) for n in ("attn", "mlp")]
     w = 1280
     out += [("v.class_embd", (w,), F32), ("v.patch_embd.weight", (w, 3, 14, 14), BF16)]
-    out += [("v.position_embd.weight", (1601, w), F32), ("v.tile_position_embd.weight", (9, 4 * 1601 * w), BF16)]
+    out += [("v.position_embd.weight", (1601, w), F32)]
+    out += [("v.tile_position_embd.weight", (9, 4 * 1601 * w), BF16)]
     out += [(f"v.{n}_tile_position_embd.weight", (9, 4 * w), F32) for n in ("pre", "post")]
     out += [(f"v.{n}.gate", (1,), F32) for n in (
         "position_embd", "tile_position_embd", "pre_tile_position_embd", "post_tile_position_embd",
@@ -63,8 +65,10 @@ def tensors() -> list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]:
             norms = ("attn_norm.weight", "attn_norm.bias", "ffn_norm.weight", "ffn_norm.bias")
             out += [(f"{prefix}.{i}.{n}", (w,), F32) for n in norms]
             out += [(f"{prefix}.{i}.attn_{n}.weight", (w, w), BF16) for n in ("q", "k", "v", "output")]
-            out += [(f"{prefix}.{i}.ffn_up.weight", (5120, w), BF16), (f"{prefix}.{i}.ffn_up.bias", (5120,), F32)]
-            out += [(f"{prefix}.{i}.ffn_down.weight", (w, 5120), BF16), (f"{prefix}.{i}.ffn_down.bias", (w,), F32)]
+            out += [(f"{prefix}.{i}.ffn_up.weight", (5120, w), BF16)]
+            out += [(f"{prefix}.{i}.ffn_up.bias", (5120,), F32)]
+            out += [(f"{prefix}.{i}.ffn_down.weight", (w, 5120), BF16)]
+            out += [(f"{prefix}.{i}.ffn_down.bias", (w,), F32)]
             if count == 8:
                 out += [(f"{prefix}.{i}.{n}_gate", (1,), F32) for n in ("attn", "ffn")]
     return [*out, ("mm.0.weight", (4096, 6 * w), BF16), ("mm.0.bias", (4096,), F32)]
@@ -93,7 +97,7 @@ def write_sparse(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Memory and interruption at the 11B shape")
     parser.add_argument("--dir", type=Path, required=True, help="where the sparse file goes")
     args = parser.parse_args()
     path = args.dir / "full-shape.gguf"
