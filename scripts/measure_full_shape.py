@@ -3,8 +3,8 @@
 
     python scripts/measure_full_shape.py --dir DIR
 
-The file has every tensor of the 11B model at its true size (text Q4_K and Q6_K, vision BF16) and no data: it is
-sparse, so it takes little disk. Zeros cost the same to multiply as weights do, so times and memory are real.
+The file has every tensor of the 11B model at its true size (text Q4_K and Q6_K, vision BF16) and no data: it
+is sparse, so it takes little disk. Zeros cost the same to multiply as weights do: times and memory are real.
 """
 
 from __future__ import annotations
