@@ -96,7 +96,7 @@ def cat(pen: Pen, x: float, y: float, r: float) -> None:
         )
     pen.oval(x, y, r, r * 0.84, black)
     for side in (-1, 1):
-        pen.oval(x + side * r * 0.42, y - r * 0.1, r * 0.17, r * 0.2, (240, 205, 60))
+        pen.oval(x + side * r * 0.42, y - r * 0.1, r * 0.17, r * 0.2, (120, 190, 90))
         pen.oval(x + side * r * 0.42, y - r * 0.1, r * 0.07, r * 0.17, (20, 20, 22))
         for tilt in (-0.08, 0.06):
             pen.line(
