@@ -46,7 +46,7 @@ class FileInfo:
 class MemoryNeed:
     """Bytes for one n_ctx on the CPU, caches as F16; compute buffers come on top.
 
-    The values of a picture are F32 there, whatever the caches are. On a GPU they take a third less.
+    V is F32 there (ggml's CPU kernel sums it in the type of the cache). On a GPU caches take a third less.
     """
 
     n_ctx: int  # tokens
@@ -142,6 +142,6 @@ def _need(h: HParams, weights: int, n_ctx: int) -> MemoryNeed:
     return MemoryNeed(
         n_ctx,
         weights,
-        self_kv=(h.n_layer - h.n_cross_layers) * n_ctx * row * (2 + 2),
+        self_kv=(h.n_layer - h.n_cross_layers) * n_ctx * row * (2 + 4),
         cross_kv=h.n_cross_layers * h.max_tiles * h.n_positions * row * (2 + 4),
     )

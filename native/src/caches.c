@@ -23,9 +23,9 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
             return fail(MLLAMA_ERR_MEMORY, "out of memory");
         }
         cache->contexts[cache->n_buffers++] = ctx;
-        // ggml's CPU kernel sums F16 values unnormalised in F16, which overflows over many rows of large values (seen: values
-        // of 2000). An image's values are therefore F32 on the CPU.
-        const bool           wide   = cross && device == model->plan.cpu && type_v == GGML_TYPE_F16;
+        // ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow
+        // (seen: values of 2000). Values are therefore F32 on the CPU.
+        const bool           wide   = device == model->plan.cpu && type_v == GGML_TYPE_F16;
         const enum ggml_type here_v = wide ? GGML_TYPE_F32 : type_v;
         uint64_t size = 0;
         for (int32_t il = 0; il < p->n_layer; il++) {
