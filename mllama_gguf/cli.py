@@ -1,6 +1,7 @@
 """The command line: the commands, what they share, and how every failure becomes one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 141 the reader of the output went away.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some pictures of a batch failed, 130 interrupted (Ctrl-C), 141
+the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -220,13 +221,14 @@ def open_model(
     n_ctx: int,
     threads: int | None,
     allow_quantized_vision: bool,
+    bar: bool = True,
 ) -> Iterator[Mllama]:
-    """The model that the options of `model_options` name, with a progress bar on a terminal."""
+    """The model that the options of `model_options` name; bar: with a progress bar on a terminal."""
     from .model import Mllama
     from .models import model_path
 
     with (
-        progress_bar() as progress,
+        progress_bar() if bar else nullcontext() as progress,
         Mllama(
             model_path(model),
             mmproj,

@@ -1,16 +1,18 @@
-"""`mllama caption`: what is in a picture."""
+"""`mllama caption`: what is in a picture, or in thousands (cli_batch.py)."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .cli import model_options, open_model
-from .errors import ImageError
+from .cli_batch import BatchSettings, batch_options, run_batch
+from .errors import ImageError, RequestError
 
 
 @click.command(
@@ -20,11 +22,16 @@ from .errors import ImageError
     "  mllama caption photo.jpg -p 'What colour is the car?' -n 50\n"
     "  mllama caption *.jpg --json > captions.jsonl\n"
     "  mllama caption photo.jpg -m text.gguf --mmproj mmproj.gguf -ngl -1\n"
-    "  curl -s https://example.com/photo.jpg | mllama caption -",
+    "  curl -s https://example.com/photo.jpg | mllama caption -\n"
+    "  mllama caption photos --recursive --out captions.jsonl\n"
+    "  mllama caption photos --sidecar .txt --prefix 'a photo of '\n"
+    "  find photos -name '*.jpg' | mllama caption - --out captions.csv --json-schema schema.json",
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("-p", "--prompt", help="What to ask about the picture.  [default: Describe this image.]")
+@click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Take the prompt from a file.")
 @click.option(
-    "-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask about the picture."
+    "--json-schema", metavar="FILE", type=click.Path(), help="Every caption is JSON of the schema in FILE."
 )
 @click.option(
     "-n",
@@ -46,21 +53,49 @@ from .errors import ImageError
 )
 @click.option("--seed", metavar="S", type=int, help="Of the random choice, for --temp above 0.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@batch_options
 @model_options
 def caption_command(
     images: tuple[str, ...],
-    prompt: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    json_schema: str | None,
     max_tokens: int,
     temperature: float,
     seed: int | None,
     as_json: bool,
+    out: str | None,
+    sidecar: str | None,
+    recursive: bool,
+    prefix: str,
+    suffix: str,
+    overwrite: bool,
+    limit: int | None,
     **model_settings: Any,
 ) -> int:
     """Say what is in each IMAGE: a file, a data URI, or - for standard input.
 
     The text appears as it is written. A picture that cannot be read is reported and left out; the exit code
     is then 1.
+
+    With --out or --sidecar for thousands: an IMAGE may also be a folder, a pattern, a list (.txt, a path a
+    line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
+    Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
+    prompt = _prompt(prompt, prompt_file)
+    schema = None
+    if json_schema is not None:
+        from .captions import load_schema
+
+        schema = load_schema(json_schema)
+    batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit)
+    if batch.wanted:
+        from .captions import CaptionOptions
+
+        options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
+        return run_batch(images, batch, options, as_json, model_settings)
+
+    response_format = None if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
     start = time.perf_counter()
     failed = False
     with open_model(**model_settings) as model:
@@ -76,6 +111,7 @@ def caption_command(
                     max_tokens=max_tokens,
                     temperature=temperature,
                     seed=seed,
+                    response_format=response_format,
                 )
             except ImageError as e:
                 click.echo(f"Error: {e}", err=True)
@@ -92,6 +128,19 @@ def caption_command(
                     sys.stdout.flush()
             click.echo(json.dumps(_as_dict(name, text, last, load_seconds)) if as_json else "")
     return int(failed)
+
+
+def _prompt(prompt: str | None, path: str | None) -> str:
+    if prompt is not None and path is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if path is None:
+        return "Describe this image." if prompt is None else prompt
+    try:
+        return Path(path).read_text("utf-8").rstrip("\n")
+    except OSError as e:
+        raise RequestError(f"{path}: the prompt cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{path}: the prompt is not UTF-8") from e
 
 
 def _as_dict(image: str, text: str, last: dict[str, Any], load_seconds: float) -> dict[str, Any]:
