@@ -31,8 +31,12 @@ COMMANDS = {
     "convert": ("cli_convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("cli_devices:devices_command", "List the devices that can compute."),
     "info": ("cli_info:info_command", "Show what is in model files."),
+    "lock": ("cli_pull:lock_command", "Write a model's digests into models.lock."),
+    "models": ("cli_models:models_command", "List the models on this machine."),
     "preprocess": ("cli_preprocess:preprocess_command", "Show what the vision encoder gets of a picture."),
+    "pull": ("cli_pull:pull_command", "Download a model."),
     "trace": ("cli_trace:trace_command", "Show intermediate tensors by name."),
+    "verify": ("cli_verify:verify_command", "Check a model's files against their sha256."),
 }
 
 
@@ -85,6 +89,7 @@ class Failure:
     "  mllama caption photo.jpg\n"
     "  mllama caption photo.jpg -p 'What colour is the car?'\n"
     "  mllama caption photo.jpg -m text.gguf --mmproj mmproj.gguf\n"
+    "  mllama caption photo.jpg -m ollama:llama3.2-vision\n"
     "  mllama info text.gguf mmproj.gguf",
 )
 @click.version_option(__version__, prog_name="mllama")
@@ -157,15 +162,15 @@ def model_options(command: F) -> F:
                 envvar="MLLAMA_MODEL",
                 show_default=True,
                 show_envvar=True,
-                help="GGUF file of the text model or of the whole model, or a bundled model's name.",
+                help="GGUF file of the text model or of the whole model; demo; ollama:NAME[:TAG]; "
+                "hf:OWNER/REPO/FILE; or a name in models.lock.",
             ),
             click.option(
                 "--mmproj",
-                metavar="PATH",
+                metavar="NAME|PATH",
                 envvar="MLLAMA_MMPROJ",
                 show_envvar=True,
-                type=click.Path(),
-                help="GGUF file of the vision encoder, if the model's file does not hold it.",
+                help="GGUF file of the vision encoder, or hf:OWNER/REPO/FILE, if the model does not bring its own.",
             ),
             click.option(
                 "-ngl",
@@ -204,6 +209,7 @@ def model_options(command: F) -> F:
                 is_flag=True,
                 help="Take a vision encoder with quantized matrices, which ruin the captions.",
             ),
+            click.option("--verify", is_flag=True, help="Check the files' sha256 before they are used."),
             verbose_option,
         )
     ):
@@ -221,23 +227,33 @@ def open_model(
     n_ctx: int,
     threads: int | None,
     allow_quantized_vision: bool,
+    verify: bool,
     bar: bool = True,
 ) -> Iterator[Mllama]:
     """The model that the options of `model_options` name; bar: with a progress bar on a terminal."""
     from .model import Mllama
-    from .models import model_path
+    from .models import resolve
 
+    files = resolve(model, mmproj)
+    if verify:
+        from .verify import require_verified
+
+        with transfer_bar() as transfer:
+            require_verified(files, transfer)
+    settings: dict[str, Any] = dict(files.parameters)
+    if allow_quantized_vision:
+        settings["allow_quantized_vision"] = True
     with (
         progress_bar() if bar else nullcontext() as progress,
         Mllama(
-            model_path(model),
-            mmproj,
+            files.text,
+            files.mmproj,
             n_gpu_layers=n_gpu_layers,
             vision_device=vision_device,
             n_ctx=n_ctx,
             n_threads=threads,
-            allow_quantized_vision=allow_quantized_vision,
             progress=progress,
+            **settings,
         ) as opened,
     ):
         yield opened
@@ -283,6 +299,45 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         yield progress
     finally:
         stop()
+
+
+@contextmanager
+def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback that draws bytes, rate and time left on stderr; None if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    titles = {"download": "fetching", "verify": "checking"}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(titles[phase], total=total or None, completed=done)
+            bar.update(tasks[phase], completed=done, total=total or None)
+            if total and done >= total:
+                bar.remove_task(tasks.pop(phase))  # the next file gets a bar of its own
+
+        yield progress
 
 
 def size(n_bytes: int) -> str:

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each model.")
 @verbose_option
 def info_command(files: tuple[str, ...], as_json: bool) -> None:
-    """Show layout, shape, types and memory of each FILE: a path, or a bundled model's name.
+    """Show layout, shape, types and memory of each FILE: a path, or a model's name as -m takes it.
 
     A text file and a projector, given together, are one model. Everything that loading checks is checked; the
     weights are not read.
     """
     from .info import model_info
-    from .models import model_path
+    from .models import resolve
 
-    for index, model in enumerate(model_info([model_path(file) for file in files])):
+    for index, model in enumerate(model_info([path for file in files for path in resolve(file).paths])):
         if as_json:
             click.echo(json.dumps(_as_dict(model)))
             continue

@@ -100,9 +100,9 @@ def preprocess_command(
 def _sizes_of(model: str) -> tuple[int, int]:
     """(tile size, most tiles) of a model. Raises ModelError."""
     from .gguf_file import read_gguf
-    from .models import model_path
+    from .models import resolve
 
-    file = read_gguf(model_path(model))
+    file = read_gguf(resolve(model).paths[-1])
     found = [file.keys.get(f"mllama.vision.{key}") for key in ("image_size", "max_num_tiles")]
     if found == [None, None]:
         raise ModelError(f"{file.path}: holds no vision encoder of an mllama model; give its mmproj file")

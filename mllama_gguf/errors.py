@@ -13,6 +13,11 @@ class ModelError(MllamaError, ValueError):
     """A model file that cannot be used: not a GGUF, truncated, incomplete, inconsistent or unsupported."""
 
 
+class DownloadError(MllamaError, RuntimeError):
+    """A model that could not be fetched: unknown, gated, out of reach, no room for it, or not what it should
+    be."""
+
+
 class BackendError(MllamaError, RuntimeError):
     """The native library or a device failed: library missing or mismatched, out of memory, device lost."""
 

@@ -19,7 +19,7 @@ from .chat import ChatTemplate
 from .embedding import EmbeddingStore, ImageEmbedding
 from .errors import BusyError, ImageError, MllamaError, ModelError, RequestError
 from .generate import Reply, ReplyOptions
-from .models import bundled_path
+from .models import resolve
 from .preprocess import ImageSource, TiledImage, preprocess_image
 from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, NativeModel, Tap, device_index
 from .sampling import SamplingOptions, grammar_of
@@ -162,10 +162,30 @@ class Mllama:
         )
 
     @classmethod
-    def from_pretrained(cls, name: str = "demo", **kwargs: Any) -> Mllama:
-        """Open a model that comes with the package; kwargs as for the class. Raises ModelError for another
-        name."""
-        return cls(bundled_path(name), **kwargs)
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        mmproj_path: str | os.PathLike[str] | None = None,
+        *,
+        verify: bool = False,
+        **kwargs: Any,
+    ) -> Mllama:
+        """Open a model by its name: `demo`, a path, `ollama:NAME[:TAG]`, `hf:OWNER/REPO/FILE`, or one in
+        models.lock. It must be on this machine (`mllama pull NAME`).
+
+        name:        None: $MLLAMA_MODEL, or else `demo`
+        mmproj_path: a path or `hf:...`, in place of the model's own vision encoder
+        verify:      check the files' sha256 first
+        kwargs:      as for the class
+
+        Raises ModelError, and what the class raises.
+        """
+        files = resolve(name, mmproj_path)
+        if verify:
+            from .verify import require_verified
+
+            require_verified(files)
+        return cls(files.text, files.mmproj, **{**files.parameters, **kwargs})
 
     # ---- facts ---------------------------------------------------------------------------------------------
 
