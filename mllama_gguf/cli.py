@@ -170,7 +170,7 @@ def model_options(command: F) -> F:
                 metavar="NAME|PATH",
                 envvar="MLLAMA_MMPROJ",
                 show_envvar=True,
-                help="GGUF file of the vision encoder, or hf:OWNER/REPO/FILE, if the model does not bring its own.",
+                help="GGUF file of the vision encoder, or hf:OWNER/REPO/FILE, if the model has none.",
             ),
             click.option(
                 "-ngl",

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each model.")
 @verbose_option
 def models_command(as_json: bool) -> None:
-    """List the models that -m can open by name: bundled, downloaded, in Ollama's store, in the cache of the Hugging
-    Face hub. Models of other architectures are left out.
+    """List the models that -m can open by name: bundled, downloaded, in Ollama's store, in the
+    Hugging Face hub's cache. Models of other architectures are left out.
 
     Memory is what the weights and the caches of 4096 tokens and one picture take on the CPU, against what is
     available now.

@@ -21,9 +21,9 @@ from .cli import size, transfer_bar, verbose_option
 def pull_command(name: str) -> None:
     """Download a model: ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in models.lock.
 
-    An interrupted download is resumed by the same command. What comes is checked against its sha256. Models from
-    a registry go to $MLLAMA_DOWNLOADS (a folder in the user's cache), those from the Hugging Face hub to its own
-    cache. What Ollama has already is used where it is.
+    An interrupted download is resumed by the same command. What comes is checked against its sha256. Models
+    from a registry go to $MLLAMA_DOWNLOADS (a folder in the user's cache), those from the Hugging Face hub to
+    its own cache. What Ollama has already is used where it is.
     """
     from .lockfile import find_locked
     from .pull import pull

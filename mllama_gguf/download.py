@@ -63,8 +63,8 @@ class Dropped(Exception):
 
 
 def patiently(attempt: Callable[[], None], what: str) -> None:
-    """Call `attempt` until it does not raise Dropped. It raises DownloadError after ATTEMPTS in a row that got
-    no further. `Dropped.args`: the reason, and how many bytes are there now."""
+    """Call `attempt` until it does not raise Dropped. It raises DownloadError after ATTEMPTS in a row that
+    got no further. `Dropped.args`: the reason, and how many bytes are there now."""
     best, failures = 0, 0
     while True:
         try:
@@ -88,8 +88,8 @@ def download(
 ) -> None:
     """Fetch `blob` from `url` to `target`; what comes first goes to `partial`, where a later call resumes.
 
-    Only one process at a time fetches to `partial`; another waits, and finds the file there. `target` is on the
-    same disk. Raises DownloadError; `target` then does not exist.
+    Only one process at a time fetches to `partial`; another waits, and finds the file there. `target` is on
+    the same disk. Raises DownloadError; `target` then does not exist.
     """
     import httpx
     from filelock import FileLock, Timeout
@@ -140,8 +140,8 @@ class _Transfer:
         if self._hash.hexdigest() != self._blob.sha256:
             self._partial.unlink()
             raise DownloadError(
-                f"{self._url}: what came has the sha256 {self._hash.hexdigest()} instead of {self._blob.sha256}; "
-                "it was thrown away: try again, or report it to the publisher"
+                f"{self._url}: what came has the sha256 {self._hash.hexdigest()} instead of "
+                f"{self._blob.sha256}; it was thrown away: try again, or report it to the publisher"
             )
 
     def _take_up(self, file: BinaryIO) -> None:
@@ -180,7 +180,7 @@ class _Transfer:
                     self._start_over(file)
                 total = self._total(response)
                 check_space(self._partial.parent, total - self._done)
-                for chunk in response.iter_bytes(CHUNK):
+                for chunk in response.iter_raw():
                     file.write(chunk)
                     self._hash.update(chunk)
                     self._done += len(chunk)

@@ -36,6 +36,12 @@ def _hub() -> types.ModuleType:
     return huggingface_hub
 
 
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def endpoint() -> str:
     """The hub's address: $HF_ENDPOINT or huggingface.co."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -43,7 +49,7 @@ def endpoint() -> str:
 
 def cached(ref: HubRef) -> Path | None:
     """The file in the hub's cache. Raises MllamaError if huggingface_hub is not installed."""
-    path = _hub().try_to_load_from_cache(ref.repo, ref.file, revision=ref.revision)
+    path = _hub().try_to_load_from_cache(ref.repo, ref.file, _cache(), ref.revision)
     return Path(path) if isinstance(path, str) else None
 
 
@@ -64,12 +70,12 @@ def ask(ref: HubRef) -> HubFile:
 
 
 def fetch(ref: HubRef, blob: Blob | None = None, progress: Progress | None = None) -> Path:
-    """Download a file to the hub's cache and check its hash. blob: what it must be, else what the hub says it is.
+    """Download a file to the hub's cache and check its hash.
+
+    blob: what it must be; None: what the hub says it is
 
     A file of another hash does not stay in the cache. Raises DownloadError.
     """
-    from huggingface_hub import constants
-
     from .verify import sha256_of
 
     there = ask(ref)
@@ -78,14 +84,16 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: Progress | None = Non
             f"{ref}: the hub has a file of sha256 {there.sha256} there, models.lock wants {blob.sha256}"
         )
     if cached(HubRef(ref.repo, ref.file, there.commit)) is None:
-        folder = Path(constants.HF_HUB_CACHE)
+        folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, there.size, "HF_HUB_CACHE")
     # By the branch's name, which the cache then knows; the commit that `ask` saw may be older by now.
     path = Path(
         _heed(
             ref,
-            lambda: _hub().hf_hub_download(ref.repo, ref.file, revision=ref.revision, endpoint=endpoint()),
+            lambda: _hub().hf_hub_download(
+                ref.repo, ref.file, revision=ref.revision, cache_dir=_cache(), endpoint=endpoint()
+            ),
         )
     )
     expected = blob.sha256 if blob else stored_sha256(path)
@@ -94,8 +102,8 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: Progress | None = Non
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise DownloadError(
-            f"{ref}: what came has the sha256 {actual} instead of {expected}; it was thrown away: try again, or "
-            "report it to the publisher"
+            f"{ref}: what came has the sha256 {actual} instead of {expected}; it was thrown away: try again, "
+            "or report it to the publisher"
         )
     return path
 
@@ -128,8 +136,8 @@ def _heed(ref: HubRef, call: Callable[[], T]) -> T:
             code = e.response.status_code if e.response is not None else 0
             if code in (401, 403):
                 raise DownloadError(
-                    f"{ref}: the hub answers {code}: see the licence at {endpoint()}/{ref.repo} and set HF_TOKEN "
-                    "to a token of an account that accepted it"
+                    f"{ref}: the hub answers {code}: see the licence at {endpoint()}/{ref.repo} and set "
+                    "HF_TOKEN to a token of an account that accepted it"
                 ) from e
             raise Dropped(f"the hub answers {_short(e)}", 0) from e
         except (OSError, httpx.HTTPError) as e:  # of requests, of httpx, of the disk
@@ -151,7 +159,7 @@ def scan() -> list[tuple[HubRef, Path]]:
     """The GGUF files in the hub's cache; none if huggingface_hub is not installed or has no cache."""
     try:
         hub: Any = _hub()
-        repos = hub.scan_cache_dir().repos
+        repos = hub.scan_cache_dir(_cache()).repos if _cache().is_dir() else ()
     except (MllamaError, ValueError, OSError):
         return []
     files = [

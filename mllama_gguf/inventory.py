@@ -38,8 +38,8 @@ class Found:
 
 
 def inventory() -> list[Found]:
-    """Everything that `resolve` finds without being told a path: bundled, downloaded, in Ollama's stores, in the
-    hub's cache. Models of Ollama and of the hub that are not mllama are left out."""
+    """Everything that `resolve` finds without being told a path: bundled, downloaded, in Ollama's stores, in
+    the hub's cache. Models of Ollama and of the hub that are not mllama are left out."""
     found: dict[tuple[Path, ...], Found] = {}
     for name, place in _names():
         try:

@@ -13,8 +13,8 @@ Layout = Literal["canonical", "A", "B", "text only", "unknown"]
 def layout_of(text: GGUFFile, mmproj: GGUFFile | None = None) -> Layout:
     """The layout of a model in one file or two.
 
-    canonical: what `mllama convert` writes; A: the two files of Ollama until 0.6 and of the hub; B: Ollama's one
-    file since 0.7
+    canonical: what `mllama convert` writes; A: the two files of Ollama until 0.6 and of the hub; B: Ollama's
+    one file since 0.7
     """
     vision = mmproj if mmproj is not None and mmproj.has_vision else text
     if not vision.has_vision:

@@ -1,7 +1,7 @@
 """`models.lock`: published models by name, with their source and the sha256 of each file (TOML).
 
-Names are looked up in the user's file ($MLLAMA_LOCK, or models.lock in the current folder), then in the one that
-comes with the package. Nothing in such a file can point outside the folders that models live in.
+Names are looked up in the user's file ($MLLAMA_LOCK, or models.lock in the current folder), then in the one
+that comes with the package. Nothing in such a file can point outside the folders that models live in.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def lock_paths() -> list[Path]:
     """The lock files that exist, first the one that wins."""
     chosen = os.environ.get("MLLAMA_LOCK")
     user = Path(chosen).expanduser() if chosen else Path("models.lock")
-    return [path for path in (user, SHIPPED) if path == SHIPPED or chosen or path.is_file()]
+    own = chosen or (user.is_file() and not user.samefile(SHIPPED))
+    return [user, SHIPPED] if own else [SHIPPED]
 
 
 def locked_models() -> dict[str, LockedModel]:
@@ -161,6 +162,8 @@ def _check_source(path: Path, model: LockedModel) -> None:
             model.ollama_ref()
         elif model.source.startswith("hf:"):
             for file in model.files:
+                if file.file is None:
+                    raise ModelError("a file of the hub needs its name in the repository: file = ...")
                 model.hub_ref(file)
         elif model.source != "bundled" or path != SHIPPED:
             raise ModelError(f"{model.source!r} is no source; write ollama:NAME:TAG or hf:OWNER/REPO")
@@ -195,7 +198,7 @@ _REQUIRED = object()
 
 
 def _value(
-    path: Path, where: str, entry: dict[str, Any], key: str, kind: type, default: Any = _REQUIRED
+    path: Path, where: str, entry: dict[str, Any], key: str, kind: Any, default: Any = _REQUIRED
 ) -> Any:
     value = entry.get(key, default)
     if value is _REQUIRED:

@@ -44,8 +44,8 @@ def resolve(
 
     name:   `demo`; a path; `ollama:[[HOST/]NAMESPACE/]NAME[:TAG]`; `hf:OWNER/REPO[@REVISION]/FILE`; a name in
             models.lock; None: `default_model()`
-    mmproj: vision encoder, a path or `hf:...`, in place of the model's own; a file of the hub that models.lock
-            knows brings its own
+    mmproj: vision encoder, a path or `hf:...`, in place of the model's own; a file of the hub that
+            models.lock knows brings its own
 
     Raises ModelError: there is no such model, or it is not here.
     """
@@ -115,7 +115,8 @@ def _from_lock(name: str, asked: str | None = None) -> ModelFiles:
     locked = find_locked(name)
     if locked is None:
         raise ModelError(
-            f"{name}: no such file, nor a model's name ({', '.join(sorted(locked_models()))}, ollama:..., hf:...)"
+            f"{name}: no such file, nor a model's name ({', '.join(sorted(locked_models()))}, ollama:..., "
+            "hf:...)"
         )
     paths = locked_paths(locked)
     if paths is None:

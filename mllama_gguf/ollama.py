@@ -3,8 +3,8 @@
     manifests/HOST/NAMESPACE/NAME/TAG    JSON; its layers name blobs and what they are
     blobs/sha256-HEX                     a file of that digest
 
-What `mllama pull` fetches from a registry goes into a store of its own of the same shape. Stores are only read
-here, and blobs are used where they are.
+What `mllama pull` fetches from a registry goes into a store of its own of the same shape. Stores are only
+read here, and blobs are used where they are.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def pull(name: str, progress: Progress | None = None) -> ModelFiles:
 
     name: as `resolve` takes, but no path
 
-    A file already here, in Ollama's store as well, is not fetched again. An interrupted download is resumed by
-    the next call. Every file that is fetched is checked against its sha256.
+    A file already here, in Ollama's store as well, is not fetched again. An interrupted download is resumed
+    by the next call. Every file that is fetched is checked against its sha256.
 
     Raises DownloadError, ModelError for what is no name of a model.
     """
@@ -42,8 +42,8 @@ def _locked(name: str) -> LockedModel:
     locked = find_locked(name)
     if locked is None:
         raise ModelError(
-            f"no model is called {name!r}; there are {', '.join(sorted(locked_models()))}, ollama:NAME[:TAG], "
-            "hf:OWNER/REPO/FILE"
+            f"no model is called {name!r}; there are {', '.join(sorted(locked_models()))}, "
+            "ollama:NAME[:TAG], hf:OWNER/REPO/FILE"
         )
     return locked
 
@@ -136,7 +136,7 @@ def _ask(
     return found[0]
 
 
-# ---- lock ----------------------------------------------------------------------------------------------------
+# ---- lock --------------------------------------------------------------------------------------------------
 
 
 def lock(
@@ -144,7 +144,8 @@ def lock(
 ) -> LockedModel:
     """What a source has now, as an entry for a lock file; no model is fetched.
 
-    reference: `ollama:...`, `hf:...`, or a name in a lock file, whose digests stay and whose sizes are filled in
+    reference: `ollama:...`, `hf:...`, or a name in a lock file, whose digests stay and whose sizes are filled
+               in
     name:      of the entry; None: made from the reference
     mmproj:    `hf:...` of the same repository, the vision encoder
     update:    take other digests for a name that is in a lock file, if its source has them

@@ -1,4 +1,4 @@
-"""Where a model comes from, in words: `ollama:...` and `hf:...`, checked so that no name leaves its folder."""
+"""Where a model comes from: `ollama:...` and `hf:...`, checked so that no name can leave a folder."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ class OllamaRef:
         """`ollama:[[HOST/]NAMESPACE/]NAME[:TAG]`, with or without the `ollama:`. Raises ModelError."""
         *before, last = words.removeprefix("ollama:").split("/")
         name, _, tag = last.partition(":")
-        host, namespace = ([DEFAULT_HOST, DEFAULT_NAMESPACE] + before)[-2:]
-        if len(before) == 1:
-            host = DEFAULT_HOST
+        namespace = before.pop() if before else DEFAULT_NAMESPACE
+        host = before.pop() if before else DEFAULT_HOST
         parts = (namespace, name, tag or DEFAULT_TAG)
         if (
-            len(before) > 2
+            before
             or last.endswith(":")
             or not _HOST.fullmatch(host)
             or not all(_PART.fullmatch(part) for part in parts)

@@ -68,7 +68,7 @@ def require_verified(files: ModelFiles, progress: Progress | None = None) -> Non
     for result in verify(files, progress):
         if result.expected is None:
             raise ModelError(
-                f"{result.path}: cannot be verified: no digest is known for it (its sha256 is {result.actual})"
+                f"{result.path}: cannot be verified: nothing says what its sha256 must be ({result.actual})"
             )
         if not result.ok:
             raise ModelError(
