@@ -139,7 +139,8 @@ def _heed(ref: HubRef, call: Callable[[], T]) -> T:
                     f"{ref}: the hub answers {code}: see the licence at {endpoint()}/{ref.repo} and set "
                     "HF_TOKEN to a token of an account that accepted it"
                 ) from e
-            raise Dropped(f"the hub answers {_short(e)}", 0) from e
+            # huggingface_hub has tried again by itself.
+            raise DownloadError(f"{ref}: the hub answers {code}, each time; try again later") from e
         except (OSError, httpx.HTTPError) as e:  # of requests, of httpx, of the disk
             if getattr(e, "errno", None) is not None:
                 raise DownloadError(f"{ref}: {e.strerror or e}") from e  # type: ignore[union-attr]

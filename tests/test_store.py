@@ -22,7 +22,7 @@ from model_server import COMMIT, ModelServer, serve
 
 from mllama_gguf import DownloadError, Mllama, MllamaError, ModelError, download
 from mllama_gguf.cli import run
-from mllama_gguf.gguf_file import read_gguf
+from mllama_gguf.gguf_file import GGUFFile, TensorEntry, read_gguf
 from mllama_gguf.inventory import inventory
 from mllama_gguf.layout import layout_of
 from mllama_gguf.lockfile import SHIPPED, locked_models, read_lock, write_locked
@@ -458,10 +458,13 @@ def test_a_gated_repository(server: ModelServer, capsys: Captured) -> None:
         (404, "RepoNotFound", "set HF_TOKEN"),
         (401, "RepoNotFound", "set HF_TOKEN"),
         (403, None, "set HF_TOKEN"),
-        (500, None, "5 times"),
+        (500, None, "answers 500, each time"),
     ],
 )
-def test_refusals_of_the_hub(server: ModelServer, status: int, code: str | None, words: str) -> None:
+def test_refusals_of_the_hub(
+    server: ModelServer, status: int, code: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     server.always, server.error_code = status, code
     with pytest.raises(DownloadError, match=words):
         pull("hf:me/repo/m.gguf")
@@ -619,6 +622,17 @@ def test_the_layout_of_our_files(tiny_files: Callable[[str], TinyFiles]) -> None
     assert layout_of(read_gguf(tiny.one)) == "canonical"
     assert layout_of(read_gguf(tiny.text), read_gguf(tiny.mmproj)) == "canonical"
     assert layout_of(read_gguf(tiny.text)) == "text only"
+
+
+def test_the_layouts_of_others(tmp_path: Path) -> None:
+    def head(*names: str) -> GGUFFile:
+        tensors = tuple(TensorEntry(name, (1,), 0, 0) for name in names)
+        return GGUFFile(tmp_path, 3, {"general.architecture": "mllama"}, tensors)
+
+    text, old, new = "token_embd.weight", "v.blk.0.ln1.weight", "v.blk.0.attn_norm.weight"
+    assert layout_of(head(text), head(old)) == "A"
+    assert layout_of(head(text, new)) == "B"
+    assert layout_of(head(text), head(new)) == "unknown"
 
 
 def test_hub_names_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
