@@ -109,7 +109,7 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: Progress | None = Non
 
 
 def _heed(ref: HubRef, call: Callable[[], T]) -> T:
-    """The result of a call to the hub; again after passing trouble; its errors in our words."""
+    """The result of a call to the hub; again after passing trouble. Raises DownloadError."""
     import httpx
     from huggingface_hub import errors
 
@@ -126,24 +126,20 @@ def _heed(ref: HubRef, call: Callable[[], T]) -> T:
         except errors.LocalEntryNotFoundError as e:  # how hf_hub_download says that it could not ask
             raise Dropped(f"{endpoint()} cannot be reached ({_short(e.__cause__ or e)})", 0) from e
         except (errors.RevisionNotFoundError, errors.EntryNotFoundError, errors.RepositoryNotFoundError) as e:
-            hint = (
-                ""
-                if isinstance(e, (errors.RevisionNotFoundError, errors.EntryNotFoundError))
-                else ("; if it is private or gated, set HF_TOKEN to a token that may read it")
-            )
+            hint = "; if it is private or gated, set HF_TOKEN to a token that may read it"
+            hint = hint if isinstance(e, errors.RepositoryNotFoundError) else ""
             raise DownloadError(f"{ref}: the hub has no such thing (404){hint}") from e
-        except errors.HfHubHTTPError as e:
-            code = e.response.status_code if e.response is not None else 0
+        except (OSError, httpx.HTTPError) as e:  # of the hub's answers, of requests, of httpx, of the disk
+            code = getattr(getattr(e, "response", None), "status_code", None)
             if code in (401, 403):
                 raise DownloadError(
                     f"{ref}: the hub answers {code}: see the licence at {endpoint()}/{ref.repo} and set "
                     "HF_TOKEN to a token of an account that accepted it"
                 ) from e
-            # huggingface_hub has tried again by itself.
-            raise DownloadError(f"{ref}: the hub answers {code}, each time; try again later") from e
-        except (OSError, httpx.HTTPError) as e:  # of requests, of httpx, of the disk
-            if getattr(e, "errno", None) is not None:
-                raise DownloadError(f"{ref}: {e.strerror or e}") from e  # type: ignore[union-attr]
+            if code is not None:  # huggingface_hub has tried again by itself
+                raise DownloadError(f"{ref}: the hub answers {code}, each time; try again later") from e
+            if isinstance(e, OSError) and e.errno is not None:
+                raise DownloadError(f"{ref}: {e.strerror or e}") from e
             raise Dropped(_short(e), 0) from e
         except ValueError as e:  # a name or an answer that the library does not accept
             raise DownloadError(f"{ref}: {_short(e)}") from e
