@@ -207,10 +207,11 @@ class Callbacks:
         self.prompt_offset = 0
         self.prompt_total = 0  # 0: no progress for the prompt (single tokens of a reply)
         make = native.ffi.callback
-        self.c_progress = make("mllama_progress_callback", self._on_progress, onerror=self.on_error)
-        self.c_abort = make("mllama_abort_callback", self._on_abort, error=True, onerror=self.on_error)
+        self.c_progress = make("mllama_progress_callback", self.on_progress, onerror=self.on_error)
+        self.c_abort = make("mllama_abort_callback", self.on_abort, error=True, onerror=self.on_error)
 
-    def _on_progress(self, phase: int, done: int, total: int, _: Any) -> None:
+    def on_progress(self, phase: int, done: int, total: int, _: Any = None) -> None:
+        """Progress as C tells it: mllama_phase, how much, of how much."""
         if self._progress is None or self._pending is not None:
             return
         if phase == 2:
@@ -219,7 +220,8 @@ class Callbacks:
             done, total = done + self.prompt_offset, self.prompt_total
         self._progress(("load", "encode", "prompt")[phase], done, total)
 
-    def _on_abort(self, _: Any) -> bool:
+    def on_abort(self, _: Any = None) -> bool:
+        """Whether the computation is to stop."""
         # Running Python at all is what lets a pending Ctrl-C strike, here, inside the callback.
         return self._pending is not None or (self._abort is not None and bool(self._abort()))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ COMMANDS = {
     "pull": ("cli_pull:pull_command", "Download a model."),
     "trace": ("cli_trace:trace_command", "Show intermediate tensors by name."),
     "verify": ("cli_verify:verify_command", "Check a model's files against their sha256."),
+    "worker": ("cli_worker:worker_command", "Serve this machine's devices to others."),
 }
 
 
@@ -150,6 +152,19 @@ def _traceback() -> None:
 # ---- what the commands that open a model share -------------------------------------------------------------
 
 
+def comma_list(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """An option's callback: NAME,NAME to a list."""
+    return None if value is None else [word.strip() for word in value.split(",") if word.strip()]
+
+
+def comma_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    """An option's callback: 3,1 or 3/1 to a list."""
+    try:
+        return None if value is None else [float(word) for word in re.split(r"[,/]", value)]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers, as in 3,1") from None
+
+
 def model_options(command: F) -> F:
     """The options that say which model to open and how; `open_model` takes their values."""
     for option in reversed(
@@ -189,6 +204,48 @@ def model_options(command: F) -> F:
                 help="Where the vision encoder runs: auto, cpu, or a name from `mllama devices`.",
             ),
             click.option(
+                "--device",
+                "devices",
+                metavar="NAME,...",
+                callback=comma_list,
+                help="Devices to offload to, named as in `mllama devices`.  [default: all GPUs and workers]",
+            ),
+            click.option(
+                "-ts",
+                "--tensor-split",
+                metavar="N,...",
+                callback=comma_numbers,
+                help="Share of each device, as in 3,1.  [default: by free memory]",
+            ),
+            click.option(
+                "--main-gpu",
+                metavar="N",
+                type=click.IntRange(min=0),
+                help="The one device that takes everything, counted from 0.  [default: all share]",
+            ),
+            click.option(
+                "--no-kv-offload",
+                "offload_kqv",
+                flag_value=False,
+                default=True,
+                help="Keep caches and attention of offloaded layers on the CPU.",
+            ),
+            click.option(
+                "--rpc",
+                "rpc_servers",
+                metavar="HOST:PORT,...",
+                callback=comma_list,
+                help="Use the devices of these `mllama worker`s too.",
+            ),
+            click.option(
+                "--rpc-timeout",
+                metavar="SECONDS",
+                type=click.FloatRange(min=0, min_open=True),
+                default=300.0,
+                show_default=True,
+                help="Longest silence of a worker.",
+            ),
+            click.option(
                 "-c",
                 "--n-ctx",
                 metavar="N_CTX",
@@ -224,6 +281,12 @@ def open_model(
     mmproj: str | None,
     n_gpu_layers: int,
     vision_device: str,
+    devices: list[str] | None,
+    tensor_split: list[float] | None,
+    main_gpu: int | None,
+    offload_kqv: bool,
+    rpc_servers: list[str] | None,
+    rpc_timeout: float,
     n_ctx: int,
     threads: int | None,
     allow_quantized_vision: bool,
@@ -250,6 +313,12 @@ def open_model(
             files.mmproj,
             n_gpu_layers=n_gpu_layers,
             vision_device=vision_device,
+            devices=devices,
+            tensor_split=tensor_split,
+            main_gpu=main_gpu,
+            offload_kqv=offload_kqv,
+            rpc_servers=rpc_servers or (),
+            rpc_timeout=rpc_timeout,
             n_ctx=n_ctx,
             n_threads=threads,
             progress=progress,

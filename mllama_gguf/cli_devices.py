@@ -7,20 +7,24 @@ from dataclasses import asdict
 
 import click
 
-from .cli import size, verbose_option
+from .cli import comma_list, size, verbose_option
 
 
 @click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each device.")
+@click.option(
+    "--rpc", metavar="HOST:PORT,...", callback=comma_list, help="List the devices of these workers too."
+)
 @verbose_option
-def devices_command(as_json: bool) -> None:
+def devices_command(as_json: bool, rpc: list[str] | None) -> None:
     """List the devices of the installed ggml, which is llama-cpp-python's.
 
-    The names are those that --vision-device takes.
+    The names are those that --device and --vision-device take.
     """
+    from .engine import parse_workers, remote_devices
     from .runtime import devices
 
-    for device in devices():
+    for device in remote_devices(parse_workers(rpc)) if rpc else devices():
         if as_json:
             click.echo(json.dumps(asdict(device)))
         else:

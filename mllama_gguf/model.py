@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, overload
@@ -17,11 +18,12 @@ from ._native import Callbacks
 from ._native import load as load_native
 from .chat import ChatTemplate
 from .embedding import EmbeddingStore, ImageEmbedding
+from .engine import Engine, parse_workers
 from .errors import BusyError, ImageError, MllamaError, ModelError, RequestError
 from .generate import Reply, ReplyOptions
 from .models import resolve
 from .preprocess import ImageSource, TiledImage, preprocess_image
-from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, NativeModel, Tap, device_index
+from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, Tap, open_model
 from .sampling import SamplingOptions, grammar_of
 from .session import Session
 from .stream import stop_list
@@ -61,6 +63,11 @@ class Mllama:
         vision_device: str = "auto",
         devices: Sequence[str] | None = None,
         tensor_split: Sequence[float] | None = None,
+        main_gpu: int | None = None,
+        offload_kqv: bool = True,
+        rpc_servers: str | Sequence[str] = (),
+        rpc_timeout: float = 300.0,
+        isolate: bool = False,
         n_ctx: int | None = 4096,
         n_batch: int = 512,
         n_threads: int | None = None,
@@ -81,7 +88,14 @@ class Mllama:
         n_gpu_layers:   how many of the last layers (the output counts as one) go to GPU devices; -1: all
         vision_device:  "auto": with the text's layers; "cpu"; or a device's name as `mllama devices` shows it
         devices:        names of the devices to offload to; None: every GPU
-        tensor_split:   share of each device; None: by free memory
+        tensor_split:   share of each device, as in (3, 1); None: by free memory
+        main_gpu:       the number of the one device that takes everything, counted from 0; None: all share
+        offload_kqv:    keep an offloaded layer's caches and attention on its device; False: on the CPU
+        rpc_servers:    "host:port" of each `mllama worker` whose devices are used too, before this machine's
+        rpc_timeout:    most seconds without a sign of life; a worker gives none while it computes one graph,
+                        an image's encoding say
+        isolate:        compute in a child process, so that ggml ending its process is a BackendError; always
+                        so with rpc_servers
         n_ctx:          most tokens of a conversation; None or 0, or more than the model was trained with: as
                         trained
         n_batch:        most tokens that are computed at once
@@ -106,6 +120,7 @@ class Mllama:
             ("n_batch", n_batch, 1),
             ("n_threads", n_threads or 1, 1),
             ("n_gpu_layers", n_gpu_layers, -1),
+            ("main_gpu", main_gpu or 0, 0),
         ):
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
                 raise RequestError(f"{name} must be a whole number of at least {least}, not {number!r}")
@@ -118,16 +133,18 @@ class Mllama:
         self.model_path = Path(model_path)
         self.mmproj_path = None if mmproj_path is None else Path(mmproj_path)
 
-        load_native()
         callbacks = Callbacks(load_native(), progress, abort)
-        self._model = NativeModel(
+        workers = parse_workers(rpc_servers) if rpc_servers else ()
+        engine = Engine(workers, rpc_timeout, callbacks) if workers or isolate else None
+        open_here = partial(open_model, callbacks=callbacks)
+        self._model = (engine.open_model if engine else open_here)(
             model_path,
             mmproj_path,
-            callbacks,
             n_gpu_layers=n_gpu_layers,
-            vision_device=_vision_device(vision_device),
-            devices=None if devices is None else [device_index(name) for name in devices],
-            tensor_split=tensor_split,
+            vision_device=vision_device,
+            devices=devices,
+            tensor_split=_shares(tensor_split),
+            main_gpu=-1 if main_gpu is None else main_gpu,
             use_mmap=use_mmap,
             allow_quantized_vision=allow_quantized_vision,
         )
@@ -141,15 +158,15 @@ class Mllama:
         trained = self.hparams.n_ctx_train
         if n_ctx and n_ctx > trained:
             logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
-        self._context = NativeContext(
-            self._model,
-            callbacks,
+        open_context = engine.open_context if engine else partial(NativeContext, self._model, callbacks)
+        self._context = open_context(
             n_ctx=min(n_ctx or trained, trained),
             n_batch=n_batch,
             n_threads=n_threads or default_threads(self._model.size),
             type_k=type_k,
             type_v=type_v,
             flash_attn=flash_attn,
+            offload_kqv=offload_kqv,
         )
         self._session = Session(self._context, callbacks)
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES)
@@ -505,10 +522,11 @@ def default_threads(n_bytes: int) -> int:
     return min(usable_cpus(), 1 + n_bytes // WEIGHTS_PER_THREAD)
 
 
-def _vision_device(name: str) -> int:
-    """As mllama_model_params counts."""
-    special = {"auto": -1, "cpu": -2}
-    return special[name.lower()] if name.lower() in special else device_index(name)
+def _shares(tensor_split: Sequence[float] | None) -> list[float] | None:
+    try:
+        return None if tensor_split is None else [float(share) for share in tensor_split]
+    except (TypeError, ValueError):
+        raise RequestError(f"tensor_split must be numbers, not {tensor_split!r}") from None
 
 
 def _file_identity(path: Path) -> str:

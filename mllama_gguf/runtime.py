@@ -139,6 +139,7 @@ class NativeModel:
         vision_device: int = -1,
         devices: Sequence[int] | None = None,
         tensor_split: Sequence[float] | None = None,
+        main_gpu: int = -1,
         use_mmap: bool = True,
         allow_quantized_vision: bool = False,
         check_only: bool = False,
@@ -153,9 +154,12 @@ class NativeModel:
         params = ffi.new("mllama_model_params *", lib.mllama_model_default_params())
         params.n_gpu_layers = n_gpu_layers
         params.vision_device = vision_device
-        c_devices = ffi.new("int32_t[]", list(devices)) if devices else ffi.NULL
-        c_split = ffi.new("float[]", list(tensor_split)) if tensor_split else ffi.NULL
-        params.devices, params.n_devices, params.tensor_split = c_devices, len(devices or ()), c_split
+        # NULL is "every GPU"; no devices are an array of none.
+        c_devices = ffi.NULL if devices is None else ffi.new("int32_t[]", [*devices, -1])
+        c_split = ffi.NULL if tensor_split is None else ffi.new("float[]", [*tensor_split, 0.0])
+        params.devices, params.n_devices = c_devices, len(devices or ())
+        params.tensor_split, params.n_tensor_split = c_split, len(tensor_split or ())
+        params.main_gpu = main_gpu
         params.use_mmap = use_mmap
         params.allow_quantized_vision = allow_quantized_vision
         params.check_only = check_only
@@ -197,8 +201,36 @@ class NativeModel:
             )
 
 
+def open_model(
+    text_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None,
+    *,
+    callbacks: Callbacks,
+    vision_device: str = "auto",
+    devices: Sequence[str] | None = None,
+    **settings: Any,
+) -> NativeModel:
+    """A NativeModel whose devices are given by name; vision_device "auto" and "cpu" too. Raises RequestError
+    for a name that does not exist, and what NativeModel raises."""
+    special = {"auto": -1, "cpu": -2}
+    vision = special.get(vision_device.lower())
+    return NativeModel(
+        text_path,
+        mmproj_path,
+        callbacks,
+        vision_device=device_index(vision_device) if vision is None else vision,
+        devices=None if devices is None else [device_index(name) for name in devices],
+        **settings,
+    )
+
+
 class NativeContext:
-    """`mllama_context`: the caches and the computation."""
+    """`mllama_context`: the caches and the computation.
+
+    epoch: another number once the caches were lost with their process; never, here (see `engine`)
+    """
+
+    epoch = 0
 
     def __init__(
         self,
@@ -211,6 +243,7 @@ class NativeContext:
         type_k: KvType = "f16",
         type_v: KvType = "f16",
         flash_attn: bool = True,
+        offload_kqv: bool = True,
     ) -> None:
         """n_ctx, n_batch in tokens; n_threads 0: ggml's default. Raises RequestError, BackendError."""
         self.native = model.native
@@ -223,6 +256,7 @@ class NativeContext:
         params.n_threads = n_threads
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         params.flash_attn = flash_attn
+        params.offload_kqv = offload_kqv
         params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
         out = ffi.new("mllama_context **")
         status = lib.mllama_context_new(model.pointer, params, out)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ._native import Callbacks
 from .embedding import ImageEmbedding
-from .errors import ContextFullError, RequestError
+from .errors import BackendError, ContextFullError, RequestError
 from .prompt import Run, common_prefix, drop_first, split_runs, visible_keys
 from .runtime import Floats, NativeContext
 
@@ -37,6 +37,7 @@ class Session:
         self._slot = -1  # what the last token saw
         self._n_visible = 0
         self.n_ctx = context.n_ctx
+        self._epoch = context.epoch
 
     @property
     def n_past(self) -> int:
@@ -94,10 +95,13 @@ class Session:
     def step(self, token: int) -> Floats:
         """Append one token of the reply, which sees what the token before it saw.
 
-        Returns its logits, float32 [vocab_size]. Raises ContextFullError, Aborted; the cache is then as
-        before.
+        Returns its logits, float32 [vocab_size]. Raises ContextFullError, Aborted, BackendError; the cache is
+        then as before.
         """
+        n_before = len(self._tokens)
         self._agree()
+        if n_before and not self._tokens:
+            raise BackendError("this reply cannot go on: its caches were lost; start it again")
         logits: Floats = self._context.decode([token], self._slot, self._n_visible, "last")[0]
         self._seen.append(self._seen[-1] if self._seen else ())
         self._tokens.append(token)
@@ -113,11 +117,14 @@ class Session:
 
     def clear(self) -> None:
         """Forget tokens and pictures."""
+        self._forget()
+        self._context.clear()
+
+    def _forget(self) -> None:
         self._tokens.clear()
         self._seen.clear()
         self._slots.clear()
         self._slot, self._n_visible = -1, 0
-        self._context.clear()
 
     def _slot_for(self, run: Run, images: Sequence[ImageEmbedding]) -> int:
         if not run.group:
@@ -138,9 +145,13 @@ class Session:
         self._context.truncate(n)
 
     def _agree(self) -> None:
-        """Repair what an interruption between C's work and ours left behind."""
+        """Repair what an interruption between C's work and ours left behind, or the loss of the caches."""
+        n_past = self._context.n_past  # starts a lost engine again
+        if self._context.epoch != self._epoch:
+            self._epoch = self._context.epoch
+            self._forget()
         n = min(len(self._tokens), len(self._seen))
         del self._tokens[n:]
         del self._seen[n:]
-        if self._context.n_past > n:
+        if n_past > n:
             self._context.truncate(n)

@@ -73,6 +73,19 @@ typedef struct mllama_device_info {
 int32_t       mllama_device_count(void);
 mllama_status mllama_device_get(int32_t index, mllama_device_info * info);
 
+// ggml's RPC backend: devices of other processes. It has no authentication, and ends the process when a worker vanishes.
+bool          mllama_rpc_available(void); // whether the loaded ggml was built with it
+// Adds the devices of a worker, "host:port", IPv4. Their type is GPU. Adding a worker twice is fine.
+mllama_status mllama_rpc_add(const char * endpoint);
+// Serves these devices to one client after the other; returns only on failure. cache_dir: NULL, or a folder in which large
+// weights are kept for the next client.
+mllama_status mllama_rpc_serve(const char * endpoint, const char * cache_dir, int32_t n_threads, int32_t n_devices,
+                               const int32_t * devices);
+
+// Called with ggml's last words on whatever thread, right before ggml ends the process. NULL: to stderr.
+typedef void (*mllama_fatal_callback)(const char * words);
+void mllama_fatal_set(mllama_fatal_callback callback);
+
 // ---- model --------------------------------------------------------------------------------------------------------
 
 typedef enum mllama_phase {
@@ -88,9 +101,11 @@ typedef bool (*mllama_abort_callback)(void * user_data);
 typedef struct mllama_model_params {
     int32_t         n_gpu_layers;  // the last N of block_count + 1 (the output counts as one); -1: all
     int32_t         vision_device; // index in mllama_device_get; -1: with the text's layers (first GPU if any is offloaded); -2: CPU
-    const int32_t * devices;       // device indices to offload to; NULL: every GPU
+    const int32_t * devices;       // device indices to offload to; NULL: every GPU, RPC workers first
     int32_t         n_devices;
-    const float *   tensor_split;  // share of each device, n_devices long; NULL: by free memory
+    const float *   tensor_split;  // share of each device, missing ones 0; NULL: by free memory
+    int32_t         n_tensor_split;
+    int32_t         main_gpu;      // which of these devices takes everything alone; -1: all of them share
     bool            use_mmap;
     bool            allow_quantized_vision;
     bool            check_only;    // read and validate everything, load no weights (mllama info)
@@ -170,6 +185,7 @@ typedef struct mllama_context_params {
     int32_t type_k;    // mllama_kv_type
     int32_t type_v;
     bool    flash_attn;
+    bool    offload_kqv; // a layer's cache and attention are where the layer is; false: on the CPU
     mllama_progress_callback progress;
     mllama_abort_callback    abort;
     void *                   user_data;

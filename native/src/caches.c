@@ -3,9 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-// k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device.
-static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool cross, int64_t rows, enum ggml_type type_k,
-                              enum ggml_type type_v) {
+// k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device or all on the CPU.
+static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool cross, bool offload, int64_t rows,
+                              enum ggml_type type_k, enum ggml_type type_v) {
     const mllama_hparams * p       = &model->hp.pub;
     const int64_t          n_embd  = (int64_t) p->head_dim * p->n_head_kv;
     const size_t           n_layer = (size_t) p->n_layer;
@@ -24,12 +24,12 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
         }
         cache->contexts[cache->n_buffers++] = ctx;
         // ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow
-        // (seen: values of 2000). Values are therefore F32 on the CPU.
-        const bool           wide   = device == model->plan.cpu && type_v == GGML_TYPE_F16;
+        // (seen: values of 2000). Values are therefore F32 on the CPU, and on a worker, which may be one.
+        const bool           wide   = (device == model->plan.cpu || device_is_rpc(device)) && type_v == GGML_TYPE_F16;
         const enum ggml_type here_v = wide ? GGML_TYPE_F32 : type_v;
         uint64_t size = 0;
         for (int32_t il = 0; il < p->n_layer; il++) {
-            if (model->layers[il].is_cross != cross || model->plan.layers[il] != device) {
+            if (model->layers[il].is_cross != cross || (offload ? model->plan.layers[il] : model->plan.cpu) != device) {
                 continue;
             }
             cache->k[il] = ggml_new_tensor_2d(ctx, type_k, n_embd, rows);
@@ -43,7 +43,7 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
         }
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
         if (!buffer) {
-            return fail(MLLAMA_ERR_MEMORY, "device %s has no room for a %s cache of %llu MiB; %s", ggml_backend_dev_name(device),
+            return fail(MLLAMA_ERR_MEMORY, "device %s has no room for a %s cache of %llu MiB; %s", device_label(device),
                         cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
                         cross ? "use fewer images" : "lower n_ctx");
         }
@@ -54,8 +54,9 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
     return MLLAMA_OK;
 }
 
-mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, int32_t n_ctx, enum ggml_type type_k, enum ggml_type type_v) {
-    return allocate(cache, model, false, n_ctx, type_k, type_v);
+mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
+                            enum ggml_type type_v) {
+    return allocate(cache, model, false, offload, n_ctx, type_k, type_v);
 }
 
 void kv_cache_free(kv_cache * cache) {
@@ -76,8 +77,8 @@ uint64_t kv_cache_size(const kv_cache * cache) {
     return size;
 }
 
-mllama_status image_slot_init(image_slot * slot, const mllama_model * model, int32_t n_images, const int32_t * n_tiles,
-                              enum ggml_type type_k, enum ggml_type type_v) {
+mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
+                              const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v) {
     slot->used    = true;
     slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));
     if (!slot->row_end) {
@@ -89,7 +90,7 @@ mllama_status image_slot_init(image_slot * slot, const mllama_model * model, int
         rows += n_tiles[i] * model->hp.pub.n_positions;
         slot->row_end[i] = rows;
     }
-    return allocate(&slot->kv, model, true, rows, type_k, type_v);
+    return allocate(&slot->kv, model, true, offload, rows, type_k, type_v);
 }
 
 void image_slot_free(image_slot * slot) {

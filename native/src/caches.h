@@ -11,7 +11,9 @@ typedef struct kv_cache {
     int32_t                 n_buffers;
 } kv_cache;
 
-mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, int32_t n_ctx, enum ggml_type type_k, enum ggml_type type_v);
+// offload: each layer's part goes to the layer's device, else all to the CPU.
+mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
+                            enum ggml_type type_v);
 void          kv_cache_free(kv_cache * cache);
 uint64_t      kv_cache_size(const kv_cache * cache);
 
@@ -25,6 +27,6 @@ typedef struct image_slot {
     kv_cache  kv;         // [n_layer], set in cross-attention layers only
 } image_slot;
 
-mllama_status image_slot_init(image_slot * slot, const mllama_model * model, int32_t n_images, const int32_t * n_tiles,
-                              enum ggml_type type_k, enum ggml_type type_v);
+mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
+                              const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v);
 void          image_slot_free(image_slot * slot);

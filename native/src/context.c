@@ -138,11 +138,34 @@ static mllama_status new_sched(mllama_context * ctx, size_t n_nodes, ggml_backen
     return MLLAMA_OK;
 }
 
-static mllama_status alloc_graph(ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what, const char * remedy) {
+static bool reads_cache(const struct ggml_tensor * node) {
+    for (int32_t i = 0; i < GGML_MAX_SRC && node->src[i]; i++) {
+        const struct ggml_tensor * src = node->src[i]->view_src ? node->src[i]->view_src : node->src[i];
+        if (strstr(src->name, "cache_") && src->buffer) return true;
+    }
+    return false;
+}
+
+// What reads the caches is computed where they are. Without this ggml would copy the caches to where the weights are.
+static void keep_attention_on_cpu(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        struct ggml_tensor * node = ggml_graph_node(gf, i);
+        if (reads_cache(node)) {
+            ggml_backend_sched_set_tensor_backend(sched, node, ctx->backends[ctx->n_backends - 1]);
+        }
+    }
+}
+
+static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what,
+                                 const char * remedy) {
     ggml_backend_sched_reset(sched);
+    if (!ctx->params.offload_kqv) {
+        keep_attention_on_cpu(ctx, sched, gf);
+    }
     log_forget();
     if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        return fail(MLLAMA_ERR_MEMORY, "no room for the compute buffers of %s; %s", what, remedy);
+        return fail(MLLAMA_ERR_MEMORY, "no room for the compute buffers of %s%s%s; %s", what, log_last_error()[0] ? ": " : "",
+                    log_last_error(), remedy);
     }
     return MLLAMA_OK;
 }
@@ -163,7 +186,7 @@ static mllama_status compute(mllama_context * ctx, ggml_backend_sched_t sched, s
 // ---- context ------------------------------------------------------------------------------------------------------
 
 mllama_context_params mllama_context_default_params(void) {
-    return (mllama_context_params) { .n_ctx = 4096, .n_batch = 512, .type_k = MLLAMA_KV_F16, .type_v = MLLAMA_KV_F16, .flash_attn = true };
+    return (mllama_context_params) { .n_ctx = 4096, .n_batch = 512, .type_k = MLLAMA_KV_F16, .type_v = MLLAMA_KV_F16, .flash_attn = true, .offload_kqv = true };
 }
 
 static mllama_status ggml_type_of(int32_t kv_type, enum ggml_type * type) {
@@ -181,7 +204,7 @@ static mllama_status add_backend(mllama_context * ctx, ggml_backend_dev_t device
     }
     ggml_backend_t backend = ggml_backend_dev_init(device, NULL);
     if (!backend) {
-        return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started", ggml_backend_dev_name(device));
+        return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started", device_label(device));
     }
     ctx->backends[ctx->n_backends++] = backend;
 
@@ -242,7 +265,7 @@ static mllama_status init(mllama_context * ctx) {
 
     // what is attended is rounded up, so the cache is too
     const int32_t rows = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP;
-    return kv_cache_init(&ctx->cache, model, rows, ctx->type_k, ctx->type_v);
+    return kv_cache_init(&ctx->cache, model, ctx->params.offload_kqv, rows, ctx->type_k, ctx->type_v);
 }
 
 mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** out) {
@@ -320,7 +343,7 @@ void mllama_memory_usage(const mllama_context * ctx, mllama_memory * memory) {
 
 static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched, vision_graph * vg, const float * patches,
                                 int32_t aspect_ratio_id, float * states) {
-    TRY(alloc_graph(sched, vg->g.gf, "the vision encoder", "free some memory, or put the encoder on the CPU"));
+    TRY(alloc_graph(ctx, sched, vg->g.gf, "the vision encoder", "free some memory, or put the encoder on the CPU"));
     ggml_backend_tensor_set(vg->patches, patches, 0, ggml_nbytes(vg->patches));
     ggml_backend_tensor_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id));
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
@@ -342,6 +365,7 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     if (aspect_ratio_id < 1 || aspect_ratio_id > p->n_aspect_ratios) {
         return fail(MLLAMA_ERR_ARGUMENT, "aspect_ratio_id %d; this model knows 1 to %d", aspect_ratio_id, p->n_aspect_ratios);
     }
+    text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_ENCODE);
     const size_t tile    = (size_t) (p->n_positions - 1) * (size_t) (p->patch_size * p->patch_size * 3);
     float *      patches = malloc(tile * (size_t) p->max_tiles * sizeof(float));
@@ -374,7 +398,7 @@ static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, in
         status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
     }
     if (status == MLLAMA_OK) {
-        status = alloc_graph(sched, fg.g.gf, "the cross-attention cache", "free some memory");
+        status = alloc_graph(ctx, sched, fg.g.gf, "the cross-attention cache", "free some memory");
     }
     if (status == MLLAMA_OK) {
         ggml_backend_tensor_set(fg.states, states, 0, ggml_nbytes(fg.states));
@@ -383,6 +407,15 @@ static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, in
     ggml_backend_sched_free(sched);
     fill_graph_free(&fg);
     return status;
+}
+
+// With a buffer, ggml's RPC server forgets the graph that it computed last; its client may then ask it to compute that graph
+// again, and both give up. So the text graph does not outlive a slot, nor the buffers of an encode or a fill.
+static void free_slot(mllama_context * ctx, image_slot * slot) {
+    if (slot->used) {
+        text_graph_free(&ctx->text);
+        image_slot_free(slot);
+    }
 }
 
 static mllama_status free_slot_index(mllama_context * ctx, int32_t * index) {
@@ -406,7 +439,7 @@ static mllama_status free_slot_index(mllama_context * ctx, int32_t * index) {
 static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t n_images, const float * const * states,
                                const int32_t * n_tiles) {
     const mllama_hparams * p = &ctx->model->hp.pub;
-    TRY(image_slot_init(slot, ctx->model, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
+    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
     int64_t row = 0;
     for (int32_t i = 0; i < n_images; i++) {
         for (int32_t tile = 0; tile < n_tiles[i]; tile++, row += p->n_positions) {
@@ -430,13 +463,14 @@ mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const fl
             return fail(MLLAMA_ERR_ARGUMENT, "image %d has %d tiles; this model takes 1 to %d", i, n_tiles[i], p->max_tiles);
         }
     }
+    text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_PROMPT);
     int32_t index = 0;
     TRY(free_slot_index(ctx, &index));
     ctx->slots[index].generation = ++ctx->generation;
     const mllama_status status   = fill_slot(ctx, &ctx->slots[index], n_images, states, n_tiles);
     if (status != MLLAMA_OK) {
-        image_slot_free(&ctx->slots[index]);
+        free_slot(ctx, &ctx->slots[index]);
         return status;
     }
     *slot = index;
@@ -451,7 +485,7 @@ mllama_status mllama_image_free(mllama_context * ctx, int32_t slot) {
     if (!is_slot(ctx, slot)) {
         return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
     }
-    image_slot_free(&ctx->slots[slot]);
+    free_slot(ctx, &ctx->slots[slot]);
     return MLLAMA_OK;
 }
 
@@ -471,7 +505,7 @@ static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shap
     const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
     mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, &ctx->text);
     if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx->sched, ctx->text.g.gf, "the text model", "lower n_batch or n_ctx");
+        status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, "the text model", "lower n_batch or n_ctx");
     }
     if (status != MLLAMA_OK) {
         text_graph_free(&ctx->text);
@@ -595,6 +629,6 @@ mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past) {
 void mllama_clear(mllama_context * ctx) {
     ctx->n_past = 0;
     for (int32_t i = 0; i < ctx->n_slots; i++) {
-        image_slot_free(&ctx->slots[i]);
+        free_slot(ctx, &ctx->slots[i]);
     }
 }

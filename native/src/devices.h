@@ -20,5 +20,8 @@ mllama_status devices_init(void);
 // n_layer counts the text layers, without the output.
 mllama_status device_plan_make(const mllama_model_params * params, int32_t n_layer, device_plan * plan);
 void          device_plan_free(device_plan * plan);
+// Name for messages; that of a remote device tells its worker.
+const char *  device_label(ggml_backend_dev_t device);
+bool          device_is_rpc(ggml_backend_dev_t device);
 // Device types that take part in computing with the CPU (BLAS, AMX).
 bool          device_is_accel(ggml_backend_dev_t device);

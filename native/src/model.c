@@ -6,7 +6,7 @@
 #include <string.h>
 
 mllama_model_params mllama_model_default_params(void) {
-    return (mllama_model_params) { .vision_device = -1, .use_mmap = true };
+    return (mllama_model_params) { .vision_device = -1, .main_gpu = -1, .use_mmap = true };
 }
 
 static bool has_vision_tensors(const gguf_file * file) {

@@ -456,7 +456,7 @@ static mllama_status load_copied(loader * ld, ggml_backend_dev_t device) {
     }
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
     if (!buffer) {
-        return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; offload fewer layers", ggml_backend_dev_name(device),
+        return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; offload fewer layers", device_label(device),
                     (unsigned long long) (size >> 20));
     }
     ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
