@@ -1,0 +1,267 @@
+"""Where a layer runs never changes the answer: every number of layers, on real remote devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from golden_cases import Case, case, relative_error, tiled
+from helpers import TinyFiles
+
+from mllama_gguf import Mllama
+from mllama_gguf.models import bundled_path
+
+ROUNDS = 3
+N_GREEDY = 12
+TOLERANCE = 1e-4
+# CPU workers run the kernels that this process runs, on the same numbers in the same order, so that here nothing
+# differs at all. Threads must be as many: ggml's flash attention splits a long row of keys among them and sums
+# up the parts.
+N_THREADS = 1
+
+CASES = ("text_before_image", "three_images", "adjacent_then_one", "image_first", "over_400_tokens")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a model."""
+
+    arch: str
+    type: str
+    flash_attn: bool
+    n_batch: int
+    case: str
+    n_gpu_layers: int
+    n_workers: int
+    vision_device: str
+    tensor_split: tuple[float, ...] | None
+    offload_kqv: bool
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values()).replace(" ", "")
+
+    @property
+    def base(self) -> tuple[str, str, bool, int, str]:
+        """What the answer may depend on."""
+        return self.arch, self.type, self.flash_attn, self.n_batch, self.case
+
+
+def settings() -> Iterator[Setting]:
+    """ROUNDS times every number of layers of every architecture; the rest takes turns, in cycles of different
+    lengths, so that pairs of values meet."""
+    rest = zip(
+        cycle(("f32", "f32", "q8_0")),
+        cycle((True, False)),
+        cycle((7, 512, 1, 512, 7)),
+        cycle(CASES),
+        cycle((2, 2, 1)),
+        cycle(("auto", "cpu", "RPC0", "auto", "RPC1", "cpu", "RPC0")),
+        cycle((None, (3, 1), None, (1, 4), (0, 1), (5, 2), None, (1, 1), None, (2, 1), None)),
+        cycle((True, True, True, False)),
+        strict=False,
+    )
+    for arch in (arch for arch in tiny.ARCHS.values() for _ in range(ROUNDS)):
+        for n in range(arch.layers + 2):
+            type_, flash, n_batch, name, n_workers, vision, split, kqv = next(rest)
+            if n_workers == 1:
+                vision, split = vision.replace("RPC1", "RPC0"), None
+            yield Setting(arch.name, type_, flash, n_batch, name, n, n_workers, vision, split, kqv)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """states: of each picture; logits [n_tokens, vocab_size]; greedy: N_GREEDY tokens"""
+
+    states: list[Any]
+    logits: Any
+    greedy: list[int]
+
+    def same_as(self, other: Answer) -> bool:
+        """To the bit."""
+        pairs = zip([*self.states, self.logits], [*other.states, other.logits], strict=True)
+        return self.greedy == other.greedy and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def answer(model: Mllama, prompt: Case, arch: tiny.Arch) -> Answer:
+    """From empty caches."""
+    model.reset()
+    images = [model.encode_image(tiled(arch, picture)) for picture in prompt.pictures]
+    logits = model.logits(prompt.tokens, images)
+    greedy = [int(logits[-1].argmax())]
+    while len(greedy) < N_GREEDY:
+        greedy.append(int(model._session.step(greedy[-1]).argmax()))
+    return Answer([image.states for image in images], logits, greedy)
+
+
+@pytest.fixture(scope="module")
+def text_file(
+    tiny_files: Callable[[str], TinyFiles], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Path, Path]]:
+    folder = tmp_path_factory.mktemp("quantized")
+
+    @cache
+    def files(arch: str, type_: str) -> tuple[Path, Path]:
+        plain = tiny_files(arch)
+        if type_ == "f32":
+            return plain.text, plain.mmproj
+        return quantize(plain.text, folder / f"{arch}.gguf"), plain.mmproj
+
+    return files
+
+
+def quantize(source: Path, target: Path) -> Path:
+    """The text model with Q8_0 in place of F32, where 32 divides a row."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "mllama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
+    n_quantized = 0
+    for tensor in reader.tensors:
+        values, raw_type = tensor.data, None
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            raw_type = gguf.GGMLQuantizationType.Q8_0
+            values = gguf.quantize(values, raw_type)
+            n_quantized += 1
+        writer.add_tensor(tensor.name, values, raw_dtype=raw_type)
+    assert n_quantized > 5
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture(scope="module")
+def on_cpu(text_file: Callable[[str, str], tuple[Path, Path]]) -> Callable[[Setting], Answer]:
+    """The answer without any offload, in this process."""
+
+    @cache
+    def compute(arch: str, type_: str, flash_attn: bool, n_batch: int, name: str) -> Answer:
+        model = Mllama(
+            *text_file(arch, type_), n_ctx=512, flash_attn=flash_attn, n_batch=n_batch, n_threads=N_THREADS
+        )
+        with model:
+            return answer(model, case(tiny.ARCHS[arch], name), tiny.ARCHS[arch])
+
+    return lambda setting: compute(*setting.base)
+
+
+@pytest.mark.parametrize("setting", list(settings()), ids=str)
+def test_any_offload(
+    setting: Setting,
+    workers: tuple[str, str],
+    text_file: Callable[[str, str], tuple[Path, Path]],
+    on_cpu: Callable[[Setting], Answer],
+) -> None:
+    arch = tiny.ARCHS[setting.arch]
+    expected = on_cpu(setting)
+    with Mllama(
+        *text_file(setting.arch, setting.type),
+        rpc_servers=workers[: setting.n_workers],
+        n_gpu_layers=setting.n_gpu_layers,
+        vision_device=setting.vision_device,
+        tensor_split=setting.tensor_split,
+        offload_kqv=setting.offload_kqv,
+        flash_attn=setting.flash_attn,
+        n_batch=setting.n_batch,
+        n_ctx=512,
+        n_threads=N_THREADS,
+    ) as model:
+        check_placement(model, setting)
+        first = answer(model, case(arch, setting.case), arch)
+        second = answer(model, case(arch, setting.case), arch)
+    assert first.greedy == expected.greedy
+    assert relative_error(first.logits, expected.logits) <= TOLERANCE
+    for states, expected_states in zip(first.states, expected.states, strict=True):
+        assert relative_error(states, expected_states) <= TOLERANCE
+    assert first.same_as(expected), "CPU workers run the same kernels"
+    assert second.same_as(first), "one run leaks into the next"
+
+
+def check_placement(model: Mllama, setting: Setting) -> None:
+    """The last N layers are on the devices, and nothing else of the text."""
+    n_layer = model.hparams.n_layer
+    for tensor in model._model.tensors():
+        if tensor.is_vision or "gate" in tensor.name.split(".")[-1]:  # gates are numbers, not tensors
+            continue
+        part = tensor.name.split(".")
+        layers = {"blk": part[1], "output": n_layer, "output_norm": n_layer}  # the others stay on the CPU
+        layer = int(layers.get(part[0], -1))
+        offloaded = layer >= 0 and layer >= n_layer + 1 - setting.n_gpu_layers
+        assert (tensor.device != "CPU") == offloaded, tensor
+        if offloaded and setting.tensor_split == (0, 1):
+            assert tensor.device == "RPC1", tensor
+
+
+def test_every_value_is_tried() -> None:
+    made = list(settings())
+    for arch in tiny.ARCHS.values():
+        assert {s.n_gpu_layers for s in made if s.arch == arch.name} == set(range(arch.layers + 2))
+    for name, values in {
+        "type": {"f32", "q8_0"},
+        "flash_attn": {True, False},
+        "n_batch": {1, 7, 512},
+        "case": set(CASES),
+        "n_workers": {1, 2},
+        "vision_device": {"auto", "cpu", "RPC0", "RPC1"},
+        "offload_kqv": {True, False},
+    }.items():
+        assert {getattr(s, name) for s in made if s.n_gpu_layers} == values
+
+
+DEMO_LAYERS = 5
+
+
+@pytest.mark.parametrize("n_gpu_layers", range(DEMO_LAYERS + 2))
+def test_demo(n_gpu_layers: int, workers: tuple[str, str]) -> None:
+    pictures = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
+    with Mllama(bundled_path("demo"), n_threads=N_THREADS) as model:
+        assert model.hparams.n_layer == DEMO_LAYERS
+        expected = [(model.caption(p), model.encode_image(p).states) for p in pictures]
+    with Mllama(
+        bundled_path("demo"),
+        rpc_servers=",".join(workers),
+        n_gpu_layers=n_gpu_layers,
+        vision_device=("auto", "cpu", "RPC1")[n_gpu_layers % 3],
+        n_threads=N_THREADS,
+    ) as model:
+        for _ in range(2):
+            for picture, (caption, states) in zip(pictures, expected, strict=True):
+                assert model.caption(picture) == caption
+                assert np.array_equal(model.encode_image(picture).states, states)
+            model.reset()
+
+
+def test_an_unused_worker_changes_nothing(
+    workers: tuple[str, str], tiny_files: Callable[[str], TinyFiles]
+) -> None:
+    with Mllama(tiny_files("gqa").one, rpc_servers=workers, n_gpu_layers=-1, devices=["RPC1"]) as model:
+        assert {t.device for t in model._model.tensors()} <= {"CPU", "RPC1"}
+    with Mllama(tiny_files("gqa").one, rpc_servers=workers, n_gpu_layers=-1, main_gpu=1) as model:
+        assert {t.device for t in model._model.tensors()} <= {"CPU", "RPC1"}
+
+
+def test_graphs_are_not_asked_for_after_their_buffers_went(
+    workers: tuple[str, str], tiny_files: Callable[[str], TinyFiles]
+) -> None:
+    """ggml's server forgets its last graph when any buffer goes; its client does not know."""
+    arch = tiny.ARCHS["gqa"]
+    prompt = case(arch, "text_only")
+    with Mllama(
+        tiny_files("gqa").one, rpc_servers=workers[:1], n_gpu_layers=3, n_batch=1, n_ctx=512
+    ) as model:
+        answer(model, case(arch, "image_first"), arch)
+        first = model.logits(prompt.tokens)
+        model.reset()  # frees the picture's buffer; the graph of one token stays the last one
+        assert np.array_equal(model.logits(prompt.tokens), first)
