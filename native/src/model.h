@@ -11,6 +11,7 @@ typedef struct text_layer {
     struct ggml_tensor * k;
     struct ggml_tensor * v;
     struct ggml_tensor * o;
+    struct ggml_tensor * rope_freqs; // of offloaded self-attention layers
     struct ggml_tensor * q_norm;    // cross-attention only, as are those down to mlp_gate
     struct ggml_tensor * k_norm;
     float                attn_gate; // tanh already applied

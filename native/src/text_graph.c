@@ -18,12 +18,12 @@ static struct ggml_tensor * cache_view(const decoder * d, struct ggml_tensor * c
     return ggml_view_3d(d->g->ctx, cache, head_dim, n_kv, d->p->n_head_kv, cache->nb[1], ggml_row_size(cache->type, head_dim), 0);
 }
 
-static struct ggml_tensor * rope(const decoder * d, struct ggml_tensor * x, int64_t n_head) {
+static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct ggml_tensor * x, int64_t n_head) {
     struct ggml_context * ctx = d->g->ctx;
     const int64_t         n   = x->ne[1];
     x = ggml_reshape_3d(ctx, x, d->p->head_dim, n_head, n);
-    x = ggml_rope_ext(ctx, x, d->tg->positions, d->model->rope_freqs, d->p->rope_dim, GGML_ROPE_TYPE_NORMAL, 0, d->p->rope_freq_base,
-                      1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+    x = ggml_rope_ext(ctx, x, d->tg->positions, l->rope_freqs ? l->rope_freqs : d->model->rope_freqs, d->p->rope_dim,
+                      GGML_ROPE_TYPE_NORMAL, 0, d->p->rope_freq_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
     return ggml_reshape_2d(ctx, x, d->p->head_dim * n_head, n);
 }
 
@@ -31,8 +31,8 @@ static struct ggml_tensor * self_attention(const decoder * d, const text_layer *
     graph *               g   = d->g;
     struct ggml_context * ctx = g->ctx;
 
-    struct ggml_tensor * q = named(rope(d, linear(g, l->q, x), d->p->n_head), "blk", il, "q");
-    struct ggml_tensor * k = named(rope(d, linear(g, l->k, x), d->p->n_head_kv), "blk", il, "k");
+    struct ggml_tensor * q = named(rope(d, l, linear(g, l->q, x), d->p->n_head), "blk", il, "q");
+    struct ggml_tensor * k = named(rope(d, l, linear(g, l->k, x), d->p->n_head_kv), "blk", il, "k");
     struct ggml_tensor * v = named(linear(g, l->v, x), "blk", il, "v");
     ggml_build_forward_expand(g->gf, q);
     ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->k[il], k, d->tg->cells));

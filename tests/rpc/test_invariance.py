@@ -22,9 +22,9 @@ from mllama_gguf.models import bundled_path
 ROUNDS = 3
 N_GREEDY = 12
 TOLERANCE = 1e-4
-# CPU workers run the kernels that this process runs, on the same numbers in the same order, so that here nothing
-# differs at all. Threads must be as many: ggml's flash attention splits a long row of keys among them and sums
-# up the parts.
+# CPU workers run the kernels that this process runs, on the same numbers in the same order: nothing differs, to
+# the bit. With another number of threads it may: ggml's flash attention splits a long row of keys among them.
+# Seen with 2 here and 1 in the workers: one setting of 111 differs (Q8_0, over_400_tokens).
 N_THREADS = 1
 
 CASES = ("text_before_image", "three_images", "adjacent_then_one", "image_first", "over_400_tokens")
@@ -193,7 +193,8 @@ def check_placement(model: Mllama, setting: Setting) -> None:
     """The last N layers are on the devices, and nothing else of the text."""
     n_layer = model.hparams.n_layer
     for tensor in model._model.tensors():
-        if tensor.is_vision or "gate" in tensor.name.split(".")[-1]:  # gates are numbers, not tensors
+        # Gates are numbers, not tensors; rope_freqs are copied to where they are needed.
+        if tensor.is_vision or tensor.name.endswith("_gate") or tensor.name == "rope_freqs.weight":
             continue
         part = tensor.name.split(".")
         layers = {"blk": part[1], "output": n_layer, "output_norm": n_layer}  # the others stay on the CPU
@@ -259,7 +260,7 @@ def test_graphs_are_not_asked_for_after_their_buffers_went(
     arch = tiny.ARCHS["gqa"]
     prompt = case(arch, "text_only")
     with Mllama(
-        tiny_files("gqa").one, rpc_servers=workers[:1], n_gpu_layers=3, n_batch=1, n_ctx=512
+        tiny_files("gqa").one, rpc_servers=workers[:1], n_gpu_layers=-1, n_batch=1, n_ctx=512
     ) as model:
         answer(model, case(arch, "image_first"), arch)
         first = model.logits(prompt.tokens)
