@@ -76,7 +76,7 @@ static void * rpc_function(const char * name) {
 
 static mllama_status no_rpc(void) {
     return fail(MLLAMA_ERR_BACKEND, "the installed llama-cpp-python has no RPC; run: CMAKE_ARGS=\"-DGGML_RPC=ON\" pip install "
-                                    "--force-reinstall --no-deps --no-cache-dir --no-binary :all: llama-cpp-python==" MLLAMA_LLAMA_CPP_VERSION);
+                                    "--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==" MLLAMA_LLAMA_CPP_VERSION);
 }
 
 bool mllama_rpc_available(void) {

@@ -22,9 +22,9 @@ from mllama_gguf.models import bundled_path
 ROUNDS = 3
 N_GREEDY = 12
 TOLERANCE = 1e-4
-# CPU workers run the kernels that this process runs, on the same numbers in the same order: nothing differs, to
-# the bit. With another number of threads it may: ggml's flash attention splits a long row of keys among them.
-# Seen with 2 here and 1 in the workers: one setting of 111 differs (Q8_0, over_400_tokens).
+# CPU workers run the kernels that this process runs, on the same numbers in the same order, so that nothing
+# differs, to the bit. With another number of threads it may: ggml's flash attention splits a long row of keys
+# among them. Seen with 2 here and 1 in the workers: one setting of 111 differs (Q8_0, over_400_tokens).
 N_THREADS = 1
 
 CASES = ("text_before_image", "three_images", "adjacent_then_one", "image_first", "over_400_tokens")
