@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from mllama_gguf.embedding import ImageEmbedding
-from mllama_gguf.errors import ContextFullError, RequestError
+from mllama_gguf.errors import BackendError, ContextFullError, RequestError
 from mllama_gguf.session import MAX_SLOTS, Session
 
 IMAGE, VOCAB = 9, 9
@@ -23,6 +23,7 @@ class Context:
     def __init__(self) -> None:
         self.hparams = SimpleNamespace(image_token_id=IMAGE, vocab_size=VOCAB)
         self.n_ctx = 12
+        self.epoch = 0
         self.cache: list[tuple[Any, ...]] = []
         self.slots: dict[int, list[float]] = {}
         self.decoded: list[list[int]] = []
@@ -212,3 +213,12 @@ def test_clear(made: Made) -> None:
     made.session.clear()
     assert (made.session.n_past, made.context.cache, made.context.slots) == (0, [], {})
     assert made.feed([1, IMAGE, 2], 7)[1] == 0
+
+
+def test_lost_caches_are_not_counted_on(made: Made) -> None:
+    made.feed([1, IMAGE, 2], 7)
+    made.context.cache, made.context.slots, made.context.epoch = [], {}, 1  # another process, empty
+    with pytest.raises(BackendError, match="caches were lost"):
+        made.session.step(3)
+    assert made.feed([1, IMAGE, 2], 7)[1] == 0
+    assert len(made.context.slots) == 1
