@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -46,8 +47,12 @@ static mllama_status open_checked(gguf_file * file) {
     if (pread(file->fd, head, sizeof(head), 0) != (ssize_t) sizeof(head) || memcmp(head, "GGUF", 4) != 0) {
         return fail(MLLAMA_ERR_FILE, "%s: not a GGUF file", file->path);
     }
-    if (head[4] == 0 && head[5] == 0) {
+    const uint32_t version = head[4] | (uint32_t) head[5] << 8 | (uint32_t) head[6] << 16 | (uint32_t) head[7] << 24;
+    if (version != 0 && (version & 0xffff) == 0) {
         return fail(MLLAMA_ERR_FILE, "%s: a big-endian GGUF file; convert it with gguf-py's gguf_convert_endian.py", file->path);
+    }
+    if (version == 1) {
+        return fail(MLLAMA_ERR_FILE, "%s: GGUF version 1, of 2023, is not supported; convert the model again", file->path);
     }
 
     log_forget();
@@ -62,8 +67,7 @@ static mllama_status open_checked(gguf_file * file) {
     return check_tensors(file);
 }
 
-mllama_status gguf_file_open(const char * path, gguf_file ** out) {
-    log_install();
+static mllama_status open_one(const char * path, gguf_file ** out) {
     gguf_file * file = calloc(1, sizeof(*file));
     if (!file || !(file->path = strdup(path))) {
         free(file);
@@ -79,10 +83,112 @@ mllama_status gguf_file_open(const char * path, gguf_file ** out) {
     return MLLAMA_OK;
 }
 
+// ---- split models -------------------------------------------------------------------------------------------------
+
+enum { MAX_PARTS = 1000 }; // open files that a process may have
+
+static mllama_status check_part(gguf_file * first, gguf_file * part, int32_t no, int32_t count) {
+    int32_t its_no, its_count;
+    TRY(gguf_file_int(part, "split.no", 0, UINT16_MAX, &its_no));
+    TRY(gguf_file_int(part, "split.count", 0, UINT16_MAX, &its_count));
+    if (its_no != no || its_count != count) {
+        return fail(MLLAMA_ERR_FILE, "%s: this is part %d of %d, not part %d of %d as its name says; download it again", part->path,
+                    its_no + 1, its_count, no + 1, count);
+    }
+    for (int64_t i = 0; i < gguf_get_n_tensors(part->gguf); i++) {
+        const char * name = gguf_get_tensor_name(part->gguf, i);
+        gguf_file *  other;
+        if (gguf_file_tensor(first, name, &other)) {
+            return fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is in %s too; they are not parts of one model", part->path, name, other->path);
+        }
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status open_more(gguf_file * first) {
+    int32_t no, count;
+    TRY(gguf_file_int_or(first, "split.count", 0, MAX_PARTS, 1, &count));
+    if (count < 2) {
+        return MLLAMA_OK;
+    }
+    TRY(gguf_file_int(first, "split.no", 0, count - 1, &no));
+    if (no != 0) {
+        return fail(MLLAMA_ERR_FILE, "%s: part %d of a model in %d files; give the first, NAME-00001-of-%05d.gguf", first->path,
+                    no + 1, count, count);
+    }
+    char         suffix[40];
+    const size_t n_suffix = (size_t) snprintf(suffix, sizeof(suffix), "-00001-of-%05d.gguf", count);
+    const size_t n_path   = strlen(first->path);
+    if (n_path < n_suffix || strcmp(first->path + n_path - n_suffix, suffix) != 0) {
+        return fail(MLLAMA_ERR_FILE, "%s: part 1 of a model in %d files; its name must end in %s for the others to be found",
+                    first->path, count, suffix);
+    }
+    char * path = strdup(first->path);
+    first->more = calloc((size_t) count - 1, sizeof(*first->more));
+    mllama_status status = path && first->more ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "%s: out of memory", first->path);
+    int64_t n_tensors = gguf_get_n_tensors(first->gguf);
+    for (no = 1; no < count && status == MLLAMA_OK; no++) {
+        gguf_file * part = NULL;
+        snprintf(suffix, sizeof(suffix), "-%05d-of-%05d.gguf", no + 1, count);
+        memcpy(path + n_path - n_suffix, suffix, n_suffix); // five digits are enough for MAX_PARTS
+        status = access(path, F_OK) == 0 ? open_one(path, &part)
+                                         : fail(MLLAMA_ERR_FILE, "%s: part %d of %d of the model is missing", path, no + 1, count);
+        if (status == MLLAMA_OK) {
+            status = check_part(first, part, no, count);
+            first->more[first->n_more++] = part;
+            n_tensors += gguf_get_n_tensors(part->gguf);
+        }
+    }
+    free(path);
+    TRY(status);
+    int32_t promised;
+    TRY(gguf_file_int_or(first, "split.tensors.count", 0, INT32_MAX, (int32_t) n_tensors, &promised));
+    if (promised != n_tensors) {
+        return fail(MLLAMA_ERR_FILE, "%s: its %d files hold %lld tensors, but split.tensors.count is %d; they are not of one model",
+                    first->path, count, (long long) n_tensors, promised);
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status gguf_file_open(const char * path, gguf_file ** out) {
+    log_install();
+    gguf_file * file;
+    TRY(open_one(path, &file));
+    const mllama_status status = open_more(file);
+    if (status != MLLAMA_OK) {
+        gguf_file_close(file);
+        return status;
+    }
+    *out = file;
+    return MLLAMA_OK;
+}
+
+const struct ggml_tensor * gguf_file_tensor(gguf_file * file, const char * name, gguf_file ** part) {
+    for (int32_t i = 0; i < gguf_file_n_parts(file); i++) {
+        gguf_file *                one    = gguf_file_part(file, i);
+        const struct ggml_tensor * tensor = ggml_get_tensor(one->meta, name);
+        if (tensor) {
+            if (part) {
+                *part = one;
+            }
+            return tensor;
+        }
+    }
+    return NULL;
+}
+
+bool gguf_file_has_vision(gguf_file * file) {
+    return gguf_file_tensor(file, "v.patch_embd.weight", NULL) != NULL;
+}
+
 void gguf_file_close(gguf_file * file) {
     if (!file) {
         return;
     }
+    for (int32_t i = 0; i < file->n_more; i++) {
+        gguf_file_close(file->more[i]);
+    }
+    free(file->more);
     if (file->map) {
         munmap(file->map, file->size);
     }

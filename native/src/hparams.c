@@ -131,6 +131,9 @@ mllama_status hparams_read_vision(const gguf_file * file, hparams * hp) {
     if (p->n_cross_layers == 0) {
         return fail(MLLAMA_ERR_FILE, "%s: a projector, but the text model has no cross-attention layers", file->path);
     }
+    if (!gguf_file_has(file, "mllama.vision.intermediate_layers_indices")) {
+        return fail(MLLAMA_ERR_FILE, "%s: key 'mllama.vision.intermediate_layers_indices' is missing", file->path);
+    }
     TRY(gguf_file_ints(file, "mllama.vision.intermediate_layers_indices", &hp->intermediate_layers, &p->n_intermediate));
     for (int32_t i = 0; i < p->n_intermediate; i++) {
         const int32_t layer = hp->intermediate_layers[i];

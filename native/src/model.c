@@ -9,18 +9,14 @@ mllama_model_params mllama_model_default_params(void) {
     return (mllama_model_params) { .vision_device = -1, .main_gpu = -1, .use_mmap = true };
 }
 
-static bool has_vision_tensors(const gguf_file * file) {
-    return ggml_get_tensor(file->meta, "v.patch_embd.weight") != NULL;
-}
-
 static mllama_status open_files(mllama_model * model, const char * text_path, const char * mmproj_path) {
     TRY(gguf_file_open(text_path, &model->text_file));
-    if (!ggml_get_tensor(model->text_file->meta, "token_embd.weight") && has_vision_tensors(model->text_file)) {
+    if (!gguf_file_tensor(model->text_file, "token_embd.weight", NULL) && gguf_file_has_vision(model->text_file)) {
         return fail(MLLAMA_ERR_FILE, "%s: a vision projector, not a text model; give it as the mmproj file", text_path);
     }
     if (mmproj_path) {
         TRY(gguf_file_open(mmproj_path, &model->vision_file));
-    } else if (has_vision_tensors(model->text_file)) {
+    } else if (gguf_file_has_vision(model->text_file)) {
         model->vision_file = model->text_file;
     }
     return MLLAMA_OK;
@@ -34,6 +30,7 @@ static mllama_status load(mllama_model * model, const char * text_path, const ch
     if (model->vision_file) {
         TRY(hparams_read_vision(model->vision_file, &model->hp));
     }
+    TRY(layout_recognise(model->text_file, model->vision_file, &model->layout));
     TRY(device_plan_make(params, model->hp.pub.n_layer, &model->plan));
     TRY(weights_find(model, params->allow_quantized_vision));
     return params->check_only ? MLLAMA_OK : weights_load(model, params);
@@ -81,6 +78,14 @@ const mllama_hparams * mllama_model_hparams(const mllama_model * model) {
 
 const int32_t * mllama_model_cross_layers(const mllama_model * model) {
     return model->hp.cross_layers;
+}
+
+const char * mllama_model_layout(const mllama_model * model) {
+    return model->layout.name;
+}
+
+const char * mllama_model_repair(const mllama_model * model, int32_t index) {
+    return index >= 0 && index < model->layout.n_repairs ? model->layout.repairs[index] : NULL;
 }
 
 int32_t mllama_model_n_tensors(const mllama_model * model) {

@@ -3,6 +3,7 @@
 
 #include "devices.h"
 #include "hparams.h"
+#include "layout.h"
 
 typedef struct text_layer {
     bool                 is_cross;
@@ -57,6 +58,7 @@ typedef struct weight_list weight_list; // weights.h
 
 struct mllama_model {
     hparams              hp;
+    layout               layout;
     device_plan          plan;
     gguf_file *          text_file;
     gguf_file *          vision_file; // == text_file in a one-file model, NULL without vision

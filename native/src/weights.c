@@ -14,19 +14,20 @@ typedef enum weight_kind {
 } weight_kind;
 
 typedef struct weight {
-    gguf_file *                file;
+    gguf_file *                file;    // one part of a split model
     const struct ggml_tensor * source;  // in file->meta
     struct ggml_tensor **      tensor;  // where the loaded tensor goes; NULL for a gate
     ggml_backend_dev_t         device;
     weight_kind                kind;
     bool                       is_vision;
+    bool                       permuted; // halves to pairs when loaded, see layout.h
 } weight;
 
 struct weight_list {
     weight *                items;
     int32_t                 n, capacity;
-    struct ggml_context *   contexts[MAX_DEVICES + 3]; // one for each buffer
-    ggml_backend_buffer_t   buffers[MAX_DEVICES + 3];
+    struct ggml_context **  contexts; // one for each buffer
+    ggml_backend_buffer_t * buffers;
     int32_t                 n_buffers;
 };
 
@@ -86,23 +87,23 @@ static void format_shape(const int64_t * ne, char * text, size_t size) {
     }
 }
 
-static bool check_shape(finder * f, const struct ggml_tensor * t, const int64_t * ne) {
+static bool check_shape(finder * f, const gguf_file * file, const struct ggml_tensor * t, const int64_t * ne) {
     for (int i = 0; i < 4; i++) {
         if (t->ne[i] != ne[i]) {
             char is[128], must[128];
             format_shape(t->ne, is, sizeof(is));
             format_shape(ne, must, sizeof(must));
-            f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is %s, expected %s from the keys", f->file->path, t->name, is, must);
+            f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is %s, expected %s from the keys", file->path, t->name, is, must);
             return false;
         }
     }
     return true;
 }
 
-static bool check_type(finder * f, const struct ggml_tensor * t, weight_kind kind) {
+static bool check_type(finder * f, const gguf_file * file, const struct ggml_tensor * t, weight_kind kind) {
     const bool ok = kind == WEIGHT_MATRIX ? is_multipliable(t->type) : is_float(t->type);
     if (!ok) {
-        f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' has type %s, which is not supported there", f->file->path, t->name,
+        f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' has type %s, which is not supported there", file->path, t->name,
                          ggml_type_name(t->type));
         return false;
     }
@@ -110,7 +111,7 @@ static bool check_type(finder * f, const struct ggml_tensor * t, weight_kind kin
         f->status = fail(MLLAMA_ERR_FILE,
                          "%s: tensor '%s' of the vision encoder is quantized (%s), which gives wrong captions; "
                          "use an F16, BF16 or F32 projector, or allow_quantized_vision=True",
-                         f->file->path, t->name, ggml_type_name(t->type));
+                         file->path, t->name, ggml_type_name(t->type));
         return false;
     }
     return true;
@@ -122,17 +123,18 @@ static void want(finder * f, weight_kind kind, ggml_backend_dev_t device, struct
     if (f->status != MLLAMA_OK) {
         return;
     }
-    const struct ggml_tensor * t = ggml_get_tensor(f->file->meta, name);
+    gguf_file *                file;
+    const struct ggml_tensor * t = gguf_file_tensor(f->file, name, &file);
     if (!t) {
         f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is missing", f->file->path, name);
         return;
     }
-    if (!check_shape(f, t, ne) || !check_type(f, t, kind)) {
+    if (!check_shape(f, file, t, ne) || !check_type(f, file, t, kind)) {
         return;
     }
     if (kind == WEIGHT_GATE) {
         unsigned char raw[4];
-        f->status = gguf_file_read(f->file, t, 0, raw, ggml_type_size(t->type));
+        f->status = gguf_file_read(file, t, 0, raw, ggml_type_size(t->type));
         if (f->status != MLLAMA_OK) {
             return;
         }
@@ -148,11 +150,11 @@ static void want(finder * f, weight_kind kind, ggml_backend_dev_t device, struct
             *gate = ggml_bf16_to_fp32(half);
         }
         if (!isfinite(*gate)) {
-            f->status = fail(MLLAMA_ERR_FILE, "%s: gate '%s' is not a finite number", f->file->path, name);
+            f->status = fail(MLLAMA_ERR_FILE, "%s: gate '%s' is not a finite number", file->path, name);
             return;
         }
     }
-    add_weight(f, (weight) { .file = f->file, .source = t, .tensor = tensor, .device = device, .kind = kind, .is_vision = f->is_vision });
+    add_weight(f, (weight) { .file = file, .source = t, .tensor = tensor, .device = device, .kind = kind, .is_vision = f->is_vision });
 }
 
 static void matrix(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, int64_t n_in, int64_t n_out,
@@ -189,11 +191,24 @@ static void gate(finder * f, float * value, const char * format, ...) {
 }
 
 // A file with more layers than its keys say is not read by half.
-static void no_layer(finder * f, const char * prefix, int32_t il) {
+static void no_layer(finder * f, const char * prefix, int32_t il, const char * norm) {
     char name[GGML_MAX_NAME];
-    snprintf(name, sizeof(name), "%s.%d.attn_norm.weight", prefix, il);
-    if (f->status == MLLAMA_OK && ggml_get_tensor(f->file->meta, name)) {
+    snprintf(name, sizeof(name), "%s.%d.%s.weight", prefix, il, norm);
+    if (f->status == MLLAMA_OK && gguf_file_tensor(f->file, name, NULL)) {
         f->status = fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is beyond the %d layers that the keys name", f->file->path, name, il);
+    }
+}
+
+// The norm of the heads of cross-attention q or k, in the order that the rows of q and k have in the file.
+static void cross_norm(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, const char * format, int32_t il) {
+    const int32_t n = f->model->hp.pub.head_dim;
+    vector(f, device, tensor, n, format, il);
+    if (f->status == MLLAMA_OK && f->model->layout.permute_cross_norms) {
+        weight_list * list = f->model->weights;
+        list->items[list->n - 1].permuted = true;
+        if (n % 2 != 0) {
+            f->status = fail(MLLAMA_ERR_FILE, "%s: attention heads of %d values, which cannot be in pairs", f->file->path, n);
+        }
     }
 }
 
@@ -210,8 +225,8 @@ static void find_text_layer(finder * f, int32_t il) {
         matrix(f, dev, &l->k, p->n_embd, n_kv, "blk.%d.cross_attn_k_proj.weight", il);
         matrix(f, dev, &l->v, p->n_embd, n_kv, "blk.%d.cross_attn_v_proj.weight", il);
         matrix(f, dev, &l->o, n_q, p->n_embd, "blk.%d.cross_attn_o_proj.weight", il);
-        vector(f, dev, &l->q_norm, p->head_dim, "blk.%d.cross_attn_q_norm.weight", il);
-        vector(f, dev, &l->k_norm, p->head_dim, "blk.%d.cross_attn_k_norm.weight", il);
+        cross_norm(f, dev, &l->q_norm, "blk.%d.cross_attn_q_norm.weight", il);
+        cross_norm(f, dev, &l->k_norm, "blk.%d.cross_attn_k_norm.weight", il);
         gate(f, &l->attn_gate, "blk.%d.cross_attn_attn_gate", il);
         gate(f, &l->mlp_gate, "blk.%d.cross_attn_mlp_gate", il);
         l->attn_gate = tanhf(l->attn_gate); // raw in the file
@@ -238,7 +253,7 @@ static void find_text(finder * f) {
     ggml_backend_dev_t     cpu = m->plan.cpu, last = m->plan.layers[p->n_layer];
 
     // The table has a row for the image token and padding beyond the vocabulary; how many, the file says.
-    const struct ggml_tensor * embd = ggml_get_tensor(f->file->meta, "token_embd.weight");
+    const struct ggml_tensor * embd = gguf_file_tensor(f->file, "token_embd.weight", NULL);
     const int64_t              rows = embd ? embd->ne[1] : p->vocab_size;
     matrix(f, cpu, &m->token_embd, p->n_embd, rows, "token_embd.weight");
     if (f->status == MLLAMA_OK && (rows < p->vocab_size || rows > INT32_MAX || p->image_token_id >= rows)) {
@@ -246,13 +261,13 @@ static void find_text(finder * f) {
                          f->file->path, (long long) rows, p->vocab_size, p->image_token_id);
     }
     m->hp.pub.n_token_embd = (int32_t) rows;
-    if (ggml_get_tensor(f->file->meta, "rope_freqs.weight")) {
+    if (gguf_file_tensor(f->file, "rope_freqs.weight", NULL)) {
         vector(f, cpu, &m->rope_freqs, p->rope_dim / 2, "rope_freqs.weight");
     }
     for (int32_t il = 0; il < p->n_layer; il++) {
         find_text_layer(f, il);
     }
-    no_layer(f, "blk", p->n_layer);
+    no_layer(f, "blk", p->n_layer, "attn_norm");
     vector(f, last, &m->output_norm, p->n_embd, "output_norm.weight");
     matrix(f, last, &m->output, p->n_embd, p->vocab_size, "output.weight");
 }
@@ -261,19 +276,25 @@ static void find_vision_layer(finder * f, vision_layer * l, const char * prefix,
     const mllama_hparams * p   = &f->model->hp.pub;
     const int64_t          n   = p->vision_embd;
     ggml_backend_dev_t     dev = f->model->plan.vision;
+    const layout *         lay = &f->model->layout;
+    const char *           attn_norm = layout_vision_name(lay, VISION_ATTN_NORM);
+    const char *           attn_out  = layout_vision_name(lay, VISION_ATTN_OUT);
+    const char *           ffn_norm  = layout_vision_name(lay, VISION_FFN_NORM);
+    const char *           fc1       = layout_vision_name(lay, VISION_FC1);
+    const char *           fc2       = layout_vision_name(lay, VISION_FC2);
 
-    vector(f, dev, &l->attn_norm, n, "%s.%d.attn_norm.weight", prefix, il);
-    vector(f, dev, &l->attn_norm_b, n, "%s.%d.attn_norm.bias", prefix, il);
+    vector(f, dev, &l->attn_norm, n, "%s.%d.%s.weight", prefix, il, attn_norm);
+    vector(f, dev, &l->attn_norm_b, n, "%s.%d.%s.bias", prefix, il, attn_norm);
     matrix(f, dev, &l->q, n, n, "%s.%d.attn_q.weight", prefix, il);
     matrix(f, dev, &l->k, n, n, "%s.%d.attn_k.weight", prefix, il);
     matrix(f, dev, &l->v, n, n, "%s.%d.attn_v.weight", prefix, il);
-    matrix(f, dev, &l->o, n, n, "%s.%d.attn_output.weight", prefix, il);
-    vector(f, dev, &l->ffn_norm, n, "%s.%d.ffn_norm.weight", prefix, il);
-    vector(f, dev, &l->ffn_norm_b, n, "%s.%d.ffn_norm.bias", prefix, il);
-    matrix(f, dev, &l->fc1, n, p->vision_ff, "%s.%d.ffn_up.weight", prefix, il);
-    vector(f, dev, &l->fc1_b, p->vision_ff, "%s.%d.ffn_up.bias", prefix, il);
-    matrix(f, dev, &l->fc2, p->vision_ff, n, "%s.%d.ffn_down.weight", prefix, il);
-    vector(f, dev, &l->fc2_b, n, "%s.%d.ffn_down.bias", prefix, il);
+    matrix(f, dev, &l->o, n, n, "%s.%d.%s.weight", prefix, il, attn_out);
+    vector(f, dev, &l->ffn_norm, n, "%s.%d.%s.weight", prefix, il, ffn_norm);
+    vector(f, dev, &l->ffn_norm_b, n, "%s.%d.%s.bias", prefix, il, ffn_norm);
+    matrix(f, dev, &l->fc1, n, p->vision_ff, "%s.%d.%s.weight", prefix, il, fc1);
+    vector(f, dev, &l->fc1_b, p->vision_ff, "%s.%d.%s.bias", prefix, il, fc1);
+    matrix(f, dev, &l->fc2, p->vision_ff, n, "%s.%d.%s.weight", prefix, il, fc2);
+    vector(f, dev, &l->fc2_b, n, "%s.%d.%s.bias", prefix, il, fc2);
     l->attn_gate = l->ffn_gate = 1.0f;
     if (is_global) {
         gate(f, &l->attn_gate, "%s.%d.attn_gate", prefix, il);
@@ -308,8 +329,9 @@ static void find_vision(finder * f) {
     for (int32_t il = 0; il < p->n_vision_global_layer; il++) {
         find_vision_layer(f, &v->global[il], "v.global.blk", il, true);
     }
-    no_layer(f, "v.blk", p->n_vision_layer);
-    no_layer(f, "v.global.blk", p->n_vision_global_layer);
+    const char * norm = layout_vision_name(&f->model->layout, VISION_ATTN_NORM);
+    no_layer(f, "v.blk", p->n_vision_layer, norm);
+    no_layer(f, "v.global.blk", p->n_vision_global_layer, norm);
     matrix(f, dev, &v->projector, n * (1 + p->n_intermediate), p->n_embd, "mm.0.weight");
     vector(f, dev, &v->projector_b, p->n_embd, "mm.0.bias");
 }
@@ -341,14 +363,22 @@ mllama_status weights_find(mllama_model * model, bool allow_quantized_vision) {
 
 enum { STAGING = 16 << 20 }; // bytes on the way from the file to a device
 
-
 static bool needs_conversion(const weight * w) {
     return w->kind == WEIGHT_VECTOR && w->source->type != GGML_TYPE_F32;
 }
 
+// As a Llama converter orders the rows of a head for interleaved RoPE: i and i + n/2 become 2i and 2i + 1.
+static void permute(const float * halves, float * pairs, int64_t n) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        pairs[2 * i]     = halves[i];
+        pairs[2 * i + 1] = halves[i + n / 2];
+    }
+}
+
 static bool can_map(const mllama_model * model, const weight * w, const mllama_model_params * params) {
     // ggml's kernels want 32-byte alignment, which a file may not give
-    return params->use_mmap && w->device == model->plan.cpu && !needs_conversion(w) && gguf_file_position(w->file, w->source) % 32 == 0;
+    return params->use_mmap && w->device == model->plan.cpu && !needs_conversion(w) && !w->permuted &&
+           gguf_file_position(w->file, w->source) % 32 == 0;
 }
 
 typedef struct loader {
@@ -376,9 +406,17 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
     for (size_t at = 0; at < n_bytes;) {
         const size_t n = n_bytes - at < STAGING ? n_bytes - at : STAGING;
         TRY(gguf_file_read(w->file, w->source, at, ld->staging, n));
-        if (needs_conversion(w)) {
+        if (needs_conversion(w) || w->permuted) {
             const int64_t count = (int64_t) (n / item);
-            ggml_get_type_traits(w->source->type)->to_float(ld->staging, ld->floats, count);
+            if (w->source->type == GGML_TYPE_F32) {
+                memcpy(ld->floats, ld->staging, n);
+            } else {
+                ggml_get_type_traits(w->source->type)->to_float(ld->staging, ld->floats, count);
+            }
+            if (w->permuted) { // a head's values, far fewer than STAGING
+                permute(ld->floats, (float *) ld->staging, count);
+                memcpy(ld->floats, ld->staging, (size_t) count * sizeof(float));
+            }
             ggml_backend_tensor_set(tensor, ld->floats, at / item * sizeof(float), (size_t) count * sizeof(float));
         } else {
             ggml_backend_tensor_set(tensor, ld->staging, at, n);
@@ -390,6 +428,18 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
 }
 
 static mllama_status new_context(weight_list * list, struct ggml_context ** ctx) {
+    const size_t n = (size_t) list->n_buffers + 1;
+    struct ggml_context ** contexts = realloc(list->contexts, n * sizeof(*contexts));
+    if (contexts) {
+        list->contexts = contexts;
+    }
+    ggml_backend_buffer_t * buffers = realloc(list->buffers, n * sizeof(*buffers));
+    if (buffers) {
+        list->buffers = buffers;
+    }
+    if (!contexts || !buffers) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
     struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (list->n + 1), .no_alloc = true };
     *ctx = ggml_init(params);
     if (!*ctx) {
@@ -481,9 +531,13 @@ static mllama_status load_all(loader * ld) {
             ld->total += (int64_t) ggml_nbytes(model->weights->items[i].source);
         }
     }
-    TRY(load_mapped(ld, model->text_file));
+    for (int32_t i = 0; i < gguf_file_n_parts(model->text_file); i++) {
+        TRY(load_mapped(ld, gguf_file_part(model->text_file, i)));
+    }
     if (model->vision_file && model->vision_file != model->text_file) {
-        TRY(load_mapped(ld, model->vision_file));
+        for (int32_t i = 0; i < gguf_file_n_parts(model->vision_file); i++) {
+            TRY(load_mapped(ld, gguf_file_part(model->vision_file, i)));
+        }
     }
     TRY(load_copied(ld, model->plan.cpu));
     for (int32_t i = 0; i < model->plan.n_gpus; i++) {
@@ -510,6 +564,8 @@ void weights_free(weight_list * list) {
         ggml_backend_buffer_free(list->buffers[i]);
         ggml_free(list->contexts[i]);
     }
+    free(list->contexts);
+    free(list->buffers);
     free(list->items);
     free(list);
 }
