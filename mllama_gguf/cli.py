@@ -28,6 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {
+    "cache": ("cli_cache:cache_command", "Show or clear the cache of encoded pictures."),
     "caption": ("cli_caption:caption_command", "Say what is in a picture."),
     "convert": ("cli_convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("cli_devices:devices_command", "List the devices that can compute."),
@@ -292,8 +293,10 @@ def open_model(
     allow_quantized_vision: bool,
     verify: bool,
     bar: bool = True,
+    image_cache: bool = False,
 ) -> Iterator[Mllama]:
-    """The model that the options of `model_options` name; bar: with a progress bar on a terminal."""
+    """The model that the options of `model_options` name; bar: with a progress bar on a terminal;
+    image_cache: keep encoded pictures on disk."""
     from .model import Mllama
     from .models import resolve
 
@@ -306,6 +309,8 @@ def open_model(
     settings: dict[str, Any] = dict(files.parameters)
     if allow_quantized_vision:
         settings["allow_quantized_vision"] = True
+    if image_cache:
+        _show_warnings("mllama_gguf.image_cache")
     with (
         progress_bar() if bar else nullcontext() as progress,
         Mllama(
@@ -322,10 +327,23 @@ def open_model(
             n_ctx=n_ctx,
             n_threads=threads,
             progress=progress,
+            image_cache=image_cache,
             **settings,
         ) as opened,
     ):
         yield opened
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Warning: {record.getMessage()}", err=True)
+
+
+def _show_warnings(name: str) -> None:
+    """Show on stderr what a part of the package logs; with --verbose the whole log is shown."""
+    logger = logging.getLogger(name)
+    if not Failure.show_traceback and not any(isinstance(h, _Warnings) for h in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
 
 
 @contextmanager

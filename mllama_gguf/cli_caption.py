@@ -53,6 +53,7 @@ from .errors import ImageError, RequestError
 )
 @click.option("--seed", metavar="S", type=int, help="Of the random choice, for --temp above 0.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
 @batch_options
 @model_options
 def caption_command(
@@ -64,6 +65,7 @@ def caption_command(
     temperature: float,
     seed: int | None,
     as_json: bool,
+    no_cache: bool,
     out: str | None,
     sidecar: str | None,
     recursive: bool,
@@ -98,7 +100,8 @@ def caption_command(
     response_format = None if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
     start = time.perf_counter()
     failed = False
-    with open_model(**model_settings) as model:
+    # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
+    with open_model(**model_settings, image_cache=not no_cache) as model:
         load_seconds = time.perf_counter() - start
         for image in images:
             name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs

@@ -20,8 +20,8 @@ class ImageEmbedding:
     states:          float32 [n_tiles, n_positions, n_embd], read-only; the tiles in use only
     aspect_ratio_id: the tile grid, as in TiledImage
     key:             names the content: two embeddings with one key are taken to be the same. From
-                     `encode_image` it is the sha256 of pixels, grid and projector file; left out, the sha256
-                     of the states.
+                     `encode_image` it is the sha256 of what the states were computed from, and by what; left
+                     out, the sha256 of the states.
 
     Raises ImageError for states of another type or number of dimensions.
     """

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class GGUFFile:
     version: int
     keys: dict[str, Any]  # numbers, strings, lists, and LongArray for long ones
     tensors: tuple[TensorEntry, ...]
+    data_offset: int  # bytes, from the start of the file to the data
 
     @property
     def architecture(self) -> str:
@@ -94,6 +95,21 @@ class GGUFFile:
     @property
     def has_vision(self) -> bool:
         return any(t.name.startswith("v.") for t in self.tensors)
+
+    def data(self, tensor: TensorEntry, chunk: int) -> Iterator[bytes]:
+        """The bytes of a tensor, `chunk` at a time. Raises ModelError if the file ends before them."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.data_offset + tensor.offset)
+                rest = tensor.n_bytes
+                while rest:
+                    data = file.read(min(rest, chunk))
+                    if not data:
+                        raise ModelError(f"{self.path}: the file ends inside tensor {tensor.name}")
+                    rest -= len(data)
+                    yield data
+        except OSError as e:
+            raise ModelError(f"{self.path}: {e.strerror or e}") from e
 
 
 def read_gguf(path: str | os.PathLike[str], *, whole: Collection[str] = ()) -> GGUFFile:
@@ -146,7 +162,10 @@ class _Reader:
                 raise ModelError(f"{self._path}: tensor {name} has {n_dims} dimensions")
             ne = tuple(self._scalar("<Q") for _ in range(n_dims))
             tensors.append(TensorEntry(name, ne, self._scalar("<I"), self._scalar("<Q")))
-        return GGUFFile(self._path, version, keys, tuple(tensors))
+        alignment = keys.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ModelError(f"{self._path}: damaged GGUF header: alignment {alignment}")
+        return GGUFFile(self._path, version, keys, tuple(tensors), -(-self._at // alignment) * alignment)
 
     def _scalar(self, format: str) -> Any:
         (value,) = struct.unpack_from(format, self._data, self._at)

@@ -21,8 +21,9 @@ from .embedding import EmbeddingStore, ImageEmbedding
 from .engine import Engine, parse_workers
 from .errors import BusyError, ImageError, MllamaError, ModelError, RequestError
 from .generate import Reply, ReplyOptions
+from .image_cache import ImageCache, code_identity
 from .models import resolve
-from .preprocess import ImageSource, TiledImage, preprocess_image
+from .preprocess import PREPROCESS_VERSION, ImageSource, TiledImage, preprocess_image
 from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, Tap, open_model
 from .sampling import SamplingOptions, grammar_of
 from .session import Session
@@ -77,6 +78,7 @@ class Mllama:
         use_mmap: bool = True,
         allow_quantized_vision: bool = False,
         chat_template: str | None = None,
+        image_cache: bool | str | os.PathLike[str] = True,
         verbose: bool = False,
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
@@ -104,6 +106,8 @@ class Mllama:
         use_mmap:       let the CPU read weights from the file's pages instead of copying them
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
         chat_template:  Jinja source in place of the file's
+        image_cache:    keep what the encoder makes of pictures on disk, where the environment says or the
+                        platform keeps caches; a path: there; False: in memory only. See image_cache.py
         verbose:        the log to stderr
         progress:       called with "load", "encode" or "prompt", how much is done, and of how much
         abort:          called every 50 ms while something computes; True stops it with Aborted
@@ -170,7 +174,14 @@ class Mllama:
         )
         self._session = Session(self._context, callbacks)
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES)
-        self._projector = _file_identity(self.mmproj_path or self.model_path)
+        self._disk: ImageCache | None = None
+        if image_cache is not False:
+            disk = ImageCache(None if image_cache is True else image_cache)
+            self._disk = disk if disk.max_bytes > 0 else None
+        self._flash_attn = flash_attn
+        self._stop = abort or (lambda: False)
+        self._encoder = ""  # see _encoder_identity
+        self._taps = 0  # open ones
         self._template = ChatTemplate(
             chat_template or self._vocab.chat_template,
             bos=self._vocab.text(self._vocab.bos),
@@ -260,7 +271,8 @@ class Mllama:
     # ---- pictures ------------------------------------------------------------------------------------------
 
     def encode_image(self, image: Picture) -> ImageEmbedding:
-        """Run the vision encoder on a picture. A picture that was encoded lately is not computed again.
+        """Run the vision encoder on a picture. A picture whose states are in memory or in the image cache is
+        not computed again.
 
         Raises ImageError, RequestError for a model without a vision encoder, Aborted.
         """
@@ -294,14 +306,35 @@ class Mllama:
     def _encode(self, image: TiledImage | ImageEmbedding) -> ImageEmbedding:
         if isinstance(image, ImageEmbedding):
             return image
-        words = f"{self._projector}/{image.rows}x{image.columns}/{image.sha256}"
+        words = f"{self._encoder_identity()}/{image.rows}x{image.columns}/{image.sha256}"
         key = hashlib.sha256(words.encode()).hexdigest()
-        embedding = self._embeddings.get(key)
-        if embedding is None:
-            states = self._context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
-            embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
-            self._embeddings.add(embedding)
+        if not self._taps:  # a tap wants to see the computation
+            known = self._embeddings.get(key)
+            if known is None and self._disk is not None:
+                known = self._disk.get(key)
+            if known is not None:
+                self._embeddings.add(known)
+                return known
+        states = self._context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
+        embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
+        self._embeddings.add(embedding)
+        if self._disk is not None:
+            self._disk.add(embedding)
         return embedding
+
+    def _encoder_identity(self) -> str:
+        """Everything but the pixels that the bits of the states depend on."""
+        if not self._encoder:
+            path = self.mmproj_path or self.model_path
+            if self._disk is None:  # its own memory needs not know a copy of the file
+                content = _file_identity(path)
+            else:
+                names = [t.name for t in self._model.tensors() if t.is_vision]
+                content = self._disk.projector_sha256(path, names, self._stop)
+            device = next(t.device for t in self._model.tensors() if t.is_vision)
+            facts = (content, PREPROCESS_VERSION, code_identity(device), self._flash_attn)
+            self._encoder = "/".join(map(str, facts))
+        return self._encoder
 
     # ---- replies -------------------------------------------------------------------------------------------
 
@@ -453,15 +486,26 @@ class Mllama:
     # ---- the object's own life -----------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget the conversation and all pictures."""
+        """Forget the conversation and all pictures, except those on disk."""
         with self._exclusive():
             self._session.clear()
             self._embeddings.clear()
 
     def tap(self, callback: Tap) -> AbstractContextManager[None]:
-        """Look at intermediate tensors inside a with block; see `NativeContext.tap`. For finding mistakes."""
+        """Look at intermediate tensors inside a with block; see `NativeContext.tap`. For finding mistakes.
+        Pictures are encoded there even if their states are known."""
         self._check_open()
-        return self._context.tap(callback)
+
+        @contextmanager
+        def tapped() -> Iterator[None]:
+            self._taps += 1
+            try:
+                with self._context.tap(callback):
+                    yield
+            finally:
+                self._taps -= 1
+
+        return tapped()
 
     def close(self) -> None:
         """Free the model and its caches. Closing twice is fine. Raises BusyError while another thread

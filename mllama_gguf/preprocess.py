@@ -43,6 +43,9 @@ ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[Any]"
 )
 
+# Counts up whenever the pixels of any picture change.
+PREPROCESS_VERSION = 1
+
 TILE_SIZE = 560
 MAX_TILES = 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,11 @@ import tiny
 from helpers import TinyFiles
 
 from mllama_gguf.convert import convert
+from mllama_gguf.image_cache import SIZE_VARIABLE
+
+# Tests, and the processes that they start, neither find nor leave pictures on disk; those of the image cache
+# turn it on.
+os.environ[SIZE_VARIABLE] = "0"
 
 
 @pytest.fixture(scope="session")

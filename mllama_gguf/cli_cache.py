@@ -1,0 +1,43 @@
+"""`mllama cache`: the encoded pictures on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from .cli import size, verbose_option
+from .errors import MllamaError
+
+
+@click.command(
+    "cache", epilog="\b\nExamples:\n  mllama cache\n  mllama cache info --json\n  mllama cache clear"
+)
+@click.argument("action", metavar="[info|clear]", type=click.Choice(["info", "clear"]), default="info")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@verbose_option
+def cache_command(action: str, as_json: bool) -> None:
+    """Show what is in the cache of encoded pictures, or clear it.
+
+    `mllama caption` keeps there what the vision encoder made of a picture, so that the next question about it
+    is answered without encoding it again. MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE
+    another size than 4 GB (0: no cache).
+    """
+    from .image_cache import ImageCache
+
+    cache = ImageCache()
+    try:
+        info = cache.clear() if action == "clear" else cache.info()
+    except OSError as e:
+        words = f"{e.filename or cache.directory}: the image cache cannot be cleared: {e.strerror or e}"
+        raise MllamaError(words) from e
+    if as_json:
+        facts = asdict(info) | {"directory": str(info.directory)}
+        click.echo(json.dumps(facts if action == "info" else facts | {"cleared": True}))
+    else:
+        pictures = f"{info.n_entries} picture{'' if info.n_entries == 1 else 's'}, {size(info.n_bytes)}"
+        if action == "clear":
+            click.echo(f"{info.directory}: removed {pictures}")
+        else:
+            click.echo(f"{info.directory}: {pictures} of at most {size(info.max_bytes)}")
