@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from .runtime import HParams
 
 
+LAYOUTS = {
+    "canonical": "canonical, as `mllama convert` writes it",
+    "A": "A: two files, of Ollama 0.4 to 0.6 or the Hugging Face hub",
+    "B": "B: one file, of Ollama since 0.7",
+    "unknown": "unknown: names as `mllama convert` gives them, by another program",
+}
+
+
 @click.command(
     "info",
     epilog="\b\nExamples:\n"
@@ -51,6 +59,7 @@ def _as_dict(model: ModelInfo) -> dict[str, Any]:
             {**asdict(file), "path": str(file.path), "quantized": file.quantized} for file in model.files
         ],
         "layout": model.layout,
+        "repairs": model.repairs,
         "hparams": None if model.hparams is None else asdict(model.hparams),
         "memory": [{**asdict(need), "total": need.total} for need in model.memory],
     }
@@ -58,7 +67,8 @@ def _as_dict(model: ModelInfo) -> dict[str, Any]:
 
 def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
     for file in model.files:
-        yield "file", f"{file.path} ({size(file.size)})"
+        more = f" and {file.n_files - 1} more" if file.n_files > 1 else ""
+        yield "file", f"{file.path}{more} ({size(file.size)})"
         yield "  holds", f"{file.part}, {file.n_tensors} tensors"
         if file.name:
             yield "  name", file.name
@@ -70,7 +80,9 @@ def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
     if model.layout is None or model.hparams is None:
         yield "layout", "projector alone; give the text file too to see the whole model"
         return
-    yield "layout", model.layout
+    yield "layout", LAYOUTS.get(model.layout, model.layout)
+    for repair in model.repairs:
+        yield "  repaired", repair
     yield from _shape(model.hparams)
     yield "memory", "weights + self-attention cache + one picture of all tiles, on the CPU (caches F16)"
     for need in model.memory:

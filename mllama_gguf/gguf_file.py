@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class TensorEntry:
     name: str
     ne: tuple[int, ...]  # fastest first, as ggml counts
     type: int  # ggml_type
-    offset: int  # bytes, from the start of the data
+    offset: int  # bytes, from the start of the data of its file
+    part: int = 0  # its file, an index of GGUFFile.paths
 
     @property
     def type_name(self) -> str:
@@ -76,13 +77,24 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """The head of a GGUF file."""
+    """The head of a GGUF file, or of the files of a split model together."""
 
-    path: Path
+    path: Path  # the first file
     version: int
-    keys: dict[str, Any]  # numbers, strings, lists, and LongArray for long ones
+    keys: dict[str, Any]  # of the first file: numbers, strings, lists, and LongArray for long ones
     tensors: tuple[TensorEntry, ...]
-    data_offset: int  # bytes, from the start of the file to the data
+    more: tuple[Path, ...] = ()  # the other files of a split model, in order
+    data_offsets: tuple[int, ...] = (0,)  # bytes from the start to the data, of each file
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files."""
+        return (self.path, *self.more)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.paths)
 
     @property
     def architecture(self) -> str:
@@ -98,28 +110,63 @@ class GGUFFile:
 
     def data(self, tensor: TensorEntry, chunk: int) -> Iterator[bytes]:
         """The bytes of a tensor, `chunk` at a time. Raises ModelError if the file ends before them."""
+        path = self.paths[tensor.part]
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.data_offset + tensor.offset)
+            with path.open("rb") as file:
+                file.seek(self.data_offsets[tensor.part] + tensor.offset)
                 rest = tensor.n_bytes
                 while rest:
                     data = file.read(min(rest, chunk))
                     if not data:
-                        raise ModelError(f"{self.path}: the file ends inside tensor {tensor.name}")
+                        raise ModelError(f"{path}: the file ends inside tensor {tensor.name}")
                     rest -= len(data)
                     yield data
         except OSError as e:
-            raise ModelError(f"{self.path}: {e.strerror or e}") from e
+            raise ModelError(f"{path}: {e.strerror or e}") from e
 
 
 def read_gguf(path: str | os.PathLike[str], *, whole: Collection[str] = ()) -> GGUFFile:
-    """Read the keys and the tensor table of a GGUF file.
+    """Read the keys and the tensor table of a GGUF file; of the first file of a split model, also the tensor
+    tables of the others.
 
     whole: names of arrays to read however long they are
 
-    Raises ModelError, naming the file, if it cannot be read or is not a whole GGUF header.
+    Raises ModelError, naming the file, if it cannot be read or is not a whole GGUF header, and for files of a
+    split model that are missing or do not belong together.
     """
-    path = Path(path)
+    first = _read_one(Path(path), whole)
+    count = first.keys.get("split.count", 1)
+    if not isinstance(count, int) or count < 2:
+        return first
+    number = first.keys.get("split.no")
+    if number != 0:
+        raise ModelError(
+            f"{path}: not the first of the {count} files of a model; give NAME-00001-of-{count:05}.gguf"
+        )
+    suffix = f"-00001-of-{count:05}.gguf"
+    if not first.path.name.endswith(suffix):
+        raise ModelError(
+            f"{path}: part 1 of a model in {count} files; its name must end in {suffix} "
+            "for the others to be found"
+        )
+    stem = first.path.name.removesuffix(suffix)
+    tensors, more, offsets = list(first.tensors), [], list(first.data_offsets)
+    for i in range(1, count):
+        other = first.path.with_name(f"{stem}-{i + 1:05}-of-{count:05}.gguf")
+        if not other.exists():
+            raise ModelError(f"{other}: part {i + 1} of {count} of the model is missing")
+        part = _read_one(other, ())
+        if (part.keys.get("split.no"), part.keys.get("split.count")) != (i, count):
+            raise ModelError(
+                f"{other}: this is not part {i + 1} of {count}, as its name says; download it again"
+            )
+        more.append(other)
+        offsets += part.data_offsets
+        tensors += [replace(tensor, part=i) for tensor in part.tensors]
+    return replace(first, tensors=tuple(tensors), more=tuple(more), data_offsets=tuple(offsets))
+
+
+def _read_one(path: Path, whole: Collection[str]) -> GGUFFile:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path, whole).read()
@@ -145,6 +192,14 @@ class _Reader:
             raise ModelError(f"{self._path}: not a GGUF file (it starts with {self._data[:4]!r})")
         self._at = 4
         version = self._scalar("<I")
+        if version and version & 0xFFFF == 0:
+            raise ModelError(
+                f"{self._path}: a big-endian GGUF file; convert it with gguf-py's gguf_convert_endian.py"
+            )
+        if version == 1:
+            raise ModelError(
+                f"{self._path}: GGUF version 1, of 2023, is not supported; convert the model again"
+            )
         if version not in (2, 3):
             raise ModelError(f"{self._path}: GGUF version {version} is not supported")
         n_tensors, n_keys = self._scalar("<Q"), self._scalar("<Q")
@@ -165,7 +220,7 @@ class _Reader:
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ModelError(f"{self._path}: damaged GGUF header: alignment {alignment}")
-        return GGUFFile(self._path, version, keys, tuple(tensors), -(-self._at // alignment) * alignment)
+        return GGUFFile(self._path, version, keys, tuple(tensors), data_offsets=(-(-self._at // alignment) * alignment,))
 
     def _scalar(self, format: str) -> Any:
         (value,) = struct.unpack_from(format, self._data, self._at)

@@ -221,7 +221,7 @@ def projector_sha256(
     keys = {k: v for k, v in sorted(file.keys.items()) if not k.startswith(("general.", "tokenizer."))}
     digest = hashlib.sha256(repr(keys).encode())
     wanted = set(tensors)
-    for tensor in sorted(file.tensors, key=lambda t: t.offset):
+    for tensor in sorted(file.tensors, key=lambda t: (t.part, t.offset)):
         if tensor.name in wanted:
             digest.update(repr((tensor.name, tensor.ne, tensor.type)).encode())
             for chunk in file.data(tensor, _CHUNK):

@@ -15,8 +15,6 @@ from .errors import ModelError
 from .gguf_file import GGUFFile, read_gguf
 from .runtime import HParams, NativeModel
 
-Layout = Literal["canonical, one file", "canonical, two files", "one file (Ollama)", "two files", "text only"]
-
 # The key that our converter writes and no other.
 CONVERTER_KEY = "mllama.converter"
 _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
@@ -25,9 +23,11 @@ CONTEXT_SIZES = (2048, 4096, 8192, 32768, 131072)
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file. types: bytes of weights by ggml type, of text and of vision tensors."""
+    """One file, or all files of a split model. types: bytes of weights by ggml type, of text and of vision
+    tensors."""
 
     path: Path
+    n_files: int
     size: int  # bytes
     part: Literal["text", "vision", "text and vision"]
     name: str
@@ -61,10 +61,16 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Files that make a model together. hparams, memory: None and empty for a projector alone."""
+    """Files that make a model together. For a projector alone layout and hparams are None, the rest is empty.
+
+    layout: "canonical", "A" (two files of Ollama 0.4 to 0.6 and of the Hugging Face hub), "B" (one file of
+    Ollama since 0.7), "text only" or "unknown"
+    repairs: what loading puts right or fills in, a line each
+    """
 
     files: tuple[FileInfo, ...]
-    layout: Layout | None
+    layout: str | None
+    repairs: tuple[str, ...]
     hparams: HParams | None
     memory: tuple[MemoryNeed, ...]
 
@@ -91,7 +97,7 @@ def _model_info(file: GGUFFile, projector: GGUFFile | None) -> ModelInfo:
     parts = (file,) if projector is None else (file, projector)
     infos = tuple(_file_info(part) for part in parts)
     if not file.has_text:
-        return ModelInfo(infos, None, None, ())
+        return ModelInfo(infos, None, (), None, ())
     model = NativeModel(
         file.path,
         projector.path if projector else None,
@@ -99,22 +105,11 @@ def _model_info(file: GGUFFile, projector: GGUFFile | None) -> ModelInfo:
         allow_quantized_vision=True,  # to be shown, not to be used
         check_only=True,
     )
-    hparams = model.hparams
+    hparams, layout, repairs = model.hparams, model.layout, model.repairs
     model.close()
     weights = sum(sum(i.text_types.values()) + sum(i.vision_types.values()) for i in infos)
     sizes = [n for n in CONTEXT_SIZES if n < hparams.n_ctx_train] + [hparams.n_ctx_train]
-    return ModelInfo(
-        infos, _layout(file, projector), hparams, tuple(_need(hparams, weights, n) for n in sizes)
-    )
-
-
-def _layout(file: GGUFFile, projector: GGUFFile | None) -> Layout:
-    ours = CONVERTER_KEY in file.keys  # a field of that name, not a dict's method
-    if file.has_vision:
-        return "canonical, one file" if ours else "one file (Ollama)"
-    if projector is None:
-        return "text only"
-    return "canonical, two files" if ours and CONVERTER_KEY in projector.keys else "two files"
+    return ModelInfo(infos, layout, repairs, hparams, tuple(_need(hparams, weights, n) for n in sizes))
 
 
 def _file_info(file: GGUFFile) -> FileInfo:
@@ -123,7 +118,8 @@ def _file_info(file: GGUFFile) -> FileInfo:
         types[tensor.name.startswith(("v.", "mm."))][tensor.type_name] += tensor.n_bytes
     return FileInfo(
         path=file.path,
-        size=file.path.stat().st_size,
+        n_files=len(file.paths),
+        size=file.size,
         part="text and vision"
         if file.has_text and file.has_vision
         else "text"

@@ -92,7 +92,7 @@ def _look(name: str, place: Place, files: ModelFiles) -> Found:
     size = sum(path.stat().st_size for path in files.paths)
     try:
         heads = [read_gguf(path) for path in files.paths]
-        layout = layout_of(*heads)
+        layout, size = layout_of(*heads), sum(head.size for head in heads)
     except MllamaError as e:
         return Found(name, place, files.paths, size, str(e))
     try:

@@ -223,6 +223,16 @@ class Mllama:
         return self._model.hparams
 
     @property
+    def layout(self) -> str:
+        """How the files are laid out: "canonical", "A", "B", "text only" or "unknown"; see `ModelInfo`."""
+        return self._model.layout
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What loading put right or filled in, a line each."""
+        return self._model.repairs
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """The keys of the text file, without the vocabulary's long arrays."""
         return self._vocab.metadata

@@ -182,6 +182,19 @@ class NativeModel:
         self.hparams = HParams(**values, cross_layers=tuple(layers[i] for i in range(hparams.n_cross_layers)))
 
     @property
+    def layout(self) -> str:
+        """How the files are laid out: canonical, A, B, text only or unknown, see mllama.h."""
+        return self.native.text(self.native.lib.mllama_model_layout(self.pointer))
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What loading puts right or fills in, a line each."""
+        repairs: list[str] = []
+        while line := self.native.text(self.native.lib.mllama_model_repair(self.pointer, len(repairs))):
+            repairs.append(line)
+        return tuple(repairs)
+
+    @property
     def size(self) -> int:
         """Bytes of all weights."""
         return int(self.native.lib.mllama_model_size(self.pointer))

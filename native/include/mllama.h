@@ -156,7 +156,8 @@ void                   mllama_model_free(mllama_model * model);
 const mllama_hparams * mllama_model_hparams(const mllama_model * model);
 // n_cross_layers layer indices, ascending.
 const int32_t *        mllama_model_cross_layers(const mllama_model * model);
-// How the tensors are named and spread over files: "canonical, two files", "B: one file (Ollama 0.7 and later)", ...
+// How the tensors are named and spread over files: "canonical" (one file or two, written by our converter), "A" (two files of
+// Ollama 0.4 to 0.6 and of the Hugging Face hub), "B" (one file of Ollama since 0.7), "text only", "unknown" (named as canonical).
 const char *           mllama_model_layout(const mllama_model * model);
 // What loading puts right or fills in, one line for each index from 0; NULL beyond the last.
 const char *           mllama_model_repair(const mllama_model * model, int32_t index);

@@ -50,10 +50,10 @@ mllama_status layout_recognise(gguf_file * text, gguf_file * vision, layout * ou
                     "no known program writes that", text->path);
     }
     if (vision) {
-        out->name = a_names        ? "A: two files (Ollama 0.4 to 0.6, Hugging Face hub)"
-                  : vision != text ? "canonical, two files"
-                  : ours           ? "canonical, one file"
-                                   : "B: one file (Ollama 0.7 and later)";
+        out->name = a_names                                ? "A"
+                  : gguf_file_has(vision, CONVERTER_KEY)   ? "canonical"
+                  : vision == text                         ? "B"
+                                                           : "unknown"; // named as canonical, by whatever wrote it
     }
     // The text of such a file is what it is, even with another projector or none.
     if (one_file && !ours) {

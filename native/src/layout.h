@@ -21,7 +21,7 @@ typedef enum vision_naming {
 enum { MAX_REPAIRS = 8 };
 
 typedef struct layout {
-    const char *  name;
+    const char *  name; // see mllama_model_layout
     vision_naming naming;
     bool          permute_cross_norms; // B: rows of cross-attention q and k are in RoPE order, their norms are not
     char          repairs[MAX_REPAIRS][160];
