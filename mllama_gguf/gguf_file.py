@@ -220,7 +220,8 @@ class _Reader:
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ModelError(f"{self._path}: damaged GGUF header: alignment {alignment}")
-        return GGUFFile(self._path, version, keys, tuple(tensors), data_offsets=(-(-self._at // alignment) * alignment,))
+        data = -(-self._at // alignment) * alignment
+        return GGUFFile(self._path, version, keys, tuple(tensors), data_offsets=(data,))
 
     def _scalar(self, format: str) -> Any:
         (value,) = struct.unpack_from(format, self._data, self._at)

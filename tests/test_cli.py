@@ -268,7 +268,7 @@ def assert_interrupted(child: subprocess.Popen[str]) -> None:
     seconds, _, err = interrupt(child)
     assert child.returncode == 130
     assert err == "Interrupted\n"
-    assert seconds < 2  # one second, and what a busy machine adds
+    assert seconds < 4  # one second, and what a busy machine adds
 
 
 def test_ctrl_c_while_encoding(slow: Path, tmp_path: Path) -> None:
