@@ -190,6 +190,9 @@ def impostor() -> Iterator[str]:
                     client.recv(1024)
                     body = bytes([99, 0, 0, 0]) + bytes(24)
                     client.sendall(len(body).to_bytes(8, "little") + body)
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(1024):  # closed with unread bytes, the answer would be lost
+                        pass
 
         thread = threading.Thread(target=answer)
         thread.start()
