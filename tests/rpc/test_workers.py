@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def impostor() -> Iterator[str]:
                     client, _ = server.accept()
                 except OSError:
                     return
-                with client:
+                with client, suppress(OSError):
                     client.recv(1024)
                     body = bytes([99, 0, 0, 0]) + bytes(24)
                     client.sendall(len(body).to_bytes(8, "little") + body)
