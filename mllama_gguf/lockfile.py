@@ -165,7 +165,7 @@ def _check_source(path: Path, model: LockedModel) -> None:
                 if file.file is None:
                     raise ModelError("a file of the hub needs its name in the repository: file = ...")
                 model.hub_ref(file)
-        elif model.source != "bundled" or path != SHIPPED:
+        elif model.source != "bundled" or path.read_bytes() != SHIPPED.read_bytes():
             raise ModelError(f"{model.source!r} is no source; write ollama:NAME:TAG or hf:OWNER/REPO")
     except ModelError as e:
         raise ModelError(f"{path}: models.{model.name}: {e}") from e
