@@ -652,7 +652,7 @@ def interrupted(child: subprocess.Popen[str]) -> str:
     child.send_signal(signal.SIGINT)
     begin = time.monotonic()
     _, err = child.communicate(timeout=30)
-    assert time.monotonic() - begin < 4  # one second, and what a busy machine adds
+    assert time.monotonic() - begin < 1
     assert child.returncode == 130, err
     assert "Traceback" not in err
     return err
