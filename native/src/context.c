@@ -186,7 +186,9 @@ static mllama_status compute(mllama_context * ctx, ggml_backend_sched_t sched, s
 // ---- context ------------------------------------------------------------------------------------------------------
 
 mllama_context_params mllama_context_default_params(void) {
-    return (mllama_context_params) { .n_ctx = 4096, .n_batch = 512, .type_k = MLLAMA_KV_F16, .type_v = MLLAMA_KV_F16, .flash_attn = true, .offload_kqv = true };
+    return (mllama_context_params) {
+        .n_ctx = 4096, .n_batch = 512, .type_k = MLLAMA_KV_F16, .type_v = MLLAMA_KV_F16, .flash_attn = true, .offload_kqv = true,
+    };
 }
 
 static mllama_status ggml_type_of(int32_t kv_type, enum ggml_type * type) {

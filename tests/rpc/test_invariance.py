@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import layouts
 import numpy as np
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from golden_cases import Case, case, relative_error, tiled
 from helpers import TinyFiles
 
 from mllama_gguf import Mllama
+from mllama_gguf.gguf_file import read_gguf
 from mllama_gguf.models import BUNDLED
 
 ROUNDS = 3
@@ -251,6 +253,21 @@ def test_an_unused_worker_changes_nothing(
         assert {t.device for t in model._model.tensors()} <= {"CPU", "RPC1"}
     with Mllama(tiny_files("gqa").one, rpc_servers=workers, n_gpu_layers=-1, main_gpu=1) as model:
         assert {t.device for t in model._model.tensors()} <= {"CPU", "RPC1"}
+
+
+def test_split_model(workers: tuple[str, str], tmp_path: Path) -> None:
+    """What offloaded layers need is found in any part."""
+    arch = tiny.ARCHS["gqa"]
+    text, mmproj = layouts.write(arch, tmp_path, "canonical", split=1)
+    parts = {tensor.name: tensor.part for tensor in read_gguf(text).tensors}
+    assert parts["rope_freqs.weight"] > 0
+    prompt = case(arch, "image_first")
+    with Mllama(text, mmproj, n_threads=N_THREADS) as model:
+        expected = answer(model, prompt, arch)
+    with Mllama(text, mmproj, rpc_servers=workers, n_gpu_layers=-1, n_threads=N_THREADS) as model:
+        assert answer(model, prompt, arch).same_as(expected)
+        copies = [t.device for t in model._model.tensors() if t.name == "rope_freqs.weight"]
+    assert {"CPU", "RPC0", "RPC1"} == set(copies)
 
 
 def test_graphs_are_not_asked_for_after_their_buffers_went(
