@@ -11,7 +11,6 @@ from typing import Literal
 from . import hub, ollama
 from .errors import MllamaError, ModelError
 from .gguf_file import read_gguf
-from .layout import Layout, layout_of
 from .lockfile import locked_models
 from .models import BUNDLED, ModelFiles, resolve
 
@@ -32,7 +31,7 @@ class Found:
     files: tuple[Path, ...] = field(default=())
     size: int = 0  # bytes, of all files
     problem: str | None = None
-    layout: Layout | None = None
+    layout: str | None = None  # as ModelInfo has it
     memory: int | None = None
     fits: bool | None = None
 
@@ -48,7 +47,7 @@ def inventory() -> list[Found]:
             found[(Path(name),)] = Found(name, place, problem=str(e))
             continue
         if files.paths not in found and (place == "bundled" or _is_text_model(files.text)):
-            found[files.paths] = _look(name, place, files)
+            found[files.paths] = look(name, place, files)
     return list(found.values())
 
 
@@ -86,23 +85,20 @@ def _is_text_model(path: Path) -> bool:
     return file.architecture == "mllama" and file.has_text
 
 
-def _look(name: str, place: Place, files: ModelFiles) -> Found:
+def look(name: str, place: Place, files: ModelFiles) -> Found:
+    """What there is to say of a model."""
     from .info import model_info
 
-    size = sum(path.stat().st_size for path in files.paths)
     try:
-        heads = [read_gguf(path) for path in files.paths]
-        layout, size = layout_of(*heads), sum(head.size for head in heads)
+        info = model_info(files.paths)[0]
     except MllamaError as e:
+        size = sum(path.stat().st_size for path in files.paths)
         return Found(name, place, files.paths, size, str(e))
-    try:
-        needs = model_info(files.paths)[0].memory
-    except MllamaError as e:
-        return Found(name, place, files.paths, size, str(e), layout)
+    size, needs = sum(file.size for file in info.files), info.memory
     memory = max(
         (need for need in needs if need.n_ctx <= N_CTX), key=lambda need: need.n_ctx, default=needs[0]
     ).total
-    return Found(name, place, files.paths, size, None, layout, memory, memory <= available_memory())
+    return Found(name, place, files.paths, size, None, info.layout, memory, memory <= available_memory())
 
 
 def available_memory() -> int:

@@ -16,17 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import layouts
 import pytest
+import tiny
 from helpers import TinyFiles, elsewhere
 from model_server import COMMIT, ModelServer, serve
 
 from mllama_gguf import DownloadError, Mllama, MllamaError, ModelError, download
 from mllama_gguf.cli import run
-from mllama_gguf.gguf_file import GGUFFile, TensorEntry, read_gguf
-from mllama_gguf.inventory import inventory
-from mllama_gguf.layout import layout_of
+from mllama_gguf.inventory import inventory, look
 from mllama_gguf.lockfile import SHIPPED, locked_models, read_lock, write_locked
-from mllama_gguf.models import BUNDLED, resolve
+from mllama_gguf.models import BUNDLED, ModelFiles, resolve
 from mllama_gguf.ollama import parse_manifest
 from mllama_gguf.pull import lock, pull
 from mllama_gguf.references import HubRef, OllamaRef
@@ -617,22 +617,25 @@ def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch, capsys: Cap
     assert "more than the available memory" in capsys.readouterr().out
 
 
+def layout_of(*paths: Path) -> str | None:
+    """As `mllama models` shows it."""
+    files = ModelFiles("x", paths[0], paths[1] if len(paths) > 1 else None)
+    return look("x", "bundled", files).layout
+
+
 def test_the_layout_of_our_files(tiny_files: Callable[[str], TinyFiles]) -> None:
     tiny = tiny_files("gqa")
-    assert layout_of(read_gguf(tiny.one)) == "canonical"
-    assert layout_of(read_gguf(tiny.text), read_gguf(tiny.mmproj)) == "canonical"
-    assert layout_of(read_gguf(tiny.text)) == "text only"
+    assert layout_of(tiny.one) == "canonical"
+    assert layout_of(tiny.text, tiny.mmproj) == "canonical"
+    assert layout_of(tiny.text) == "text only"
 
 
 def test_the_layouts_of_others(tmp_path: Path) -> None:
-    def head(*names: str) -> GGUFFile:
-        tensors = tuple(TensorEntry(name, (1,), 0, 0) for name in names)
-        return GGUFFile(tmp_path, 3, {"general.architecture": "mllama"}, tensors)
-
-    text, old, new = "token_embd.weight", "v.blk.0.ln1.weight", "v.blk.0.attn_norm.weight"
-    assert layout_of(head(text), head(old)) == "A"
-    assert layout_of(head(text, new)) == "B"
-    assert layout_of(head(text), head(new)) == "unknown"
+    arch = tiny.ARCHS["gqa"]
+    assert layout_of(*layouts.write(arch, tmp_path, "A")) == "A"
+    assert layout_of(*layouts.write(arch, tmp_path, "B")) == "B"
+    nameless = layouts.write(arch, tmp_path, "canonical", without=(layouts.CONVERTER_KEY,))
+    assert layout_of(*nameless) == "unknown"
 
 
 def test_hub_names_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
