@@ -134,28 +134,19 @@ class _Prepared:
     tiles: TiledImage | None
 
 
+@dataclass
 class _Run:
     """The loop over the pictures."""
 
-    def __init__(
-        self,
-        known: dict[str, Record],
-        output: Output,
-        open_model: Callable[[], Mllama],
-        options: CaptionOptions,
-        errors: ErrorLog,
-        report: Report,
-        summary: Summary,
-    ) -> None:
-        self._known = known
-        self._output = output
-        self._open_model = open_model
-        self._options = options
-        self._errors = errors
-        self._report = report
-        self._summary = summary
-        self._by_content: dict[str, Record] = {}
-        self._losses = 0
+    _known: dict[str, Record]
+    _output: Output
+    _open_model: Callable[[], Mllama]
+    _options: CaptionOptions
+    _errors: ErrorLog
+    _report: Report
+    _summary: Summary
+    _by_content: dict[str, Record] = field(default_factory=dict)
+    _losses: int = 0
 
     def caption(self, pending: Sequence[str]) -> None:
         """Raises _Stop, KeyboardInterrupt, Aborted."""

@@ -84,20 +84,16 @@ def caption_command(
     line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
     Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
+    from .captions import CaptionOptions, load_schema
+
     prompt = _prompt(prompt, prompt_file)
-    schema = None
-    if json_schema is not None:
-        from .captions import load_schema
-
-        schema = load_schema(json_schema)
+    schema = None if json_schema is None else load_schema(json_schema)
     batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit)
-    if batch.wanted:
-        from .captions import CaptionOptions
-
-        options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
+    is_batch = batch.wanted
+    options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
+    if is_batch:
         return run_batch(images, batch, options, as_json, model_settings)
 
-    response_format = None if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
     start = time.perf_counter()
     failed = False
     # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
@@ -114,7 +110,7 @@ def caption_command(
                     max_tokens=max_tokens,
                     temperature=temperature,
                     seed=seed,
-                    response_format=response_format,
+                    grammar=options.grammar,
                 )
             except ImageError as e:
                 click.echo(f"Error: {e}", err=True)
@@ -134,10 +130,12 @@ def caption_command(
 
 
 def _prompt(prompt: str | None, path: str | None) -> str:
+    from .model import DEFAULT_PROMPT
+
     if prompt is not None and path is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
     if path is None:
-        return "Describe this image." if prompt is None else prompt
+        return DEFAULT_PROMPT if prompt is None else prompt
     try:
         return Path(path).read_text("utf-8").rstrip("\n")
     except OSError as e:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +12,7 @@ import click
 import numpy as np
 
 from .errors import MllamaError, ModelError
+from .files import replacing
 from .preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
 
 FIRST_VALUES = 10
@@ -119,16 +118,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises click.ClickException naming `path`, the reason in one line.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             write(file)
-        os.replace(temporary, path)
     except OSError as e:
         raise _cannot_write(path, e) from e
-    finally:
-        with suppress(OSError):
-            temporary.unlink()  # gone already if all went well
 
 
 def _cannot_write(path: Path, error: OSError) -> click.ClickException:

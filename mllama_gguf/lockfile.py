@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ModelError
+from .files import replacing
 from .ollama import Blob
 from .references import HubRef, OllamaRef, is_sha256
 
@@ -34,6 +35,11 @@ class Licence:
     name: str
     url: str
     notice: str
+
+    @property
+    def key(self) -> str:
+        """Its name in a lock file."""
+        return "-".join(self.name.lower().replace(".", " ").split())
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,14 @@ def find_locked(name: str) -> LockedModel | None:
     return locked_models().get(name)
 
 
+def find_locked_file(ref: HubRef) -> LockedModel | None:
+    """The model whose text file is this one of the hub, if any lock file has it. Raises ModelError."""
+    for model in locked_models().values():
+        if model.source.startswith("hf:") and ref == model.hub_ref(model.model):
+            return model
+    return None
+
+
 def read_lock(path: Path) -> dict[str, LockedModel]:
     """The models of one lock file, checked. Raises ModelError naming the file and the entry."""
     try:
@@ -165,10 +179,16 @@ def _check_source(path: Path, model: LockedModel) -> None:
                 if file.file is None:
                     raise ModelError("a file of the hub needs its name in the repository: file = ...")
                 model.hub_ref(file)
-        elif model.source != "bundled" or path.read_bytes() != SHIPPED.read_bytes():
+        elif not (model.source == "bundled" and (path == SHIPPED or _is_shipped(model))):
             raise ModelError(f"{model.source!r} is no source; write ollama:NAME:TAG or hf:OWNER/REPO")
     except ModelError as e:
         raise ModelError(f"{path}: models.{model.name}: {e}") from e
+
+
+def _is_shipped(model: LockedModel) -> bool:
+    """Whether it is the package's own entry: a user's file may have begun as a copy of ours."""
+    shipped = read_lock(SHIPPED).get(model.name)
+    return shipped is not None and (shipped.source, shipped.files) == (model.source, model.files)
 
 
 def _file(path: Path, where: str, entry: Any) -> LockedFile:
@@ -224,25 +244,21 @@ def write_locked(path: Path, model: LockedModel) -> None:
             old.add("version", tomlkit.item(VERSION))
         if model.licence:
             licences = old.setdefault("licences", tomlkit.table(is_super_table=True))
-            licences["-".join(model.licence.name.lower().replace(".", " ").split())] = {
+            licences[model.licence.key] = {
                 "name": model.licence.name,
                 "url": model.licence.url,
                 "notice": model.licence.notice,
             }
         old.setdefault("models", tomlkit.table(is_super_table=True))[model.name] = _entry(model)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(tomlkit.dumps(old), encoding="utf-8")
             read_lock(temporary)  # what is written can be read
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as e:
         raise ModelError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
 def _entry(model: LockedModel) -> dict[str, Any]:
-    licence = model.licence and "-".join(model.licence.name.lower().replace(".", " ").split())
+    licence = model.licence and model.licence.key
     entry = {"title": model.title, "source": model.source, "layout": model.layout, "licence": licence}
     files = [
         {

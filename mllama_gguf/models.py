@@ -95,13 +95,13 @@ def _from_ollama(words: str) -> ModelFiles:
 
 def _from_hub(words: str) -> ModelFiles:
     from . import hub
-    from .lockfile import locked_models
+    from .lockfile import find_locked_file
     from .references import HubRef
 
     ref = HubRef.parse(words)
-    for locked in locked_models().values():
-        if locked.source.startswith("hf:") and ref == locked.hub_ref(locked.model):
-            return _from_lock(locked.name, words)
+    locked = find_locked_file(ref)
+    if locked is not None:
+        return _from_lock(locked.name, words)
     path = hub.cached(ref)
     if path is None:
         raise ModelError(f"{words} is not on this machine; fetch it: mllama pull {words}")

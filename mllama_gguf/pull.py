@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from . import hub, ollama
 from .download import Dropped, Progress, check_space, check_status, client, download, patiently
 from .errors import DownloadError, ModelError
-from .lockfile import LockedFile, LockedModel, find_locked, locked_models
+from .files import replacing
+from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
 from .models import BUNDLED, ModelFiles, resolve
-from .ollama import Blob
+from .ollama import Blob, Manifest
 from .references import HubRef, OllamaRef
 
 if TYPE_CHECKING:
@@ -57,34 +58,28 @@ def _pull_locked(locked: LockedModel, progress: Progress | None) -> None:
 
 
 def _pull_from_hub(ref: HubRef, progress: Progress | None) -> None:
-    for locked in locked_models().values():
-        if locked.source.startswith("hf:") and ref == locked.hub_ref(locked.model):
-            _pull_locked(locked, progress)
-            return
-    hub.fetch(ref, progress=progress)
+    locked = find_locked_file(ref)
+    if locked is not None:
+        _pull_locked(locked, progress)
+    else:
+        hub.fetch(ref, progress=progress)
 
 
 def _pull_tag(ref: OllamaRef, progress: Progress | None) -> None:
     with client() as http:
         words = _manifest(http, ref)
-    manifest = ollama.parse_manifest(words, f"{ref.url}/manifests/{ref.tag}")
-    _pull_blobs(ref, [LockedFile("model", blob.sha256, blob.size) for blob in manifest.blobs], progress)
+    _pull_blobs(ref, _files(ollama.parse_manifest(words, _manifest_url(ref))), progress)
     # Last: a manifest in the store says that its blobs are there.
     path = ollama.downloads() / "manifests" / ref.path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(words)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(words)
     except OSError as e:
         raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _pull_blobs(
-    ref: OllamaRef, files: tuple[LockedFile, ...] | list[LockedFile], progress: Progress | None
-) -> None:
+def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: Progress | None) -> None:
     """Fetch to our store those blobs that are in none."""
     store = ollama.downloads()
     missing = [file for file in files if _find(file.blob) is None]
@@ -108,9 +103,20 @@ def _find(blob: Blob) -> Path | None:
         return None
 
 
+def _manifest_url(ref: OllamaRef) -> str:
+    return f"{ref.url}/manifests/{ref.tag}"
+
+
+def _files(manifest: Manifest) -> tuple[LockedFile, ...]:
+    files = [LockedFile("model", manifest.model.sha256, manifest.model.size)]
+    if manifest.projector:
+        files.append(LockedFile("mmproj", manifest.projector.sha256, manifest.projector.size))
+    return tuple(files)
+
+
 def _manifest(http: httpx.Client, ref: OllamaRef) -> bytes:
     """The JSON of a tag as the registry gives it. Raises DownloadError."""
-    url = f"{ref.url}/manifests/{ref.tag}"
+    url = _manifest_url(ref)
     accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
     return _ask(http, "GET", url, f"{ref} ({url})", accept).content
 
@@ -177,11 +183,7 @@ def lock(
 
 def _tag_files(ref: OllamaRef) -> tuple[LockedFile, ...]:
     with client() as http:
-        manifest = ollama.parse_manifest(_manifest(http, ref), f"{ref.url}/manifests/{ref.tag}")
-    files = [LockedFile("model", manifest.model.sha256, manifest.model.size)]
-    if manifest.projector:
-        files.append(LockedFile("mmproj", manifest.projector.sha256, manifest.projector.size))
-    return tuple(files)
+        return _files(ollama.parse_manifest(_manifest(http, ref), _manifest_url(ref)))
 
 
 def _hub_entry(name: str, text: HubRef, vision: HubRef | None) -> LockedModel:
