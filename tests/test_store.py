@@ -490,7 +490,10 @@ def test_the_shipped_lock_file() -> None:
             assert model.licence is not None
             assert model.licence.notice.startswith("Built with Llama.")
     assert [result.ok for result in verify(resolve("demo"))] == [True]
-    assert (Path(__file__).parents[1] / "models.lock").resolve() == SHIPPED.resolve()
+    # The package may be installed elsewhere; in the repository there is one file with two names.
+    root = Path(__file__).parents[1]
+    assert (root / "models.lock").resolve() == (root / "mllama_gguf" / "data" / "models.lock").resolve()
+    assert (root / "models.lock").read_bytes() == SHIPPED.read_bytes()
 
 
 def entry(source: str = "ollama:m", **file: object) -> str:
@@ -522,6 +525,18 @@ def test_lock_files_that_are_refused(home: Path, words: str) -> None:
     (home / "models.lock").write_text(words)
     with pytest.raises(ModelError, match=r"^models.lock: "):
         resolve("m")
+
+
+def test_a_copy_of_the_shipped_lock_file_can_grow(home: Path, server: ModelServer) -> None:
+    mine = home / "models.lock"
+    mine.write_text("# mine\n" + SHIPPED.read_text())
+    server.add_model("library/m/1", ("model", DATA))
+    assert run(["lock", tag(server)]) == 0
+    assert read_lock(mine).keys() == read_lock(SHIPPED).keys() | {"m-1"}
+    assert resolve("demo").text.samefile(DEMO)
+    mine.write_text(mine.read_text().replace("demo.gguf", "other.gguf"))
+    with pytest.raises(ModelError, match=r"^models.lock: models.demo: 'bundled' is no source"):
+        read_lock(Path("models.lock"))
 
 
 def test_pull_a_locked_model(server: ModelServer, home: Path, capsys: Captured) -> None:
