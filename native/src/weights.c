@@ -237,7 +237,7 @@ static void find_text_layer(finder * f, int32_t il) {
         matrix(f, dev, &l->v, p->n_embd, n_kv, "blk.%d.attn_v.weight", il);
         matrix(f, dev, &l->o, n_q, p->n_embd, "blk.%d.attn_output.weight", il);
         // An offloaded layer has its own copy: with a weight of another device ggml cuts the graph in two.
-        if (dev != f->model->plan.cpu && ggml_get_tensor(f->file->meta, "rope_freqs.weight")) {
+        if (dev != f->model->plan.cpu && gguf_file_tensor(f->file, "rope_freqs.weight", NULL)) {
             vector(f, dev, &l->rope_freqs, p->rope_dim / 2, "rope_freqs.weight");
         }
     }
