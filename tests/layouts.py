@@ -281,8 +281,14 @@ def vision_keys(arch: tiny.Arch) -> Keys:
     }
 
 
+def read_parts(first: Path) -> list[Path]:
+    """All files of a model that may be split."""
+    return sorted(first.parent.glob(first.name.replace("-00001-of-", "-*-of-")))
+
+
 def corpus(directory: Path) -> list[list[Path]]:
-    """Small models in all layouts; each list is what to open together."""
+    """Small models in all layouts, whole and split, and a text model alone; each list is what to open
+    together."""
     small = replace(
         tiny.ARCHS["square"],
         name="small",
@@ -309,9 +315,17 @@ def corpus(directory: Path) -> list[list[Path]]:
         write(small, directory, "B", f16=("norm.weight", "gate")),
         write(small, directory / "split", "B", split=30),
         write(small, directory / "split", "A", split=20),
+        write(small, directory / "text", "canonical")[:1],
     ]
 
 
 if __name__ == "__main__":
-    for files in corpus(Path(sys.argv[1])):
-        print(*files)
+    folder = Path(sys.argv[1])
+    rows = []
+    for opened in corpus(folder):
+        parts = [part for file in opened for part in read_parts(file)]
+        rows.append(
+            [opened[0], opened[1] if len(opened) > 1 else "-", *(p for p in parts if p not in opened)]
+        )
+    lines = (" ".join(str(f.relative_to(folder) if isinstance(f, Path) else f) for f in row) for row in rows)
+    (folder / "models").write_text("".join(line + "\n" for line in lines))

@@ -361,7 +361,7 @@ mllama_status weights_find(mllama_model * model, bool allow_quantized_vision) {
 
 // ---- loading ------------------------------------------------------------------------------------------------------
 
-enum { STAGING = 16 << 20 }; // bytes on the way from the file to a device
+enum { MAX_STAGING = 16 << 20 }; // bytes on the way from the file to a device
 
 static bool needs_conversion(const weight * w) {
     return w->kind == WEIGHT_VECTOR && w->source->type != GGML_TYPE_F32;
@@ -385,7 +385,8 @@ typedef struct loader {
     mllama_model *              model;
     const mllama_model_params * params;
     int64_t                     done, total;
-    char *                      staging; // STAGING bytes
+    size_t                      n_staging;
+    char *                      staging; // n_staging bytes
     float *                     floats;  // for conversions
 } loader;
 
@@ -404,7 +405,7 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
     const size_t n_bytes = ggml_nbytes(w->source);
     const size_t item    = ggml_type_size(w->source->type);
     for (size_t at = 0; at < n_bytes;) {
-        const size_t n = n_bytes - at < STAGING ? n_bytes - at : STAGING;
+        const size_t n = n_bytes - at < ld->n_staging ? n_bytes - at : ld->n_staging;
         TRY(gguf_file_read(w->file, w->source, at, ld->staging, n));
         if (needs_conversion(w) || w->permuted) {
             const int64_t count = (int64_t) (n / item);
@@ -413,7 +414,7 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
             } else {
                 ggml_get_type_traits(w->source->type)->to_float(ld->staging, ld->floats, count);
             }
-            if (w->permuted) { // a head's values, far fewer than STAGING
+            if (w->permuted) { // the values of one head: the whole tensor
                 permute(ld->floats, (float *) ld->staging, count);
                 memcpy(ld->floats, ld->staging, (size_t) count * sizeof(float));
             }
@@ -547,9 +548,16 @@ static mllama_status load_all(loader * ld) {
 }
 
 mllama_status weights_load(mllama_model * model, const mllama_model_params * params) {
-    loader ld = { .model = model, .params = params };
-    ld.staging = malloc(STAGING);
-    ld.floats  = malloc(STAGING / 2 * sizeof(float)); // 2-byte types are the smallest that are converted
+    loader ld = { .model = model, .params = params, .n_staging = 4 };
+    for (int32_t i = 0; i < model->weights->n; i++) {
+        const weight * w = &model->weights->items[i];
+        if (w->tensor && !can_map(model, w, params)) {
+            const size_t n = w->permuted ? (size_t) ggml_nelements(w->source) * sizeof(float) : ggml_nbytes(w->source);
+            ld.n_staging = n > MAX_STAGING ? MAX_STAGING : n > ld.n_staging ? n : ld.n_staging;
+        }
+    }
+    ld.staging = malloc(ld.n_staging);
+    ld.floats  = malloc(ld.n_staging / 2 * sizeof(float)); // 2-byte types are the smallest that are converted
     mllama_status status = ld.staging && ld.floats ? load_all(&ld) : fail(MLLAMA_ERR_MEMORY, "out of memory");
     free(ld.staging);
     free(ld.floats);
