@@ -79,8 +79,8 @@ def convert_command(
                 out,
                 mmproj=mmproj,
                 single_file=single_file,
-                type=text_type,  # type: ignore[arg-type]  # one of TYPES
-                vision_type=vision_type,  # type: ignore[arg-type]
+                type=text_type,
+                vision_type=vision_type,  # type: ignore[arg-type]  # one of VISION_TYPES
                 n_threads=threads,
                 progress=bar and partial(bar, "convert"),
                 warn=lambda words: click.echo(f"Note: {words}", err=True),

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -27,9 +27,7 @@ Array = npt.NDArray[Any]
 Job = Callable[[], Array]  # makes one piece of a tensor's data; run on any thread
 
 
-def write_head(
-    out: IO[bytes], keys: Sequence[bytes], tensors: Sequence[TensorEntry], alignment: int
-) -> None:
+def write_head(out: IO[bytes], keys: Sequence[bytes], tensors: Sequence[TensorEntry], alignment: int) -> None:
     """Write all that comes before the data. keys: each as the file stores it, name and value."""
     out.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(keys)))
     for key in keys:
@@ -71,7 +69,7 @@ def write_data(
     assert not begun, "a tensor is shorter than its size"
 
 
-def _in_order(jobs: Iterator[Job], n_threads: int) -> Iterator[Array]:
+def _in_order(jobs: Iterator[Job], n_threads: int) -> Generator[Array]:
     """The results of the jobs in their order; n_threads run at once, and few more are held."""
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="mllama-write")
     waiting: deque[Future[Array]] = deque()

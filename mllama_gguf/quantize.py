@@ -15,7 +15,6 @@ Q6_K to Q8_0 (as does output.weight of any mix), and where that fails too, F16.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import struct
@@ -85,7 +84,7 @@ def more_bits(layer: int, n_layer: int) -> bool:
     return layer < eighth or layer >= 7 * n_layer // 8 or (layer - eighth) % 3 == 2
 
 
-def is_quantized_by_us(name: str, shape: tuple[int, ...]) -> bool:
+def is_text_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a matrix of the text."""
     return (
         len(shape) == 2
@@ -154,9 +153,7 @@ def quantize_rows(values: Array, from_type: str, to_type: str, n_per_row: int) -
     out = np.empty((raw.size // row, n_per_row // size_out * bytes_out), np.uint8)
     from_number, to_number = (int(gguf.GGMLQuantizationType[kind]) for kind in (from_type, to_type))
     source, result = native.ffi.from_buffer(raw), native.ffi.from_buffer(out, require_writable=True)
-    native.check(
-        native.lib.mllama_quantize_rows(from_number, source, to_number, result, len(out), n_per_row)
-    )
+    native.check(native.lib.mllama_quantize_rows(from_number, source, to_number, result, len(out), n_per_row))
     return out
 
 
@@ -211,8 +208,8 @@ def quantize(
     warn: called with a line for people
 
     Keys are copied as they are, but for general.file_type and general.quantization_version. The output
-    appears under its name only when it is whole; it is one file, also of a split model. Raises ModelError for an input that is damaged or not fit,
-    naming the tensor, MllamaError when the output cannot be written.
+    appears under its name only when it is whole; it is one file, also of a split model. Raises ModelError for
+    an input that is damaged or not fit, naming the tensor, MllamaError when the output cannot be written.
     """
     if type not in TARGETS:
         raise ValueError(f"type {type!r}: one of {', '.join(TARGETS)} is expected")
@@ -291,16 +288,14 @@ def _check_input(file: GGUFFile) -> None:
 
 def _plan(file: GGUFFile, target: Target, allow_requantize: bool) -> tuple[list[str], dict[str, str]]:
     """The type of each tensor of the output, and the types of those that fell back."""
-    numbers = {}
-    for key in ("block_count", "attention.head_count", "attention.head_count_kv"):
-        numbers[key] = file.keys.get(f"mllama.{key}")
-        if not isinstance(numbers[key], int) or numbers[key] < 1:
-            raise ModelError(f"{file.path}: key 'mllama.{key}' is {numbers[key]!r}")
-    n_layer, n_head, n_head_kv = numbers.values()
+    n_layer, n_head, n_head_kv = (
+        _count(file, f"mllama.{key}")
+        for key in ("block_count", "attention.head_count", "attention.head_count_kv")
+    )
     kinds, fallbacks = [], {}
     for t in file.tensors:
         kind = t.type_name
-        if is_quantized_by_us(t.name, t.ne):
+        if is_text_matrix(t.name, t.ne):
             asked = mix(t.name, target, n_layer, n_head // n_head_kv)
             wanted = fitting(asked, t.ne[0], t.name)
             if wanted != kind and kind not in ("F32", "F16", "BF16") and not allow_requantize:
@@ -313,6 +308,13 @@ def _plan(file: GGUFFile, target: Target, allow_requantize: bool) -> tuple[list[
                 fallbacks[t.name] = wanted
         kinds.append(kind)
     return kinds, fallbacks
+
+
+def _count(file: GGUFFile, key: str) -> int:
+    value = file.keys.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{file.path}: key {key!r} is {value!r}, expected a number from 1")
+    return value
 
 
 def _keys(file: GGUFFile, file_type: int) -> list[bytes]:
