@@ -468,8 +468,9 @@ def convert(
     """
     from .model import usable_cpus
 
-    vision_type = vision_type or next((t for t in FLOAT_TYPES if t == type), "bf16")
-    for given, known in ((type, TYPES), (vision_type, FLOAT_TYPES)):
+    floats: FloatType = next((t for t in FLOAT_TYPES if t == type), "bf16")
+    vision = floats if vision_type is None else vision_type
+    for given, known in ((type, TYPES), (vision, FLOAT_TYPES)):
         if given not in known:
             raise ValueError(f"type {given!r}: one of {', '.join(known)} is expected")
     if n_threads is not None and n_threads < 1:
@@ -490,7 +491,7 @@ def convert(
     shape = read_shape(checkpoint)
     check_preprocessor(checkpoint, shape)
     tokenizer = read_tokenizer(checkpoint, shape)
-    tensors = plan(checkpoint, shape, type, vision_type)
+    tensors = plan(checkpoint, shape, type, vision)
     name = name or Path(os.path.abspath(hf_dir)).name
 
     total, done = sum(t.n_bytes for t in tensors), 0
@@ -510,7 +511,7 @@ def convert(
         progress(0, total)
     with replacing([path for path, _, _ in outputs]) as temporary:
         for temp, (path, parts, chosen) in zip(temporary, outputs, strict=True):
-            file_type = type if "text" in parts else vision_type
+            file_type = type if "text" in parts else vision
             try:
                 writer = _writer(temp, parts, shape, tokenizer, name, file_type, chosen)
                 _write_file(writer, chosen, n_threads or usable_cpus(), tick)
