@@ -34,10 +34,10 @@ import gguf
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import tiny  # noqa: E402
+import tiny
 
-from mllama_gguf.convert import convert, f32_to_bf16  # noqa: E402
-from mllama_gguf.quantize import TARGETS, quantize  # noqa: E402
+from mllama_gguf.convert import convert, f32_to_bf16
+from mllama_gguf.quantize import TARGETS, quantize
 
 D, FF, KV, VOCAB = 4096, 14336, 1024, 128256
 BLOCK = 32 << 20  # values
@@ -112,8 +112,11 @@ def child(args: argparse.Namespace) -> None:
     start = time.monotonic()
     work[args.child]()
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    # Not ru_maxrss, which starts at what the parent had.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024
+    print(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": peak}))
 
 
 def timed(what: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -144,18 +147,22 @@ def ratio(args: argparse.Namespace) -> None:
         for _ in range(args.runs):
             for name in runs:
                 runs[name].append(timed(name, sources[name], outs[name], args))
-        print(
-            f"{args.type}, {args.ratio_layers} layers, {n_values / 1e9:.2f} G values, {args.threads} threads"
-        )
-        medians = {}
+        billions = n_values / 1e9
+        print(f"{args.type}, {args.ratio_layers} layers, {billions:.2f} G values, {args.threads} threads")
+        median = {}
         for name, results in runs.items():
-            seconds = [r["seconds"] for r in results]
-            medians[name] = statistics.median(seconds)
+            for what in ("seconds", "cpu"):
+                median[name, what] = statistics.median(r[what] for r in results)
+            each = ", ".join(f"{r['seconds']:.1f}" for r in results)
             print(
-                f"{name:9}  {', '.join(f'{s:.1f}' for s in seconds)} s; median {medians[name]:.1f} s = "
-                f"{medians[name] / n_values * 1e9:.2f} ns a value; peak {max(r['peak'] for r in results) / 1e9:.2f} GB"
+                f"{name:9}  {each} s, median {median[name, 'seconds']:.1f} s = "
+                f"{median[name, 'seconds'] / billions:.2f} ns a value; "
+                f"CPU {median[name, 'cpu']:.1f} s; peak {max(r['peak'] for r in results) / 1e9:.2f} GB"
             )
-        print(f"ratio ours / llama.cpp: {medians['ours'] / medians['llama.cpp']:.3f}")
+        for what in ("seconds", "cpu"):
+            print(
+                f"ratio of {what}, ours / llama.cpp: {median['ours', what] / median['llama.cpp', what]:.3f}"
+            )
         print(f"same types and bytes: {'yes' if same_tensors(*outs.values()) else 'NO'}")
     finally:
         for path in (*sources.values(), *outs.values()):

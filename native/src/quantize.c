@@ -2,6 +2,7 @@
 
 #include "ggml.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,52 +20,45 @@ static bool can_write(enum ggml_type type) {
     }
 }
 
-static bool all_finite(const float * values, int64_t n) {
-    uint32_t any = 0;
-    for (int64_t i = 0; i < n; i++) { // no branch: the compiler makes vectors of it
+// The largest magnitude, as the bits of a float, whose order is that of magnitudes; NaN and infinity come last.
+static uint32_t largest_bits(const float * values, int64_t n) {
+    uint32_t max = 0;
+    for (int64_t i = 0; i < n; i++) { // integers: the compiler makes vectors of it
         uint32_t bits;
         memcpy(&bits, values + i, sizeof(bits));
-        any |= (bits & 0x7f800000u) == 0x7f800000u;
-    }
-    return !any;
-}
-
-static float largest(const float * values, int64_t n) {
-    float max = 0.0f;
-    for (int64_t i = 0; i < n; i++) {
-        const float magnitude = values[i] < 0 ? -values[i] : values[i];
-        max = magnitude > max ? magnitude : max;
+        bits &= 0x7fffffffu;
+        max = bits > max ? bits : max;
     }
     return max;
 }
 
-// False if a value became infinite on the way.
-static bool narrow(enum ggml_type type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row) {
+// largest: the greatest magnitude in src. False if a value does not fit.
+static bool narrow(enum ggml_type type, const float * src, float largest, void * dst, int64_t n_rows, int64_t n_per_row) {
     const int64_t n = n_rows * n_per_row;
     switch (type) {
         case GGML_TYPE_F32:
             memcpy(dst, src, (size_t) n * sizeof(float));
             return true;
         case GGML_TYPE_BF16:
+            if (isinf(ggml_bf16_to_fp32(ggml_fp32_to_bf16(largest)))) {
+                return false;
+            }
             ggml_fp32_to_bf16_row(src, dst, n);
-            break;
+            return true;
         case GGML_TYPE_F16:
+            if (isinf(ggml_fp16_to_fp32(ggml_fp32_to_fp16(largest)))) {
+                return false;
+            }
             ggml_fp32_to_fp16_row(src, dst, n);
-            break;
+            return true;
         default:
-            // Every scale of a block is stored as F16; within its range none overflows.
-            if (largest(src, n) > 65504.0f) {
+            // The scales of a block are stored as F16; within its range none overflows.
+            if (largest > 65504.0f) {
                 return false;
             }
             ggml_quantize_chunk(type, src, dst, 0, n_rows, n_per_row, NULL);
             return true;
     }
-    const uint16_t exponent = type == GGML_TYPE_F16 ? 0x7c00 : 0x7f80;
-    uint16_t       any      = 0;
-    for (int64_t i = 0; i < n; i++) {
-        any |= (((const uint16_t *) dst)[i] & exponent) == exponent;
-    }
-    return !any;
 }
 
 mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t dst_type, void * dst, int64_t n_rows,
@@ -108,10 +102,13 @@ mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t d
             widen(in, scratch, n);
             values = scratch;
         }
-        if (!all_finite(values, n)) {
+        const uint32_t bits = largest_bits(values, n);
+        float          largest;
+        memcpy(&largest, &bits, sizeof(largest));
+        if (!isfinite(largest)) {
             status = fail(MLLAMA_ERR_FILE, "holds a value that is not finite");
-        } else if (!narrow(to, values, (char *) dst + (size_t) row * dst_size, rows, n_per_row)) {
-            status = fail(MLLAMA_ERR_FILE, "the value %g is too large for %s", (double) largest(values, n), ggml_type_name(to));
+        } else if (!narrow(to, values, largest, (char *) dst + (size_t) row * dst_size, rows, n_per_row)) {
+            status = fail(MLLAMA_ERR_FILE, "the value %g is too large for %s", (double) largest, ggml_type_name(to));
         }
     }
     free(scratch);
