@@ -222,7 +222,7 @@ class _Reader:
             name = self._string()
             n_dims = self._scalar("<I")
             if n_dims > 4:
-                raise ModelError(f"{self._path}: tensor {name} has {n_dims} dimensions")
+                raise ModelError(f"{self._path}: tensor {name!r} has {n_dims} dimensions")
             ne = tuple(self._scalar("<Q") for _ in range(n_dims))
             tensors.append(TensorEntry(name, ne, self._scalar("<I"), self._scalar("<Q")))
         alignment = keys.get("general.alignment", 32)

@@ -278,6 +278,8 @@ def _check_input(file: GGUFFile) -> None:
     names = Counter(t.name for t in file.tensors)
     for t in file.tensors:
         path = file.paths[t.part]
+        if not t.name.isprintable():
+            raise ModelError(f"{path}: damaged GGUF header: a tensor is named {t.name!r}")
         if names[t.name] > 1:
             raise ModelError(f"{path}: tensor {t.name} is there twice")
         if not t.n_bytes or t.ne[0] % block(t.type_name)[0]:
