@@ -37,6 +37,7 @@ COMMANDS = {
     "models": ("cli_models:models_command", "List the models on this machine."),
     "preprocess": ("cli_preprocess:preprocess_command", "Show what the vision encoder gets of a picture."),
     "pull": ("cli_pull:pull_command", "Download a model."),
+    "quantize": ("cli_quantize:quantize_command", "Write a smaller copy of a model."),
     "trace": ("cli_trace:trace_command", "Show intermediate tensors by name."),
     "verify": ("cli_verify:verify_command", "Check a model's files against their sha256."),
     "worker": ("cli_worker:worker_command", "Serve this machine's devices to others."),
@@ -406,7 +407,12 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         TransferSpeedColumn,
     )
 
-    titles = {"download": "fetching", "verify": "checking"}
+    titles = {
+        "download": "fetching",
+        "verify": "checking",
+        "convert": "converting",
+        "quantize": "quantizing",
+    }
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -7,29 +7,29 @@ vision gates stored with tanh already applied. Every file that is written here s
 ``mllama.converter``.
 
 Tensors are streamed in pieces of rows, so memory stays small whatever the size of the model, and converted
-with numpy alone, bfloat16 included.
+with numpy alone, bfloat16 included; only quantized types need the native library.
 
 Types. Matrices take the type asked for (``type`` for the text, ``vision_type`` for the vision part, the
-projector included). These are always F32: 1-D tensors (norms, biases, gates, class embedding, RoPE factors)
-and the small position tables ``v.position_embd``, ``v.pre_tile_position_embd`` and
-``v.post_tile_position_embd``. The large table ``v.tile_position_embd`` (74 M values at 11B) takes the vision
-type. `plan` lists every tensor with its type.
+projector included); the quantized types of the text are the mixes of `quantize`. These are always F32: 1-D
+tensors (norms, biases, gates, class embedding, RoPE factors) and the small position tables
+``v.position_embd``, ``v.pre_tile_position_embd`` and ``v.post_tile_position_embd``. The large table
+``v.tile_position_embd`` (74 M values at 11B) takes the vision type. `plan` lists every tensor with its type.
 
 GGUF itself: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import errno
+import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,19 +46,32 @@ from .checkpoint import (
     rope_factors,
 )
 from .errors import MllamaError, ModelError
+from .gguf_write import Job, cannot_write, check_outputs, replacing, write_data
+from .quantize import (
+    QUANTIZATION_VERSION,
+    TARGETS,
+    Warn,
+    block,
+    fallback_words,
+    fitting,
+    is_text_matrix,
+    mix,
+    quantize_rows,
+)
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
 FloatType = Literal["f32", "f16", "bf16"]
 
 FLOAT_TYPES: tuple[FloatType, ...] = ("f32", "f16", "bf16")
+TYPES: tuple[str, ...] = ("f32", *TARGETS)
 
-# How many values are in memory at a time: 16 MB as float32.
-_CHUNK_VALUES = 4 << 20
-_ITEM_SIZE: dict[FloatType, int] = {"f32": 4, "f16": 2, "bf16": 2}
-# llama_ftype of llama.h: ALL_F32, MOSTLY_F16, MOSTLY_BF16.
-_FILE_TYPE: dict[FloatType, int] = {"f32": 0, "f16": 1, "bf16": 32}
-_QUANTIZATION_VERSION = 2
+logger = logging.getLogger(__name__)
+
+# How many values a thread has in memory at a time: 4 MB as float32, and copies.
+_CHUNK_VALUES = 1 << 20
+_ALL_F32 = 0  # llama_ftype of llama.h
+_ALIGNMENT = 32
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,7 +86,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     part: Literal["text", "vision"]
-    type: FloatType
+    type: str  # of ggml, in lower case
     source: Source | None = None
     rope_head_dim: int = 0  # > 0: reorder the rows of each head for interleaved RoPE
     gate: Literal["", "tanh", "1-tanh"] = ""
@@ -81,14 +94,15 @@ class Tensor:
 
     @property
     def n_bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_SIZE[self.type]
+        n_values, n_bytes = block(self.type.upper())
+        return math.prod(self.shape) // n_values * n_bytes
 
 
 def plan(
-    checkpoint: Checkpoint, shape: Shape, type: FloatType = "bf16", vision_type: FloatType = "bf16"
+    checkpoint: Checkpoint, shape: Shape, type: str = "bf16", vision_type: FloatType = "bf16"
 ) -> list[Tensor]:
     """Every tensor of the output, in the order of the file, with sources checked for presence, shape and
-    type."""
+    type. type: one of `TYPES`."""
     tensors: list[Tensor] = []
     used: set[str] = set()
 
@@ -115,7 +129,10 @@ def plan(
                 f"{source.file}: tensor {source.name} has type {source.dtype}, a float type is expected"
             )
         part: Literal["text", "vision"] = "vision" if name.startswith(("v.", "mm.")) else "text"
-        kind: FloatType = (vision_type if part == "vision" else type) if matrix else "f32"
+        kind: str = (vision_type if part == "vision" else type) if matrix else "f32"
+        if kind not in FLOAT_TYPES:
+            asked = mix(name, TARGETS[kind], shape.n_layer, shape.n_head // shape.n_head_kv)
+            kind = fitting(asked, dims[-1], name).lower()
         tensors.append(Tensor(name, out or dims, part, kind, source, shape.head_dim if rope else 0, gate))
 
     def matrix(name: str, old: str, rows: int, columns: int, rope: bool = False) -> None:
@@ -247,7 +264,7 @@ def apply_gate(value: Array, gate: str) -> npt.NDArray[np.float32]:
     return (1.0 - t if gate == "1-tanh" else t).astype(np.float32)
 
 
-def _encode(raw: Array, dtype: str, type: FloatType, where: str) -> Array:
+def _encode(raw: Array, dtype: str, type: str, where: str) -> Array:
     """Values as stored in safetensors (bfloat16 as its bits) to the output type (likewise). Checks for NaN
     and infinity."""
     if dtype == "BF16":
@@ -278,34 +295,53 @@ def _encode(raw: Array, dtype: str, type: FloatType, where: str) -> Array:
     return converted
 
 
-def read_pieces(tensor: Tensor) -> Iterator[Array]:
-    """The values of a tensor in its output type, in pieces of whole rows (bfloat16 as uint16)."""
-    source = tensor.source
-    if source is None:
-        assert tensor.value is not None
-        yield tensor.value
+def piece_jobs(tensor: Tensor) -> Iterator[Job]:
+    """What makes the data of a tensor in its output type, in pieces of whole rows."""
+    value = tensor.value
+    if value is not None:
+        yield lambda: value
         return
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     unit = tensor.rope_head_dim or 1
     step = max(unit, _CHUNK_VALUES // max(columns, 1) // unit * unit)
+    for first in range(0, rows, step):
+        yield partial(_read_piece, tensor, first, min(step, rows - first))
+
+
+def read_pieces(tensor: Tensor) -> Iterator[Array]:
+    """The values of a tensor in its output type, in pieces of whole rows (bfloat16 as uint16, quantized rows
+    as uint8)."""
+    for job in piece_jobs(tensor):
+        yield job()
+
+
+def _read_piece(tensor: Tensor, first: int, n: int) -> Array:
+    """Rows first to first + n."""
+    source = tensor.source
+    assert source is not None
+    columns, dtype = math.prod(tensor.shape[1:]), np.dtype(SAFETENSORS_TYPES[source.dtype])
     where = f"{source.file}: tensor {source.name}"
     try:
-        with source.file.open("rb") as f:
-            f.seek(source.offset)
-            for first in range(0, rows, step):
-                n = min(step, rows - first)
-                raw = np.fromfile(f, dtype=SAFETENSORS_TYPES[source.dtype], count=n * columns)
-                if raw.size != n * columns:
-                    raise ModelError(f"{where}: the file is truncated")
-                if tensor.gate:
-                    piece: Array = apply_gate(_encode(raw, source.dtype, "f32", where), tensor.gate)
-                else:
-                    piece = _encode(raw, source.dtype, tensor.type, where)
-                if tensor.rope_head_dim:
-                    piece = permute_rope_rows(piece.reshape(n, columns), tensor.rope_head_dim)
-                yield piece
+        with source.file.open("rb", buffering=0) as f:
+            f.seek(source.offset + first * columns * dtype.itemsize)
+            raw = np.fromfile(f, dtype=dtype, count=n * columns)
     except OSError as e:
         raise ModelError(f"{where}: cannot be read: {e}") from e
+    if raw.size != n * columns:
+        raise ModelError(f"{where}: the file is truncated")
+    if tensor.rope_head_dim:
+        raw = permute_rope_rows(raw.reshape(n, columns), tensor.rope_head_dim)
+    if tensor.gate:
+        return apply_gate(_encode(raw, source.dtype, "f32", where), tensor.gate)
+    if tensor.type in FLOAT_TYPES:
+        return _encode(raw, source.dtype, tensor.type, where)
+    stored = source.dtype
+    if stored == "F64":
+        raw, stored = _encode(raw, stored, "f32", where), "F32"
+    try:
+        return quantize_rows(raw, stored, tensor.type.upper(), columns)
+    except ModelError as e:
+        raise ModelError(f"{where}: {e}") from e
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,7 +361,7 @@ def _writer(
     shape: Shape,
     tokenizer: Tokenizer,
     name: str,
-    file_type: FloatType,
+    file_type: str,
     tensors: list[Tensor],
 ) -> Any:
     """A GGUFWriter with all keys and the list of tensors, nothing written yet."""
@@ -334,8 +370,8 @@ def _writer(
     w = gguf.GGUFWriter(None, "mllama")
     w.add_string("general.type", "model" if "text" in parts else "projector")
     w.add_string("general.name", name)
-    w.add_uint32("general.file_type", _FILE_TYPE[file_type])
-    w.add_uint32("general.quantization_version", _QUANTIZATION_VERSION)
+    w.add_uint32("general.file_type", TARGETS[file_type].file_type if file_type in TARGETS else _ALL_F32)
+    w.add_uint32("general.quantization_version", QUANTIZATION_VERSION)
     w.add_string("mllama.converter", f"mllama_gguf {_version()}")
     integers = gguf.GGUFValueType.INT32
 
@@ -383,27 +419,23 @@ def _writer(
         if tokenizer.chat_template:
             w.add_string("tokenizer.chat_template", tokenizer.chat_template)
 
-    types = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
-    types["bf16"] = gguf.GGMLQuantizationType.BF16
     for t in tensors:
-        w.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, raw_dtype=types[t.type])
+        kind = gguf.GGMLQuantizationType[t.type.upper()]
+        w.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, raw_dtype=kind)
     w.path = path
     return w
 
 
-def _write_file(writer: Any, tensors: list[Tensor], tick: Callable[[int], None]) -> None:
+def _write_file(writer: Any, tensors: list[Tensor], n_threads: int, tick: Callable[[int], None]) -> None:
     """Write one GGUF. Tensor data goes past the writer's own method, which wants a whole tensor at once."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        out: IO[bytes] = writer.fout[0]
+        out = writer.fout[0]
         writer.write_padding(out, out.tell())
-        for tensor in tensors:
-            for piece in read_pieces(tensor):
-                out.write(np.ascontiguousarray(piece).data)
-                tick(piece.nbytes)
-            writer.write_padding(out, tensor.n_bytes)
+        data = ((tensor.n_bytes, piece_jobs(tensor)) for tensor in tensors)
+        write_data(out, data, alignment=_ALIGNMENT, n_threads=n_threads, tick=tick)
         out.flush()
     finally:
         for f in writer.fout or []:
@@ -417,24 +449,32 @@ def convert(
     *,
     mmproj: str | os.PathLike[str] | None = None,
     single_file: bool = False,
-    type: FloatType = "bf16",
+    type: str = "bf16",
     vision_type: FloatType | None = None,
     name: str | None = None,
+    n_threads: int | None = None,
     progress: Progress | None = None,
+    warn: Warn = logger.warning,
 ) -> list[Path]:
     """Convert a Hugging Face checkpoint directory to GGUF and return the files written.
 
     The text goes to ``out`` and the vision part to ``mmproj``, by default ``<out without .gguf>-mmproj.gguf``
-    beside it; with ``single_file`` all goes to ``out``. ``type`` is the type of the text matrices,
-    ``vision_type`` (as ``type`` if not given) that of the vision matrices. ``name`` is the model's name, by
-    default that of the directory. ``progress(done, total)`` is called with bytes written. Files appear under
-    their names only when all are complete. Raises `ModelError` for a checkpoint that is damaged or not
-    supported, `MllamaError` when the output cannot be written.
+    beside it; with ``single_file`` all goes to ``out``. ``type`` is the type of the text matrices
+    (one of `TYPES`), ``vision_type`` that of the vision matrices: by default as ``type``, bf16 if that is a
+    quantized type. ``name`` is the model's name, by default that of the directory. ``n_threads``: by default
+    all usable CPUs. ``progress(done, total)`` is called with bytes written, ``warn`` with a line for people.
+    Files appear under their names only when all are complete. Raises `ModelError` for a checkpoint that is
+    damaged or not supported, `MllamaError` when the output cannot be written.
     """
-    vision_type = type if vision_type is None else vision_type
-    for given in (type, vision_type):
-        if given not in FLOAT_TYPES:
-            raise ValueError(f"type {given!r}: one of {', '.join(FLOAT_TYPES)} is expected")
+    from .model import usable_cpus
+
+    floats: FloatType = next((t for t in FLOAT_TYPES if t == type), "bf16")
+    vision = floats if vision_type is None else vision_type
+    for given, known in ((type, TYPES), (vision, FLOAT_TYPES)):
+        if given not in known:
+            raise ValueError(f"type {given!r}: one of {', '.join(known)} is expected")
+    if n_threads is not None and n_threads < 1:
+        raise ValueError(f"n_threads is {n_threads}, expected 1 or more")
     if single_file and mmproj is not None:
         raise ValueError("single_file and mmproj exclude each other")
     text_path = Path(out)
@@ -451,11 +491,15 @@ def convert(
     shape = read_shape(checkpoint)
     check_preprocessor(checkpoint, shape)
     tokenizer = read_tokenizer(checkpoint, shape)
-    tensors = plan(checkpoint, shape, type, vision_type)
+    tensors = plan(checkpoint, shape, type, vision)
     name = name or Path(os.path.abspath(hf_dir)).name
 
     total, done = sum(t.n_bytes for t in tensors), 0
-    _check_outputs(layout, tensors)
+    outputs = [(path, parts, [t for t in tensors if t.part in parts]) for path, parts in layout]
+    check_outputs((path, sum(t.n_bytes for t in chosen)) for path, _, chosen in outputs)
+    fallbacks = _fallbacks(tensors, type, shape)
+    if fallbacks:
+        warn(fallback_words(fallbacks))
 
     def tick(n: int) -> None:
         nonlocal done
@@ -465,47 +509,25 @@ def convert(
 
     if progress is not None:
         progress(0, total)
-    temporary: list[Path] = []
-    try:
-        for path, parts in layout:
-            chosen = [t for t in tensors if t.part in parts]
-            temp = path.with_name(f".{path.name}.{os.getpid()}.part")
-            temporary.append(temp)
-            file_type = type if "text" in parts else vision_type
+    with replacing([path for path, _, _ in outputs]) as temporary:
+        for temp, (path, parts, chosen) in zip(temporary, outputs, strict=True):
+            file_type = type if "text" in parts else vision
             try:
-                _write_file(_writer(temp, parts, shape, tokenizer, name, file_type, chosen), chosen, tick)
+                writer = _writer(temp, parts, shape, tokenizer, name, file_type, chosen)
+                _write_file(writer, chosen, n_threads or usable_cpus(), tick)
             except OSError as e:
-                raise _cannot_write(path, e) from e
-        for temp, (path, _) in zip(temporary, layout, strict=True):
-            try:
-                os.replace(temp, path)
-            except OSError as e:
-                raise _cannot_write(path, e) from e
-    finally:
-        for temp in temporary:
-            with suppress(OSError):
-                temp.unlink()
-    return [path for path, _ in layout]
+                raise cannot_write(path, e) from e
+    return [path for path, _, _ in outputs]
 
 
-def _cannot_write(path: Path, e: OSError) -> MllamaError:
-    reason = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else (e.strerror or str(e))
-    return MllamaError(f"cannot write {path}: {reason}")
-
-
-def _check_outputs(layout: list[tuple[Path, tuple[str, ...]]], tensors: list[Tensor]) -> None:
-    """Fail early, before gigabytes are written, if the files cannot be written or the disk cannot hold
-    them."""
-    need: dict[int, int] = {}
-    for path, parts in layout:
-        if path.exists() and not path.is_file():
-            raise MllamaError(f"cannot write {path}: it exists and is no regular file")
-        try:
-            device = path.parent.stat().st_dev
-            free = shutil.disk_usage(path.parent).free
-        except OSError as e:
-            raise _cannot_write(path, e) from e
-        need[device] = need.get(device, 0) + sum(t.n_bytes for t in tensors if t.part in parts)
-        if need[device] > free:
-            needed = f"{need[device] / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on the disk"
-            raise MllamaError(f"cannot write {path}: {needed}")
+def _fallbacks(tensors: list[Tensor], type: str, shape: Shape) -> dict[str, str]:
+    """The text matrices whose rows do not fit the type of the mix, and the types they get."""
+    if type in FLOAT_TYPES:
+        return {}
+    share = shape.n_head // shape.n_head_kv
+    return {
+        t.name: t.type.upper()
+        for t in tensors
+        if is_text_matrix(t.name, t.shape)
+        and t.type.upper() != mix(t.name, TARGETS[type], shape.n_layer, share)
+    }

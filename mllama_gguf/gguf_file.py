@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class GGUFFile:
     tensors: tuple[TensorEntry, ...]
     more: tuple[Path, ...] = ()  # the other files of a split model, in order
     data_offsets: tuple[int, ...] = (0,)  # bytes from the start to the data, of each file
+    key_spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes of each key, name and value
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -95,6 +96,11 @@ class GGUFFile:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def alignment(self) -> int:
+        """Tensors start at multiples of this many bytes, from the start of the data."""
+        return int(self.keys.get("general.alignment", 32))
 
     @property
     def architecture(self) -> str:
@@ -205,23 +211,25 @@ class _Reader:
         n_tensors, n_keys = self._scalar("<Q"), self._scalar("<Q")
         if max(n_tensors, n_keys) > _MAX_COUNT:
             raise ModelError(f"{self._path}: damaged GGUF header: {n_tensors} tensors and {n_keys} keys")
-        keys = {}
+        keys, spans = {}, {}
         for _ in range(n_keys):
+            start = self._at
             name = self._string()
             keys[name] = self._value(self._scalar("<I"), whole=name in self._whole)
+            spans[name] = (start, self._at)
         tensors = []
         for _ in range(n_tensors):
             name = self._string()
             n_dims = self._scalar("<I")
             if n_dims > 4:
-                raise ModelError(f"{self._path}: tensor {name} has {n_dims} dimensions")
+                raise ModelError(f"{self._path}: tensor {name!r} has {n_dims} dimensions")
             ne = tuple(self._scalar("<Q") for _ in range(n_dims))
             tensors.append(TensorEntry(name, ne, self._scalar("<I"), self._scalar("<Q")))
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ModelError(f"{self._path}: damaged GGUF header: alignment {alignment}")
         data = -(-self._at // alignment) * alignment
-        return GGUFFile(self._path, version, keys, tuple(tensors), data_offsets=(data,))
+        return GGUFFile(self._path, version, keys, tuple(tensors), data_offsets=(data,), key_spans=spans)
 
     def _scalar(self, format: str) -> Any:
         (value,) = struct.unpack_from(format, self._data, self._at)

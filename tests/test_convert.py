@@ -784,8 +784,10 @@ def test_outputs_that_cannot_be(checkpoint: Path, tmp_path: Path) -> None:
         convert(checkpoint, tmp_path / "m.gguf", mmproj=tmp_path / "." / "m.gguf")
     with pytest.raises(ValueError, match="exclude"):
         convert(checkpoint, tmp_path / "m.gguf", mmproj=tmp_path / "v.gguf", single_file=True)
+    with pytest.raises(ValueError, match="q2_k"):
+        convert(checkpoint, tmp_path / "m.gguf", type="q2_k")
     with pytest.raises(ValueError, match="q4_0"):
-        convert(checkpoint, tmp_path / "m.gguf", type="q4_0")  # type: ignore[arg-type]
+        convert(checkpoint, tmp_path / "m.gguf", vision_type="q4_0")  # type: ignore[arg-type]
 
 
 def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:

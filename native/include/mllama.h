@@ -242,6 +242,15 @@ void          mllama_clear(mllama_context * ctx);                           // f
 typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);
 void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data); // NULL: off
 
+// ---- quantizing ---------------------------------------------------------------------------------------------------
+
+// Converts n_rows rows of n_per_row values between two ggml types. src_type: any type that ggml can read as numbers;
+// dst_type: F32, F16, BF16, Q4_0, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K; the blocks of both must divide n_per_row. src and
+// dst hold n_rows rows of ggml's size for their type, src aligned for its values. MLLAMA_ERR_FILE: a value that is not
+// finite, or too large for dst_type; dst then holds nothing of use. Safe from any number of threads.
+mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t dst_type, void * dst, int64_t n_rows,
+                                   int64_t n_per_row);
+
 #pragma GCC visibility pop
 
 #ifdef __cplusplus

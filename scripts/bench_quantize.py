@@ -1,0 +1,269 @@
+#!/usr/bin/env python3
+"""Time and memory of quantizing at the shape of the 11B model, and the ratio to llama.cpp's own quantizer.
+
+    python scripts/bench_quantize.py --dir DIR [--layers 40] [--full-only | --ratio-only]
+
+Two parts, on random weights (blocks of bell-shaped values, repeated), Q4_K_M by default:
+
+ratio  One set of bf16 tensors of the 11B text (fewer layers: --ratio-layers, no cross-attention, which
+       llama.cpp does not know) in two files that differ in their keys alone, architecture llama and mllama.
+       llama.cpp's quantizer takes the one, ours the other, in turns, each in a process of its own with as
+       many threads; the outputs' tensors must be the same bytes.
+full   A checkpoint of the whole 11B shape, vision included, as sharded safetensors of about 21 GB, straight
+       to quantized text and bf16 vision: wall time and the process's peak resident memory. --layers makes it
+       smaller.
+
+The files go to DIR and are deleted at the end. Times hold the reading and writing of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import tiny
+
+from mllama_gguf.convert import convert, f32_to_bf16
+from mllama_gguf.quantize import TARGETS, quantize
+
+D, FF, KV, VOCAB = 4096, 14336, 1024, 128256
+BLOCK = 32 << 20  # values
+
+
+def random_bf16(n: int = BLOCK) -> bytes:
+    values = np.random.default_rng(0).standard_normal(n, dtype=np.float32) * np.float32(0.02)
+    return f32_to_bf16(values).tobytes()
+
+
+def fill(file: object, n_bytes: int, block: bytes) -> None:
+    for start in range(0, n_bytes, len(block)):
+        file.write(block[: min(len(block), n_bytes - start)])  # type: ignore[attr-defined]
+
+
+# ---- ratio -------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, arch: str, n_layer: int, block: bytes) -> int:
+    """A bf16 text file; returns how many values its matrices hold."""
+    shapes = {"token_embd.weight": (VOCAB, D), "output.weight": (VOCAB, D), "output_norm.weight": (D,)}
+    for i in range(n_layer):
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in (
+            ("attn_norm", (D,)), ("attn_q", (D, D)), ("attn_k", (KV, D)), ("attn_v", (KV, D)),
+            ("attn_output", (D, D)), ("ffn_norm", (D,)), ("ffn_gate", (FF, D)), ("ffn_up", (FF, D)),
+            ("ffn_down", (D, FF)),
+        )}  # fmt: skip
+    w = gguf.GGUFWriter(path, arch)
+    for key, value in {
+        "block_count": n_layer, "context_length": 131072, "embedding_length": D, "feed_forward_length": FF,
+        "attention.head_count": 32, "attention.head_count_kv": 8, "vocab_size": VOCAB,
+        "rope.dimension_count": 128,
+    }.items():  # fmt: skip
+        w.add_uint32(f"{arch}.{key}", value)
+    w.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
+    types = {True: gguf.GGMLQuantizationType.BF16, False: gguf.GGMLQuantizationType.F32}
+    sizes = {name: int(np.prod(shape)) * (2 if len(shape) == 2 else 4) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        w.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=types[len(shape) == 2])
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_ti_data_to_file()
+    out = w.fout[0]
+    w.write_padding(out, out.tell())
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            out.write(np.ones(shape, np.float32).tobytes())
+        else:
+            fill(out, sizes[name], block)
+        w.write_padding(out, sizes[name])
+    w.close()
+    return sum(int(np.prod(shape)) for shape in shapes.values() if len(shape) == 2)
+
+
+def llama_cpp_quantize(source: str, out: str, target: str, threads: int) -> None:
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype = threads, TARGETS[target].file_type
+    if llama_cpp.llama_model_quantize(source.encode(), out.encode(), params) != 0:
+        raise SystemExit("llama.cpp failed")
+
+
+def child(args: argparse.Namespace) -> None:
+    """What runs in a process of its own; prints seconds and peak memory."""
+    work: dict[str, Callable[[], object]] = {
+        "llama.cpp": lambda: llama_cpp_quantize(args.source, args.out, args.type, args.threads),
+        "ours": lambda: quantize(args.source, args.out, args.type, n_threads=args.threads),
+        "convert": lambda: convert(args.source, args.out, type=args.type, n_threads=args.threads),
+    }
+    start = time.monotonic()
+    work[args.child]()
+    seconds = time.monotonic() - start
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    # Not ru_maxrss, which starts at what the parent had.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024
+    print(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": peak}))
+
+
+def timed(what: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--dir", str(args.dir), "--type", args.type]
+    command += ["--threads", str(args.threads), "--child", what, "--source", str(source), "--out", str(out)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    """Whether two files hold the same tensors, to the byte."""
+    first, second = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (a, b))
+    return first.keys() == second.keys() and all(
+        t.tensor_type == second[name].tensor_type and np.array_equal(t.data, second[name].data)
+        for name, t in first.items()
+    )
+
+
+def ratio(args: argparse.Namespace) -> None:
+    block = random_bf16()
+    sources = {"llama.cpp": args.dir / "llama.gguf", "ours": args.dir / "mllama.gguf"}
+    outs = {name: path.with_suffix(".out.gguf") for name, path in sources.items()}
+    try:
+        for name, arch in (("llama.cpp", "llama"), ("ours", "mllama")):
+            n_values = write_text(sources[name], arch, args.ratio_layers, block)
+        runs: dict[str, list[dict[str, float]]] = {"llama.cpp": [], "ours": []}
+        for _ in range(args.runs):
+            for name in runs:
+                runs[name].append(timed(name, sources[name], outs[name], args))
+        billions = n_values / 1e9
+        print(f"{args.type}, {args.ratio_layers} layers, {billions:.2f} G values, {args.threads} threads")
+        median = {}
+        for name, results in runs.items():
+            for what in ("seconds", "cpu"):
+                median[name, what] = statistics.median(r[what] for r in results)
+            each = ", ".join(f"{r['seconds']:.1f}" for r in results)
+            print(
+                f"{name:9}  {each} s, median {median[name, 'seconds']:.1f} s = "
+                f"{median[name, 'seconds'] / billions:.2f} ns a value; "
+                f"CPU {median[name, 'cpu']:.1f} s; peak {max(r['peak'] for r in results) / 1e9:.2f} GB"
+            )
+        for what in ("seconds", "cpu"):
+            print(
+                f"ratio of {what}, ours / llama.cpp: {median['ours', what] / median['llama.cpp', what]:.3f}"
+            )
+        print(f"same types and bytes: {'yes' if same_tensors(*outs.values()) else 'NO'}")
+    finally:
+        for path in (*sources.values(), *outs.values()):
+            path.unlink(missing_ok=True)
+
+
+# ---- full --------------------------------------------------------------------------------------------------
+
+
+class Shapes:
+    """Stands for the random numbers of tests/tiny.py: arrays of the right shape that take no memory."""
+
+    def __init__(self, *key: object) -> None:
+        pass
+
+    def noise(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
+        return np.broadcast_to(np.float32(0), shape)
+
+    def uniform(self, *shape: int) -> np.ndarray:
+        return np.zeros(shape)
+
+
+def write_checkpoint(directory: Path, n_layer: int, block: bytes) -> int:
+    """The 11B model (or its first layers) as bf16 safetensors in shards; returns its bytes."""
+    arch = tiny.Arch(
+        "full", image_size=560, patch_size=14, vision_width=1280, vision_heads=16, vision_ff=5120,
+        local_layers=32, global_layers=8, intermediate=(3, 7, 15, 23, 30), width=D, heads=32, kv_heads=8,
+        ff=FF, layers=n_layer, cross_layers=tuple(i for i in (3, 8, 13, 18, 23, 28, 33, 38) if i < n_layer),
+        vocab_size=VOCAB, dtype="BF16",
+    )  # fmt: skip
+    tiny.Stream = Shapes  # type: ignore[misc, assignment]
+    weights = tiny.make_weights(arch)
+    tiny.make_checkpoint(arch, directory, weights={})
+    (directory / "model.safetensors").unlink()
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, value in weights.items():
+        if size > 4e9:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 2 * value.size
+        total += 2 * value.size
+    weight_map = {}
+    for i, names in enumerate(shards):
+        path = directory / f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        header, offset = {}, 0
+        for name in names:
+            end = offset + 2 * weights[name].size
+            shape = list(weights[name].shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+            weight_map[name] = path.name
+        text = json.dumps(header).encode()
+        with path.open("wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                fill(f, 2 * weights[name].size, block)
+    tiny.write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return total
+
+
+def full(args: argparse.Namespace) -> None:
+    directory, out = args.dir / "checkpoint", args.dir / "full.gguf"
+    try:
+        size = write_checkpoint(directory, args.layers, random_bf16())
+        result = timed("convert", directory, out, args)
+        written = [out, out.with_name("full-mmproj.gguf")]
+        sizes = " + ".join(f"{path.stat().st_size / 1e9:.2f}" for path in written)
+        print(
+            f"{args.layers} layers, checkpoint {size / 1e9:.1f} GB -> {args.type} {sizes} GB: "
+            f"{result['seconds']:.0f} s, peak memory {result['peak'] / 1e9:.2f} GB, {args.threads} threads"
+        )
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        for path in args.dir.glob("full*.gguf"):
+            path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of quantizing at the 11B shape")
+    parser.add_argument("--dir", type=Path, required=True, help="where the files go; 30 GB for all")
+    parser.add_argument("--type", choices=TARGETS, default="q4_k_m")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--layers", type=int, default=40, help="layers of the checkpoint")
+    parser.add_argument("--ratio-layers", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--full-only", action="store_true")
+    parser.add_argument("--ratio-only", action="store_true")
+    for hidden in ("--child", "--source", "--out"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    args.dir.mkdir(parents=True, exist_ok=True)
+    if not args.full_only:
+        ratio(args)
+    if not args.ratio_only:
+        full(args)
+
+
+if __name__ == "__main__":
+    main()
