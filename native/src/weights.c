@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include "memory.h"
+
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -27,7 +29,13 @@ struct weight_list {
     int32_t                 n, capacity;
     struct ggml_context *   contexts[MAX_DEVICES + 3]; // one for each buffer
     ggml_backend_buffer_t   buffers[MAX_DEVICES + 3];
+    struct {
+        ggml_backend_dev_t  device;
+        bool                mapped;
+        uint64_t            size;
+    } where[MAX_DEVICES + 3];
     int32_t                 n_buffers;
+    uint64_t                staging; // bytes that copying took, or takes, on the host
 };
 
 // ---- what must be there -------------------------------------------------------------------------------------------
@@ -360,6 +368,9 @@ typedef struct loader {
 } loader;
 
 static mllama_status report(loader * ld, int64_t bytes) {
+    if (ld->model->no_alloc) {
+        return MLLAMA_OK;
+    }
     ld->done += bytes;
     if (ld->params->progress) {
         ld->params->progress(MLLAMA_PHASE_LOAD, ld->done, ld->total, ld->params->user_data);
@@ -389,7 +400,7 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
     return MLLAMA_OK;
 }
 
-static mllama_status new_context(weight_list * list, struct ggml_context ** ctx) {
+static mllama_status new_context(weight_list * list, ggml_backend_dev_t device, bool mapped, struct ggml_context ** ctx) {
     struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (list->n + 1), .no_alloc = true };
     *ctx = ggml_init(params);
     if (!*ctx) {
@@ -397,6 +408,8 @@ static mllama_status new_context(weight_list * list, struct ggml_context ** ctx)
     }
     list->contexts[list->n_buffers] = *ctx;
     list->buffers[list->n_buffers]  = NULL;
+    list->where[list->n_buffers].device = device;
+    list->where[list->n_buffers].mapped = mapped;
     list->n_buffers++;
     return MLLAMA_OK;
 }
@@ -411,19 +424,21 @@ static struct ggml_tensor * new_tensor(struct ggml_context * ctx, const weight *
 
 // The tensors of a file that stay in its mapping.
 static mllama_status load_mapped(loader * ld, gguf_file * file) {
-    weight_list *         list = ld->model->weights;
-    struct ggml_context * ctx  = NULL;
+    weight_list *         list     = ld->model->weights;
+    const bool            no_alloc = ld->model->no_alloc;
+    struct ggml_context * ctx      = NULL;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
         if (!w->tensor || w->file != file || !can_map(ld->model, w, ld->params)) {
             continue;
         }
         if (!ctx) {
-            if (!file->map) {
+            if (!file->map && !no_alloc) {
                 TRY(gguf_file_map(file));
             }
-            TRY(new_context(list, &ctx));
-            ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(file->map, file->size);
+            TRY(new_context(list, w->device, true, &ctx));
+            ggml_backend_buffer_t buffer = no_alloc ? ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 0) :
+                                                      ggml_backend_cpu_buffer_from_ptr(file->map, file->size);
             if (!buffer) {
                 return fail(MLLAMA_ERR_MEMORY, "%s: out of memory", file->path);
             }
@@ -431,7 +446,10 @@ static mllama_status load_mapped(loader * ld, gguf_file * file) {
             list->buffers[list->n_buffers - 1] = buffer;
         }
         struct ggml_tensor * t = new_tensor(ctx, w);
-        if (ggml_backend_tensor_alloc(list->buffers[list->n_buffers - 1], t,
+        list->where[list->n_buffers - 1].size += ggml_nbytes(t);
+        if (no_alloc) {
+            t->buffer = list->buffers[list->n_buffers - 1];
+        } else if (ggml_backend_tensor_alloc(list->buffers[list->n_buffers - 1], t,
                                       (char *) file->map + gguf_file_position(file, w->source)) != GGML_STATUS_SUCCESS) {
             return fail(MLLAMA_ERR_BACKEND, "%s: tensor '%s' cannot be used in place", file->path, t->name);
         }
@@ -445,29 +463,34 @@ static mllama_status load_copied(loader * ld, ggml_backend_dev_t device) {
     weight_list *         list = ld->model->weights;
     struct ggml_context * ctx  = NULL;
     uint64_t              size = 0;
+    bool                  converts = false;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
         if (!w->tensor || w->device != device || can_map(ld->model, w, ld->params)) {
             continue;
         }
         if (!ctx) {
-            TRY(new_context(list, &ctx));
+            TRY(new_context(list, device, false, &ctx));
         }
+        converts |= needs_conversion(w);
         size += ggml_nbytes(new_tensor(ctx, w));
     }
     if (!ctx) {
         return MLLAMA_OK;
     }
-    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
+    ggml_backend_buffer_t buffer = memory_alloc(ctx, ggml_backend_dev_buffer_type(device), ld->model->no_alloc,
+                                                &list->where[list->n_buffers - 1].size);
     if (!buffer) {
         return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; offload fewer layers", device_label(device),
                     (unsigned long long) (size >> 20));
     }
     ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     list->buffers[list->n_buffers - 1] = buffer;
+    const uint64_t staging = converts ? STAGING + STAGING / 2 * sizeof(float) : STAGING;
+    list->staging = staging > list->staging ? staging : list->staging;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
-        if (w->tensor && w->device == device && !can_map(ld->model, w, ld->params)) {
+        if (!ld->model->no_alloc && w->tensor && w->device == device && !can_map(ld->model, w, ld->params)) {
             TRY(upload(ld, w, *w->tensor));
         }
     }
@@ -512,6 +535,15 @@ void weights_free(weight_list * list) {
     }
     free(list->items);
     free(list);
+}
+
+void weights_memory(const weight_list * list, ggml_backend_dev_t device, mllama_memory * memory) {
+    for (int32_t i = 0; i < list->n_buffers; i++) {
+        if (list->where[i].device == device) {
+            *(list->where[i].mapped ? &memory->mapped : &memory->weights) += list->where[i].size;
+        }
+    }
+    memory->staging = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? list->staging : 0;
 }
 
 int32_t weights_count(const weight_list * list) {
