@@ -23,7 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .errors import Aborted, BackendError, ContextFullError, MllamaError, ModelError, OutOfMemoryError, RequestError
+from .errors import (
+    Aborted,
+    BackendError,
+    ContextFullError,
+    MllamaError,
+    ModelError,
+    OutOfMemoryError,
+    RequestError,
+)
 
 logger = logging.getLogger("mllama_gguf.native")
 # Silent unless the program sets logging up.

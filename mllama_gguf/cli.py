@@ -14,9 +14,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .errors import Aborted, MllamaError
@@ -34,6 +35,7 @@ COMMANDS = {
     "info": ("cli_info:info_command", "Show what is in model files."),
     "lock": ("cli_pull:lock_command", "Write a model's digests into models.lock."),
     "models": ("cli_models:models_command", "List the models on this machine."),
+    "plan": ("cli_plan:plan_command", "Say what fits on which device."),
     "preprocess": ("cli_preprocess:preprocess_command", "Show what the vision encoder gets of a picture."),
     "pull": ("cli_pull:pull_command", "Download a model."),
     "trace": ("cli_trace:trace_command", "Show intermediate tensors by name."),
@@ -165,6 +167,22 @@ def comma_numbers(ctx: click.Context, param: click.Parameter, value: str | None)
         raise click.BadParameter(f"{value!r} is no list of numbers, as in 3,1") from None
 
 
+class LayerCount(click.ParamType[Any]):
+    """-1, 0, 1, ... or auto."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if str(value).lower() == "auto":
+            return "auto"
+        return click.IntRange(min=-1).convert(value, param, ctx)
+
+
+def given(name: str) -> bool:
+    """Whether the user gave an option of the running command, on the command line or in the environment."""
+    return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+
+
 def model_options(command: F) -> F:
     """The options that say which model to open and how; `open_model` takes their values."""
     for option in reversed(
@@ -190,11 +208,11 @@ def model_options(command: F) -> F:
             click.option(
                 "-ngl",
                 "--n-gpu-layers",
-                metavar="N",
-                type=click.IntRange(min=-1),
+                metavar="N|auto",
+                type=LayerCount(),
                 default=0,
                 show_default=True,
-                help="How many of the last layers go to the GPU; -1: all.",
+                help="How many of the last layers go to the GPU; -1: all; auto: as many as fit.",
             ),
             click.option(
                 "--vision-device",
@@ -255,6 +273,24 @@ def model_options(command: F) -> F:
                 help="Most tokens of a conversation; 0: as the model was trained.",
             ),
             click.option(
+                "-b",
+                "--n-batch",
+                metavar="N_BATCH",
+                type=click.IntRange(min=1),
+                default=512,
+                show_default=True,
+                help="Most tokens that are computed at once.",
+            ),
+            click.option(
+                "-fa",
+                "--flash-attn",
+                type=click.Choice(["on", "off"]),
+                default="on",
+                show_default=True,
+                callback=lambda ctx, param, value: value == "on",
+                help="Attention without its matrix in memory.",
+            ),
+            click.option(
                 "-t",
                 "--threads",
                 metavar="THREADS",
@@ -279,7 +315,7 @@ def open_model(
     *,
     model: str,
     mmproj: str | None,
-    n_gpu_layers: int,
+    n_gpu_layers: int | Literal["auto"],
     vision_device: str,
     devices: list[str] | None,
     tensor_split: list[float] | None,
@@ -288,6 +324,8 @@ def open_model(
     rpc_servers: list[str] | None,
     rpc_timeout: float,
     n_ctx: int,
+    n_batch: int,
+    flash_attn: bool,
     threads: int | None,
     allow_quantized_vision: bool,
     verify: bool,
@@ -320,6 +358,8 @@ def open_model(
             rpc_servers=rpc_servers or (),
             rpc_timeout=rpc_timeout,
             n_ctx=n_ctx,
+            n_batch=n_batch,
+            flash_attn=flash_attn,
             n_threads=threads,
             progress=progress,
             **settings,
