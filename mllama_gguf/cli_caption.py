@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .cli import model_options, open_model
+from .cli import model_options, open_model, with_tuned
 from .cli_batch import BatchSettings, batch_options, run_batch
 from .errors import ImageError, RequestError
 
@@ -54,6 +54,7 @@ from .errors import ImageError, RequestError
 @click.option("--seed", metavar="S", type=int, help="Of the random choice, for --temp above 0.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
 @batch_options
+@click.option("--no-tuned", is_flag=True, help="Ignore what `mllama tune` found for this model.")
 @model_options
 def caption_command(
     images: tuple[str, ...],
@@ -71,6 +72,7 @@ def caption_command(
     suffix: str,
     overwrite: bool,
     limit: int | None,
+    no_tuned: bool,
     **model_settings: Any,
 ) -> int:
     """Say what is in each IMAGE: a file, a data URI, or - for standard input.
@@ -82,6 +84,8 @@ def caption_command(
     line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
     Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
+    if not no_tuned:
+        model_settings = with_tuned(model_settings)
     prompt = _prompt(prompt, prompt_file)
     schema = None
     if json_schema is not None:

@@ -43,14 +43,16 @@ def plan_command(
     and come on top. -ngl shows that number alone.
     """
     from .engine import parse_workers
-    from .models import model_path
+    from .models import resolve
     from .plan import make_plan
 
     s = model_settings
     layers = s["n_gpu_layers"] if given("n_gpu_layers") and s["n_gpu_layers"] != "auto" else None
+    files = resolve(model_argument or s["model"], s["mmproj"])
+    allowed = s["allow_quantized_vision"] or files.parameters.get("allow_quantized_vision", False)
     plan = make_plan(
-        model_path(model_argument or s["model"]),
-        s["mmproj"],
+        files.text,
+        files.mmproj,
         budget=budget,
         n_gpu_layers=layers,
         workers=parse_workers(s["rpc_servers"]) if s["rpc_servers"] else (),
@@ -63,7 +65,7 @@ def plan_command(
         devices=s["devices"],
         tensor_split=s["tensor_split"],
         main_gpu=-1 if s["main_gpu"] is None else s["main_gpu"],
-        allow_quantized_vision=s["allow_quantized_vision"],
+        allow_quantized_vision=allowed,
     )
     if as_json:
         click.echo(json.dumps(_as_dict(plan)))

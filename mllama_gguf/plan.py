@@ -44,6 +44,7 @@ class Setting:
 class Plan:
     """All settings, from no layer to all. n_tiles: of each picture; limits: most bytes on a device."""
 
+    n_layer: int
     n_ctx: int
     n_tiles: tuple[int, ...]
     limits: dict[str, int]
@@ -149,7 +150,7 @@ def make_plan(
         n_tiles = [h.max_tiles] if h.has_vision else []
     n_ctx = min(settings.get("n_ctx") or h.n_ctx_train, h.n_ctx_train)
     rows = tuple(Setting(n, m.devices, lacking(m, limits)) for n, m in found.items())
-    return Plan(n_ctx, tuple(n_tiles), limits, rows)
+    return Plan(h.n_layer, n_ctx, tuple(n_tiles), limits, rows)
 
 
 def largest_fitting(measure_one: Measure, limits: Mapping[str, int]) -> int:
@@ -211,7 +212,8 @@ def device_limits(
         name, _, amount = str(item).rpartition("=")
         if name:
             if name.strip().lower() not in names:
-                raise RequestError(f"budget: no device {name.strip()!r}; there are: {', '.join(names.values())}")
+                known = ", ".join(names.values())
+                raise RequestError(f"budget: no device {name.strip()!r}; there are: {known}")
             limits[names[name.strip().lower()]] = parse_size(amount)
         elif place == len(targets):
             raise RequestError(
