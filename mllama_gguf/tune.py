@@ -34,7 +34,7 @@ SECONDS = ("load", "encode", "prompt", "decode")
 BATCHES = (64, 128, 256, 512, 1024, 2048)
 COARSE = 5  # values of n_gpu_layers in the first round
 # What is faster by less than this is no better: it is noise.
-NOISE = 0.02
+NOISE = 0.03
 
 
 @dataclass
@@ -113,7 +113,7 @@ def measure_caption(
     repeats: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Caption an image `repeats` times from empty caches; the fields of a `Point`. Runs in its own process."""
+    """Caption an image `repeats` times from empty caches; the fields of a `Point`. For a process of its own."""
     from .model import Mllama
 
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -254,7 +254,7 @@ def tune(
     rounds = [("n_gpu_layers", None), *choice.others.items()]
     for index, (name, given) in enumerate(rounds):
         values = iter(given) if given is not None else _layer_counts(choice, results, current)
-        ahead = sum(len(v) - 1 for _, v in rounds[index + 1 :] if v) + (2 if given is None else 0)
+        ahead = sum(len(v) for _, v in rounds[index + 1 :] if v) + (2 if given is None else 0)
         left = len(given) if given is not None else COARSE
         for value in values:
             left = max(0, left - 1)
