@@ -1,4 +1,4 @@
-"""Whether layers of a model compute the same wherever they run: what every n_gpu_layers gives, side by side."""
+"""Whether layers compute the same wherever they run: what every n_gpu_layers gives, side by side."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def compute(
 def compare(
     layer_counts: Sequence[int], request: Mapping[str, Any], timeout: float = 1800.0, function: str = COMPUTE
 ) -> list[Answer]:
-    """The answer of each n_gpu_layers, each from a process of its own. request: the arguments of `compute`."""
+    """The answer of each n_gpu_layers, from a process of its own. request: the arguments of `compute`."""
     answers = []
     for n in layer_counts:
         settings = {**request["settings"], "n_gpu_layers": n}

@@ -113,7 +113,7 @@ def measure_caption(
     repeats: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Caption an image `repeats` times from empty caches; the fields of a `Point`. For a process of its own."""
+    """Caption an image `repeats` times from empty caches: the fields of a `Point`, for `points`."""
     from .model import Mllama
 
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -173,7 +173,7 @@ class Results:
             raise RequestError(f"results that cannot be read: {e}; {another}") from None
         if not same:
             raise RequestError(f"results of another model, picture or choice of options; {another}")
-        self.points = points
+        self.points, self.recommended = points, content.get("recommended")
 
     def find(self, settings: Mapping[str, Any]) -> Point | None:
         """The point of these settings, if it was measured."""

@@ -46,7 +46,7 @@ def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) 
     """Of a model, on this machine, offloaded to these devices.
 
     paths:   its files
-    offload: devices, tensor_split, main_gpu, offload_kqv, rpc_servers as `Mllama` takes them
+    offload: devices, tensor_split, main_gpu, offload_kqv, rpc_servers as `Mllama` takes them; those given
 
     Raises OSError, BackendError.
     """
@@ -55,7 +55,7 @@ def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) 
 
     words = [file_identity(path) for path in paths]
     machine = [usable_cpus(), *([d.name, d.description, d.type] for d in devices())]
-    parts = [words, machine, sorted((name, value) for name, value in offload.items() if value)]
+    parts = [words, machine, sorted(offload.items())]
     return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()
 
 

@@ -11,13 +11,13 @@ from mllama_gguf import compare, tune
 
 
 def measure(**request: Any) -> dict[str, Any]:
-    """Two layers end the process, three hang; every call leaves a line in calls.txt beside the image."""
+    """Two layers end the process, four hang; every call leaves a line in calls.txt beside the image."""
     layers = request["settings"]["n_gpu_layers"]
     with (Path(request["image"]).parent / "calls.txt").open("a") as file:
         file.write(f"{layers}\n")
     if layers == 2:
         os.abort()
-    if layers == 3:
+    if layers == 4:
         time.sleep(60)
     request["settings"]["n_gpu_layers"] = 0  # there need not be a device
     return tune.measure_caption(**request)

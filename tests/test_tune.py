@@ -40,9 +40,7 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def task(image: Path) -> Task:
     fixed = {"n_ctx": 256}
-    return Task(
-        DEMO, None, image, "Describe this image.", 3, 1, fixed, timeout=5, function="crashing:measure"
-    )
+    return Task(DEMO, None, image, "What is it?", 3, 1, fixed, timeout=5, function="crashing:measure")
 
 
 def calls(task: Task) -> list[str]:
@@ -63,8 +61,8 @@ def test_a_sweep_survives_crashes_and_goes_on_where_it_was(task: Task, tmp_path:
     assert best.caption
     errors = {p.settings["n_gpu_layers"]: p.error for p in results.points if p.error}
     assert errors[2].startswith("killed by SIGABRT")
-    assert errors[3] == "not done after 5 s"
-    assert {p.settings["n_gpu_layers"] for p in results.points} >= {0, 1, 2, 3, 4, 5} - {3} | {4}
+    assert errors[4] == "not done after 5 s"
+    assert {p.settings["n_gpu_layers"] for p in results.points} >= {0, 1, 2, 4, 5}
     assert {p.settings["flash_attn"] for p in results.points} == {True, False}
     assert [done for _, done, _ in heard] == list(range(1, len(heard) + 1))
     assert all(done <= total for _, done, total in heard)
@@ -110,14 +108,14 @@ def test_results_of_another_task_are_not_mixed(task: Task, tmp_path: Path) -> No
 
 def test_nothing_works(task: Task, tmp_path: Path) -> None:
     choice = Range({**BASE, "n_gpu_layers": 2}, 0, {})
-    with pytest.raises(MllamaError, match="no setting works.*SIGABRT"):
+    with pytest.raises(MllamaError, match=r"no setting works.*SIGABRT"):
         tune(task, choice, Results(tmp_path, task))
 
 
 def test_the_errors_of_a_point_are_words(task: Task) -> None:
     point = replace(task, function="mllama_gguf.tune:measure_caption").measure({**BASE, "n_batch": 0})
     assert point.error == "n_batch must be a whole number of at least 1, not 0"
-    with pytest.raises(PointFailed, match="exit code 1: .*no_such"):
+    with pytest.raises(PointFailed, match=r"exit code 1: .*no_such"):
         run_point("no_such:thing", {}, 20)
 
 
@@ -130,7 +128,7 @@ def test_plot(tmp_path: Path) -> None:
     draw_plot(points, tmp_path / "plot.png", "a title")
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.format == "PNG" and plot.width > 500
-        assert len(set(plot.convert("RGB").resize((100, 100)).getdata())) > 5
+        assert len(set(plot.convert("RGB").resize((100, 100)).tobytes())) > 5
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
 
 
