@@ -707,15 +707,17 @@ void mllama_clear(mllama_context * ctx) {
 
 // The text graphs of a full context, for whole batches and single tokens, that see a slot (-1: no image).
 static mllama_status reserve_text(mllama_context * ctx, int32_t slot) {
-    const int32_t n_tokens[] = { ctx->params.n_batch, 1 };
-    for (int32_t i = 0; i < 2; i++) {
+    // With logits the last layer computes one column only, without them all.
+    const int32_t n_tokens[] = { ctx->params.n_batch, ctx->params.n_batch, 1 };
+    const int32_t logits[]   = { MLLAMA_LOGITS_NONE, MLLAMA_LOGITS_LAST, MLLAMA_LOGITS_LAST };
+    for (int32_t i = 0; i < 3; i++) {
         const text_shape shape = {
             .n_tokens   = n_tokens[i],
             .n_kv       = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP,
             .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[ctx->slots[slot].n_images - 1] : 0,
             .slot       = slot,
             .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
-            .logits     = MLLAMA_LOGITS_LAST,
+            .logits     = logits[i],
         };
         const mllama_status status = prepare_graph(ctx, &shape);
         text_graph_free(&ctx->text); // it is of no use, and must not outlive the slot

@@ -37,6 +37,7 @@ def test_the_plan_is_what_is_allocated(
     workers: tuple[str, str], tiny_files: Files, name: str, n_ctx: int, settings: dict[str, Any]
 ) -> None:
     path = DEMO if name == "demo" else tiny_files(name).one
+    settings = {"n_batch": 128, **settings}
     (setting,) = make_plan(path, workers=workers, n_ctx=n_ctx, **settings).settings
     with Mllama(path, rpc_servers=workers, n_ctx=n_ctx, n_threads=1, **settings) as model:
         h = model.hparams
@@ -87,8 +88,10 @@ def test_auto_steps_down_on_a_worker_with_little_memory(make_worker: Callable[..
     # It says that it has all of the machine's memory, but is refused more than this.
     worker = make_worker("-c", LITTLE)
     with (
-        Mllama(DEMO, n_ctx=65536, n_threads=1) as here,
-        Mllama(DEMO, n_ctx=65536, n_threads=1, n_gpu_layers="auto", rpc_servers=worker.name) as auto,
+        Mllama(DEMO, n_ctx=65536, n_batch=64, n_threads=1) as here,
+        Mllama(
+            DEMO, n_ctx=65536, n_batch=64, n_threads=1, n_gpu_layers="auto", rpc_servers=worker.name
+        ) as auto,
     ):
         assert 0 < auto.n_gpu_layers < auto.hparams.n_layer + 1
         assert auto.memory().devices[1].self_kv > 0
