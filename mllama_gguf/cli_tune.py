@@ -104,11 +104,11 @@ def tune_command(
     _print(results.points, best)
     try:
         draw_plot(results.points, out / "tune.png", f"{files.name}, one caption of {image.name}")
-        files = f"{results.json_path}, {results.csv_path}, {out / 'tune.png'}"
+        written = f"{results.json_path}, {results.csv_path}, {out / 'tune.png'}"
     except RequestError as e:
-        files = f"{results.json_path}, {results.csv_path} ({e})"
+        written = f"{results.json_path}, {results.csv_path} ({e})"
     click.echo(f"Best: {in_options(best.settings)}")
-    click.echo(f"Results: {files}")
+    click.echo(f"Results: {written}")
     if not no_save:
         about = {"model": files.name, "seconds": best.seconds, "date": time.strftime("%Y-%m-%d")}
         path = write_tuned(key_of(files.paths, offload), best.settings, about)

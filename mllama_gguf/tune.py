@@ -254,8 +254,10 @@ def tune(
     rounds = [("n_gpu_layers", None), *choice.others.items()]
     for index, (name, given) in enumerate(rounds):
         values = iter(given) if given is not None else _layer_counts(choice, results, current)
-        ahead = sum(len(v) for _, v in rounds[index + 1 :] if v) + (2 if given is None else 0)
-        left = len(given) if given is not None else COARSE
+        ahead = sum(len(v) for _, v in rounds[index + 1 :] if v) + (
+            2 if given is None and choice.n_layer else 0
+        )
+        left = len(given) if given is not None else COARSE if choice.n_layer else 1
         for value in values:
             left = max(0, left - 1)
             settings = {**current, name: value}

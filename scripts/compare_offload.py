@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mllama_gguf.compare import N_TOP, N_VISION, Answer, compare
-from mllama_gguf.models import model_path
+from mllama_gguf.models import resolve
 from mllama_gguf.plan import make_plan
 from mllama_gguf.tuned import write_whole
 
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Whether offloaded layers compute the same")
     parser.add_argument("image", type=Path)
     parser.add_argument("-m", "--model", default="demo", help="GGUF file, or a bundled model's name")
-    parser.add_argument("--mmproj", type=Path)
+    parser.add_argument("--mmproj")
     parser.add_argument("-p", "--prompt", default="Describe this image.")
     parser.add_argument("-n", "--max-tokens", type=int, default=32)
     parser.add_argument("--layers", help="as in 0,8,41; default: every number")
@@ -72,15 +72,19 @@ def main() -> int:
         settings["n_threads"] = args.threads
     if args.rpc:
         settings["rpc_servers"] = args.rpc.split(",")
-    model = model_path(args.model)
-    mmproj = None if args.mmproj is None else os.fspath(args.mmproj.resolve())
+    files = resolve(args.model, args.mmproj)
+    settings |= files.parameters
+    allowed = files.parameters.get("allow_quantized_vision", False)
     if args.layers:
         layers = [int(n) for n in args.layers.split(",")]
     else:
-        layers = list(range(make_plan(model, mmproj, n_gpu_layers=0, n_ctx=args.n_ctx).n_layer + 2))
+        plan = make_plan(
+            files.text, files.mmproj, n_gpu_layers=0, n_ctx=args.n_ctx, allow_quantized_vision=allowed
+        )
+        layers = list(range(plan.n_layer + 2))
     request = {
-        "model": os.fspath(model.resolve()),
-        "mmproj": mmproj,
+        "model": os.fspath(files.text.resolve()),
+        "mmproj": None if files.mmproj is None else os.fspath(files.mmproj.resolve()),
         "image": os.fspath(args.image.resolve()),
         "prompt": args.prompt,
         "max_tokens": args.max_tokens,

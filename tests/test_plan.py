@@ -14,7 +14,7 @@ from mllama_gguf import BackendError, Mllama, OutOfMemoryError, RequestError
 from mllama_gguf._native import Callbacks, load
 from mllama_gguf.cli import run
 from mllama_gguf.model import _step_down
-from mllama_gguf.models import model_path
+from mllama_gguf.models import BUNDLED
 from mllama_gguf.plan import (
     MARGIN_BYTES,
     device_limits,
@@ -28,7 +28,7 @@ from mllama_gguf.runtime import Device, DeviceMemory, Memory, NativeContext, ope
 
 Captured = pytest.CaptureFixture[str]
 Files = Callable[[str], TinyFiles]
-DEMO = model_path("demo")
+DEMO = BUNDLED["demo"]
 
 
 def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from mllama_gguf import MllamaError, RequestError
 from mllama_gguf.cli import run
 from mllama_gguf.compare import compare
-from mllama_gguf.models import model_path
+from mllama_gguf.models import BUNDLED
 from mllama_gguf.points import PointFailed, run_point
 from mllama_gguf.tune import Point, Range, Results, Task, draw_plot, tune
 from mllama_gguf.tuned import config_path, key_of, read_tuned, write_tuned
@@ -27,7 +27,7 @@ from mllama_gguf.tuned import config_path, key_of, read_tuned, write_tuned
 Captured = pytest.CaptureFixture[str]
 Files = Callable[[str], TinyFiles]
 BASE = {"n_gpu_layers": 0, "vision_device": "auto", "n_threads": 1, "n_batch": 64, "flash_attn": True}
-DEMO = model_path("demo")
+DEMO = BUNDLED["demo"]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_the_command_writes_what_caption_uses(image: Path, tmp_path: Path, capsy
     assert {path.name for path in out.iterdir()} == {"tune.json", "tune.csv", "tune.png"}
     recommended = json.loads((out / "tune.json").read_text())["recommended"]
     assert recommended["n_batch"] == 64
-    assert read_tuned(lambda: key_of(DEMO, None, {})) == recommended
+    assert read_tuned(lambda: key_of([DEMO], {})) == recommended
 
     assert run(["caption", str(image), "-n", "2"]) == 0
     text, err = capsys.readouterr()
@@ -169,7 +169,7 @@ def test_tuned_settings_reach_the_model(
         seen.append(settings)
         raise Spy("seen")
 
-    write_tuned(key_of(DEMO, None, {}), {**BASE, "n_batch": 77, "n_threads": 2}, {})
+    write_tuned(key_of([DEMO], {}), {**BASE, "n_batch": 77, "n_threads": 2}, {})
     monkeypatch.setattr("mllama_gguf.model.Mllama", mllama)
     run(["caption", str(image)])
     run(["caption", str(image), "-t", "1"])
@@ -182,7 +182,7 @@ def test_tuned_settings_reach_the_model(
 
 
 def test_another_model_is_not_tuned(image: Path, tiny_files: Files, capsys: Captured) -> None:
-    write_tuned(key_of(DEMO, None, {}), BASE, {})
+    write_tuned(key_of([DEMO], {}), BASE, {})
     assert run(["caption", str(image), "-n", "1", "-m", str(tiny_files("gqa").one)]) == 0
     assert capsys.readouterr().err == ""
 
@@ -203,7 +203,7 @@ def test_a_bad_config_file_is_ignored_with_a_warning(
     image: Path, content: str, why: str, capsys: Captured
 ) -> None:
     config_path().parent.mkdir(parents=True, exist_ok=True)
-    config_path().write_text(content.replace("KEY", key_of(DEMO, None, {})))
+    config_path().write_text(content.replace("KEY", key_of([DEMO], {})))
     assert run(["caption", str(image), "-n", "2"]) == 0
     out, err = capsys.readouterr()
     assert out.strip()

@@ -11,11 +11,11 @@ from helpers import TinyFiles, picture
 
 from mllama_gguf import Mllama
 from mllama_gguf.cli import run
-from mllama_gguf.models import model_path
+from mllama_gguf.models import BUNDLED
 from mllama_gguf.plan import device_limits, make_plan
 
 Files = Callable[[str], TinyFiles]
-DEMO = model_path("demo")
+DEMO = BUNDLED["demo"]
 PARTS = ("mapped", "weights", "self_kv", "staging")
 
 
