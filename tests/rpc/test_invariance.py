@@ -17,7 +17,7 @@ from golden_cases import Case, case, relative_error, tiled
 from helpers import TinyFiles
 
 from mllama_gguf import Mllama
-from mllama_gguf.models import bundled_path
+from mllama_gguf.models import BUNDLED
 
 ROUNDS = 3
 N_GREEDY = 12
@@ -227,11 +227,11 @@ DEMO_LAYERS = 5
 @pytest.mark.parametrize("n_gpu_layers", range(DEMO_LAYERS + 2))
 def test_demo(n_gpu_layers: int, workers: tuple[str, str]) -> None:
     pictures = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
-    with Mllama(bundled_path("demo"), n_threads=N_THREADS) as model:
+    with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as model:
         assert model.hparams.n_layer == DEMO_LAYERS
         expected = [(model.caption(p), model.encode_image(p).states) for p in pictures]
     with Mllama(
-        bundled_path("demo"),
+        BUNDLED["demo"],
         rpc_servers=",".join(workers),
         n_gpu_layers=n_gpu_layers,
         vision_device=("auto", "cpu", "RPC1")[n_gpu_layers % 3],
