@@ -20,6 +20,7 @@ from .errors import (
     ImageError,
     MllamaError,
     ModelError,
+    OutOfMemoryError,
     RequestError,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "Mllama",
     "MllamaError",
     "ModelError",
+    "OutOfMemoryError",
     "RequestError",
     "TiledImage",
     "__version__",

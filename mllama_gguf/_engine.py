@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from . import _native, runtime
-from .runtime import Device, Floats, NativeContext, NativeModel
+from .runtime import Device, Floats, HParams, Memory, NativeContext, NativeModel
 
 ALIVE_SECONDS = 1.0  # between two signs of life while the CPU computes
 PARENT_SECONDS = 1.0  # between two looks whether the parent lives
@@ -114,6 +114,12 @@ class Child:
     def devices(self) -> list[Device]:
         """As `runtime.devices`."""
         return runtime.devices()
+
+    def measure(self, *args: Any, **settings: Any) -> tuple[Memory, HParams]:
+        """As `plan.measure`."""
+        from .plan import measure
+
+        return measure(*args, callbacks=self._callbacks, **settings)
 
     def open_model(self, *args: Any, **settings: Any) -> None:
         """As `runtime.open_model`."""

@@ -23,7 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .errors import Aborted, BackendError, ContextFullError, MllamaError, ModelError, RequestError
+from .errors import (
+    Aborted,
+    BackendError,
+    ContextFullError,
+    MllamaError,
+    ModelError,
+    OutOfMemoryError,
+    RequestError,
+)
 
 logger = logging.getLogger("mllama_gguf.native")
 # Silent unless the program sets logging up.
@@ -37,7 +45,7 @@ OK = 0
 _ERRORS: dict[int, type[MllamaError]] = {
     -1: RequestError,
     -2: ModelError,
-    -3: BackendError,
+    -3: OutOfMemoryError,
     -4: BackendError,
     -5: ContextFullError,
     -6: Aborted,

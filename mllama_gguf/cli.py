@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .errors import Aborted, MllamaError
@@ -35,9 +36,11 @@ COMMANDS = {
     "info": ("cli_info:info_command", "Show what is in model files."),
     "lock": ("cli_pull:lock_command", "Write a model's digests into models.lock."),
     "models": ("cli_models:models_command", "List the models on this machine."),
+    "plan": ("cli_plan:plan_command", "Say what fits on which device."),
     "preprocess": ("cli_preprocess:preprocess_command", "Show what the vision encoder gets of a picture."),
     "pull": ("cli_pull:pull_command", "Download a model."),
     "quantize": ("cli_quantize:quantize_command", "Write a smaller copy of a model."),
+    "tune": ("cli_tune:tune_command", "Find the fastest settings for a model."),
     "trace": ("cli_trace:trace_command", "Show intermediate tensors by name."),
     "verify": ("cli_verify:verify_command", "Check a model's files against their sha256."),
     "worker": ("cli_worker:worker_command", "Serve this machine's devices to others."),
@@ -167,6 +170,17 @@ def comma_numbers(ctx: click.Context, param: click.Parameter, value: str | None)
         raise click.BadParameter(f"{value!r} is no list of numbers, as in 3,1") from None
 
 
+def layer_count(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    """An option's callback: -1, 0, 1, ... or auto."""
+    return "auto" if value.lower() == "auto" else click.IntRange(min=-1)(value, param, ctx)
+
+
+def given(name: str) -> bool:
+    """Whether the user gave an option of the running command, on the command line or in the environment."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
 def model_options(command: F) -> F:
     """The options that say which model to open and how; `open_model` takes their values."""
     for option in reversed(
@@ -192,11 +206,11 @@ def model_options(command: F) -> F:
             click.option(
                 "-ngl",
                 "--n-gpu-layers",
-                metavar="N",
-                type=click.IntRange(min=-1),
-                default=0,
+                metavar="N|auto",
+                callback=layer_count,
+                default="0",
                 show_default=True,
-                help="How many of the last layers go to the GPU; -1: all.",
+                help="How many of the last layers go to the GPU; -1: all; auto: as many as fit.",
             ),
             click.option(
                 "--vision-device",
@@ -257,6 +271,24 @@ def model_options(command: F) -> F:
                 help="Most tokens of a conversation; 0: as the model was trained.",
             ),
             click.option(
+                "-b",
+                "--n-batch",
+                metavar="N_BATCH",
+                type=click.IntRange(min=1),
+                default=512,
+                show_default=True,
+                help="Most tokens that are computed at once.",
+            ),
+            click.option(
+                "-fa",
+                "--flash-attn",
+                type=click.Choice(["on", "off"]),
+                default="on",
+                show_default=True,
+                callback=lambda ctx, param, value: value == "on",
+                help="Attention without its matrix in memory.",
+            ),
+            click.option(
                 "-t",
                 "--threads",
                 metavar="THREADS",
@@ -276,39 +308,58 @@ def model_options(command: F) -> F:
     return command
 
 
+def offload_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the values of `model_options` those that say what may be offloaded to, as `Mllama` takes them; only
+    those that say something."""
+    names = ("devices", "tensor_split", "main_gpu", "rpc_servers")
+    settings = {name: options[name] for name in names if options[name] is not None}
+    return settings if options["offload_kqv"] else {**settings, "offload_kqv": False}
+
+
+def with_tuned(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `model_options`, with what `mllama tune` found for this model where the user gave none;
+    says so on stderr."""
+    from .models import resolve
+    from .tuned import in_options, key_of, read_tuned
+
+    warn = logging.StreamHandler(sys.stderr)
+    warn.setFormatter(logging.Formatter("Warning: %(message)s"))
+    log = logging.getLogger("mllama_gguf.tuned")
+    log.addHandler(warn)
+    try:
+        tuned = read_tuned(
+            lambda: key_of(resolve(options["model"], options["mmproj"]).paths, offload_settings(options))
+        )
+    except OSError:
+        return dict(options)  # opening says it better
+    finally:
+        log.removeHandler(warn)
+    used = {name: value for name, value in tuned.items() if not given(_OPTIONS.get(name, name))}
+    if used:
+        words = f"Tuned settings: {in_options(used)} (of mllama tune; --no-tuned ignores them)"
+        click.echo(words, err=True)
+    return {**options, **{_OPTIONS.get(name, name): value for name, value in used.items()}}
+
+
+# Settings whose option has another name.
+_OPTIONS = {"n_threads": "threads"}
+
+
 @contextmanager
-def open_model(
-    *,
-    model: str,
-    mmproj: str | None,
-    n_gpu_layers: int,
-    vision_device: str,
-    devices: list[str] | None,
-    tensor_split: list[float] | None,
-    main_gpu: int | None,
-    offload_kqv: bool,
-    rpc_servers: list[str] | None,
-    rpc_timeout: float,
-    n_ctx: int,
-    threads: int | None,
-    allow_quantized_vision: bool,
-    verify: bool,
-    bar: bool = True,
-    image_cache: bool = False,
-) -> Iterator[Mllama]:
+def open_model(*, bar: bool = True, image_cache: bool = False, **options: Any) -> Iterator[Mllama]:
     """The model that the options of `model_options` name; bar: with a progress bar on a terminal;
     image_cache: keep encoded pictures on disk."""
     from .model import Mllama
     from .models import resolve
 
-    files = resolve(model, mmproj)
-    if verify:
+    files = resolve(options["model"], options["mmproj"])
+    if options["verify"]:
         from .verify import require_verified
 
         with transfer_bar() as transfer:
             require_verified(files, transfer)
     settings: dict[str, Any] = dict(files.parameters)
-    if allow_quantized_vision:
+    if options["allow_quantized_vision"]:
         settings["allow_quantized_vision"] = True
     if image_cache:
         _show_warnings("mllama_gguf.image_cache")
@@ -317,16 +368,14 @@ def open_model(
         Mllama(
             files.text,
             files.mmproj,
-            n_gpu_layers=n_gpu_layers,
-            vision_device=vision_device,
-            devices=devices,
-            tensor_split=tensor_split,
-            main_gpu=main_gpu,
-            offload_kqv=offload_kqv,
-            rpc_servers=rpc_servers or (),
-            rpc_timeout=rpc_timeout,
-            n_ctx=n_ctx,
-            n_threads=threads,
+            n_gpu_layers=options["n_gpu_layers"],
+            vision_device=options["vision_device"],
+            n_ctx=options["n_ctx"],
+            n_batch=options["n_batch"],
+            n_threads=options["threads"],
+            flash_attn=options["flash_attn"],
+            **offload_settings(options),
+            rpc_timeout=options["rpc_timeout"],
             progress=progress,
             image_cache=image_cache,
             **settings,

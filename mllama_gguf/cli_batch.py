@@ -124,7 +124,8 @@ def _open_output(
 
     partial = None
     if settings.overwrite:
-        words = json.dumps([settings.out, settings.sidecar, repr(options), model_settings], sort_keys=True)
+        model = [model_settings[name] for name in ("model", "mmproj", "n_ctx")]
+        words = json.dumps([settings.out, settings.sidecar, repr(options), model])
         digest = hashlib.sha256(words.encode("utf-8", "backslashreplace")).hexdigest()[:12]
         partial = home / f".{Path(settings.out).name if settings.out else 'sidecars'}.{digest}.partial"
         for other in home.glob(f"{partial.name.removesuffix(f'.{digest}.partial')}.{'?' * 12}.partial"):

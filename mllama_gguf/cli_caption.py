@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .cli import model_options, open_model
+from .cli import model_options, open_model, with_tuned
 from .cli_batch import BatchSettings, batch_options, run_batch
 from .errors import ImageError, RequestError
 
@@ -55,6 +55,7 @@ from .errors import ImageError, RequestError
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
 @click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
 @batch_options
+@click.option("--no-tuned", is_flag=True, help="Ignore what `mllama tune` found for this model.")
 @model_options
 def caption_command(
     images: tuple[str, ...],
@@ -73,6 +74,7 @@ def caption_command(
     suffix: str,
     overwrite: bool,
     limit: int | None,
+    no_tuned: bool,
     **model_settings: Any,
 ) -> int:
     """Say what is in each IMAGE: a file, a data URI, or - for standard input.
@@ -86,6 +88,8 @@ def caption_command(
     """
     from .captions import CaptionOptions, load_schema
 
+    if not no_tuned:
+        model_settings = with_tuned(model_settings)
     prompt = _prompt(prompt, prompt_file)
     schema = None if json_schema is None else load_schema(json_schema)
     batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit)

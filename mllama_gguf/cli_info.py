@@ -84,10 +84,10 @@ def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
     for repair in model.repairs:
         yield "  repaired", repair
     yield from _shape(model.hparams)
-    yield "memory", "weights + self-attention cache + one picture of all tiles, on the CPU (caches F16)"
+    yield "memory", "weights + self-attention cache + one picture of all tiles + buffers, on the CPU"
     for need in model.memory:
-        parts = " + ".join(size(n) for n in (need.weights, need.self_kv, need.cross_kv))
-        yield f"  n_ctx {need.n_ctx}", f"{size(need.total)} = {parts}, and compute buffers"
+        parts = (need.weights, need.self_kv, need.cross_kv, need.compute + need.vision)
+        yield f"  n_ctx {need.n_ctx}", f"{size(need.total)} = {' + '.join(map(size, parts))}"
 
 
 def _shape(h: HParams) -> Iterator[tuple[str, str]]:

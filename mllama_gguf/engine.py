@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ._native import Callbacks
 from .errors import Aborted, BackendError, MllamaError, RequestError
-from .runtime import Device, NativeContext, NativeModel, Tap
+from .runtime import Device, HParams, Memory, NativeContext, NativeModel, Tap
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -99,6 +99,10 @@ class Engine:
     def devices(self) -> list[Device]:
         """All devices of the child, those of the workers too."""
         return cast("list[Device]", self.call("", "devices"))
+
+    def measure(self, *args: Any, **settings: Any) -> tuple[Memory, HParams]:
+        """As `plan.measure`, without callbacks."""
+        return cast("tuple[Memory, HParams]", self.call("", "measure", args, settings))
 
     def call(
         self,

@@ -22,6 +22,10 @@ class BackendError(MllamaError, RuntimeError):
     """The native library or a device failed: library missing or mismatched, out of memory, device lost."""
 
 
+class OutOfMemoryError(BackendError):
+    """A device, or this machine, has too little memory."""
+
+
 class ContextFullError(MllamaError, ValueError):
     """The prompt, or the prompt and the reply, need more positions or image slots than the context has."""
 

@@ -13,6 +13,7 @@ from . import _native
 from ._native import Callbacks
 from .errors import ModelError
 from .gguf_file import GGUFFile, read_gguf
+from .plan import measure
 from .runtime import HParams, NativeModel
 
 # The key that our converter writes and no other.
@@ -44,19 +45,18 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes for one n_ctx on the CPU, caches as F16; compute buffers come on top.
-
-    V is F32 there (ggml's CPU kernel sums it in the type of the cache). On a GPU caches take a third less.
-    """
+    """Bytes for one n_ctx on the CPU, caches as F16, as `plan` measures them."""
 
     n_ctx: int  # tokens
     weights: int
     self_kv: int
     cross_kv: int  # of one picture with all its tiles
+    compute: int  # text buffers
+    vision: int  # while a picture is encoded
 
     @property
     def total(self) -> int:
-        return self.weights + self.self_kv + self.cross_kv
+        return self.weights + self.self_kv + self.cross_kv + self.compute + self.vision
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,18 @@ def _model_info(file: GGUFFile, projector: GGUFFile | None) -> ModelInfo:
     )
     hparams, layout, repairs = model.hparams, model.layout, model.repairs
     model.close()
-    weights = sum(sum(i.text_types.values()) + sum(i.vision_types.values()) for i in infos)
     sizes = [n for n in CONTEXT_SIZES if n < hparams.n_ctx_train] + [hparams.n_ctx_train]
-    return ModelInfo(infos, layout, repairs, hparams, tuple(_need(hparams, weights, n) for n in sizes))
+    paths = (file.path, projector.path if projector else None)
+    return ModelInfo(infos, layout, repairs, hparams, tuple(_need(*paths, n) for n in sizes))
+
+
+def _need(text: Path, projector: Path | None, n_ctx: int) -> MemoryNeed:
+    callbacks = Callbacks(_native.load())
+    memory, _ = measure(
+        text, projector, callbacks=callbacks, n_ctx=n_ctx, vision_device="cpu", allow_quantized_vision=True
+    )
+    (cpu,) = memory.devices
+    return MemoryNeed(n_ctx, cpu.mapped + cpu.weights, cpu.self_kv, cpu.cross_kv, cpu.compute, cpu.vision)
 
 
 def _file_info(file: GGUFFile) -> FileInfo:
@@ -130,14 +139,4 @@ def _file_info(file: GGUFFile) -> FileInfo:
         n_tensors=len(file.tensors),
         text_types=dict(types[False].most_common()),
         vision_types=dict(types[True].most_common()),
-    )
-
-
-def _need(h: HParams, weights: int, n_ctx: int) -> MemoryNeed:
-    row = h.n_head_kv * h.head_dim  # of K, and of V
-    return MemoryNeed(
-        n_ctx,
-        weights,
-        self_kv=(h.n_layer - h.n_cross_layers) * n_ctx * row * (2 + 4),
-        cross_kv=h.n_cross_layers * h.max_tiles * h.n_positions * row * (2 + 4),
     )

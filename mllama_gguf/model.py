@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from . import openai
 from ._native import Callbacks
@@ -19,12 +19,13 @@ from ._native import load as load_native
 from .chat import ChatTemplate
 from .embedding import EmbeddingStore, ImageEmbedding
 from .engine import Engine, parse_workers
-from .errors import BusyError, ImageError, MllamaError, ModelError, RequestError
+from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
 from .generate import Reply, ReplyOptions
 from .image_cache import ImageCache, code_identity
 from .models import resolve
+from .plan import device_limits, largest_fitting, measuring
 from .preprocess import PREPROCESS_VERSION, ImageSource, TiledImage, preprocess_image
-from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, Tap, open_model
+from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, NativeModel, Tap, open_model
 from .sampling import SamplingOptions, grammar_of
 from .session import Session
 from .stream import stop_list
@@ -60,7 +61,7 @@ class Mllama:
         model_path: str | os.PathLike[str],
         mmproj_path: str | os.PathLike[str] | None = None,
         *,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | Literal["auto"] = 0,
         vision_device: str = "auto",
         devices: Sequence[str] | None = None,
         tensor_split: Sequence[float] | None = None,
@@ -87,7 +88,8 @@ class Mllama:
 
         model_path:     GGUF with the text model, or with all of it
         mmproj_path:    GGUF with vision encoder and projector, if they are not in model_path
-        n_gpu_layers:   how many of the last layers (the output counts as one) go to GPU devices; -1: all
+        n_gpu_layers:   how many of the last layers (the output counts as one) go to GPU devices; -1: all;
+                        "auto": as many as fit with a margin, fewer if a device still refuses
         vision_device:  "auto": with the text's layers; "cpu"; or a device's name as `mllama devices` shows it
         devices:        names of the devices to offload to; None: every GPU
         tensor_split:   share of each device, as in (3, 1); None: by free memory
@@ -123,7 +125,7 @@ class Mllama:
             ("n_ctx", n_ctx or 1, 1),
             ("n_batch", n_batch, 1),
             ("n_threads", n_threads or 1, 1),
-            ("n_gpu_layers", n_gpu_layers, -1),
+            ("n_gpu_layers", 0 if n_gpu_layers == "auto" else n_gpu_layers, -1),
             ("main_gpu", main_gpu or 0, 0),
         ):
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
@@ -139,19 +141,64 @@ class Mllama:
 
         callbacks = Callbacks(load_native(), progress, abort)
         workers = parse_workers(rpc_servers) if rpc_servers else ()
-        engine = Engine(workers, rpc_timeout, callbacks) if workers or isolate else None
-        open_here = partial(open_model, callbacks=callbacks)
-        self._model = (engine.open_model if engine else open_here)(
-            model_path,
-            mmproj_path,
-            n_gpu_layers=n_gpu_layers,
-            vision_device=vision_device,
-            devices=devices,
-            tensor_split=_shares(tensor_split),
-            main_gpu=-1 if main_gpu is None else main_gpu,
-            use_mmap=use_mmap,
-            allow_quantized_vision=allow_quantized_vision,
-        )
+        model_settings: dict[str, Any] = {
+            "vision_device": vision_device,
+            "devices": devices,
+            "tensor_split": _shares(tensor_split),
+            "main_gpu": -1 if main_gpu is None else main_gpu,
+            "use_mmap": use_mmap,
+            "allow_quantized_vision": allow_quantized_vision,
+        }
+        context_settings: dict[str, Any] = {
+            "n_batch": n_batch,
+            "type_k": type_k,
+            "type_v": type_v,
+            "flash_attn": flash_attn,
+            "offload_kqv": offload_kqv,
+        }
+
+        def open_with(layers: int) -> tuple[NativeModel, NativeContext]:
+            engine = Engine(workers, rpc_timeout, callbacks) if workers or isolate else None
+            open_here = partial(open_model, callbacks=callbacks)
+            model = (engine.open_model if engine else open_here)(
+                model_path, mmproj_path, n_gpu_layers=layers, **model_settings
+            )
+            try:
+                h = model.hparams
+                open_context = engine.open_context if engine else partial(NativeContext, model, callbacks)
+                context = open_context(
+                    n_ctx=min(n_ctx or h.n_ctx_train, h.n_ctx_train),
+                    n_threads=n_threads or default_threads(model.size),
+                    **context_settings,
+                )
+                if n_gpu_layers == "auto":
+                    try:
+                        context.reserve([h.max_tiles] if h.has_vision else [])
+                    except BaseException:
+                        context.close()
+                        raise
+            except BaseException:
+                model.close()
+                raise
+            return model, context
+
+        if n_gpu_layers == "auto":
+            with measuring(
+                model_path,
+                mmproj_path,
+                workers=workers,
+                rpc_timeout=rpc_timeout,
+                isolate=isolate,
+                n_ctx=n_ctx,
+                **model_settings,
+                **context_settings,
+            ) as (measure_one, found_devices):
+                limits = device_limits(found_devices, model_settings)
+                layers = largest_fitting(measure_one, limits)
+            (self._model, self._context), self.n_gpu_layers = _step_down(open_with, layers)
+        else:
+            self._model, self._context = open_with(n_gpu_layers)
+            self.n_gpu_layers = n_gpu_layers
         # After the C library has checked the file.
         self._vocab = Vocab(model_path)
         needed = max(self.hparams.vocab_size, self.image_token_id + 1 if self.hparams.has_vision else 0)
@@ -162,16 +209,6 @@ class Mllama:
         trained = self.hparams.n_ctx_train
         if n_ctx and n_ctx > trained:
             logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
-        open_context = engine.open_context if engine else partial(NativeContext, self._model, callbacks)
-        self._context = open_context(
-            n_ctx=min(n_ctx or trained, trained),
-            n_batch=n_batch,
-            n_threads=n_threads or default_threads(self._model.size),
-            type_k=type_k,
-            type_v=type_v,
-            flash_attn=flash_attn,
-            offload_kqv=offload_kqv,
-        )
         self._session = Session(self._context, callbacks)
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES)
         self._disk: ImageCache | None = None
@@ -562,6 +599,24 @@ class Mllama:
             yield
         finally:
             self._lock.release()
+
+
+Opened = TypeVar("Opened")
+
+
+def _step_down(open_with: Callable[[int], Opened], layers: int) -> tuple[Opened, int]:
+    """Open with so many layers, or with fewer where a device has less room than it said: 1 less, 3 less, 7
+    less, ... The number that worked too. Raises what other than OutOfMemoryError comes, or comes with 0."""
+    step = 1
+    while True:
+        try:
+            return open_with(layers), layers
+        except OutOfMemoryError as e:
+            if layers <= 0:
+                raise
+            logger.warning("n_gpu_layers %d: %s; trying fewer", layers, e)
+            layers = max(0, layers - step)
+            step *= 2
 
 
 def usable_cpus() -> int:

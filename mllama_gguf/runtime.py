@@ -90,12 +90,51 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a context holds."""
+class DeviceMemory:
+    """Bytes that a model and its context hold on one device, or would hold.
 
+    mapped:   weights read in place from the file's pages, which the system may drop and read again
+    weights:  weights copied into the device's memory
+    self_kv:  the self-attention cache
+    cross_kv: of all pictures in the cache
+    compute:  the text compute buffers, which stay
+    vision:   the most that encoding a picture, or filling its cache, takes while it runs
+    staging:  this machine's memory while weights are copied, before any cache exists
+    """
+
+    device: str
+    mapped: int
+    weights: int
     self_kv: int
     cross_kv: int
     compute: int
+    vision: int
+    staging: int
+
+    @property
+    def peak(self) -> int:
+        """The most at one time, without the mapped weights."""
+        running = self.self_kv + self.cross_kv + self.compute + self.vision
+        return self.weights + max(running, self.staging)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a model and its context hold; of all devices together by the names of `DeviceMemory`."""
+
+    devices: tuple[DeviceMemory, ...]  # the CPU is the first
+
+    @property
+    def self_kv(self) -> int:
+        return sum(device.self_kv for device in self.devices)
+
+    @property
+    def cross_kv(self) -> int:
+        return sum(device.cross_kv for device in self.devices)
+
+    @property
+    def compute(self) -> int:
+        return sum(device.compute for device in self.devices)
 
 
 def devices() -> list[Device]:
@@ -143,8 +182,9 @@ class NativeModel:
         use_mmap: bool = True,
         allow_quantized_vision: bool = False,
         check_only: bool = False,
+        no_alloc: bool = False,
     ) -> None:
-        """Load, or with check_only read and validate.
+        """Load, or with check_only read and validate. no_alloc: for contexts that only `reserve`.
 
         Raises ModelError for a file that is not right, BackendError for memory and devices, and what the
         callbacks raised.
@@ -163,6 +203,7 @@ class NativeModel:
         params.use_mmap = use_mmap
         params.allow_quantized_vision = allow_quantized_vision
         params.check_only = check_only
+        params.no_alloc = no_alloc
         params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
 
         out = ffi.new("mllama_model **")
@@ -291,8 +332,20 @@ class NativeContext:
     def memory(self) -> Memory:
         """Bytes in use now."""
         memory = self.native.ffi.new("mllama_memory *")
-        self.native.lib.mllama_memory_usage(self.pointer, memory)
-        return Memory(memory.self_kv, memory.cross_kv, memory.compute)
+        names = [f.name for f in fields(DeviceMemory) if f.name != "device"]
+        devices = []
+        for index in range(self.native.lib.mllama_memory_count(self.pointer)):
+            self.native.check(self.native.lib.mllama_memory_usage(self.pointer, index, memory))
+            sizes = {name: getattr(memory, name) for name in names}
+            devices.append(DeviceMemory(self.native.text(memory.device), **sizes))
+        return Memory(tuple(devices))
+
+    def reserve(self, n_tiles: Sequence[int]) -> None:
+        """Make room for a full context and one group of pictures with these tiles; of a model opened with
+        no_alloc, measure it. Raises OutOfMemoryError."""
+        tiles = self.native.ffi.new("int32_t[]", list(n_tiles) or 1)
+        status = self.native.lib.mllama_reserve(self.pointer, len(n_tiles), tiles)
+        _raise(self.native, self._callbacks, status)
 
     def encode(self, pixels: Floats, aspect_ratio_id: int) -> Floats:
         """pixels float32 [n_tiles, 3, image_size, image_size] -> states float32 [n_tiles, n_positions,

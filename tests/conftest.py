@@ -17,6 +17,12 @@ from mllama_gguf.image_cache import SIZE_VARIABLE
 os.environ[SIZE_VARIABLE] = "0"
 
 
+@pytest.fixture(autouse=True)
+def no_user_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user of this machine has tuned is none of the tests' business."""
+    monkeypatch.setenv("MLLAMA_CONFIG_DIR", str(tmp_path_factory.mktemp("config")))
+
+
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyFiles]:
     """The files of an architecture by its name."""

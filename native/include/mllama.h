@@ -109,6 +109,7 @@ typedef struct mllama_model_params {
     bool            use_mmap;
     bool            allow_quantized_vision;
     bool            check_only;    // read and validate everything, load no weights (mllama info)
+    bool            no_alloc;      // give everything its place but no memory: contexts can only mllama_reserve and say what it would be
     mllama_progress_callback progress;
     mllama_abort_callback    abort;
     void *                   user_data;
@@ -202,12 +203,24 @@ void          mllama_context_free(mllama_context * ctx);
 int32_t       mllama_n_ctx(const mllama_context * ctx);
 void          mllama_set_n_threads(mllama_context * ctx, int32_t n_threads);
 
+// What a model and its context hold on one device, in bytes; with no_alloc, what they would hold.
 typedef struct mllama_memory {
-    uint64_t self_kv;  // bytes of the self-attention cache
-    uint64_t cross_kv; // bytes of all filled image slots
-    uint64_t compute;  // bytes of the text compute buffers
+    const char * device;
+    uint64_t     mapped;   // weights read in place from the file's pages, which the system may drop and read again
+    uint64_t     weights;  // weights copied into the device's memory
+    uint64_t     self_kv;  // the self-attention cache
+    uint64_t     cross_kv; // all filled image slots
+    uint64_t     compute;  // the text compute buffers, which grow with the largest batch and context so far
+    uint64_t     vision;   // the most that encoding an image, or filling its slot, has taken while it ran
+    uint64_t     staging;  // the host's memory while weights are copied, before any cache exists
 } mllama_memory;
-void          mllama_memory_usage(const mllama_context * ctx, mllama_memory * memory);
+int32_t       mllama_memory_count(const mllama_context * ctx); // devices; 0 is the CPU
+mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mllama_memory * memory);
+
+// Allocates what a full context and one group of adjacent images need at most: the text compute buffers stay, the rest is
+// given back, so that a device with too little memory says so now. n_images 0: text only. With no_alloc it only measures, and
+// the slot of these images counts as filled.
+mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32_t * n_tiles);
 
 // Picture -> cross_attention_states.
 //   pixels  [n_tiles, 3, image_size, image_size] float32, normalised; only the used tiles

@@ -1,5 +1,7 @@
 #include "caches.h"
 
+#include "memory.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -41,7 +43,7 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
         if (size == 0) {
             continue;
         }
-        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
+        ggml_backend_buffer_t buffer = memory_alloc(ctx, ggml_backend_dev_buffer_type(device), model->no_alloc, &cache->sizes[d + 1]);
         if (!buffer) {
             return fail(MLLAMA_ERR_MEMORY, "device %s has no room for a %s cache of %llu MiB; %s", device_label(device),
                         cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
@@ -67,14 +69,6 @@ void kv_cache_free(kv_cache * cache) {
     free(cache->k);
     free(cache->v);
     memset(cache, 0, sizeof(*cache));
-}
-
-uint64_t kv_cache_size(const kv_cache * cache) {
-    uint64_t size = 0;
-    for (int32_t i = 0; i < cache->n_buffers; i++) {
-        size += cache->buffers[i] ? ggml_backend_buffer_get_size(cache->buffers[i]) : 0;
-    }
-    return size;
 }
 
 mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,

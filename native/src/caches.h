@@ -8,6 +8,7 @@ typedef struct kv_cache {
     struct ggml_tensor **   v;
     struct ggml_context *   contexts[MAX_DEVICES + 1]; // one for each device
     ggml_backend_buffer_t   buffers[MAX_DEVICES + 1];
+    uint64_t                sizes[MAX_DEVICES + 1]; // bytes on the CPU, then on each of model->plan.gpus
     int32_t                 n_buffers;
 } kv_cache;
 
@@ -15,7 +16,6 @@ typedef struct kv_cache {
 mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
                             enum ggml_type type_v);
 void          kv_cache_free(kv_cache * cache);
-uint64_t      kv_cache_size(const kv_cache * cache);
 
 // One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
 // sees, the first n images, is one view.

@@ -30,6 +30,10 @@ struct mllama_context {
     int32_t               n_slots;
     uint64_t              generation;
 
+    // bytes on the CPU, then on each of model->plan.gpus
+    uint64_t              compute[MAX_DEVICES + 1];   // of sched, whose buffers never shrink
+    uint64_t              vision[MAX_DEVICES + 1];    // the most so far
+
     // of the call that runs
     bool                  aborted;
     int64_t               looked_at;                  // when the abort callback was last asked, microseconds
@@ -156,17 +160,52 @@ static void keep_attention_on_cpu(const mllama_context * ctx, ggml_backend_sched
     }
 }
 
-static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what,
-                                 const char * remedy) {
+// The place of a backend's device in the arrays of bytes. Devices that help the CPU use its memory.
+static int32_t place_of(const mllama_context * ctx, ggml_backend_t backend) {
+    for (int32_t i = 0; i < ctx->model->plan.n_gpus; i++) {
+        if (ctx->model->plan.gpus[i] == ggml_backend_get_device(backend)) return i + 1;
+    }
+    return 0;
+}
+
+// Raises `most` to what a scheduler's buffers take. sizes: of each backend, NULL: of the allocated buffers.
+static void note_sizes(const mllama_context * ctx, ggml_backend_sched_t sched, const size_t * sizes, uint64_t * most) {
+    uint64_t now[MAX_DEVICES + 1] = { 0 };
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        bool counted = false; // with a backend that has the same memory
+        for (int32_t j = 0; j < i && sizes; j++) {
+            counted |= ggml_backend_sched_get_buffer_type(sched, ctx->backends[j]) == ggml_backend_sched_get_buffer_type(sched, ctx->backends[i]);
+        }
+        if (!counted) {
+            now[place_of(ctx, ctx->backends[i])] += sizes ? sizes[i] : ggml_backend_sched_get_buffer_size(sched, ctx->backends[i]);
+        }
+    }
+    for (int32_t i = 0; i <= MAX_DEVICES; i++) {
+        most[i] = now[i] > most[i] ? now[i] : most[i];
+    }
+}
+
+// most: raised to what the buffers take. Without memory nothing but that is done.
+static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, uint64_t * most,
+                                 const char * what, const char * remedy) {
     ggml_backend_sched_reset(sched);
+    log_forget();
+    if (ctx->model->no_alloc && ctx->params.offload_kqv) {
+        size_t sizes[MAX_BACKENDS];
+        ggml_backend_sched_reserve_size(sched, gf, sizes);
+        note_sizes(ctx, sched, sizes, most);
+        return MLLAMA_OK;
+    }
     if (!ctx->params.offload_kqv) {
         keep_attention_on_cpu(ctx, sched, gf);
     }
-    log_forget();
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+    // ggml_backend_sched_reserve_size forgets what was said about the attention, so buffers are made and given back.
+    const bool ok = ctx->model->no_alloc ? ggml_backend_sched_reserve(sched, gf) : ggml_backend_sched_alloc_graph(sched, gf);
+    if (!ok) {
         return fail(MLLAMA_ERR_MEMORY, "no room for the compute buffers of %s%s%s; %s", what, log_last_error()[0] ? ": " : "",
                     log_last_error(), remedy);
     }
+    note_sizes(ctx, sched, NULL, most);
     return MLLAMA_OK;
 }
 
@@ -329,23 +368,37 @@ void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
     }
 }
 
-void mllama_memory_usage(const mllama_context * ctx, mllama_memory * memory) {
-    memory->self_kv  = kv_cache_size(&ctx->cache);
-    memory->cross_kv = 0;
+int32_t mllama_memory_count(const mllama_context * ctx) {
+    return 1 + ctx->model->plan.n_gpus;
+}
+
+mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mllama_memory * memory) {
+    if (index < 0 || index >= mllama_memory_count(ctx)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no device %d; this context uses %d", index, mllama_memory_count(ctx));
+    }
+    const device_plan *      plan   = &ctx->model->plan;
+    const ggml_backend_dev_t device = index == 0 ? plan->cpu : plan->gpus[index - 1];
+    memset(memory, 0, sizeof(*memory));
+    memory->device = ggml_backend_dev_name(device);
+    weights_memory(ctx->model->weights, device, memory);
+    memory->self_kv = ctx->cache.sizes[index];
     for (int32_t i = 0; i < ctx->n_slots; i++) {
-        memory->cross_kv += ctx->slots[i].used ? kv_cache_size(&ctx->slots[i].kv) : 0;
+        memory->cross_kv += ctx->slots[i].used ? ctx->slots[i].kv.sizes[index] : 0;
     }
-    memory->compute = 0;
-    for (int32_t i = 0; i < ctx->n_backends; i++) {
-        memory->compute += ggml_backend_sched_get_buffer_size(ctx->sched, ctx->backends[i]);
-    }
+    memory->compute = ctx->compute[index];
+    memory->vision  = ctx->vision[index];
+    return MLLAMA_OK;
 }
 
 // ---- images -------------------------------------------------------------------------------------------------------
 
+// patches NULL: only the buffers are made.
 static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched, vision_graph * vg, const float * patches,
                                 int32_t aspect_ratio_id, float * states) {
-    TRY(alloc_graph(ctx, sched, vg->g.gf, "the vision encoder", "free some memory, or put the encoder on the CPU"));
+    TRY(alloc_graph(ctx, sched, vg->g.gf, ctx->vision, "the vision encoder", "free some memory, or put the encoder on the CPU"));
+    if (!patches) {
+        return MLLAMA_OK;
+    }
     ggml_backend_tensor_set(vg->patches, patches, 0, ggml_nbytes(vg->patches));
     ggml_backend_tensor_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id));
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
@@ -355,8 +408,29 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched
     return MLLAMA_OK;
 }
 
+// The scheduler lives for this call only: its buffers are large, and text needs the memory next.
+static mllama_status encode(mllama_context * ctx, const float * patches, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
+    vision_graph         vg;
+    ggml_backend_sched_t sched  = NULL;
+    mllama_status        status = vision_graph_build(ctx->model, n_tiles, ctx->params.flash_attn, &vg);
+    if (status == MLLAMA_OK) {
+        status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
+    }
+    if (status == MLLAMA_OK) {
+        status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
+    }
+    ggml_backend_sched_free(sched);
+    vision_graph_free(&vg);
+    return status;
+}
+
+static mllama_status check_memory(const mllama_context * ctx) {
+    return ctx->model->no_alloc ? fail(MLLAMA_ERR_ARGUMENT, "the model was opened for measuring only") : MLLAMA_OK;
+}
+
 mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
     const mllama_hparams * p = &ctx->model->hp.pub;
+    TRY(check_memory(ctx));
     if (!hparams_has_vision(&ctx->model->hp)) {
         return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images; give the mmproj file",
                     ctx->model->text_file->path);
@@ -375,23 +449,12 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     vision_patches(p, pixels, n_tiles, patches);
-
-    // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
-    vision_graph         vg;
-    ggml_backend_sched_t sched  = NULL;
-    mllama_status        status = vision_graph_build(ctx->model, n_tiles, ctx->params.flash_attn, &vg);
-    if (status == MLLAMA_OK) {
-        status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
-    }
-    if (status == MLLAMA_OK) {
-        status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
-    }
-    ggml_backend_sched_free(sched);
-    vision_graph_free(&vg);
+    const mllama_status status = encode(ctx, patches, n_tiles, aspect_ratio_id, states);
     free(patches);
     return status;
 }
 
+// states NULL: only the buffers are made.
 static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows, const float * states) {
     fill_graph           fg;
     ggml_backend_sched_t sched  = NULL;
@@ -400,9 +463,9 @@ static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, in
         status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
     }
     if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx, sched, fg.g.gf, "the cross-attention cache", "free some memory");
+        status = alloc_graph(ctx, sched, fg.g.gf, ctx->vision, "the cross-attention cache", "free some memory");
     }
-    if (status == MLLAMA_OK) {
+    if (status == MLLAMA_OK && states) {
         ggml_backend_tensor_set(fg.states, states, 0, ggml_nbytes(fg.states));
         status = compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
     }
@@ -451,8 +514,7 @@ static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t 
     return MLLAMA_OK;
 }
 
-mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states, const int32_t * n_tiles,
-                                int32_t * slot) {
+static mllama_status check_images(const mllama_context * ctx, int32_t n_images, const int32_t * n_tiles) {
     const mllama_hparams * p = &ctx->model->hp.pub;
     if (!hparams_has_vision(&ctx->model->hp)) {
         return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images", ctx->model->text_file->path);
@@ -465,6 +527,13 @@ mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const fl
             return fail(MLLAMA_ERR_ARGUMENT, "image %d has %d tiles; this model takes 1 to %d", i, n_tiles[i], p->max_tiles);
         }
     }
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states, const int32_t * n_tiles,
+                                int32_t * slot) {
+    TRY(check_memory(ctx));
+    TRY(check_images(ctx, n_images, n_tiles));
     text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_PROMPT);
     int32_t index = 0;
@@ -507,7 +576,7 @@ static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shap
     const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
     mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, &ctx->text);
     if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, "the text model", "lower n_batch or n_ctx");
+        status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
     }
     if (status != MLLAMA_OK) {
         text_graph_free(&ctx->text);
@@ -593,6 +662,7 @@ static mllama_status check_decode(const mllama_context * ctx, const int32_t * to
 
 mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
                             int32_t logits_mode, float * logits, int64_t logits_capacity) {
+    TRY(check_memory(ctx));
     TRY(check_decode(ctx, tokens, n_tokens, slot, n_visible, logits_mode, logits, logits_capacity));
     begin(ctx, MLLAMA_PHASE_PROMPT);
     const int32_t n_past = ctx->n_past;
@@ -633,4 +703,61 @@ void mllama_clear(mllama_context * ctx) {
     for (int32_t i = 0; i < ctx->n_slots; i++) {
         free_slot(ctx, &ctx->slots[i]);
     }
+}
+
+// ---- reserving ----------------------------------------------------------------------------------------------------
+
+// The text graphs of a full context, for whole batches and single tokens, that see a slot (-1: no image).
+static mllama_status reserve_text(mllama_context * ctx, int32_t slot) {
+    // With logits the last layer computes one column only, without them all.
+    const int32_t n_tokens[] = { ctx->params.n_batch, ctx->params.n_batch, 1 };
+    const int32_t logits[]   = { MLLAMA_LOGITS_NONE, MLLAMA_LOGITS_LAST, MLLAMA_LOGITS_LAST };
+    for (int32_t i = 0; i < 3; i++) {
+        const text_shape shape = {
+            .n_tokens   = n_tokens[i],
+            .n_kv       = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP,
+            .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[ctx->slots[slot].n_images - 1] : 0,
+            .slot       = slot,
+            .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
+            .logits     = logits[i],
+        };
+        const mllama_status status = prepare_graph(ctx, &shape);
+        text_graph_free(&ctx->text); // it is of no use, and must not outlive the slot
+        TRY(status);
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status reserve_images(mllama_context * ctx, int32_t index, int32_t n_images, const int32_t * n_tiles) {
+    image_slot * slot = &ctx->slots[index];
+    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
+    TRY(reserve_text(ctx, index));
+    for (int32_t i = 0; i < n_images; i++) {
+        TRY(encode(ctx, NULL, n_tiles[i], 1, NULL));
+    }
+    return fill_rows(ctx, slot, 0, ctx->model->hp.pub.n_positions, NULL);
+}
+
+mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32_t * n_tiles) {
+    if (n_images != 0) {
+        TRY(check_images(ctx, n_images, n_tiles));
+    }
+    text_graph_free(&ctx->text);
+    if (ctx->model->no_alloc) {
+        mllama_clear(ctx);
+        memset(ctx->compute, 0, sizeof(ctx->compute));
+        memset(ctx->vision, 0, sizeof(ctx->vision));
+    }
+    TRY(reserve_text(ctx, -1));
+    if (n_images == 0) {
+        return MLLAMA_OK;
+    }
+    int32_t index = 0;
+    TRY(free_slot_index(ctx, &index));
+    ctx->slots[index].generation = ++ctx->generation;
+    const mllama_status status   = reserve_images(ctx, index, n_images, n_tiles);
+    if (status != MLLAMA_OK || !ctx->model->no_alloc) {
+        free_slot(ctx, &ctx->slots[index]);
+    }
+    return status;
 }

@@ -24,6 +24,7 @@ static mllama_status open_files(mllama_model * model, const char * text_path, co
 
 static mllama_status load(mllama_model * model, const char * text_path, const char * mmproj_path,
                           const mllama_model_params * params) {
+    model->no_alloc = params->no_alloc;
     TRY(devices_init());
     TRY(open_files(model, text_path, mmproj_path));
     TRY(hparams_read_text(model->text_file, &model->hp));

@@ -69,4 +69,5 @@ struct mllama_model {
     text_layer *         layers;
     vision_weights       vision;
     weight_list *        weights;
+    bool                 no_alloc;    // nothing has memory: mllama_model_params.no_alloc
 };

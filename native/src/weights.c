@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include "memory.h"
+
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -23,12 +25,20 @@ typedef struct weight {
     bool                       permuted; // halves to pairs when loaded, see layout.h
 } weight;
 
+typedef struct weight_buffer {
+    struct ggml_context * context;
+    ggml_backend_buffer_t buffer;
+    ggml_backend_dev_t    device;
+    bool                  mapped; // from a file
+    uint64_t              size;
+} weight_buffer;
+
 struct weight_list {
-    weight *                items;
-    int32_t                 n, capacity;
-    struct ggml_context **  contexts; // one for each buffer
-    ggml_backend_buffer_t * buffers;
-    int32_t                 n_buffers;
+    weight *        items;
+    int32_t         n, capacity;
+    weight_buffer * buffers;
+    int32_t         n_buffers;
+    uint64_t        staging; // bytes that copying takes on the host
 };
 
 // ---- what must be there -------------------------------------------------------------------------------------------
@@ -391,6 +401,9 @@ typedef struct loader {
 } loader;
 
 static mllama_status report(loader * ld, int64_t bytes) {
+    if (ld->model->no_alloc) {
+        return MLLAMA_OK;
+    }
     ld->done += bytes;
     if (ld->params->progress) {
         ld->params->progress(MLLAMA_PHASE_LOAD, ld->done, ld->total, ld->params->user_data);
@@ -428,27 +441,18 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
     return MLLAMA_OK;
 }
 
-static mllama_status new_context(weight_list * list, struct ggml_context ** ctx) {
-    const size_t n = (size_t) list->n_buffers + 1;
-    struct ggml_context ** contexts = realloc(list->contexts, n * sizeof(*contexts));
-    if (contexts) {
-        list->contexts = contexts;
-    }
-    ggml_backend_buffer_t * buffers = realloc(list->buffers, n * sizeof(*buffers));
-    if (buffers) {
-        list->buffers = buffers;
-    }
-    if (!contexts || !buffers) {
+static mllama_status new_context(weight_list * list, ggml_backend_dev_t device, bool mapped, struct ggml_context ** ctx) {
+    weight_buffer * buffers = realloc(list->buffers, ((size_t) list->n_buffers + 1) * sizeof(*buffers));
+    if (!buffers) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
+    list->buffers = buffers;
     struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (list->n + 1), .no_alloc = true };
     *ctx = ggml_init(params);
     if (!*ctx) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    list->contexts[list->n_buffers] = *ctx;
-    list->buffers[list->n_buffers]  = NULL;
-    list->n_buffers++;
+    list->buffers[list->n_buffers++] = (weight_buffer) { .context = *ctx, .device = device, .mapped = mapped };
     return MLLAMA_OK;
 }
 
@@ -462,28 +466,33 @@ static struct ggml_tensor * new_tensor(struct ggml_context * ctx, const weight *
 
 // The tensors of a file that stay in its mapping.
 static mllama_status load_mapped(loader * ld, gguf_file * file) {
-    weight_list *         list = ld->model->weights;
-    struct ggml_context * ctx  = NULL;
+    weight_list *         list     = ld->model->weights;
+    const bool            no_alloc = ld->model->no_alloc;
+    struct ggml_context * ctx      = NULL;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
         if (!w->tensor || w->file != file || !can_map(ld->model, w, ld->params)) {
             continue;
         }
         if (!ctx) {
-            if (!file->map) {
+            if (!file->map && !no_alloc) {
                 TRY(gguf_file_map(file));
             }
-            TRY(new_context(list, &ctx));
-            ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(file->map, file->size);
+            TRY(new_context(list, w->device, true, &ctx));
+            ggml_backend_buffer_t buffer = no_alloc ? ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 0) :
+                                                      ggml_backend_cpu_buffer_from_ptr(file->map, file->size);
             if (!buffer) {
                 return fail(MLLAMA_ERR_MEMORY, "%s: out of memory", file->path);
             }
             ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            list->buffers[list->n_buffers - 1] = buffer;
+            list->buffers[list->n_buffers - 1].buffer = buffer;
         }
         struct ggml_tensor * t = new_tensor(ctx, w);
-        if (ggml_backend_tensor_alloc(list->buffers[list->n_buffers - 1], t,
-                                      (char *) file->map + gguf_file_position(file, w->source)) != GGML_STATUS_SUCCESS) {
+        weight_buffer * place = &list->buffers[list->n_buffers - 1];
+        place->size += ggml_nbytes(t);
+        if (no_alloc) {
+            t->buffer = place->buffer;
+        } else if (ggml_backend_tensor_alloc(place->buffer, t, (char *) file->map + gguf_file_position(file, w->source)) != GGML_STATUS_SUCCESS) {
             return fail(MLLAMA_ERR_BACKEND, "%s: tensor '%s' cannot be used in place", file->path, t->name);
         }
         TRY(report(ld, (int64_t) ggml_nbytes(t)));
@@ -502,23 +511,24 @@ static mllama_status load_copied(loader * ld, ggml_backend_dev_t device) {
             continue;
         }
         if (!ctx) {
-            TRY(new_context(list, &ctx));
+            TRY(new_context(list, device, false, &ctx));
         }
         size += ggml_nbytes(new_tensor(ctx, w));
     }
     if (!ctx) {
         return MLLAMA_OK;
     }
-    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_dev_buffer_type(device));
+    ggml_backend_buffer_t buffer = memory_alloc(ctx, ggml_backend_dev_buffer_type(device), ld->model->no_alloc,
+                                                &list->buffers[list->n_buffers - 1].size);
     if (!buffer) {
         return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; offload fewer layers", device_label(device),
                     (unsigned long long) (size >> 20));
     }
     ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    list->buffers[list->n_buffers - 1] = buffer;
+    list->buffers[list->n_buffers - 1].buffer = buffer;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
-        if (w->tensor && w->device == device && !can_map(ld->model, w, ld->params)) {
+        if (!ld->model->no_alloc && w->tensor && w->device == device && !can_map(ld->model, w, ld->params)) {
             TRY(upload(ld, w, *w->tensor));
         }
     }
@@ -556,8 +566,13 @@ mllama_status weights_load(mllama_model * model, const mllama_model_params * par
             ld.n_staging = n > MAX_STAGING ? MAX_STAGING : n > ld.n_staging ? n : ld.n_staging;
         }
     }
+    const size_t n_floats = ld.n_staging / 2 * sizeof(float); // 2-byte types are the smallest that are converted
+    model->weights->staging = ld.n_staging + n_floats;
+    if (model->no_alloc) {
+        return load_all(&ld);
+    }
     ld.staging = malloc(ld.n_staging);
-    ld.floats  = malloc(ld.n_staging / 2 * sizeof(float)); // 2-byte types are the smallest that are converted
+    ld.floats  = malloc(n_floats);
     mllama_status status = ld.staging && ld.floats ? load_all(&ld) : fail(MLLAMA_ERR_MEMORY, "out of memory");
     free(ld.staging);
     free(ld.floats);
@@ -569,13 +584,22 @@ void weights_free(weight_list * list) {
         return;
     }
     for (int32_t i = 0; i < list->n_buffers; i++) {
-        ggml_backend_buffer_free(list->buffers[i]);
-        ggml_free(list->contexts[i]);
+        ggml_backend_buffer_free(list->buffers[i].buffer);
+        ggml_free(list->buffers[i].context);
     }
-    free(list->contexts);
     free(list->buffers);
     free(list->items);
     free(list);
+}
+
+void weights_memory(const weight_list * list, ggml_backend_dev_t device, mllama_memory * memory) {
+    for (int32_t i = 0; i < list->n_buffers; i++) {
+        const weight_buffer * b = &list->buffers[i];
+        if (b->device == device) {
+            *(b->mapped ? &memory->mapped : &memory->weights) += b->size;
+        }
+    }
+    memory->staging = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? list->staging : 0;
 }
 
 int32_t weights_count(const weight_list * list) {

@@ -10,4 +10,7 @@ mllama_status weights_load(mllama_model * model, const mllama_model_params * par
 void          weights_free(weight_list * list);
 
 int32_t       weights_count(const weight_list * list);
+// Bytes of the loaded weights on a device: those read in place, those copied there, and the host's buffer for copying.
+void          weights_memory(const weight_list * list, ggml_backend_dev_t device, mllama_memory * memory);
+
 mllama_status weights_info(const weight_list * list, int32_t index, mllama_tensor_info * info);

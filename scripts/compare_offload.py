@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""What every number of offloaded layers gives for one image: the first vision values, the likeliest next
+tokens and the caption, with what differs from the first row marked.
+
+    python scripts/compare_offload.py IMAGE -m MODEL [--rpc HOST:PORT,...] [--layers 0,1,2] [--json FILE]
+
+Exits with 1 if anything differs or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mllama_gguf.compare import N_TOP, N_VISION, Answer, compare
+from mllama_gguf.files import write_whole
+from mllama_gguf.models import resolve
+from mllama_gguf.plan import make_plan
+
+MARK = "bold red"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Whether offloaded layers compute the same")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("-m", "--model", default="demo", help="GGUF file, or a bundled model's name")
+    parser.add_argument("--mmproj")
+    parser.add_argument("-p", "--prompt", default="Describe this image.")
+    parser.add_argument("-n", "--max-tokens", type=int, default=32)
+    parser.add_argument("--layers", help="as in 0,8,41; default: every number")
+    parser.add_argument("--vision-device", default="auto")
+    parser.add_argument("--rpc", default="", help="host:port of workers, with commas in between")
+    parser.add_argument("-c", "--n-ctx", type=int, default=2048)
+    parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    return parser.parse_args()
+
+
+def table(answers: list[Answer]) -> Table:
+    """A row an answer; what differs from the first is marked."""
+    out = Table(title="differences from the first row are marked", title_justify="left", show_lines=True)
+    for name in ("layers", f"first {N_VISION} vision values", f"top {N_TOP} next tokens", "caption"):
+        out.add_column(name)
+    for answer in answers:
+        marked = answer.differences(answers[0])
+        if answer.error:
+            out.add_row(str(answer.n_gpu_layers), "", "", Text(answer.error, MARK))
+            continue
+        vision, top = Text(), Text()
+        for i, value in enumerate(answer.vision):
+            vision.append(f"{value:.5f} ", MARK if f"vision {i}" in marked else "")
+        for i, (text, logit) in enumerate(answer.top):
+            top.append(f"{text!r} {logit:.4f}\n", MARK if f"top {i}" in marked else "")
+        top.rstrip()
+        caption = Text(answer.caption, MARK if "caption" in marked else "")
+        out.add_row(str(answer.n_gpu_layers), vision, top, caption)
+    return out
+
+
+def main() -> int:
+    args = parse()
+    settings = {"n_ctx": args.n_ctx, "vision_device": args.vision_device}
+    if args.threads:
+        settings["n_threads"] = args.threads
+    if args.rpc:
+        settings["rpc_servers"] = args.rpc.split(",")
+    files = resolve(args.model, args.mmproj)
+    settings |= files.parameters
+    allowed = files.parameters.get("allow_quantized_vision", False)
+    if args.layers:
+        layers = [int(n) for n in args.layers.split(",")]
+    else:
+        plan = make_plan(
+            files.text, files.mmproj, n_gpu_layers=0, n_ctx=args.n_ctx, allow_quantized_vision=allowed
+        )
+        layers = list(range(plan.n_layer + 2))
+    request = {
+        "model": os.fspath(files.text.resolve()),
+        "mmproj": None if files.mmproj is None else os.fspath(files.mmproj.resolve()),
+        "image": os.fspath(args.image.resolve()),
+        "prompt": args.prompt,
+        "max_tokens": args.max_tokens,
+        "settings": settings,
+    }
+    answers = compare(layers, request)
+    rows = [{**asdict(a), "differs": sorted(a.differences(answers[0]))} for a in answers]
+    if args.json:
+        write_whole(args.json, json.dumps(rows, indent=1) + "\n")
+    Console(width=None if sys.stdout.isatty() else 140).print(table(answers))
+    return int(any(row["differs"] or row["error"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
