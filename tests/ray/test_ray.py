@@ -29,12 +29,13 @@ OPTIONS = {"max_tokens": 6}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     package = elsewhere()["env"]["PYTHONPATH"]
+    paths = os.pathsep.join((package, str(Path(__file__).parents[1])))  # the workers import this file
     # Two actors of one CPU each, and what the reading takes; Ray counts CPUs, it does not bind them.
     ray.init(
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": package}},
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
     )
     yield
     ray.shutdown()
@@ -116,7 +117,7 @@ def test_an_actor_that_is_killed_is_replaced(
     cluster: None, photos: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     dataset = ray.data.read_binary_files(str(photos), include_paths=True, override_num_blocks=12)
-    stream = captioned(dataset, Witness, folder=str(tmp_path), image_column="bytes").iter_rows()
+    stream = iter(captioned(dataset, Witness, folder=str(tmp_path), image_column="bytes").iter_rows())
     rows = [next(stream)]
     victim = int(next(tmp_path.glob("*.used")).stem)
     os.kill(victim, signal.SIGKILL)
