@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import threading
 import time
 from collections import deque
@@ -31,6 +32,7 @@ R = TypeVar("R")
 Report: TypeAlias = Callable[[dict[str, Any]], None]
 
 THREADS = min(4, usable_cpus())
+NICE = 10
 # Pictures that wait decoded: enough that one large picture among small ones is not waited for. One takes up
 # to 15 MB.
 AHEAD = 8
@@ -296,6 +298,9 @@ def prefetch(
     jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
 
     def serve() -> None:
+        if sys.platform == "linux":  # where a thread has a priority: the model's threads go first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (job := jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue

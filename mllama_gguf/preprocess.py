@@ -88,8 +88,34 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# warnings.catch_warnings swaps a process-wide list: two of our threads must not interleave there.
-_pillow_lock = threading.Lock()
+
+class _Quiet:
+    """Pillow's warnings silenced, in any number of threads at once.
+
+    warnings.catch_warnings swaps a process-wide list: the first thread does it, and the last one undoes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,8 +399,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Pillow's warnings silenced, and whatever it raises turned into an ImageError."""
-    with _pillow_lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+    with _quiet:
         try:
             yield
         except ImageError:

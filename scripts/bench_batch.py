@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Batch captions against the same calls in a plain loop: pictures a minute, and how busy the model is.
+
+    python scripts/bench_batch.py [--pictures 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
+
+Draws pictures of the sizes that cameras and web pages have, JPEG and PNG, and captions them with 1 and with 2
+processes at once, each with its share. Loading the model is not counted. The best of --repeat counts: other
+work on the machine only slows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from mllama_gguf import Mllama
+from mllama_gguf.batch import caption_pictures
+from mllama_gguf.captions import CaptionOptions
+from mllama_gguf.records import ErrorLog, RecordFile
+
+SETS = {"web": ((640, 480), (800, 600), (1024, 768)), "camera": ((2048, 1536), (3000, 2000), (4000, 3000))}
+INK = ((214, 36, 44), (40, 90, 200), (240, 190, 30), (60, 160, 70), (30, 30, 36))
+
+
+def draw(path: Path, seed: int, size: tuple[int, int]) -> None:
+    """A few shapes on a soft, noisy ground, as compressible as a photograph."""
+    chance = np.random.default_rng(seed)
+    noise = chance.integers(150, 256, (size[1] // 4, size[0] // 4, 3), np.uint8)
+    image = Image.fromarray(noise).resize(size).filter(ImageFilter.GaussianBlur(2))
+    pen = ImageDraw.Draw(image)
+    for _ in range(4):
+        x, y = (int(chance.integers(0, side)) for side in size)
+        r = int(chance.integers(size[1] // 12, size[1] // 4))
+        ink = INK[int(chance.integers(len(INK)))]
+        (pen.ellipse if chance.random() < 0.5 else pen.rectangle)([x - r, y - r, x + r, y + r], fill=ink)
+    image.save(path, **({"quality": 90} if path.suffix == ".jpg" else {"compress_level": 3}))
+
+
+def plain(open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
+    """What one would write at first."""
+    with open_model() as model, open(out, "w") as file:
+        start = time.perf_counter()
+        for picture in pictures:
+            file.write(json.dumps({"image": picture, "caption": model.caption(picture)}) + "\n")
+        return {"start": start, "end": time.perf_counter()}
+
+
+def batch(open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
+    """The same by `caption_pictures`."""
+    output = RecordFile(Path(out))
+    with open_model() as model:
+        errors = ErrorLog(Path(out).with_name("errors.jsonl"))
+        start = time.perf_counter()
+        summary = caption_pictures(pictures, output, lambda: model, CaptionOptions(), errors=errors)
+        end = time.perf_counter()
+    output.close()
+    assert summary.captioned == len(pictures)
+    return {"start": start, "end": end, "busy": summary.utilisation, "wait": summary.seconds["wait"]}
+
+
+def measure(
+    work: Any, open_model: Any, pictures: list[str], processes: int, folder: Path
+) -> dict[str, float]:
+    outs = [tempfile.mktemp(suffix=".jsonl", dir=folder) for _ in range(processes)]
+    shares = [pictures[i::processes] for i in range(processes)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        found = list(pool.map(partial(work, open_model), shares, outs))
+    seconds = max(r["end"] for r in found) - min(r["start"] for r in found)
+    busy = min(r.get("busy", 0.0) for r in found)
+    return {"rate": len(pictures) / seconds * 60, "busy": busy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--mmproj")
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    # The image cache would answer the second round.
+    open_model = partial(Mllama.from_pretrained, args.model, args.mmproj, image_cache=False)
+    print(f"{args.model}, {args.pictures} pictures, {os.cpu_count()} CPUs")
+    print("pictures  processes  plain loop    batch    ratio  model busy")
+    for name, sizes in SETS.items():
+        with tempfile.TemporaryDirectory() as root:
+            folder = Path(root)
+            pictures = []
+            for i in range(args.pictures):
+                path = folder / f"{i}{'.png' if i % 4 == 3 and name == 'web' else '.jpg'}"
+                draw(path, i, sizes[i % len(sizes)])
+                pictures.append(str(path))
+            for processes in (1, 2):
+                # In turn, so that both meet the same machine.
+                loops, batches = [], []
+                for _ in range(args.repeat):
+                    loops.append(measure(plain, open_model, pictures, processes, folder)["rate"])
+                    batches.append(measure(batch, open_model, pictures, processes, folder))
+                loop, best = max(loops), max(batches, key=lambda r: r["rate"])
+                print(
+                    f"{name:8}  {processes:9}  {loop:6.0f}/min  {best['rate']:5.0f}/min  "
+                    f"{best['rate'] / loop:6.2f}  {best['busy']:9.1%}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
