@@ -242,6 +242,13 @@ void          mllama_clear(mllama_context * ctx);                           // f
 typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);
 void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data); // NULL: off
 
+// ---- kernels of the CPU -------------------------------------------------------------------------------------------
+
+// Attention and GELU of a vision encoder on the CPU are our own; the environment variable MLLAMA_CPU_KERNEL, read at every
+// mllama_encode, names one ("avx512", "avx2", "portable") or leaves all to ggml ("off"). Unset: the best of the processor.
+const char *  mllama_cpu_kernel(void);                                     // its name, or "off"; NULL: no such kernel
+mllama_status mllama_erf(const float * x, float * y, int64_t n);           // what GELU uses, for tests
+
 #pragma GCC visibility pop
 
 #ifdef __cplusplus

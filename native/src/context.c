@@ -50,10 +50,9 @@ static void report(const mllama_context * ctx, int32_t phase, int64_t done, int6
     }
 }
 
-// ggml's CPU backend asks this before every node, on the calling thread.
-static bool should_abort(void * user_data) {
+// Our own kernels ask this while they work, on the calling thread.
+static bool look(void * user_data) {
     mllama_context * ctx = user_data;
-    ctx->nodes_done++;
     if (ctx->aborted) {
         return true;
     }
@@ -68,6 +67,13 @@ static bool should_abort(void * user_data) {
     }
     ctx->aborted = ctx->params.abort && ctx->params.abort(ctx->params.user_data);
     return ctx->aborted;
+}
+
+// ggml's CPU backend asks this before every node, on the calling thread.
+static bool should_abort(void * user_data) {
+    mllama_context * ctx = user_data;
+    ctx->nodes_done++;
+    return look(ctx);
 }
 
 static void begin(mllama_context * ctx, int32_t phase) {
@@ -365,6 +371,11 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     if (aspect_ratio_id < 1 || aspect_ratio_id > p->n_aspect_ratios) {
         return fail(MLLAMA_ERR_ARGUMENT, "aspect_ratio_id %d; this model knows 1 to %d", aspect_ratio_id, p->n_aspect_ratios);
     }
+    const mllama_model * model  = ctx->model;
+    const cpu_kernel *   kernel = NULL;
+    if (model->plan.vision == model->plan.cpu && ctx->params.flash_attn && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head)) {
+        TRY(cpu_kernel_choose(&kernel));
+    }
     text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_ENCODE);
     const size_t tile    = (size_t) (p->n_positions - 1) * (size_t) (p->patch_size * p->patch_size * 3);
@@ -377,7 +388,7 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
     vision_graph         vg;
     ggml_backend_sched_t sched  = NULL;
-    mllama_status        status = vision_graph_build(ctx->model, n_tiles, ctx->params.flash_attn, &vg);
+    mllama_status        status = vision_graph_build(model, n_tiles, ctx->params.flash_attn, kernel, look, ctx, &vg);
     if (status == MLLAMA_OK) {
         status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
     }

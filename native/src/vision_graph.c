@@ -8,6 +8,7 @@
 // those are two plain attention calls over contiguous views. Attention does not depend on the order of its keys.
 #include "vision_graph.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct encoder {
@@ -15,6 +16,8 @@ typedef struct encoder {
     const mllama_model *   model;
     const mllama_hparams * p;
     int64_t                n_real; // tokens that are not pads
+    const cpu_kernel *     kernel; // NULL: ggml's own operations
+    cpu_attention *        next;   // that of the next layer
 } encoder;
 
 void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_tiles, float * patches) {
@@ -68,12 +71,17 @@ static struct ggml_tensor * embed(encoder * e, vision_graph * vg) {
 
 typedef struct mlp_args {
     const vision_layer * layer;
+    const cpu_kernel *   kernel;
 } mlp_args;
 
 static struct ggml_tensor * mlp(graph * g, struct ggml_tensor * x, void * arg) {
-    const vision_layer * l = ((const mlp_args *) arg)->layer;
-    x = linear_bias(g, l->fc1, l->fc1_b, x);
-    x = ggml_gelu_erf(g->ctx, x); // the exact one: ggml_gelu goes through a table of 16-bit values
+    const mlp_args *     args = arg;
+    const vision_layer * l    = args->layer;
+    if (args->kernel) {
+        x = cpu_bias_gelu_node(g->ctx, args->kernel, linear(g, l->fc1, x), l->fc1_b);
+    } else {
+        x = ggml_gelu_erf(g->ctx, linear_bias(g, l->fc1, l->fc1_b, x)); // ggml_gelu goes through a table of 16-bit values
+    }
     return linear_bias(g, l->fc2, l->fc2_b, x);
 }
 
@@ -82,33 +90,45 @@ static struct ggml_tensor * add_gated(graph * g, struct ggml_tensor * x, struct 
     return ggml_add(g->ctx, x, gate == 1.0f ? y : ggml_scale(g->ctx, y, gate));
 }
 
+// q, k, v [n_embd, n_all], or q [n_embd, n_real] -> as q
+static struct ggml_tensor * attend(encoder * e, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v) {
+    graph *               g      = e->g;
+    struct ggml_context * ctx    = g->ctx;
+    const int64_t         n_embd = q->ne[0], n = q->ne[1], n_real = e->n_real, n_head = e->p->vision_head;
+    k = split_heads(g, k, n_head); // [head_dim, n_all, n_head]
+    v = split_heads(g, v, n_head);
+
+    struct ggml_tensor * q_real = ggml_view_2d(ctx, q, n_embd, n_real, q->nb[1], 0);
+    struct ggml_tensor * attn   = attention(g, q_real, k, v, NULL, n_head);
+    if (n == n_real) {
+        return attn;
+    }
+    struct ggml_tensor * q_pad  = ggml_view_2d(ctx, q, n_embd, n - n_real, q->nb[1], q->nb[1] * (size_t) n_real);
+    struct ggml_tensor * k_real = ggml_view_3d(ctx, k, k->ne[0], n_real, n_head, k->nb[1], k->nb[2], 0);
+    struct ggml_tensor * v_real = ggml_view_3d(ctx, v, v->ne[0], n_real, n_head, v->nb[1], v->nb[2], 0);
+    return ggml_concat(ctx, attn, attention(g, q_pad, k_real, v_real, NULL, n_head), 1);
+}
+
 // x [n_embd, n_all] -> [n_embd, n_all], or [n_embd, n_real] when nobody reads the pads afterwards
 static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, const char * prefix, int32_t il,
                                           struct ggml_tensor * x, bool only_real) {
     graph *               g      = e->g;
     struct ggml_context * ctx    = g->ctx;
-    const int64_t         n_embd = x->ne[0], n_all = x->ne[1], n_real = e->n_real, n_head = e->p->vision_head;
+    const int64_t         n_embd = x->ne[0];
 
     struct ggml_tensor * norm = named(layer_norm(g, x, l->attn_norm, l->attn_norm_b, e->p->vision_eps), prefix, il, "attn_norm");
-    struct ggml_tensor * k    = split_heads(g, linear(g, l->k, norm), n_head); // [head_dim, n_all, n_head]
-    struct ggml_tensor * v    = split_heads(g, linear(g, l->v, norm), n_head);
+    struct ggml_tensor * k    = linear(g, l->k, norm);
+    struct ggml_tensor * v    = linear(g, l->v, norm);
     if (only_real) {
-        norm = ggml_view_2d(ctx, norm, n_embd, n_real, norm->nb[1], 0);
-        x    = ggml_view_2d(ctx, x, n_embd, n_real, x->nb[1], 0);
+        norm = ggml_view_2d(ctx, norm, n_embd, e->n_real, norm->nb[1], 0);
+        x    = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
     }
-    struct ggml_tensor * q      = linear(g, l->q, norm);
-    struct ggml_tensor * q_real = ggml_view_2d(ctx, q, n_embd, n_real, q->nb[1], 0);
-    struct ggml_tensor * attn   = attention(g, q_real, k, v, NULL, n_head);
-    if (q->ne[1] > n_real) {
-        struct ggml_tensor * q_pad  = ggml_view_2d(ctx, q, n_embd, n_all - n_real, q->nb[1], q->nb[1] * (size_t) n_real);
-        struct ggml_tensor * k_real = ggml_view_3d(ctx, k, k->ne[0], n_real, n_head, k->nb[1], k->nb[2], 0);
-        struct ggml_tensor * v_real = ggml_view_3d(ctx, v, v->ne[0], n_real, n_head, v->nb[1], v->nb[2], 0);
-        attn = ggml_concat(ctx, attn, attention(g, q_pad, k_real, v_real, NULL, n_head), 1);
-    }
+    struct ggml_tensor * q    = linear(g, l->q, norm);
+    struct ggml_tensor * attn = e->kernel ? cpu_attention_node(ctx, e->next++, q, k, v) : attend(e, q, k, v);
     x = named(add_gated(g, x, named(linear(g, l->o, attn), prefix, il, "attn_out"), l->attn_gate), prefix, il, "attn_residual");
 
     norm = named(layer_norm(g, x, l->ffn_norm, l->ffn_norm_b, e->p->vision_eps), prefix, il, "ffn_norm");
-    mlp_args             args = { .layer = l };
+    mlp_args             args = { .layer = l, .kernel = e->kernel };
     struct ggml_tensor * out  = in_blocks(g, norm, block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff), mlp, &args);
     return named(add_gated(g, x, named(out, prefix, il, "ffn_out"), l->ffn_gate), prefix, il, "layer_out");
 }
@@ -181,8 +201,30 @@ static void build(encoder * e, vision_graph * vg, struct ggml_tensor ** inputs) 
     ggml_build_forward_expand(e->g->gf, vg->states);
 }
 
-mllama_status vision_graph_build(const mllama_model * model, int32_t n_tiles, bool flash_attn, vision_graph * vg) {
-    const mllama_hparams * p = &model->hp.pub;
+static mllama_status init_attentions(const mllama_hparams * p, const cpu_kernel * kernel, int64_t n_real, bool (*stop)(void *),
+                                     void * stop_data, vision_graph * vg) {
+    const int64_t n = (int64_t) p->n_vision_layer + p->n_vision_global_layer, n_head = p->vision_head;
+    vg->attentions = calloc((size_t) n + 1, sizeof(*vg->attentions));
+    if (!vg->attentions) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    for (int64_t i = 0; i < n; i++) {
+        cpu_attention * a = &vg->attentions[i];
+        a->kernel    = kernel;
+        a->n_head    = n_head;
+        a->head_dim  = p->vision_embd / n_head;
+        a->n_real    = n_real;
+        a->n_all     = (int64_t) p->n_positions_padded * p->max_tiles;
+        a->stop      = stop;
+        a->stop_data = stop_data;
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status vision_graph_build(const mllama_model * model, int32_t n_tiles, bool flash_attn, const cpu_kernel * kernel,
+                                 bool (*stop)(void *), void * stop_data, vision_graph * vg) {
+    const mllama_hparams * p      = &model->hp.pub;
+    const int64_t          n_real = (int64_t) n_tiles * p->n_positions;
     memset(vg, 0, sizeof(*vg));
     // Blocks multiply the nodes of a layer, at most by the number of halvings of 2^10 pieces for the largest shapes.
     const double flop   = (double) p->n_positions_padded * p->max_tiles * p->vision_embd;
@@ -190,13 +232,18 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_tiles, bo
     const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * (64 + 16 * blocks) + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;
     TRY(graph_init(&vg->g, nodes, flash_attn));
+    if (kernel) {
+        TRY(init_attentions(p, kernel, n_real, stop, stop_data, vg));
+    }
 
     struct ggml_tensor * inputs[1024]; // hparams allows no more layers
-    encoder              e = { .g = &vg->g, .model = model, .p = p, .n_real = (int64_t) n_tiles * p->n_positions };
+    encoder              e = { .g = &vg->g, .model = model, .p = p, .n_real = n_real, .kernel = kernel, .next = vg->attentions };
     build(&e, vg, inputs);
     return MLLAMA_OK;
 }
 
 void vision_graph_free(vision_graph * vg) {
     graph_free(&vg->g);
+    free(vg->attentions);
+    vg->attentions = NULL;
 }
