@@ -378,21 +378,17 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     }
     text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_ENCODE);
-    const size_t tile    = (size_t) (p->n_positions - 1) * (size_t) (p->patch_size * p->patch_size * 3);
-    float *      patches = malloc(tile * (size_t) p->max_tiles * sizeof(float));
-    if (!patches) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
-    vision_patches(p, pixels, n_tiles, patches);
-
     // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
     vision_graph         vg;
-    ggml_backend_sched_t sched  = NULL;
-    mllama_status        status = vision_graph_build(model, n_tiles, ctx->params.flash_attn, kernel, look, ctx, &vg);
+    ggml_backend_sched_t sched   = NULL;
+    float *              patches = NULL;
+    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, ctx->params.flash_attn, kernel, look, ctx, &vg);
     if (status == MLLAMA_OK) {
-        status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
+        patches = malloc(ggml_nbytes(vg.patches));
+        status  = patches ? new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched) : fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     if (status == MLLAMA_OK) {
+        vision_patches(p, pixels, n_tiles, vg.n_tiles, patches);
         status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
     }
     ggml_backend_sched_free(sched);

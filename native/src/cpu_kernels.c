@@ -146,13 +146,23 @@ static const float * row_of(const struct ggml_tensor * t, int64_t row, int64_t h
     return (const float *) ((const char *) t->data + (size_t) row * t->nb[1]) + head * head_dim;
 }
 
+// What is added to the scores of a key: they are exponents of 2, so this makes it count several times.
+static float key_bonus(const cpu_attention * a, int64_t row) {
+    for (int i = 0; i < 2; i++) {
+        if (row >= a->repeated[i][0] && row < a->repeated[i][1]) {
+            return log2f(a->repeats);
+        }
+    }
+    return 0.0f;
+}
+
 // One panel of one head: k and v of `width` keys from row `first` on, of which those below `end` exist
 static void pack_panel(const cpu_attention * a, const struct ggml_tensor * k, const struct ggml_tensor * v, int64_t head, int64_t first,
                        int64_t end, float * k_out, float * v_out) {
     const int64_t width = a->kernel->width, dim = a->head_dim, v_size = value_size(a);
     for (int64_t j = 0; j < width; j++) {
         const bool exists = first + j < end;
-        k_out[j] = exists ? 0.0f : NO_KEY;
+        k_out[j] = exists ? key_bonus(a, first + j) : NO_KEY;
         memset(v_out + j * v_size, 0, sizeof(float) * (size_t) v_size);
         if (!exists) {
             for (int64_t i = 0; i < dim; i++) {

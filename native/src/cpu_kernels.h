@@ -23,6 +23,8 @@ typedef struct cpu_attention {
     const cpu_kernel * kernel;
     int64_t            n_head, head_dim;
     int64_t            n_real, n_all;  // keys, and queries likewise
+    int64_t            repeated[2][2]; // keys of rows [from, to) count as
+    float              repeats;        // this many, at least 1
     bool            (* stop)(void *);  // asked on the calling thread; true: leave, the result does not matter
     void *             stop_data;
     atomic_llong       next;           // block of queries to be done

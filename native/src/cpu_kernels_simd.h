@@ -50,27 +50,33 @@ INLINE vf KERNEL(erf)(vf x) {
     return (vf) ((vi) (1.0f - KERNEL(exp2)(q * a)) ^ sign);
 }
 
+INLINE vf KERNEL(gelu)(vf x) {
+    return 0.5f * x * (1.0f + KERNEL(erf)(0.70710678118654752f * x));
+}
+
 TARGET static void KERNEL(erf_array)(const float * x, float * y, int64_t n) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        const size_t size = sizeof(float) * (size_t) (n - i < LANES ? n - i : LANES);
-        vf           v    = { 0 };
-        memcpy(&v, x + i, size);
-        v = KERNEL(erf)(v);
-        memcpy(y + i, &v, size);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        STORE(y + i, KERNEL(erf)(LOAD(x + i)));
     }
+    float rest[LANES] = { 0 };
+    memcpy(rest, x + i, sizeof(float) * (size_t) (n - i));
+    STORE(rest, KERNEL(erf)(LOAD(rest)));
+    memcpy(y + i, rest, sizeof(float) * (size_t) (n - i));
 }
 
 // x = gelu(x + bias), n values
 TARGET static void KERNEL(bias_gelu)(float * x, const float * bias, int64_t n) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        const size_t size = sizeof(float) * (size_t) (n - i < LANES ? n - i : LANES);
-        vf           v = { 0 }, b = { 0 };
-        memcpy(&v, x + i, size);
-        memcpy(&b, bias + i, size);
-        v += b;
-        v = 0.5f * v * (1.0f + KERNEL(erf)(0.70710678118654752f * v));
-        memcpy(x + i, &v, size);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        STORE(x + i, KERNEL(gelu)(LOAD(x + i) + LOAD(bias + i)));
     }
+    float rest[LANES] = { 0 };
+    for (int64_t j = i; j < n; j++) {
+        rest[j - i] = x[j] + bias[j];
+    }
+    STORE(rest, KERNEL(gelu)(LOAD(rest)));
+    memcpy(x + i, rest, sizeof(float) * (size_t) (n - i));
 }
 
 // out[ROWS][WIDTH] = bias + a^T b, with a [n][ROWS] and b [n][WIDTH]
