@@ -36,19 +36,6 @@ KERNELS = [name for name in NAMES if runs_here(name)]
 HEAD_DIMS = [*range(32, 129, 8), 33, 50]  # the last two are left to the plain graph
 
 
-def unused_like_published(weights: tiny.Weights, arch: tiny.Arch) -> tiny.Weights:
-    """The tile tables as the published models have them: zero for the tiles that a grid does not use."""
-    for name in (
-        "gated_positional_embedding.tile_embedding.weight",
-        "pre_tile_positional_embedding.embedding.weight",
-        "post_tile_positional_embedding.embedding.weight",
-    ):
-        table = weights[f"vision_model.{name}"].reshape(len(arch.grids) + 1, arch.max_tiles, -1)
-        for i, (rows, columns) in enumerate(arch.grids, 1):
-            table[i, rows * columns :] = 0.0
-    return weights
-
-
 def make(
     folder: Path, head_dim: int, published: bool = False, **changes: Any
 ) -> tuple[tiny.Arch, Path, Path]:
@@ -58,7 +45,7 @@ def make(
     )
     weights = tiny.make_weights(arch)
     if published:
-        weights = unused_like_published(weights, arch)
+        weights = tiny.unused_tiles_zero(arch, weights)
     checkpoint = tiny.make_checkpoint(arch, folder / "checkpoint", weights=weights)
     text, mmproj = convert(checkpoint, folder / "text.gguf", type="f32")
     return arch, text, mmproj
