@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -232,16 +233,23 @@ def projector_sha256(
 
 
 def code_identity(device: str) -> str:
-    """Names what computes on a device (as ggml names it) to the bit: this build of libmllama, ggml, and the
-    hardware."""
+    """Names what computes on a device (as ggml names it) to the bit: this build of libmllama, its kernel for
+    the CPU as $MLLAMA_CPU_KERNEL and the processor have it now, ggml, and the hardware."""
     from . import _native
     from .runtime import devices
 
     native = _native.load()
-    library = hashlib.sha256(native.path.read_bytes()).hexdigest()
+    library = _sha256(native.path)
+    kernel = native.lib.mllama_cpu_kernel()
     ggml = native.text(native.lib.mllama_ggml_version_loaded())
     hardware = next((d.description for d in devices() if d.name == device), "")
-    return f"{library}/{ggml}/{device}/{hardware}"
+    name = "" if kernel == native.ffi.NULL else native.text(kernel)
+    return f"{library}/{name}/{ggml}/{device}/{hardware}"
+
+
+@cache
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- entries -----------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ class Mllama:
             self._disk = disk if disk.max_bytes > 0 else None
         self._flash_attn = flash_attn
         self._stop = abort or (lambda: False)
-        self._encoder = ""  # see _encoder_identity
+        self._projector = self._vision_device = ""  # see _encoder_identity
         self._taps = 0  # open ones
         self._template = ChatTemplate(
             chat_template or self._vocab.chat_template,
@@ -371,17 +371,16 @@ class Mllama:
 
     def _encoder_identity(self) -> str:
         """Everything but the pixels that the bits of the states depend on."""
-        if not self._encoder:
+        if not self._projector:
             path = self.mmproj_path or self.model_path
+            vision = [tensor for tensor in self._model.tensors() if tensor.is_vision]
             if self._disk is None:  # its own memory needs not know a copy of the file
-                content = _file_identity(path)
+                self._projector = _file_identity(path)
             else:
-                names = [t.name for t in self._model.tensors() if t.is_vision]
-                content = self._disk.projector_sha256(path, names, self._stop)
-            device = next(t.device for t in self._model.tensors() if t.is_vision)
-            facts = (content, PREPROCESS_VERSION, code_identity(device), self._flash_attn)
-            self._encoder = "/".join(map(str, facts))
-        return self._encoder
+                self._projector = self._disk.projector_sha256(path, [t.name for t in vision], self._stop)
+            self._vision_device = vision[0].device
+        code = code_identity(self._vision_device)
+        return f"{self._projector}/{PREPROCESS_VERSION}/{code}/{self._flash_attn}"
 
     # ---- replies -------------------------------------------------------------------------------------------
 

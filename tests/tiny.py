@@ -378,6 +378,20 @@ def make_weights(arch: Arch, seed: int = 0) -> Weights:
     return w
 
 
+def unused_tiles_zero(arch: Arch, weights: Weights) -> Weights:
+    """The weights with tile tables as the published models have them: zero for the tiles that a grid does not
+    use. Changes them in place."""
+    for name in (
+        "gated_positional_embedding.tile_embedding.weight",
+        "pre_tile_positional_embedding.embedding.weight",
+        "post_tile_positional_embedding.embedding.weight",
+    ):
+        table = weights[f"vision_model.{name}"].reshape(len(arch.grids) + 1, arch.max_tiles, -1)
+        for i, (rows, columns) in enumerate(arch.grids, 1):
+            table[i, rows * columns :] = 0.0
+    return weights
+
+
 def make_config(arch: Arch) -> dict[str, Any]:
     ids = {
         "bos_token_id": arch.special("<|begin_of_text|>"),

@@ -264,6 +264,13 @@ void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * u
 mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t dst_type, void * dst, int64_t n_rows,
                                    int64_t n_per_row);
 
+// ---- kernels of the CPU -------------------------------------------------------------------------------------------
+
+// Attention and GELU of a vision encoder on the CPU are our own; the environment variable MLLAMA_CPU_KERNEL, read at every
+// mllama_encode, names one ("avx512", "avx2", "portable") or leaves all to ggml ("off"). Unset: the best of the processor.
+const char *  mllama_cpu_kernel(void);                                     // its name, or "off"; NULL: no such kernel
+mllama_status mllama_erf(const float * x, float * y, int64_t n);           // what GELU uses, for tests
+
 #pragma GCC visibility pop
 
 #ifdef __cplusplus

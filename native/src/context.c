@@ -54,10 +54,9 @@ static void report(const mllama_context * ctx, int32_t phase, int64_t done, int6
     }
 }
 
-// ggml's CPU backend asks this before every node, on the calling thread.
-static bool should_abort(void * user_data) {
+// Our own kernels ask this while they work, on the calling thread.
+static bool look(void * user_data) {
     mllama_context * ctx = user_data;
-    ctx->nodes_done++;
     if (ctx->aborted) {
         return true;
     }
@@ -72,6 +71,13 @@ static bool should_abort(void * user_data) {
     }
     ctx->aborted = ctx->params.abort && ctx->params.abort(ctx->params.user_data);
     return ctx->aborted;
+}
+
+// ggml's CPU backend asks this before every node, on the calling thread.
+static bool should_abort(void * user_data) {
+    mllama_context * ctx = user_data;
+    ctx->nodes_done++;
+    return look(ctx);
 }
 
 static void begin(mllama_context * ctx, int32_t phase) {
@@ -409,16 +415,32 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched
 }
 
 // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
-static mllama_status encode(mllama_context * ctx, const float * patches, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
+// pixels NULL: only the buffers are made, for any picture with n_tiles.
+static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
+    const mllama_model *   model  = ctx->model;
+    const mllama_hparams * p      = &model->hp.pub;
+    const cpu_kernel *     kernel = NULL;
+    if (model->plan.vision == model->plan.cpu && ctx->params.flash_attn && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head)) {
+        TRY(cpu_kernel_choose(&kernel));
+    }
     vision_graph         vg;
-    ggml_backend_sched_t sched  = NULL;
-    mllama_status        status = vision_graph_build(ctx->model, n_tiles, ctx->params.flash_attn, &vg);
+    ggml_backend_sched_t sched   = NULL;
+    float *              patches = NULL;
+    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, ctx->params.flash_attn, kernel, look, ctx, &vg);
     if (status == MLLAMA_OK) {
         status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
     }
+    if (status == MLLAMA_OK && pixels) {
+        patches = malloc(ggml_nbytes(vg.patches));
+        status  = patches ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
     if (status == MLLAMA_OK) {
+        if (patches) {
+            vision_patches(p, pixels, n_tiles, vg.n_tiles, patches);
+        }
         status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
     }
+    free(patches);
     ggml_backend_sched_free(sched);
     vision_graph_free(&vg);
     return status;
@@ -443,15 +465,7 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     }
     text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_ENCODE);
-    const size_t tile    = (size_t) (p->n_positions - 1) * (size_t) (p->patch_size * p->patch_size * 3);
-    float *      patches = malloc(tile * (size_t) p->max_tiles * sizeof(float));
-    if (!patches) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
-    vision_patches(p, pixels, n_tiles, patches);
-    const mllama_status status = encode(ctx, patches, n_tiles, aspect_ratio_id, states);
-    free(patches);
-    return status;
+    return encode(ctx, pixels, n_tiles, aspect_ratio_id, states);
 }
 
 // states NULL: only the buffers are made.
@@ -733,7 +747,7 @@ static mllama_status reserve_images(mllama_context * ctx, int32_t index, int32_t
     TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
     TRY(reserve_text(ctx, index));
     for (int32_t i = 0; i < n_images; i++) {
-        TRY(encode(ctx, NULL, n_tiles[i], 1, NULL));
+        TRY(encode(ctx, NULL, n_tiles[i], 0, NULL));
     }
     return fill_rows(ctx, slot, 0, ctx->model->hp.pub.n_positions, NULL);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +31,9 @@ TOLERANCE = 1e-4
 N_THREADS = 1
 
 CASES = ("text_before_image", "three_images", "adjacent_then_one", "image_first", "over_400_tokens")
+
+
+CPU_KERNEL = "MLLAMA_CPU_KERNEL"
 
 
 @dataclass(frozen=True)
@@ -149,14 +153,14 @@ def on_cpu(text_file: Callable[[str, str], tuple[Path, Path]]) -> Callable[[Sett
     """The answer without any offload, in this process."""
 
     @cache
-    def compute(arch: str, type_: str, flash_attn: bool, n_batch: int, name: str) -> Answer:
+    def compute(kernel: str, arch: str, type_: str, flash_attn: bool, n_batch: int, name: str) -> Answer:
         model = Mllama(
             *text_file(arch, type_), n_ctx=512, flash_attn=flash_attn, n_batch=n_batch, n_threads=N_THREADS
         )
         with model:
             return answer(model, case(tiny.ARCHS[arch], name), tiny.ARCHS[arch])
 
-    return lambda setting: compute(*setting.base)
+    return lambda setting: compute(os.environ[CPU_KERNEL], *setting.base)
 
 
 @pytest.mark.parametrize("setting", list(settings()), ids=str)
@@ -165,8 +169,11 @@ def test_any_offload(
     workers: tuple[str, str],
     text_file: Callable[[str, str], tuple[Path, Path]],
     on_cpu: Callable[[Setting], Answer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arch = tiny.ARCHS[setting.arch]
+    # workers know ggml's operations only: an encoder there is compared with those
+    monkeypatch.setenv(CPU_KERNEL, "" if setting.vision_device == "cpu" else "off")
     expected = on_cpu(setting)
     with Mllama(
         *text_file(setting.arch, setting.type),
@@ -227,7 +234,9 @@ DEMO_LAYERS = 5
 
 
 @pytest.mark.parametrize("n_gpu_layers", range(DEMO_LAYERS + 2))
-def test_demo(n_gpu_layers: int, workers: tuple[str, str]) -> None:
+def test_demo(n_gpu_layers: int, workers: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    vision_device = ("auto", "cpu", "RPC1")[n_gpu_layers % 3]
+    monkeypatch.setenv(CPU_KERNEL, "" if vision_device == "cpu" else "off")
     pictures = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
     with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as model:
         assert model.hparams.n_layer == DEMO_LAYERS
@@ -236,7 +245,7 @@ def test_demo(n_gpu_layers: int, workers: tuple[str, str]) -> None:
         BUNDLED["demo"],
         rpc_servers=",".join(workers),
         n_gpu_layers=n_gpu_layers,
-        vision_device=("auto", "cpu", "RPC1")[n_gpu_layers % 3],
+        vision_device=vision_device,
         n_threads=N_THREADS,
     ) as model:
         for _ in range(2):

@@ -37,6 +37,14 @@ def complete(model: Mllama) -> Floats:
     return np.stack([model._session.step(token) for token in (1, 2, 3)])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ggml_operations() -> Iterator[None]:
+    """What a worker computes is compared to the bit with what this process computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLLAMA_CPU_KERNEL", "off")
+        yield
+
+
 @pytest.fixture
 def expected(tiny_files: Files) -> Floats:
     with Mllama(tiny_files("gqa").one, n_ctx=256, n_threads=1) as model:

@@ -1,0 +1,278 @@
+#include "cpu_kernels.h"
+#include "mllama.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    MAX_HEAD_DIM = 128,
+    QUERIES      = 48,  // in one block; its scores and sums stay in the second-level cache
+    KEYS         = 128,
+};
+static const float NO_KEY = -1e30f; // score of a row that only fills a panel
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef struct attend_args {
+    const float * q;
+    size_t        q_stride, out_stride; // bytes
+    int64_t       n;                    // queries
+    int64_t       head_dim;
+    float         scale;
+    const float * k;                    // panels of keys: [width] added to the scores, then [head_dim][width]
+    const float * v;                    // [n_keys][head_dim rounded up to whole vectors]
+    int64_t       n_keys;
+    float *       out;
+} attend_args;
+
+#define KERNEL(name) name##_portable
+#define TARGET
+#define LANES 4
+#if defined(__aarch64__)
+#define ROWS 6
+#define VECTORS 4
+#else
+#define ROWS 6
+#define VECTORS 2
+#endif
+typedef float   v4f __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+static inline v4f max4(v4f a, v4f b) {
+    const v4i mask = a > b;
+    return (v4f) (((v4i) a & mask) | ((v4i) b & ~mask));
+}
+#define VMAX(a, b) max4(a, b)
+#include "cpu_kernels_simd.h"
+
+static bool always(void) {
+    return true;
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define KERNEL(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define ROWS 6
+#define VECTORS 2
+#define VMAX(a, b) _mm256_max_ps(a, b)
+#include "cpu_kernels_simd.h"
+
+#define KERNEL(name) name##_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define LANES 16
+#define ROWS 12
+#define VECTORS 2
+#define VMAX(a, b) _mm512_max_ps(a, b)
+#include "cpu_kernels_simd.h"
+
+static bool has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static bool has_avx512(void) {
+    return __builtin_cpu_supports("avx512f");
+}
+#endif
+
+struct cpu_kernel {
+    const char * name;
+    bool      (* supported)(void);
+    int64_t      lanes;
+    int64_t      width; // keys in a panel
+    void      (* attend)(const attend_args * args);
+    void      (* bias_gelu)(float * x, const float * bias, int64_t n);
+    void      (* erf_array)(const float * x, float * y, int64_t n);
+};
+
+static const cpu_kernel KERNELS[] = { // the best first
+#if defined(__x86_64__)
+    { "avx512", has_avx512, 16, WIDTH_avx512, attend_avx512, bias_gelu_avx512, erf_array_avx512 },
+    { "avx2", has_avx2, 8, WIDTH_avx2, attend_avx2, bias_gelu_avx2, erf_array_avx2 },
+#endif
+    { "portable", always, 4, WIDTH_portable, attend_portable, bias_gelu_portable, erf_array_portable },
+};
+enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
+
+mllama_status cpu_kernel_choose(const cpu_kernel ** kernel) {
+    const char * wanted = getenv("MLLAMA_CPU_KERNEL");
+    *kernel = NULL;
+    if (wanted && strcmp(wanted, "off") == 0) {
+        return MLLAMA_OK;
+    }
+    for (int i = 0; i < N_KERNELS; i++) {
+        if (wanted && *wanted ? strcmp(wanted, KERNELS[i].name) == 0 : KERNELS[i].supported()) {
+            if (!KERNELS[i].supported()) {
+                return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is %s, which this processor does not have; unset it", wanted);
+            }
+            *kernel = &KERNELS[i];
+            return MLLAMA_OK;
+        }
+    }
+    return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is '%s'; it can be avx512, avx2, portable or off", wanted);
+}
+
+bool cpu_kernel_has_head_dim(int64_t head_dim) {
+    return head_dim % 8 == 0 && head_dim >= 8 && head_dim <= MAX_HEAD_DIM;
+}
+
+// ---- attention ----------------------------------------------------------------------------------------------------
+
+static int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+// Real keys fill their panels first, so that a query can stop after them.
+static int64_t padded_keys(const cpu_attention * a, bool only_real) {
+    const int64_t width = a->kernel->width;
+    return round_up(a->n_real, width) + (only_real ? 0 : round_up(a->n_all - a->n_real, width));
+}
+
+static int64_t value_size(const cpu_attention * a) {
+    return round_up(a->head_dim, a->kernel->lanes);
+}
+
+static int64_t packed_head_size(const cpu_attention * a) {
+    return padded_keys(a, false) * (1 + a->head_dim + value_size(a));
+}
+
+static const float * row_of(const struct ggml_tensor * t, int64_t row, int64_t head, int64_t head_dim) {
+    return (const float *) ((const char *) t->data + (size_t) row * t->nb[1]) + head * head_dim;
+}
+
+// What is added to the scores of a key: they are exponents of 2, so this makes it count several times.
+static float key_bonus(const cpu_attention * a, int64_t row) {
+    for (int i = 0; i < 2; i++) {
+        if (row >= a->repeated[i][0] && row < a->repeated[i][1]) {
+            return log2f(a->repeats);
+        }
+    }
+    return 0.0f;
+}
+
+// One panel of one head: k and v of `width` keys from row `first` on, of which those below `end` exist
+static void pack_panel(const cpu_attention * a, const struct ggml_tensor * k, const struct ggml_tensor * v, int64_t head, int64_t first,
+                       int64_t end, float * k_out, float * v_out) {
+    const int64_t width = a->kernel->width, dim = a->head_dim, v_size = value_size(a);
+    for (int64_t j = 0; j < width; j++) {
+        const bool exists = first + j < end;
+        k_out[j] = exists ? key_bonus(a, first + j) : NO_KEY;
+        memset(v_out + j * v_size, 0, sizeof(float) * (size_t) v_size);
+        if (!exists) {
+            for (int64_t i = 0; i < dim; i++) {
+                k_out[(i + 1) * width + j] = 0.0f;
+            }
+            continue;
+        }
+        const float * row = row_of(k, first + j, head, dim);
+        for (int64_t i = 0; i < dim; i++) {
+            k_out[(i + 1) * width + j] = row[i];
+        }
+        memcpy(v_out + j * v_size, row_of(v, first + j, head, dim), sizeof(float) * (size_t) dim);
+    }
+}
+
+// dst [packed_head_size, n_head] from k and v
+static void pack(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const cpu_attention * a      = userdata;
+    const int64_t         width  = a->kernel->width, n_keys = padded_keys(a, false), n_first = padded_keys(a, true);
+    const int64_t         panels = n_keys / width, n = panels * a->n_head;
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const int64_t head = i / panels, at = i % panels * width;
+        float *       k_out = (float *) dst->data + head * packed_head_size(a);
+        float *       v_out = k_out + n_keys * (1 + a->head_dim);
+        const bool    real  = at < n_first;
+        pack_panel(a, dst->src[0], dst->src[1], head, real ? at : a->n_real + at - n_first, real ? a->n_real : a->n_all,
+                   k_out + at * (1 + a->head_dim), v_out + at * value_size(a));
+    }
+}
+
+static void attend_block(const cpu_attention * a, struct ggml_tensor * dst, int64_t head, int64_t first, int64_t end, bool only_real) {
+    const struct ggml_tensor * q = dst->src[0];
+    const float *              k = (const float *) dst->src[1]->data + head * packed_head_size(a);
+    const attend_args          args = {
+        .q          = row_of(q, first, head, a->head_dim),
+        .q_stride   = q->nb[1],
+        .out_stride = dst->nb[1],
+        .n          = end - first,
+        .head_dim   = a->head_dim,
+        .scale      = 1.44269504f / sqrtf((float) a->head_dim), // log2(e): scores are exponents of 2
+        .k          = k,
+        .v          = k + padded_keys(a, false) * (1 + a->head_dim),
+        .n_keys     = padded_keys(a, only_real),
+        .out        = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]) + head * a->head_dim,
+    };
+    a->kernel->attend(&args);
+}
+
+static void attend(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    cpu_attention * a       = userdata;
+    const int64_t   n_real  = dst->ne[1] < a->n_real ? dst->ne[1] : a->n_real, n_pad = dst->ne[1] - n_real;
+    const int64_t   blocks_real = (n_real + QUERIES - 1) / QUERIES, blocks = blocks_real + (n_pad + QUERIES - 1) / QUERIES;
+    const int64_t   n       = blocks * a->n_head;
+    (void) nth;
+    for (;;) {
+        if (ith == 0 && a->stop && a->stop(a->stop_data)) {
+            atomic_store(&a->stopped, true);
+        }
+        const int64_t i = atomic_fetch_add(&a->next, 1);
+        if (i >= n || atomic_load(&a->stopped)) {
+            return;
+        }
+        const int64_t head = i / blocks, block = i % blocks;
+        if (block < blocks_real) {
+            const int64_t first = block * QUERIES;
+            attend_block(a, dst, head, first, first + QUERIES < n_real ? first + QUERIES : n_real, false);
+        } else {
+            const int64_t first = n_real + (block - blocks_real) * QUERIES;
+            attend_block(a, dst, head, first, first + QUERIES < dst->ne[1] ? first + QUERIES : dst->ne[1], true);
+        }
+    }
+}
+
+struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention * a, struct ggml_tensor * q, struct ggml_tensor * k,
+                                        struct ggml_tensor * v) {
+    struct ggml_tensor * packed = ggml_custom_4d(ctx, GGML_TYPE_F32, packed_head_size(a), a->n_head, 1, 1,
+                                                 (struct ggml_tensor *[]) { k, v }, 2, pack, GGML_N_TASKS_MAX, a);
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0], q->ne[1], 1, 1, (struct ggml_tensor *[]) { q, packed }, 2, attend,
+                          GGML_N_TASKS_MAX, a);
+}
+
+// ---- bias and GELU ------------------------------------------------------------------------------------------------
+
+static void bias_gelu(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const cpu_kernel * kernel = userdata;
+    const int64_t      n      = dst->ne[1];
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        kernel->bias_gelu((float *) ((char *) dst->data + (size_t) i * dst->nb[1]), dst->src[1]->data, dst->ne[0]);
+    }
+}
+
+struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x,
+                                        struct ggml_tensor * bias) {
+    return ggml_custom_inplace(ctx, x, (struct ggml_tensor *[]) { bias }, 1, bias_gelu, GGML_N_TASKS_MAX, (void *) (uintptr_t) kernel);
+}
+
+// ---- for tests ----------------------------------------------------------------------------------------------------
+
+const char * mllama_cpu_kernel(void) {
+    const cpu_kernel * kernel = NULL;
+    const mllama_status status = cpu_kernel_choose(&kernel);
+    return status == MLLAMA_OK ? kernel ? kernel->name : "off" : NULL;
+}
+
+mllama_status mllama_erf(const float * x, float * y, int64_t n) {
+    const cpu_kernel * kernel = NULL;
+    TRY(cpu_kernel_choose(&kernel));
+    if (!kernel || !x || !y || n < 0) {
+        return fail(MLLAMA_ERR_ARGUMENT, "mllama_erf: no kernel or no array");
+    }
+    kernel->erf_array(x, y, n);
+    return MLLAMA_OK;
+}

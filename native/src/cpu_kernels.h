@@ -1,0 +1,41 @@
+// Attention and GELU for the vision encoder on the CPU, faster than ggml's, as custom operations of its graph.
+//
+// Attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
+// One node packs keys and values, one computes: a block of queries of one head at a time goes over blocks of keys with an
+// online softmax, in F32 throughout.
+#pragma once
+
+#include "status.h"
+
+#include "ggml.h"
+
+#include <stdatomic.h>
+
+typedef struct cpu_kernel cpu_kernel;
+
+// The kernel of this processor, or the one that the environment variable MLLAMA_CPU_KERNEL names: "avx512", "avx2",
+// "portable", or "off", which gives NULL.
+mllama_status cpu_kernel_choose(const cpu_kernel ** kernel);
+bool          cpu_kernel_has_head_dim(int64_t head_dim);
+
+// What one attention needs while its graph lives. It is computed at most once at a time.
+typedef struct cpu_attention {
+    const cpu_kernel * kernel;
+    int64_t            n_head, head_dim;
+    int64_t            n_real, n_all;  // keys, and queries likewise
+    int64_t            repeated[2][2]; // keys of rows [from, to) count as
+    float              repeats;        // this many, at least 1
+    bool            (* stop)(void *);  // asked on the calling thread; true: leave, the result does not matter
+    void *             stop_data;
+    atomic_llong       next;           // block of queries to be done
+    atomic_bool        stopped;
+} cpu_attention;
+
+// q [n_embd, n_all or n_real], k and v [n_embd, n_all], rows contiguous -> as q. The first n_real queries see all keys, the
+// others the first n_real keys. `a` must live as long as the graph.
+struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention * a, struct ggml_tensor * q, struct ggml_tensor * k,
+                                        struct ggml_tensor * v);
+
+// gelu(x + bias), written over x [n, m]; bias [n]. erf is right to 5e-7.
+struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x,
+                                        struct ggml_tensor * bias);

@@ -1,0 +1,221 @@
+// The arithmetic of cpu_kernels.c for one kind of processor. Included once for each, with
+//
+//     KERNEL(name)   the name with a suffix
+//     TARGET         the function attribute that switches the instructions on
+//     LANES          floats in a vector
+//     ROWS, VECTORS  rows and vectors of the block of sums that is kept in registers
+//     VMAX(a, b)     larger of each lane; b where either is not a number
+//
+// Everything else is GCC's and Clang's vector extension.
+
+typedef float   KERNEL(vf) __attribute__((vector_size(4 * LANES)));
+typedef int32_t KERNEL(vi) __attribute__((vector_size(4 * LANES)));
+typedef float   KERNEL(vu) __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // in memory
+#define vf   KERNEL(vf)
+#define vi   KERNEL(vi)
+#define vu   KERNEL(vu)
+#define LOAD(p)     (*(const vu *) (p))
+#define STORE(p, x) (*(vu *) (p) = (x))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+enum { KERNEL(WIDTH) = VECTORS * LANES, KERNEL(TILES) = QUERIES / ROWS };
+#define WIDTH KERNEL(WIDTH)
+#define TILES KERNEL(TILES)
+_Static_assert(QUERIES % ROWS == 0 && KEYS % (VECTORS * LANES) == 0, "blocks are whole tiles");
+
+// 2^x for x <= 0 or small; relative error 2e-7; not less than 2^-125, which stands for 0
+INLINE vf KERNEL(exp2)(vf x) {
+    const vf least = (vf) { 0 } - 125.0f, shift = (vf) { 0 } + 12582912.0f; // 1.5 * 2^23: adding it rounds to whole numbers
+    x = VMAX(least, x);
+    const vf whole = x + shift, f = x - (whole - shift);
+    vf       p     = 0.001327647129073739f * f + 0.009675540961325169f; // minimax of 2^f on [-0.5, 0.5]
+    p = p * f + 0.05550713092088699f;
+    p = p * f + 0.24022120237350464f;
+    p = p * f + 0.6931469440460205f;
+    p = p * f + 1.0000001192092896f;
+    return (vf) ((vi) p + ((vi) whole << 23));
+}
+
+// Absolute error 2e-7: 1 - 2^q(|x|), where q is the minimax of log2(erfc) on [0, 4], weighted by erfc
+INLINE vf KERNEL(erf)(vf x) {
+    const vi sign = (vi) x & INT32_MIN;
+    const vf a    = -VMAX((vf) { 0 } - 4.0f, -(vf) ((vi) x ^ sign));
+    vf       q    = -4.435278970049694e-05f * a + 0.0004369438684079796f;
+    q = q * a - 0.0014603807358071208f;
+    q = q * a - 0.0008251662366092205f;
+    q = q * a + 0.028301887214183807f;
+    q = q * a - 0.14850664138793945f;
+    q = q * a - 0.9184098243713379f;
+    q = q * a - 1.6279093027114868f;
+    return (vf) ((vi) (1.0f - KERNEL(exp2)(q * a)) ^ sign);
+}
+
+INLINE vf KERNEL(gelu)(vf x) {
+    return 0.5f * x * (1.0f + KERNEL(erf)(0.70710678118654752f * x));
+}
+
+TARGET static void KERNEL(erf_array)(const float * x, float * y, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        STORE(y + i, KERNEL(erf)(LOAD(x + i)));
+    }
+    float rest[LANES] = { 0 };
+    memcpy(rest, x + i, sizeof(float) * (size_t) (n - i));
+    STORE(rest, KERNEL(erf)(LOAD(rest)));
+    memcpy(y + i, rest, sizeof(float) * (size_t) (n - i));
+}
+
+// x = gelu(x + bias), n values
+TARGET static void KERNEL(bias_gelu)(float * x, const float * bias, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        STORE(x + i, KERNEL(gelu)(LOAD(x + i) + LOAD(bias + i)));
+    }
+    float rest[LANES] = { 0 };
+    for (int64_t j = i; j < n; j++) {
+        rest[j - i] = x[j] + bias[j];
+    }
+    STORE(rest, KERNEL(gelu)(LOAD(rest)));
+    memcpy(x + i, rest, sizeof(float) * (size_t) (n - i));
+}
+
+// out[ROWS][WIDTH] = bias + a^T b, with a [n][ROWS] and b [n][WIDTH]
+INLINE void KERNEL(scores)(const float * a, const float * b, const float * bias, int64_t n, float * out) {
+    vf sum[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            sum[r][v] = LOAD(bias + v * LANES);
+        }
+    }
+    for (int64_t i = 0; i < n; i++, a += ROWS, b += WIDTH) {
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            UNROLL for (int v = 0; v < VECTORS; v++) {
+                sum[r][v] += a[r] * LOAD(b + v * LANES);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            STORE(out + r * KEYS + v * LANES, sum[r][v]);
+        }
+    }
+}
+
+// out[ROWS][vectors * LANES] += a b, with a [ROWS][n] in rows of KEYS, b and out in rows of `stride`
+INLINE void KERNEL(accumulate)(const float * a, const float * b, int64_t n, int64_t stride, float * out, const int vectors) {
+    vf sum[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+            sum[r][v] = LOAD(out + r * stride + v * LANES);
+        }
+    }
+    for (int64_t i = 0; i < n; i++, b += stride) {
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            UNROLL for (int v = 0; v < vectors; v++) {
+                sum[r][v] += a[r * KEYS + i] * LOAD(b + v * LANES);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+            STORE(out + r * stride + v * LANES, sum[r][v]);
+        }
+    }
+}
+
+// One step of the online softmax for one query: s [n] becomes 2^(s - top), and what was summed so far is scaled down to
+// the new top.
+INLINE void KERNEL(softmax_step)(float * s, int64_t n, float * top, float * sum, float * out, int64_t n_out) {
+    vf high = LOAD(s);
+    for (int64_t i = LANES; i < n; i += LANES) {
+        high = VMAX(high, LOAD(s + i));
+    }
+    float now = *top;
+    for (int l = 0; l < LANES; l++) {
+        now = now > high[l] ? now : high[l];
+    }
+    if (!(now <= *top)) {
+        const vf factor = KERNEL(exp2)((vf) { 0 } + (*top - now));
+        for (int64_t i = 0; i < n_out; i += LANES) {
+            STORE(out + i, LOAD(out + i) * factor);
+        }
+        *sum *= factor[0];
+        *top = now;
+    }
+    vf total = { 0 };
+    for (int64_t i = 0; i < n; i += LANES) {
+        const vf p = KERNEL(exp2)(LOAD(s + i) - now);
+        STORE(s + i, p);
+        total += p;
+    }
+    for (int l = 0; l < LANES; l++) {
+        *sum += total[l];
+    }
+}
+
+// At most QUERIES queries of one head over the first n_keys packed keys (whole panels)
+TARGET static void KERNEL(attend)(const attend_args * a) {
+    float __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM], s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
+    float         top[QUERIES], sum[QUERIES];
+    const int64_t dim = a->head_dim, n_out = (dim + LANES - 1) / LANES * LANES;
+    const int64_t tiles = (a->n + ROWS - 1) / ROWS;
+
+    memset(q, 0, sizeof(float) * (size_t) (tiles * ROWS * dim));
+    memset(out, 0, sizeof(float) * (size_t) (tiles * ROWS * n_out));
+    for (int64_t i = 0; i < tiles * ROWS; i++) {
+        top[i] = NO_KEY;
+        sum[i] = 0.0f;
+    }
+    for (int64_t i = 0; i < a->n; i++) {
+        const float * row = (const float *) ((const char *) a->q + (size_t) i * a->q_stride);
+        for (int64_t j = 0; j < dim; j++) {
+            q[(i / ROWS * dim + j) * ROWS + i % ROWS] = row[j] * a->scale;
+        }
+    }
+    for (int64_t key = 0; key < a->n_keys; key += KEYS) {
+        const int64_t n = a->n_keys - key < KEYS ? a->n_keys - key : KEYS;
+        for (int64_t j = 0; j < n; j += WIDTH) {
+            const float * panel = a->k + (key + j) * (1 + dim);
+            for (int64_t t = 0; t < tiles; t++) {
+                KERNEL(scores)(q + t * dim * ROWS, panel + WIDTH, panel, dim, s + t * ROWS * KEYS + j);
+            }
+        }
+        for (int64_t i = 0; i < tiles * ROWS; i++) {
+            KERNEL(softmax_step)(s + i * KEYS, n, &top[i], &sum[i], out + i * n_out, n_out);
+        }
+        const float * v = a->v + key * n_out;
+        int64_t       j = 0;
+        for (; j + WIDTH <= n_out; j += WIDTH) {
+            for (int64_t t = 0; t < tiles; t++) {
+                KERNEL(accumulate)(s + t * ROWS * KEYS, v + j, n, n_out, out + t * ROWS * n_out + j, VECTORS);
+            }
+        }
+        for (; j < n_out; j += LANES) {
+            for (int64_t t = 0; t < tiles; t++) {
+                KERNEL(accumulate)(s + t * ROWS * KEYS, v + j, n, n_out, out + t * ROWS * n_out + j, 1);
+            }
+        }
+    }
+    for (int64_t i = 0; i < a->n; i++) {
+        float *     row    = (float *) ((char *) a->out + (size_t) i * a->out_stride);
+        const float factor = 1.0f / sum[i];
+        for (int64_t j = 0; j < dim; j++) {
+            row[j] = out[i * n_out + j] * factor;
+        }
+    }
+}
+
+#undef vf
+#undef vi
+#undef vu
+#undef LOAD
+#undef STORE
+#undef INLINE
+#undef WIDTH
+#undef TILES
+#undef KERNEL
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef VECTORS
+#undef VMAX
