@@ -10,9 +10,11 @@
 
 typedef float   KERNEL(vf) __attribute__((vector_size(4 * LANES)));
 typedef int32_t KERNEL(vi) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t KERNEL(vw) __attribute__((vector_size(4 * LANES)));
 typedef float   KERNEL(vu) __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); // in memory
 #define vf   KERNEL(vf)
 #define vi   KERNEL(vi)
+#define vw   KERNEL(vw)
 #define vu   KERNEL(vu)
 #define LOAD(p)     (*(const vu *) (p))
 #define STORE(p, x) (*(vu *) (p) = (x))
@@ -33,7 +35,7 @@ INLINE vf KERNEL(exp2)(vf x) {
     p = p * f + 0.24022120237350464f;
     p = p * f + 0.6931469440460205f;
     p = p * f + 1.0000001192092896f;
-    return (vf) ((vi) p + ((vi) whole << 23));
+    return (vf) ((vw) p + ((vw) whole << 23)); // unsigned: of what is not a number anything may come, but no overflow
 }
 
 // Absolute error 2e-7: 1 - 2^q(|x|), where q is the minimax of log2(erfc) on [0, 4], weighted by erfc
@@ -207,6 +209,7 @@ TARGET static void KERNEL(attend)(const attend_args * a) {
 
 #undef vf
 #undef vi
+#undef vw
 #undef vu
 #undef LOAD
 #undef STORE
