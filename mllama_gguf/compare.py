@@ -51,7 +51,7 @@ def compute(
 
     from .model import Mllama
 
-    with Mllama(model, mmproj, **settings) as opened:
+    with Mllama(model, mmproj, image_cache=False, **settings) as opened:  # every row computes for itself
         states = opened.encode_image(image).states
         caption = opened.caption(image, prompt, max_tokens=max_tokens)
         tokens = opened.tokenize("<|image|>" + prompt)

@@ -119,7 +119,7 @@ def measure_caption(
 
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
     start = time.perf_counter()
-    with Mllama(model, mmproj, **settings) as opened:
+    with Mllama(model, mmproj, image_cache=False, **settings) as opened:
         load = time.perf_counter() - start
         runs = []
         caption = ""

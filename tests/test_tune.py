@@ -157,6 +157,21 @@ def test_the_command_writes_what_caption_uses(image: Path, tmp_path: Path, capsy
     assert capsys.readouterr().err.startswith("Tuned settings: -ngl 0 --vision-device auto -t 1 (")
 
 
+def test_every_caption_encodes_its_picture(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image cache of the user, on or off, is not asked."""
+    kept = tmp_path / "images"
+    monkeypatch.setenv("MLLAMA_IMAGE_CACHE", str(kept))
+    monkeypatch.setenv("MLLAMA_IMAGE_CACHE_SIZE", "100 MB")
+    task = Task(DEMO, None, image, "What is it?", 2, 2, {"n_ctx": 256})
+    assert task.measure(BASE).error == ""
+    request = {"model": str(DEMO), "mmproj": None, "image": str(image), "prompt": "", "max_tokens": 2}
+    (answer,) = compare([0], {**request, "settings": {"n_ctx": 256}})
+    assert answer.error == ""
+    assert not kept.exists()
+
+
 def test_tuned_settings_reach_the_model(
     image: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
