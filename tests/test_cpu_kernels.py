@@ -37,7 +37,7 @@ HEAD_DIMS = [*range(32, 129, 8), 33, 50]  # the last two are left to the plain g
 
 
 def make(
-    folder: Path, head_dim: int, published: bool = False, **changes: Any
+    folder: Path, head_dim: int, published: bool = False, type: str = "f32", **changes: Any
 ) -> tuple[tiny.Arch, Path, Path]:
     """Architecture and files of a tiny model whose vision encoder has two heads of this size."""
     arch = dataclasses.replace(
@@ -47,7 +47,7 @@ def make(
     if published:
         weights = tiny.unused_tiles_zero(arch, weights)
     checkpoint = tiny.make_checkpoint(arch, folder / "checkpoint", weights=weights)
-    text, mmproj = convert(checkpoint, folder / "text.gguf", type="f32")
+    text, mmproj = convert(checkpoint, folder / "text.gguf", type=type)
     return arch, text, mmproj
 
 
@@ -65,6 +65,21 @@ def test_attention_of_every_head_size(head_dim: int, tmp_path: Path, monkeypatch
                     monkeypatch.setenv(VARIABLE, kernel)
                     states = model.encode_image(image).states
                     assert relative_error(states, plain) <= 2e-6, (kernel, n_threads, aspect_ratio_id)
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_linear_layers(kernel: str, type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More columns, inputs and outputs than a block, none of them a multiple; weights of every type."""
+    arch, text, mmproj = make(tmp_path, 40, type=type, image_size=84, patch_size=6, vision_ff=709)
+    picture = Picture(6)
+    expected = Reference(mmproj).states(picture.pixels(arch), 6, 4)
+    monkeypatch.setenv(VARIABLE, kernel)
+    for n_threads in (1, 2, 5):
+        with Mllama(text, mmproj, n_ctx=64, n_threads=n_threads) as model:
+            error = relative_error(model.encode_image(tiled(arch, picture)).states, expected)
+        # Where ggml multiplies, it rounds what goes into a product to the type of the weights.
+        assert error <= (1e-5 if kernel != "portable" or type == "f32" else 1e-2)
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "off"])

@@ -114,6 +114,26 @@ def test_counts_and_sizes_that_overflow(original: bytes, tmp_path: Path) -> None
             assert not opens(path), f"count {value} at byte {at}"
 
 
+@pytest.mark.parametrize("ne", [(16, 0), (0, 2**63 - 1), (2**32, 2**31), (2**63 - 1, 1), (-1, 16)], ids=str)
+def test_shapes_that_overflow(original: bytes, tmp_path: Path, ne: tuple[int, int]) -> None:
+    """Of a tensor that is needed, and of one before all others. ggml itself ends the process at the second."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(original)
+    tensor = gguf.GGUFReader(path).get_tensor(0)
+    name = tensor.name.encode()
+    table = original.index(struct.pack("<Q", len(name)) + name)
+    mutated = bytearray(original)
+    struct.pack_into("<2q", mutated, table + 8 + len(name) + 4, *ne)
+    path.write_bytes(mutated)
+    assert not opens(path)
+
+    extra = struct.pack("<Q", 1) + b"x" + struct.pack("<I4qIQ", 4, 16, 16, *ne, 1, 0)
+    mutated = bytearray(original[:table] + extra + original[table:])
+    struct.pack_into("<Q", mutated, 8, struct.unpack_from("<Q", original, 8)[0] + 1)
+    path.write_bytes(mutated)
+    assert not opens(path)
+
+
 KEYS = (
     "block_count",
     "embedding_length",

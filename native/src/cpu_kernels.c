@@ -1,6 +1,8 @@
 #include "cpu_kernels.h"
 #include "mllama.h"
 
+#include "ggml-backend.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +11,9 @@ enum {
     MAX_HEAD_DIM = 128,
     QUERIES      = 48,  // in one block; its scores and sums stay in the second-level cache
     KEYS         = 128,
+    COLUMNS      = 192, // of x, in one task of a linear layer
+    DEPTH        = 320, // values of each in one pass
+    MAX_WIDTH    = 32,  // of a panel
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
 
@@ -29,6 +34,15 @@ typedef struct attend_args {
     int64_t       n_keys;
     float *       out;
 } attend_args;
+
+typedef struct linear_args {
+    const float * x;                    // [n][n_in] in rows of x_stride bytes
+    size_t        x_stride;
+    int64_t       n, n_in, n_out;
+    const float * w;                    // panels of outputs: [width] to begin with, then [n_in][width]
+    float *       out;                  // [n][n_out] in rows of out_stride values
+    int64_t       out_stride;
+} linear_args;
 
 #define KERNEL(name) name##_portable
 #define TARGET
@@ -86,17 +100,19 @@ struct cpu_kernel {
     bool      (* supported)(void);
     int64_t      lanes;
     int64_t      width; // keys in a panel
+    bool         multiplies; // linear layers too: with vectors of 4, ggml's are the better ones
     void      (* attend)(const attend_args * args);
+    void      (* linear)(const linear_args * args);
     void      (* bias_gelu)(float * x, const float * bias, int64_t n);
     void      (* erf_array)(const float * x, float * y, int64_t n);
 };
 
 static const cpu_kernel KERNELS[] = { // the best first
 #if defined(__x86_64__)
-    { "avx512", has_avx512, 16, WIDTH_avx512, attend_avx512, bias_gelu_avx512, erf_array_avx512 },
-    { "avx2", has_avx2, 8, WIDTH_avx2, attend_avx2, bias_gelu_avx2, erf_array_avx2 },
+    { "avx512", has_avx512, 16, WIDTH_avx512, true, attend_avx512, linear_avx512, bias_gelu_avx512, erf_array_avx512 },
+    { "avx2", has_avx2, 8, WIDTH_avx2, true, attend_avx2, linear_avx2, bias_gelu_avx2, erf_array_avx2 },
 #endif
-    { "portable", always, 4, WIDTH_portable, attend_portable, bias_gelu_portable, erf_array_portable },
+    { "portable", always, 4, WIDTH_portable, false, attend_portable, linear_portable, bias_gelu_portable, erf_array_portable },
 };
 enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 
@@ -241,6 +257,114 @@ struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention
     struct ggml_tensor * packed = ggml_custom_4d(ctx, GGML_TYPE_F32, packed_head_size(a), a->n_head, 1, 1,
                                                  (struct ggml_tensor *[]) { k, v }, 2, pack, GGML_N_TASKS_MAX, a);
     return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0], q->ne[1], 1, 1, (struct ggml_tensor *[]) { q, packed }, 2, attend,
+                          GGML_N_TASKS_MAX, a);
+}
+
+// ---- linear layers ------------------------------------------------------------------------------------------------
+
+enum { PIECE = 64 }; // values of a row that are widened at a time
+
+// Whether ggml's CPU backend was built with these instructions, and the processor has them
+static bool ggml_has(const char * name) {
+    const ggml_backend_dev_t            cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const ggml_backend_reg_t            reg = ggml_backend_dev_backend_reg(cpu);
+    const ggml_backend_get_features_t   get = (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_features");
+    for (struct ggml_backend_feature * f = get ? get(reg) : NULL; f && f->name; f++) {
+        if (strcmp(f->name, name) == 0) {
+            return strcmp(f->value, "1") == 0;
+        }
+    }
+    return false;
+}
+
+bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
+    const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
+    if (!kernel || !kernel->multiplies || !buffer || !ggml_backend_buffer_is_host(buffer)) {
+        return false;
+    }
+    switch (weight->type) {
+        case GGML_TYPE_BF16: return !ggml_has("AVX512_BF16");
+        case GGML_TYPE_F16:
+        case GGML_TYPE_F32:  return true;
+        default:             return false;
+    }
+}
+
+// dst [width * (1 + n_in), panels] from the weight and, as what the sums begin with, the bias
+static void pack_weight(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const cpu_linear *         a      = userdata;
+    const struct ggml_tensor * w      = dst->src[0];
+    const struct ggml_tensor * bias   = dst->src[1];
+    const int64_t              width  = a->kernel->width, n_in = w->ne[0], n_out = w->ne[1];
+    const ggml_to_float_t      widen  = ggml_get_type_traits(w->type)->to_float;
+    const size_t               item   = ggml_type_size(w->type);
+    float                      rows[MAX_WIDTH][PIECE];
+    for (int64_t p = dst->ne[1] * ith / nth; p < dst->ne[1] * (ith + 1) / nth; p++) {
+        float * out = (float *) ((char *) dst->data + (size_t) p * dst->nb[1]);
+        for (int64_t j = 0; j < width; j++) {
+            const int64_t row = p * width + j;
+            out[j] = bias && row < n_out ? ((const float *) bias->data)[row] : 0.0f;
+        }
+        out += width;
+        for (int64_t at = 0; at < n_in; at += PIECE) {
+            const int64_t n = n_in - at < PIECE ? n_in - at : PIECE;
+            for (int64_t j = 0; j < width; j++) {
+                const int64_t row = p * width + j;
+                const char *  in  = (const char *) w->data + (size_t) row * w->nb[1] + (size_t) at * item;
+                if (row >= n_out) {
+                    memset(rows[j], 0, sizeof(rows[j]));
+                } else if (widen) {
+                    widen(in, rows[j], n);
+                } else {
+                    memcpy(rows[j], in, (size_t) n * sizeof(float));
+                }
+            }
+            for (int64_t i = 0; i < n; i++, out += width) {
+                for (int64_t j = 0; j < width; j++) {
+                    out[j] = rows[j][i];
+                }
+            }
+        }
+    }
+}
+
+static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    cpu_linear *               a = userdata;
+    const struct ggml_tensor * x = dst->src[0];
+    const int64_t              n = x->ne[1], share = n / (4 * nth); // small enough that all threads end together
+    const int64_t              step = share < QUERIES ? QUERIES : share > COLUMNS ? COLUMNS : share / QUERIES * QUERIES;
+    for (;;) {
+        if (ith == 0 && a->stop && a->stop(a->stop_data)) {
+            atomic_store(&a->stopped, true);
+        }
+        const int64_t first = atomic_fetch_add(&a->next, step);
+        if (first >= n || atomic_load(&a->stopped)) {
+            return;
+        }
+        const linear_args args = {
+            .x          = (const float *) ((const char *) x->data + (size_t) first * x->nb[1]),
+            .x_stride   = x->nb[1],
+            .n          = n - first < step ? n - first : step,
+            .n_in       = x->ne[0],
+            .n_out      = dst->ne[0],
+            .w          = dst->src[1]->data,
+            .out        = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]),
+            .out_stride = dst->ne[0],
+        };
+        a->kernel->linear(&args);
+        for (int64_t i = 0; a->gelu && i < args.n; i++) {
+            a->kernel->bias_gelu(args.out + i * args.out_stride, NULL, args.n_out);
+        }
+    }
+}
+
+struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias,
+                                     struct ggml_tensor * x) {
+    const int64_t        width  = a->kernel->width;
+    struct ggml_tensor * packed = ggml_custom_4d(ctx, GGML_TYPE_F32, width * (1 + weight->ne[0]), round_up(weight->ne[1], width) / width,
+                                                 1, 1, (struct ggml_tensor *[]) { weight, bias }, bias ? 2 : 1, pack_weight,
+                                                 GGML_N_TASKS_MAX, a);
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, (struct ggml_tensor *[]) { x, packed }, 2, multiply,
                           GGML_N_TASKS_MAX, a);
 }
 

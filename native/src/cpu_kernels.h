@@ -1,4 +1,4 @@
-// Attention and GELU for the vision encoder on the CPU, faster than ggml's, as custom operations of its graph.
+// Attention and linear layers for the vision encoder on the CPU, faster than ggml's, as custom operations of its graph.
 //
 // Attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
 // One node packs keys and values, one computes: a block of queries of one head at a time goes over blocks of keys with an
@@ -35,6 +35,24 @@ typedef struct cpu_attention {
 // others the first n_real keys. `a` must live as long as the graph.
 struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention * a, struct ggml_tensor * q, struct ggml_tensor * k,
                                         struct ggml_tensor * v);
+
+// What one linear layer needs while its graph lives. It is computed at most once at a time.
+typedef struct cpu_linear {
+    const cpu_kernel * kernel;
+    bool               gelu;
+    bool            (* stop)(void *); // as in cpu_attention
+    void *             stop_data;
+    atomic_llong       next;          // column to be done
+    atomic_bool        stopped;
+} cpu_linear;
+
+// Whether the kernel multiplies by weights of this type faster than ggml does.
+bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight);
+
+// weight [n_in, n_out], bias [n_out] or NULL, x [n_in, n] in contiguous rows -> W x + bias [n_out, n], or gelu of it. F32
+// throughout: weights of 16 bits are widened. `a` must live as long as the graph.
+struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias,
+                                     struct ggml_tensor * x);
 
 // gelu(x + bias), written over x [n, m]; bias [n]. erf is right to 5e-7.
 struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x,

@@ -67,26 +67,31 @@ TARGET static void KERNEL(erf_array)(const float * x, float * y, int64_t n) {
     memcpy(y + i, rest, sizeof(float) * (size_t) (n - i));
 }
 
-// x = gelu(x + bias), n values
+// x = gelu(x + bias), n values; bias may be NULL
 TARGET static void KERNEL(bias_gelu)(float * x, const float * bias, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        STORE(x + i, KERNEL(gelu)(LOAD(x + i) + LOAD(bias + i)));
+        vf v = LOAD(x + i);
+        if (bias) {
+            v += LOAD(bias + i);
+        }
+        STORE(x + i, KERNEL(gelu)(v));
     }
     float rest[LANES] = { 0 };
     for (int64_t j = i; j < n; j++) {
-        rest[j - i] = x[j] + bias[j];
+        rest[j - i] = bias ? x[j] + bias[j] : x[j];
     }
     STORE(rest, KERNEL(gelu)(LOAD(rest)));
     memcpy(x + i, rest, sizeof(float) * (size_t) (n - i));
 }
 
-// out[ROWS][WIDTH] = bias + a^T b, with a [n][ROWS] and b [n][WIDTH]
-INLINE void KERNEL(scores)(const float * a, const float * b, const float * bias, int64_t n, float * out) {
+// out[ROWS][WIDTH] = first + a^T b, with a [n][ROWS] and b [n][WIDTH]; first and out in rows of their strides, 0: one row for all
+INLINE void KERNEL(product)(const float * a, const float * b, int64_t n, const float * first, int64_t first_stride, float * out,
+                            int64_t stride) {
     vf sum[ROWS][VECTORS];
     UNROLL for (int r = 0; r < ROWS; r++) {
         UNROLL for (int v = 0; v < VECTORS; v++) {
-            sum[r][v] = LOAD(bias + v * LANES);
+            sum[r][v] = LOAD(first + r * first_stride + v * LANES);
         }
     }
     for (int64_t i = 0; i < n; i++, a += ROWS, b += WIDTH) {
@@ -98,7 +103,7 @@ INLINE void KERNEL(scores)(const float * a, const float * b, const float * bias,
     }
     UNROLL for (int r = 0; r < ROWS; r++) {
         UNROLL for (int v = 0; v < VECTORS; v++) {
-            STORE(out + r * KEYS + v * LANES, sum[r][v]);
+            STORE(out + r * stride + v * LANES, sum[r][v]);
         }
     }
 }
@@ -179,7 +184,7 @@ TARGET static void KERNEL(attend)(const attend_args * a) {
         for (int64_t j = 0; j < n; j += WIDTH) {
             const float * panel = a->k + (key + j) * (1 + dim);
             for (int64_t t = 0; t < tiles; t++) {
-                KERNEL(scores)(q + t * dim * ROWS, panel + WIDTH, panel, dim, s + t * ROWS * KEYS + j);
+                KERNEL(product)(q + t * dim * ROWS, panel + WIDTH, dim, panel, 0, s + t * ROWS * KEYS + j, KEYS);
             }
         }
         for (int64_t i = 0; i < tiles * ROWS; i++) {
@@ -203,6 +208,44 @@ TARGET static void KERNEL(attend)(const attend_args * a) {
         const float factor = 1.0f / sum[i];
         for (int64_t j = 0; j < dim; j++) {
             row[j] = out[i * n_out + j] * factor;
+        }
+    }
+}
+
+// Rows of x times whole panels of weights: depth by depth, so that a piece of a panel stays in the first-level cache while
+// all rows, in the second, pass by it.
+TARGET static void KERNEL(linear)(const linear_args * a) {
+    float __attribute__((aligned(64))) x[COLUMNS * DEPTH], tile[ROWS * WIDTH];
+    const int64_t tiles = (a->n + ROWS - 1) / ROWS, panels = (a->n_out + WIDTH - 1) / WIDTH;
+
+    for (int64_t at = 0; at < a->n_in; at += DEPTH) {
+        const int64_t depth = a->n_in - at < DEPTH ? a->n_in - at : DEPTH;
+        for (int64_t i = 0; i < tiles * ROWS; i++) {
+            const float * row = (const float *) ((const char *) a->x + (size_t) (i < a->n ? i : 0) * a->x_stride) + at;
+            float *       out = x + i / ROWS * depth * ROWS + i % ROWS;
+            for (int64_t j = 0; j < depth; j++) {
+                out[j * ROWS] = row[j];
+            }
+        }
+        for (int64_t p = 0; p < panels; p++) {
+            const float * w = a->w + p * WIDTH * (1 + a->n_in);
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t rows  = a->n - t * ROWS < ROWS ? a->n - t * ROWS : ROWS;
+                const int64_t width = a->n_out - p * WIDTH < WIDTH ? a->n_out - p * WIDTH : WIDTH;
+                float *       out   = a->out + t * ROWS * a->out_stride + p * WIDTH;
+                if (rows == ROWS && width == WIDTH) {
+                    KERNEL(product)(x + t * ROWS * depth, w + WIDTH * (1 + at), depth, at ? out : w, at ? a->out_stride : 0, out,
+                                    a->out_stride);
+                    continue;
+                }
+                for (int64_t r = 0; at && r < rows; r++) {
+                    memcpy(tile + r * WIDTH, out + r * a->out_stride, sizeof(float) * (size_t) width);
+                }
+                KERNEL(product)(x + t * ROWS * depth, w + WIDTH * (1 + at), depth, at ? tile : w, at ? WIDTH : 0, tile, WIDTH);
+                for (int64_t r = 0; r < rows; r++) {
+                    memcpy(out + r * a->out_stride, tile + r * WIDTH, sizeof(float) * (size_t) width);
+                }
+            }
         }
     }
 }

@@ -10,21 +10,30 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static mllama_status check_tensors(const gguf_file * file) {
-    const int64_t n = gguf_get_n_tensors(file->gguf);
+// The tensors of the table in file->meta, without data. ggml would do that itself, but ends the process where an empty tensor
+// has other sizes whose product overflows.
+static mllama_status read_tensors(gguf_file * file) {
+    const int64_t           n      = gguf_get_n_tensors(file->gguf);
+    struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (n + 1), .no_alloc = true };
+    file->meta = ggml_init(params);
+    if (!file->meta) {
+        return fail(MLLAMA_ERR_MEMORY, "%s: out of memory", file->path);
+    }
     for (int64_t i = 0; i < n; i++) {
-        const char *               name   = gguf_get_tensor_name(file->gguf, i);
-        const struct ggml_tensor * tensor = ggml_get_tensor(file->meta, name);
-        if (!tensor) {
-            return fail(MLLAMA_ERR_FILE, "%s: tensor %lld cannot be read", file->path, (long long) i);
+        const char *    name   = gguf_get_tensor_name(file->gguf, i);
+        const uint64_t  offset = gguf_get_tensor_offset(file->gguf, i), bytes = gguf_get_tensor_size(file->gguf, i);
+        const int64_t * ne     = gguf_get_tensor_ne(file->gguf, i);
+        for (int d = 0; d < GGML_MAX_DIMS; d++) {
+            if (ne[d] < 1) {
+                return fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is empty; the file is damaged", file->path, name);
+            }
         }
-        const uint64_t offset = gguf_get_tensor_offset(file->gguf, i);
-        const uint64_t bytes  = ggml_nbytes(tensor);
         if (offset > file->size || bytes > file->size || file->data_offset + offset > file->size - bytes) {
             return fail(MLLAMA_ERR_FILE, "%s: the file is truncated: tensor '%s' ends at byte %llu of %llu; download it again",
                         file->path, name, (unsigned long long) (file->data_offset + offset + bytes),
                         (unsigned long long) file->size);
         }
+        ggml_set_name(ggml_new_tensor(file->meta, gguf_get_tensor_type(file->gguf, i), GGML_MAX_DIMS, ne), name);
     }
     return MLLAMA_OK;
 }
@@ -56,15 +65,15 @@ static mllama_status open_checked(gguf_file * file) {
     }
 
     log_forget();
-    struct gguf_init_params params = { .no_alloc = true, .ctx = &file->meta };
+    struct gguf_init_params params = { .no_alloc = true };
     file->gguf = gguf_init_from_file(file->path, params);
-    if (!file->gguf || !file->meta) {
+    if (!file->gguf) {
         const char * words = log_last_error();
         const char * colon = strstr(words, ": "); // skip the name of ggml's function
         return fail(MLLAMA_ERR_FILE, "%s: not a readable GGUF file: %s", file->path, colon ? colon + 2 : "damaged or truncated");
     }
     file->data_offset = gguf_get_data_offset(file->gguf);
-    return check_tensors(file);
+    return read_tensors(file);
 }
 
 static mllama_status open_one(const char * path, gguf_file ** out) {

@@ -22,6 +22,7 @@ typedef struct encoder {
     int64_t                n_real;        // tokens that are not pads
     const cpu_kernel *     kernel; // NULL: ggml's own operations
     cpu_attention *        next;   // that of the next layer
+    cpu_linear *           next_linear;
 } encoder;
 
 void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_used, int32_t n_tiles, float * patches) {
@@ -42,6 +43,14 @@ void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_us
     memset(out, 0, (size_t) ((n_tiles - n_used) * side * side * patch * patch * 3) * sizeof(float));
 }
 
+// W x + b; b NULL: none
+static struct ggml_tensor * project(encoder * e, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x) {
+    if (cpu_linear_supported(e->kernel, w)) {
+        return cpu_linear_node(e->g->ctx, e->next_linear++, w, b, x);
+    }
+    return b ? linear_bias(e->g, w, b, x) : linear(e->g, w, x);
+}
+
 // The row of a table for this aspect ratio, as [n_embd, rows, tiles], times its gate.
 static struct ggml_tensor * table_row(encoder * e, struct ggml_tensor * table, struct ggml_tensor * id, float gate) {
     struct ggml_context * ctx = e->g->ctx;
@@ -60,7 +69,7 @@ static struct ggml_tensor * embed(encoder * e, vision_graph * vg) {
     const int64_t          n_pixel = (int64_t) p->patch_size * p->patch_size * 3;
 
     struct ggml_tensor * kernel = ggml_reshape_2d(ctx, v->patch_embd, n_pixel, n_embd);
-    struct ggml_tensor * x      = ggml_mul_mat(ctx, kernel, ggml_reshape_2d(ctx, vg->patches, n_pixel, n_patches * tiles));
+    struct ggml_tensor * x      = project(e, kernel, NULL, ggml_reshape_2d(ctx, vg->patches, n_pixel, n_patches * tiles));
     x = named(ggml_reshape_3d(ctx, x, n_embd, n_patches, tiles), "v", -1, "patch_embd");
     x = named(ggml_add(ctx, x, table_row(e, v->pre_tile_embd, vg->aspect_ratio_id, v->pre_tile_gate)), "v", -1, "pre_tile_embd");
 
@@ -75,15 +84,21 @@ static struct ggml_tensor * embed(encoder * e, vision_graph * vg) {
 }
 
 typedef struct mlp_args {
+    encoder *            e;
     const vision_layer * layer;
-    const cpu_kernel *   kernel;
+    bool                 whole; // all columns at once, by our own products
 } mlp_args;
 
 static struct ggml_tensor * mlp(graph * g, struct ggml_tensor * x, void * arg) {
     const mlp_args *     args = arg;
     const vision_layer * l    = args->layer;
-    if (args->kernel) {
-        x = cpu_bias_gelu_node(g->ctx, args->kernel, linear(g, l->fc1, x), l->fc1_b);
+    encoder *            e    = args->e;
+    if (args->whole) {
+        e->next_linear->gelu = true;
+        return project(e, l->fc2, l->fc2_b, project(e, l->fc1, l->fc1_b, x));
+    }
+    if (e->kernel) {
+        x = cpu_bias_gelu_node(g->ctx, e->kernel, linear(g, l->fc1, x), l->fc1_b);
     } else {
         x = ggml_gelu_erf(g->ctx, linear_bias(g, l->fc1, l->fc1_b, x)); // ggml_gelu goes through a table of 16-bit values
     }
@@ -147,19 +162,22 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
     const int64_t         n_embd = x->ne[0];
 
     struct ggml_tensor * norm = named(layer_norm(g, x, l->attn_norm, l->attn_norm_b, e->p->vision_eps), prefix, il, "attn_norm");
-    struct ggml_tensor * k    = linear(g, l->k, norm);
-    struct ggml_tensor * v    = linear(g, l->v, norm);
+    struct ggml_tensor * k    = project(e, l->k, NULL, norm);
+    struct ggml_tensor * v    = project(e, l->v, NULL, norm);
     if (only_real) {
         norm = ggml_view_2d(ctx, norm, n_embd, e->n_real, norm->nb[1], 0);
         x    = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
     }
-    struct ggml_tensor * q    = linear(g, l->q, norm);
+    struct ggml_tensor * q    = project(e, l->q, NULL, norm);
     struct ggml_tensor * attn = e->kernel ? cpu_attention_node(ctx, e->next++, q, k, v) : attend(e, q, k, v);
-    x = named(add_gated(g, x, named(linear(g, l->o, attn), prefix, il, "attn_out"), l->attn_gate), prefix, il, "attn_residual");
+    x = named(add_gated(g, x, named(project(e, l->o, NULL, attn), prefix, il, "attn_out"), l->attn_gate), prefix, il, "attn_residual");
 
     norm = named(layer_norm(g, x, l->ffn_norm, l->ffn_norm_b, e->p->vision_eps), prefix, il, "ffn_norm");
-    mlp_args             args = { .layer = l, .kernel = e->kernel };
-    struct ggml_tensor * out  = in_blocks(g, norm, block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff), mlp, &args);
+    // Our own nodes can be interrupted while they work, and each packs its weights.
+    const bool           whole = cpu_linear_supported(e->kernel, l->fc1) && cpu_linear_supported(e->kernel, l->fc2);
+    mlp_args             args  = { .e = e, .layer = l, .whole = whole };
+    const int64_t        most  = whole ? norm->ne[1] : block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff);
+    struct ggml_tensor * out   = in_blocks(g, norm, most, mlp, &args);
     return named(add_gated(g, x, named(out, prefix, il, "ffn_out"), l->ffn_gate), prefix, il, "layer_out");
 }
 
@@ -226,16 +244,18 @@ static void build(encoder * e, vision_graph * vg, struct ggml_tensor ** inputs) 
     x = ggml_view_2d(ctx, x, p->vision_embd, e->n_real, x->nb[1], 0);
 
     x = named(collect(e, x, inputs), "v", -1, "features");
-    vg->states = named(linear_bias(e->g, v->projector, v->projector_b, x), "v", -1, "cross_attention_states");
+    vg->states = named(project(e, v->projector, v->projector_b, x), "v", -1, "cross_attention_states");
     ggml_set_output(vg->states);
     ggml_build_forward_expand(e->g->gf, vg->states);
 }
 
-static mllama_status init_attentions(encoder * e, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
-    const mllama_hparams * p = e->p;
-    const size_t           n = (size_t) p->n_vision_layer + (size_t) p->n_vision_global_layer;
+static mllama_status init_kernels(encoder * e, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
+    const mllama_hparams * p       = e->p;
+    const size_t           n       = (size_t) p->n_vision_layer + (size_t) p->n_vision_global_layer;
+    const size_t           linears = 6 * n + 2;
     vg->attentions = calloc(n + 1, sizeof(*vg->attentions));
-    if (!vg->attentions) {
+    vg->linears    = calloc(linears, sizeof(*vg->linears));
+    if (!vg->attentions || !vg->linears) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     for (size_t i = 0; i < n; i++) {
@@ -250,7 +270,11 @@ static mllama_status init_attentions(encoder * e, bool (*stop)(void *), void * s
         a->stop_data = stop_data;
         repeated_rows(e, a->repeated);
     }
-    e->next = vg->attentions;
+    for (size_t i = 0; i < linears; i++) {
+        vg->linears[i] = (cpu_linear) { .kernel = e->kernel, .stop = stop, .stop_data = stop_data };
+    }
+    e->next        = vg->attentions;
+    e->next_linear = vg->linears;
     return MLLAMA_OK;
 }
 
@@ -298,7 +322,7 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     encoder              e = { .g = &vg->g, .model = model, .p = p, .n_used = n_used, .tiles = vg->n_tiles,
                                .n_real = (int64_t) n_used * p->n_positions, .kernel = kernel };
     if (kernel) {
-        TRY(init_attentions(&e, stop, stop_data, vg));
+        TRY(init_kernels(&e, stop, stop_data, vg));
     }
     build(&e, vg, inputs);
     return MLLAMA_OK;
@@ -307,5 +331,7 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
 void vision_graph_free(vision_graph * vg) {
     graph_free(&vg->g);
     free(vg->attentions);
+    free(vg->linears);
     vg->attentions = NULL;
+    vg->linears    = NULL;
 }

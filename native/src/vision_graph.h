@@ -11,6 +11,7 @@ typedef struct vision_graph {
     struct ggml_tensor * states;          // output F32 [n_embd, P * n_tiles]
     int32_t              n_tiles;         // that are computed: those used, and the unused ones or, if they are alike, one of them
     cpu_attention *      attentions;      // one for each layer, where our own kernel computes them
+    cpu_linear *         linears;         // likewise, as they come
 } vision_graph;
 
 // aspect_ratio_id: 0 for a graph that no picture of n_used tiles exceeds. kernel: NULL for ggml's operations alone. stop(stop_data) is asked while it works, on the thread that computes the graph.

@@ -84,7 +84,10 @@ serve("127.0.0.1", int(sys.argv[1]))
 """
 
 
-def test_auto_steps_down_on_a_worker_with_little_memory(make_worker: Callable[..., Any]) -> None:
+def test_auto_steps_down_on_a_worker_with_little_memory(
+    make_worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLLAMA_CPU_KERNEL", "off")  # as the worker encodes
     # It says that it has all of the machine's memory, but is refused more than this.
     worker = make_worker("-c", LITTLE)
     with (
