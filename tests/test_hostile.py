@@ -116,7 +116,7 @@ def test_counts_and_sizes_that_overflow(original: bytes, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("ne", [(16, 0), (0, 2**63 - 1), (2**32, 2**31), (2**63 - 1, 1), (-1, 16)], ids=str)
 def test_shapes_that_overflow(original: bytes, tmp_path: Path, ne: tuple[int, int]) -> None:
-    """Of a tensor that is needed, and of one before all others. ggml itself ends the process at the second."""
+    """Of a tensor that is needed, and of one before all others. ggml itself would end the process."""
     path = tmp_path / "model.gguf"
     path.write_bytes(original)
     tensor = gguf.GGUFReader(path).get_tensor(0)
