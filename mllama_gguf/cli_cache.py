@@ -1,4 +1,4 @@
-"""`mllama cache`: the encoded pictures on disk."""
+"""`mllama cache`: what was computed of pictures, on disk."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .errors import MllamaError
 def cache_command(action: str, as_json: bool) -> None:
     """Show what is in the cache of encoded pictures, or clear it.
 
-    `mllama caption` keeps there what the vision encoder made of a picture, so that the next question about it
-    is answered without encoding it again. MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE
-    another size than 4 GB (0: no cache).
+    `mllama caption` keeps there what the vision encoder made of a picture, and what the text model made of
+    that (its filling), so that the next question about it is answered without computing either again.
+    MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE another size than 4 GB (0: no cache).
     """
     from .image_cache import ImageCache
 
@@ -36,7 +36,9 @@ def cache_command(action: str, as_json: bool) -> None:
         facts = asdict(info) | {"directory": str(info.directory)}
         click.echo(json.dumps(facts if action == "info" else facts | {"cleared": True}))
     else:
-        pictures = f"{info.n_entries} picture{'' if info.n_entries == 1 else 's'}, {size(info.n_bytes)}"
+        counts = {"picture": info.n_states, "filling": info.n_fillings}
+        numbers = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items()]
+        pictures = f"{', '.join(numbers)}, {size(info.n_bytes)}"
         if action == "clear":
             click.echo(f"{info.directory}: removed {pictures}")
         else:

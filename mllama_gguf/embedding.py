@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +53,21 @@ class ImageEmbedding:
     def __repr__(self) -> str:
         shape = list(self.states.shape)
         return f"ImageEmbedding({shape}, aspect_ratio_id={self.aspect_ratio_id}, key={self.key[:12]})"
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """A picture of a prompt, on its way into the cache: its states are not made before they are needed.
+
+    key, n_tiles: as those of its ImageEmbedding
+    states:       finds or computes them, float32 [n_tiles, n_positions, n_embd]
+    filling_key:  names what the text model makes of the states, see `image_cache`; "": that is not kept
+    """
+
+    key: str
+    n_tiles: int
+    states: Callable[[], npt.NDArray[np.float32]]
+    filling_key: str = ""
 
 
 class EmbeddingStore:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .embedding import ImageEmbedding
+from .embedding import Encoding
 from .sampling import Sampler, SamplingOptions
 from .session import Session
 from .stream import TextStream
@@ -24,7 +24,8 @@ class Stats:
     finish_reason: "stop": the model ended its turn, or a stop string came; "length": max_tokens, or n_ctx is
                    full
     cached_tokens: how many of the prompt's tokens were in the cache already
-    seconds:       encode: pictures to states; prompt: up to the first logits; decode: everything after
+    seconds:       encode: pictures to states; prompt: up to the first logits; decode: everything after,
+                   but for what is written to disk
     """
 
     finish_reason: FinishReason | None = None
@@ -66,7 +67,7 @@ class Reply:
         vocab: Vocab,
         vocab_size: int,
         tokens: Sequence[int],
-        encode: Callable[[], Sequence[ImageEmbedding]],
+        encode: Callable[[], Sequence[Encoding]],
         options: ReplyOptions,
         exclusive: Callable[[bool], AbstractContextManager[None]],
         stop_ids: Collection[int],
@@ -97,6 +98,8 @@ class Reply:
 
         while stats.finish_reason is None:
             with self._exclusive(False):
+                if stats.completion_tokens:  # the first piece is out
+                    session.save()
                 start = clock()
                 piece = ""
                 token = self._sampler.sample(row)

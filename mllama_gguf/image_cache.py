@@ -1,24 +1,34 @@
-"""What the vision encoder made of pictures, on disk: what any process saw before is not encoded again.
+"""What was computed of pictures, on disk: what any process saw before is not computed again.
+
+Of a picture two things are kept. Its states are what the vision encoder makes of it, for whatever reads them.
+Its filling is what the text model makes of the states: keys and values of all cross-attention layers, as they
+lie in the cache of a context; with it, a picture that is asked about again needs no states. For the 11B model
+on the CPU a tile takes 26 MB of states and 79 MB of filling; the states cost far more time to make again.
+Therefore fillings have at most half of the room, and where room is needed the entries used longest ago go,
+of both kinds (a file's modification time is when it was last used; a use of the filling counts for both).
 
 Where: $MLLAMA_IMAGE_CACHE, or `images` in the platform's cache directory of this package. How much:
-$MLLAMA_IMAGE_CACHE_SIZE, in bytes or like "500 MB", 4 GB if it is not set; the entries used longest ago go
-first (a file's modification time is when it was last used). The directory is readable by its owner only, for
-the entries tell what was in the pictures.
+$MLLAMA_IMAGE_CACHE_SIZE, in bytes or like "500 MB", 4 GB if it is not set. The directory is readable by its
+owner only, for the entries tell what was in the pictures.
 
 An entry is one file, written under another name and renamed: it is there as a whole or not at all, and
-processes need no lock. Each has a checksum; one that does not fit is removed. Values are float32, as the
-encoder left them, because a reply must not depend on whether the cache was used. They are read, not mapped:
-the checksum needs every page anyway, and a mapped file that someone truncates kills the process.
+processes need no lock. Each has a checksum; one that does not fit is removed. Values are what was computed,
+to the bit, because a reply must not depend on whether the cache was used. They are read, not mapped: the
+checksum needs every page anyway, and a mapped file that someone truncates kills the process.
 
 No failure of the disk is a failure of the caller: it is logged as a warning, once, and work goes on.
 
-Entry: 64 bytes of header, little-endian: magic "mllama\\x00\\x01", the key's 32 bytes, n_tiles, n_positions,
+States: 64 bytes of header, little-endian: magic "mllama\\x00\\x01", the key's 32 bytes, n_tiles, n_positions,
 n_embd, aspect_ratio_id, crc32 of header (up to here) and values, 4 zero bytes; then the values.
+Filling: 48 bytes of header: magic "mllama\\x00\\x02", the key's 32 bytes, number of bytes that follow it (8
+bytes); then these; then crc32 of all before it. Written and read in pieces, for it is large.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import io
 import logging
 import os
 import re
@@ -26,29 +36,38 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from .embedding import ImageEmbedding
 from .errors import Aborted, ImageError, RequestError
 from .gguf_file import GGUFFile, read_gguf
+from .runtime import Device
 
 logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "MLLAMA_IMAGE_CACHE"
 SIZE_VARIABLE = "MLLAMA_IMAGE_CACHE_SIZE"
-DEFAULT_MAX_BYTES = 4_000_000_000  # some forty pictures of four tiles, of the 11B model
+DEFAULT_MAX_BYTES = 4_000_000_000  # twenty pictures of four tiles of the 11B model, six of them with filling
 
 _HEADER = struct.Struct("<8s32s4I")
 _CRC = struct.Struct("<I4x")
 _MAGIC = b"mllama\x00\x01"
+_FILLING_HEADER = struct.Struct("<8s32sQ")
+_FILLING_CRC = struct.Struct("<I")
+_FILLING_MAGIC = b"mllama\x00\x02"
+_KINDS = ("*.states", "*.filling")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CHUNK = 16 << 20
+# Of a filling. Anything above 10 MB ggml's RPC client asks the worker for by its hash first, and a worker that
+# has a cache of its own would keep it.
+PIECE = 8 << 20
 # A temporary file this old belongs to a process that died.
 _STALE_SECONDS = 3600.0
 # A file changed so lately may change again without its modification time telling.
@@ -57,10 +76,11 @@ _SETTLED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache holds. Sizes in bytes."""
+    """What a cache holds: states, fillings, and the bytes of both."""
 
     directory: Path
-    n_entries: int
+    n_states: int
+    n_fillings: int
     n_bytes: int
     max_bytes: int
 
@@ -88,7 +108,7 @@ def default_max_bytes() -> int:
 
 
 class ImageCache:
-    """Embeddings by key in a directory of which other processes may use and change every file."""
+    """States and fillings by key in a directory of which other processes may use and change every file."""
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, max_bytes: int | None = None) -> None:
         """directory, max_bytes: None: as the environment says. Raises RequestError; touches no file."""
@@ -96,9 +116,11 @@ class ImageCache:
         self.max_bytes = default_max_bytes() if max_bytes is None else max_bytes
         self._warned = False
 
+    # ---- states --------------------------------------------------------------------------------------------
+
     def get(self, key: str) -> ImageEmbedding | None:
         """The embedding of that key, which now counts as the last one used; None if there is none."""
-        path = self._path(key)
+        path = self._states_path(key)
         try:
             with path.open("rb") as file:
                 embedding = _read(file.fileno(), key)
@@ -108,13 +130,14 @@ class ImageCache:
             self._warn(e)
             return None
         except ImageError as e:
-            logger.warning("%s: %s; the entry is dropped", path, e)
-            with suppress(OSError):
-                path.unlink()
+            self._drop(path, e)
             return None
-        with suppress(OSError):  # a directory that may only be read is a fine cache too
-            os.utime(path)
+        self.touch(key)
         return embedding
+
+    def touch(self, key: str) -> None:
+        """Let the states of that key, if there are any, count as the last ones used."""
+        _touch(self._states_path(key))
 
     def add(self, embedding: ImageEmbedding) -> None:
         """Keep an embedding, and remove the oldest entries that no longer fit. One that is larger than the
@@ -124,58 +147,109 @@ class ImageCache:
             return
         try:
             self._shrink(self.max_bytes - n_bytes)
-            self._write(self._path(embedding.key), _pack(embedding), embedding.states.data)
+            self._write(self._states_path(embedding.key), [_pack(embedding), embedding.states.data])
         except OSError as e:
             self._warn(e)
 
+    # ---- fillings ------------------------------------------------------------------------------------------
+
+    def has_filling(self, key: str) -> bool:
+        """Whether there is one of that key, as far as can be told without reading it."""
+        try:
+            return self._filling_path(key).is_file()
+        except OSError:
+            return False
+
+    def filling(self, key: str, n_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of a filling, in pieces, in order; it then counts as the last one used.
+
+        n_bytes: how many they must be
+
+        Raises ImageError, after the last piece too, when those that came are not to be used: the entry is
+        damaged, or went away.
+        """
+        path = self._filling_path(key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                yield from _read_filling(file, key, n_bytes)
+        except OSError as e:
+            if not isinstance(e, FileNotFoundError):
+                self._warn(e)
+            raise ImageError(f"{path}: {e.strerror or e}") from e
+        except ImageError as e:
+            self._drop(path, e)
+            raise
+        _touch(path)
+
+    def add_filling(self, key: str, n_bytes: int, pieces: Iterable[npt.NDArray[np.uint8]]) -> None:
+        """Keep a filling, and remove the oldest entries that no longer fit. One that is larger than half of
+        the cache is not kept. Raises what `pieces` raises."""
+        size = _FILLING_HEADER.size + n_bytes + _FILLING_CRC.size
+        if size > self.max_bytes // 2:
+            return
+        try:
+            self._shrink(self.max_bytes // 2 - size, _KINDS[1:])
+            self._shrink(self.max_bytes - size)
+            self._write(self._filling_path(key), _filling_parts(key, n_bytes, pieces))
+        except OSError as e:
+            self._warn(e)
+
+    # ---- all of it -----------------------------------------------------------------------------------------
+
     def info(self) -> CacheInfo:
         """What is there now."""
-        sizes = [size for _, size, _ in self._entries()]
-        return CacheInfo(self.directory, len(sizes), sum(sizes), self.max_bytes)
+        states, fillings = ([size for _, size, _ in self._entries([kind])] for kind in _KINDS)
+        n_bytes = sum(states) + sum(fillings)
+        return CacheInfo(self.directory, len(states), len(fillings), n_bytes, self.max_bytes)
 
     def clear(self) -> CacheInfo:
-        """Remove everything, what is remembered of projectors included. Returns what was there. Raises
+        """Remove everything, what is remembered of model files included. Returns what was there. Raises
         OSError for what cannot be removed."""
         before = self.info()
-        for pattern in ("*.states", "*.projector", "*.tmp"):
+        for pattern in (*_KINDS, "*.weights", "*.tmp"):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
         return before
 
-    def projector_sha256(
+    def weights_sha256(
         self, path: Path, tensors: Collection[str], stop: Callable[[], bool] = lambda: False
     ) -> str:
-        """Names the content of a projector: see `projector_sha256`. Remembered for the file's path, inode,
-        size and modification time, because reading 2 GB takes seconds. Raises ModelError, Aborted."""
-        info = path.stat()
-        identity = f"{path.resolve()}/{info.st_ino}/{info.st_size}/{info.st_mtime_ns}"
-        memo = self.directory / f"{hashlib.sha256(identity.encode()).hexdigest()}.projector"
+        """Names the content of some tensors: see `weights_sha256`. Remembered for the files' paths, inodes,
+        sizes and modification times, because reading 2 GB takes seconds. Raises ModelError, Aborted."""
+        infos = [(str(part), part.stat()) for part in _parts(path.resolve())]
+        facts = [(name, info.st_ino, info.st_size, info.st_mtime_ns) for name, info in infos]
+        identity = repr((facts, sorted(tensors)))
+        memo = self.directory / f"{hashlib.sha256(identity.encode()).hexdigest()}.weights"
         with suppress(OSError, ValueError):
             words = memo.read_text("ascii")
             if re.fullmatch("[0-9a-f]{64}", words):
                 return words
-        sha256 = projector_sha256(read_gguf(path), tensors, stop)
-        if time.time() - info.st_mtime > _SETTLED_SECONDS:
+        sha256 = weights_sha256(read_gguf(path), tensors, stop)
+        if all(time.time() - info.st_mtime > _SETTLED_SECONDS for _, info in infos):
             try:
-                self._write(memo, sha256.encode())
+                self._write(memo, [sha256.encode()])
             except OSError as e:
                 self._warn(e)
         return sha256
 
     # ---- files ---------------------------------------------------------------------------------------------
 
-    def _path(self, key: str) -> Path:
+    def _states_path(self, key: str) -> Path:
         return self.directory / f"{key}.states"
 
-    def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """(when it was last used, bytes, path) of each entry; other processes may remove them meanwhile."""
-        for path in self.directory.glob("*.states"):
-            with suppress(OSError):
-                info = path.stat()
-                yield info.st_mtime, info.st_size, path
+    def _filling_path(self, key: str) -> Path:
+        return self.directory / f"{key}.filling"
 
-    def _shrink(self, max_bytes: int) -> None:
-        entries = sorted(self._entries())
+    def _entries(self, kinds: Sequence[str]) -> Iterator[tuple[float, int, Path]]:
+        """(when it was last used, bytes, path) of each entry; other processes may remove them meanwhile."""
+        for kind in kinds:
+            for path in self.directory.glob(kind):
+                with suppress(OSError):
+                    info = path.stat()
+                    yield info.st_mtime, info.st_size, path
+
+    def _shrink(self, max_bytes: int, kinds: Sequence[str] = _KINDS) -> None:
+        entries = sorted(self._entries(kinds))
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if total <= max_bytes:
@@ -187,7 +261,12 @@ class ImageCache:
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
 
-    def _write(self, path: Path, *parts: bytes | memoryview) -> None:
+    def _drop(self, path: Path, why: ImageError) -> None:
+        logger.warning("%s: %s; the entry is dropped", path, why)
+        with suppress(OSError):
+            path.unlink()
+
+    def _write(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(dir=self.directory, suffix=".tmp")
         try:
@@ -209,11 +288,9 @@ class ImageCache:
             logger.warning("%s: the image cache cannot be used: %s", error.filename or self.directory, words)
 
 
-def projector_sha256(
-    file: GGUFFile, tensors: Collection[str], stop: Callable[[], bool] = lambda: False
-) -> str:
-    """Hex digest of what the encoder reads of a GGUF file: keys, and names, shapes, types and data of the
-    named tensors. The text model and the vocabulary beside them do not count.
+def weights_sha256(file: GGUFFile, tensors: Collection[str], stop: Callable[[], bool] = lambda: False) -> str:
+    """Hex digest of some tensors of a GGUF file, as the projector's: their names, shapes, types and data, and
+    the file's keys. Other tensors and the vocabulary beside them do not count.
 
     stop: asked now and then; True: stop with Aborted
 
@@ -227,22 +304,30 @@ def projector_sha256(
             digest.update(repr((tensor.name, tensor.ne, tensor.type)).encode())
             for chunk in file.data(tensor, _CHUNK):
                 if stop():
-                    raise Aborted("reading the projector was stopped")
+                    raise Aborted("reading the model's weights was stopped")
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def code_identity(device: str) -> str:
-    """Names what computes on a device (as ggml names it) to the bit: this build of libmllama, its kernel for
-    the CPU as $MLLAMA_CPU_KERNEL and the processor have it now, ggml, and the hardware."""
+def _parts(path: Path) -> list[Path]:
+    """All files of a model of which this is the first."""
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if not match:
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(match[1])}-?????-of-{match[2]}.gguf"))
+
+
+def code_identity(device: str, devices: Sequence[Device]) -> str:
+    """Names what computes on a device (as ggml names it; one of `devices`) to the bit: this build of
+    libmllama, its kernel for the CPU as $MLLAMA_CPU_KERNEL and the processor have it now, ggml, the hardware
+    (of a worker, its address), and what helps the CPU."""
     from . import _native
-    from .runtime import devices
 
     native = _native.load()
     library = _sha256(native.path)
     kernel = native.lib.mllama_cpu_kernel()
     ggml = native.text(native.lib.mllama_ggml_version_loaded())
-    hardware = next((d.description for d in devices() if d.name == device), "")
+    hardware = [(d.name, d.description) for d in devices if d.name == device or d.type == "accel"]
     name = "" if kernel == native.ffi.NULL else native.text(kernel)
     return f"{library}/{name}/{ggml}/{device}/{hardware}"
 
@@ -253,6 +338,11 @@ def _sha256(path: Path) -> str:
 
 
 # ---- entries -----------------------------------------------------------------------------------------------
+
+
+def _touch(path: Path) -> None:
+    with suppress(OSError):  # a directory that may only be read is a fine cache too
+        os.utime(path)
 
 
 def _pack(embedding: ImageEmbedding) -> bytes:
@@ -273,12 +363,47 @@ def _read(fd: int, key: str) -> ImageEmbedding:
         if magic != _MAGIC or digest.hex() != key or os.fstat(fd).st_size != file.tell() + n_bytes:
             raise ImageError("not what its name says")
         states = np.empty(shape, np.float32)
-        rest = states.data.cast("B")
-        while rest:
-            n = file.readinto(rest)
-            if not n:
-                raise ImageError("truncated")
-            rest = rest[n:]
+        _read_all(file, states.data.cast("B"))
     if _CRC.pack(zlib.crc32(states.data, zlib.crc32(header))) != crc:
         raise ImageError("its checksum does not fit")
     return ImageEmbedding(states, aspect_ratio_id, key)
+
+
+def _filling_parts(
+    key: str, n_bytes: int, pieces: Iterable[npt.NDArray[np.uint8]]
+) -> Iterator[bytes | memoryview]:
+    header = _FILLING_HEADER.pack(_FILLING_MAGIC, bytes.fromhex(key), n_bytes)
+    crc = zlib.crc32(header)
+    yield header
+    for piece in pieces:
+        crc = zlib.crc32(piece.data, crc)
+        yield piece.data
+    yield _FILLING_CRC.pack(crc)
+
+
+def _read_filling(file: io.FileIO, key: str, n_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Raises ImageError for an entry that is not as it was written."""
+    header = file.read(_FILLING_HEADER.size)
+    size = _FILLING_HEADER.size + n_bytes + _FILLING_CRC.size
+    if (
+        header != _FILLING_HEADER.pack(_FILLING_MAGIC, bytes.fromhex(key), n_bytes)
+        or os.fstat(file.fileno()).st_size != size
+    ):
+        raise ImageError("truncated, or not what its name says")
+    crc = zlib.crc32(header)
+    while n_bytes:
+        piece = np.empty(min(n_bytes, PIECE), np.uint8)
+        _read_all(file, piece.data)
+        crc = zlib.crc32(piece.data, crc)
+        yield piece
+        n_bytes -= piece.nbytes
+    if file.read(_FILLING_CRC.size) != _FILLING_CRC.pack(crc):
+        raise ImageError("its checksum does not fit")
+
+
+def _read_all(file: io.FileIO, rest: memoryview) -> None:
+    while rest:
+        n = file.readinto(rest)
+        if not n:
+            raise ImageError("truncated")
+        rest = rest[n:]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar, overload
+from weakref import WeakSet
 
 from . import openai
 from ._native import Callbacks
 from ._native import load as load_native
 from .chat import ChatTemplate
-from .embedding import EmbeddingStore, ImageEmbedding
+from .embedding import EmbeddingStore, Encoding, ImageEmbedding
 from .engine import Engine, parse_workers
 from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
 from .generate import Reply, ReplyOptions
@@ -43,6 +45,8 @@ DEFAULT_PROMPT = "Describe this image."
 WEIGHTS_PER_THREAD = 32 * 1024 * 1024
 # One four-tile picture of the 11B model takes 105 MB.
 EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
+# What makes a filling of states, in the files of all layouts.
+_FILLER = re.compile(r"blk\.\d+\.cross_attn_(k_proj|v_proj|k_norm)\.weight")
 
 
 class Mllama:
@@ -108,8 +112,8 @@ class Mllama:
         use_mmap:       let the CPU read weights from the file's pages instead of copying them
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
         chat_template:  Jinja source in place of the file's
-        image_cache:    keep what the encoder makes of pictures on disk, where the environment says or the
-                        platform keeps caches; a path: there; False: in memory only. See image_cache.py
+        image_cache:    keep what is computed of pictures on disk, where the environment says or the platform
+                        keeps caches; a path: there; False: in memory only. See image_cache.py
         verbose:        the log to stderr
         progress:       called with "load", "encode" or "prompt", how much is done, and of how much
         abort:          called every 50 ms while something computes; True stops it with Aborted
@@ -209,13 +213,16 @@ class Mllama:
         trained = self.hparams.n_ctx_train
         if n_ctx and n_ctx > trained:
             logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
-        self._session = Session(self._context, callbacks)
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES)
+        self._encoded: WeakSet[ImageEmbedding] = WeakSet()  # by us, so that their keys name their content
         self._disk: ImageCache | None = None
         if image_cache is not False:
             disk = ImageCache(None if image_cache is True else image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
+        self._session = Session(self._context, callbacks, self._disk)
         self._flash_attn = flash_attn
+        self._filling_settings = (type_k, type_v, offload_kqv)
+        self._filler = ""  # see _filler_identity
         self._stop = abort or (lambda: False)
         self._projector = self._vision_device = ""  # see _encoder_identity
         self._taps = 0  # open ones
@@ -353,21 +360,40 @@ class Mllama:
     def _encode(self, image: TiledImage | ImageEmbedding) -> ImageEmbedding:
         if isinstance(image, ImageEmbedding):
             return image
-        words = f"{self._encoder_identity()}/{image.rows}x{image.columns}/{image.sha256}"
-        key = hashlib.sha256(words.encode()).hexdigest()
+        key = self._key(image)
         if not self._taps:  # a tap wants to see the computation
             known = self._embeddings.get(key)
             if known is None and self._disk is not None:
                 known = self._disk.get(key)
             if known is not None:
                 self._embeddings.add(known)
+                self._encoded.add(known)
                 return known
         states = self._context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
         embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
         self._embeddings.add(embedding)
+        self._encoded.add(embedding)
         if self._disk is not None:
             self._disk.add(embedding)
         return embedding
+
+    def _encoding(self, image: TiledImage | ImageEmbedding) -> Encoding:
+        """A picture for the session: without its states, if what the text model makes of them is on disk."""
+        ours = not isinstance(image, ImageEmbedding) or image in self._encoded
+        key = image.key if isinstance(image, ImageEmbedding) else self._key(image)
+        filling_key = ""
+        if ours and self._disk is not None and not self._taps:
+            filling_key = hashlib.sha256(f"{self._filler_identity(self._disk)}/{key}".encode()).hexdigest()
+            if self._disk.has_filling(filling_key):
+                self._disk.touch(key)
+                return Encoding(key, image.n_tiles, lambda: self._encode(image).states, filling_key)
+        states = self._encode(image).states
+        return Encoding(key, image.n_tiles, lambda: states, filling_key)
+
+    def _key(self, image: TiledImage) -> str:
+        """Names a picture's states."""
+        words = f"{self._encoder_identity()}/{image.rows}x{image.columns}/{image.sha256}"
+        return hashlib.sha256(words.encode()).hexdigest()
 
     def _encoder_identity(self) -> str:
         """Everything but the pixels that the bits of the states depend on."""
@@ -377,10 +403,21 @@ class Mllama:
             if self._disk is None:  # its own memory needs not know a copy of the file
                 self._projector = _file_identity(path)
             else:
-                self._projector = self._disk.projector_sha256(path, [t.name for t in vision], self._stop)
+                self._projector = self._disk.weights_sha256(path, [t.name for t in vision], self._stop)
             self._vision_device = vision[0].device
-        code = code_identity(self._vision_device)
+        code = code_identity(self._vision_device, self._model.devices())
         return f"{self._projector}/{PREPROCESS_VERSION}/{code}/{self._flash_attn}"
+
+    def _filler_identity(self, disk: ImageCache) -> str:
+        """Everything but the states that the bits of a filling depend on."""
+        if not self._filler:
+            places = {t.name: t.device for t in self._model.tensors() if _FILLER.fullmatch(t.name)}
+            content = disk.weights_sha256(self.model_path, places, self._stop)
+            known = self._model.devices()
+            code = [code_identity(device, known) for device in sorted({"CPU", *places.values()})]
+            file = (content, self.layout, self.repairs)
+            self._filler = repr((file, sorted(places.items()), code, self._filling_settings))
+        return self._filler
 
     # ---- replies -------------------------------------------------------------------------------------------
 
@@ -498,7 +535,7 @@ class Mllama:
                 self._vocab,
                 self.vocab_size,
                 tokens,
-                lambda: [self._encode(image) for image in images],
+                lambda: [self._encoding(image) for image in images],
                 options,
                 exclusive,
                 self.stop_ids,
@@ -525,8 +562,8 @@ class Mllama:
         if wrong:
             raise RequestError(f"token {wrong[0]} is not in the vocabulary")
         with self._exclusive():
-            embeddings = [self._encode(self._prepare(image)) for image in images]
-            rows, _ = self._session.feed(tokens, embeddings, logits="all")
+            encodings = [self._encoding(self._prepare(image)) for image in images]
+            rows, _ = self._session.feed(tokens, encodings, logits="all")
             return rows
 
     # ---- the object's own life -----------------------------------------------------------------------------
@@ -559,6 +596,8 @@ class Mllama:
         if self._closed:
             return
         with self._exclusive():
+            with suppress(MllamaError):  # a device was lost
+                self._session.save()
             self._closed = True
             self._context.close()
             self._model.close()

@@ -20,6 +20,7 @@ from ._native import Callbacks, Native
 from .errors import RequestError
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 KvType = Literal["f32", "f16", "q8_0"]
 Tap = Callable[[str, Floats | None], bool]
 
@@ -240,6 +241,10 @@ class NativeModel:
         """Bytes of all weights."""
         return int(self.native.lib.mllama_model_size(self.pointer))
 
+    def devices(self) -> list[Device]:
+        """All devices of the process."""
+        return devices()
+
     def tensors(self) -> Iterator[TensorInfo]:
         """All weights."""
         info = self.native.ffi.new("mllama_tensor_info *")
@@ -360,12 +365,13 @@ class NativeContext:
         _raise(self.native, self._callbacks, status)
         return states
 
-    def image_fill(self, states: Sequence[Floats]) -> int:
-        """Put one picture, or a group of adjacent ones, into a new slot; each states [n_tiles, P, D]."""
+    def image_fill(self, states: Sequence[Floats | int]) -> int:
+        """Put one picture, or a group of adjacent ones, into a new slot; each states [n_tiles, P, D], or
+        n_tiles: `image_set` brings the picture."""
         ffi = self.native.ffi
-        arrays = [np.ascontiguousarray(s, np.float32) for s in states]
-        pointers = ffi.new("float *[]", [self._floats(a) for a in arrays])
-        n_tiles = ffi.new("int32_t[]", [len(a) for a in arrays])
+        arrays = [None if isinstance(s, int) else np.ascontiguousarray(s, np.float32) for s in states]
+        pointers = ffi.new("float *[]", [ffi.NULL if a is None else self._floats(a) for a in arrays])
+        n_tiles = ffi.new("int32_t[]", [s if isinstance(s, int) else len(s) for s in states])
         slot = ffi.new("int32_t *")
         status = self.native.lib.mllama_image_fill(self.pointer, len(arrays), pointers, n_tiles, slot)
         try:
@@ -379,6 +385,28 @@ class NativeContext:
     def image_free(self, slot: int) -> None:
         """Give a slot back."""
         self.native.check(self.native.lib.mllama_image_free(self.pointer, slot))
+
+    def image_size(self, slot: int, image: int) -> int:
+        """How many bytes `image_get` gives of a slot's picture, counted from 0 in its group."""
+        n_bytes = self.native.ffi.new("uint64_t *")
+        self.native.check(self.native.lib.mllama_image_size(self.pointer, slot, image, n_bytes))
+        return int(n_bytes[0])
+
+    def image_get(self, slot: int, image: int, offset: int, n_bytes: int) -> Bytes:
+        """Some bytes of what a slot holds of a picture: uint8 [n_bytes]."""
+        data = np.empty(n_bytes, np.uint8)
+        status = self.native.lib.mllama_image_get(
+            self.pointer, slot, image, offset, n_bytes, self.native.ffi.from_buffer(data)
+        )
+        self.native.check(status)
+        return data
+
+    def image_set(self, slot: int, image: int, offset: int, data: Bytes) -> None:
+        """Put them into another slot."""
+        status = self.native.lib.mllama_image_set(
+            self.pointer, slot, image, offset, data.nbytes, self.native.ffi.from_buffer(data)
+        )
+        self.native.check(status)
 
     def decode(
         self,

@@ -8,32 +8,40 @@ that an interruption at any point leaves a state that `_agree` can repair.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
 from ._native import Callbacks
-from .embedding import ImageEmbedding
-from .errors import BackendError, ContextFullError, RequestError
+from .embedding import Encoding
+from .errors import BackendError, ContextFullError, ImageError, RequestError
+from .image_cache import PIECE, ImageCache
 from .prompt import Run, common_prefix, drop_first, split_runs, visible_keys
-from .runtime import Floats, NativeContext
+from .runtime import Bytes, Floats, NativeContext
 
 # Filled image slots that are kept. The current one is enough to go on; the others make a return to a recent
 # picture cheap. One tile of the 11B model takes 79 MB on the CPU.
 MAX_SLOTS = 4
+# Where a slot is until all its pictures are in it: the key of no group.
+UNFINISHED = ()
 
 
 class Session:
     """Feeds prompts and single tokens to a context. Not thread-safe."""
 
-    def __init__(self, context: NativeContext, callbacks: Callbacks) -> None:
+    def __init__(
+        self, context: NativeContext, callbacks: Callbacks, image_cache: ImageCache | None = None
+    ) -> None:
+        """image_cache: where slots are filled from, and what is put into them is kept."""
         self._context = context
         self._callbacks = callbacks
+        self._disk = image_cache
         self._tokens: list[int] = []
         self._seen: list[tuple[str, ...]] = []  # for each token the keys of the pictures it saw
         # Filled slots by the keys of their group; the last used one is last.
         self._slots: OrderedDict[tuple[str, ...], int] = OrderedDict()
+        self._unsaved: list[tuple[int, int, str]] = []  # slot, image in it and filling key; see `save`
         self._slot = -1  # what the last token saw
         self._n_visible = 0
         self.n_ctx = context.n_ctx
@@ -47,7 +55,7 @@ class Session:
     def feed(
         self,
         tokens: Sequence[int],
-        images: Sequence[ImageEmbedding] = (),
+        images: Sequence[Encoding] = (),
         *,
         logits: Literal["last", "all"] = "last",
     ) -> tuple[Floats, int]:
@@ -67,6 +75,7 @@ class Session:
         if not tokens:
             raise RequestError("the prompt is empty")
 
+        self.save()
         self._agree()
         runs = split_runs(tokens, hparams.image_token_id)
         seen = visible_keys(runs, [image.key for image in images])
@@ -115,8 +124,25 @@ class Session:
                 "raise n_ctx or shorten the prompt"
             )
 
+    def save(self) -> None:
+        """Keep on disk what the text model made of pictures, those that are not there yet. Apart from `feed`,
+        for the reply need not wait for it. Raises BackendError, Aborted; what is lost then is only time."""
+        if self._unsaved:
+            self._agree()
+        while self._unsaved and self._disk is not None:
+            slot, image, key = self._unsaved.pop()
+            if self._disk.has_filling(key):  # by another process, or the same picture beside itself
+                continue
+            n_bytes = self._context.image_size(slot, image)
+            self._disk.add_filling(key, n_bytes, self._pieces(slot, image, n_bytes))
+
+    def _pieces(self, slot: int, image: int, n_bytes: int) -> Iterator[Bytes]:
+        for offset in range(0, n_bytes, PIECE):
+            yield self._context.image_get(slot, image, offset, min(PIECE, n_bytes - offset))
+
     def clear(self) -> None:
         """Forget tokens and pictures."""
+        self.save()
         self._forget()
         self._context.clear()
 
@@ -124,20 +150,62 @@ class Session:
         self._tokens.clear()
         self._seen.clear()
         self._slots.clear()
+        self._unsaved.clear()
         self._slot, self._n_visible = -1, 0
 
-    def _slot_for(self, run: Run, images: Sequence[ImageEmbedding]) -> int:
+    def _slot_for(self, run: Run, images: Sequence[Encoding]) -> int:
         if not run.group:
             return -1
         group = [images[i] for i in run.group]
         key = tuple(image.key for image in group)
         if key not in self._slots:
+            self._free_unfinished()
             while len(self._slots) >= MAX_SLOTS:
+                self.save()
                 _, oldest = self._slots.popitem(last=False)
                 self._context.image_free(oldest)
-            self._slots[key] = self._context.image_fill([image.states for image in group])
+            slot = self._fill(group)
+            self._slots[key] = self._slots.pop(UNFINISHED)
+            self._unsaved += [
+                (slot, i, image.filling_key)
+                for i, image in enumerate(group)
+                if self._disk and image.filling_key and not self._disk.has_filling(image.filling_key)
+            ]
         self._slots.move_to_end(key)
         return self._slots[key]
+
+    def _fill(self, group: Sequence[Encoding]) -> int:
+        """The unfinished slot, new, with these pictures: copied from disk, or else computed from states."""
+        on_disk = {
+            i
+            for i, image in enumerate(group)
+            if self._disk and image.filling_key and self._disk.has_filling(image.filling_key)
+        }
+        while True:
+            slot = self._slots[UNFINISHED] = self._context.image_fill(
+                [image.n_tiles if i in on_disk else image.states() for i, image in enumerate(group)]
+            )
+            damaged = next((i for i in sorted(on_disk) if not self._copy(slot, i, group[i].filling_key)), -1)
+            if damaged < 0:
+                return slot
+            on_disk.remove(damaged)
+            self._free_unfinished()
+
+    def _copy(self, slot: int, image: int, key: str) -> bool:
+        """Put a picture into a slot from disk; whether that went well."""
+        assert self._disk is not None
+        offset = 0
+        try:
+            for piece in self._disk.filling(key, self._context.image_size(slot, image)):
+                self._context.image_set(slot, image, offset, piece)
+                offset += piece.nbytes
+        except ImageError:
+            return False
+        return True
+
+    def _free_unfinished(self) -> None:
+        if UNFINISHED in self._slots:
+            self._context.image_free(self._slots.pop(UNFINISHED))
 
     def _truncate(self, n: int) -> None:
         del self._tokens[n:]

@@ -25,7 +25,7 @@ from mllama_gguf.image_cache import (
     SIZE_VARIABLE,
     ImageCache,
     default_max_bytes,
-    projector_sha256,
+    weights_sha256,
 )
 
 Files = Callable[[str], TinyFiles]
@@ -153,7 +153,7 @@ def test_the_projector_is_named_by_its_type_and_not_by_the_text(tiny_files: File
 
     def named(path: Path) -> str:
         file = read_gguf(path)
-        return projector_sha256(file, [t.name for t in file.tensors if t.name.startswith(("v.", "mm."))])
+        return weights_sha256(file, [t.name for t in file.tensors if t.name.startswith(("v.", "mm."))])
 
     checkpoint = tiny.make_checkpoint(tiny.ARCHS["gqa"], tmp_path / "hf")
     digests = [named(convert(checkpoint, tmp_path / f"{t}.gguf", type=t)[1]) for t in ("f32", "f16", "bf16")]
@@ -170,15 +170,15 @@ def test_the_projector_is_read_once(
 
     def counted(*args: object) -> str:
         reads.append(args)
-        return projector_sha256(*args)  # type: ignore[arg-type]
+        return weights_sha256(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("mllama_gguf.image_cache.projector_sha256", counted)
+    monkeypatch.setattr("mllama_gguf.image_cache.weights_sha256", counted)
     cache = ImageCache()
     for seconds, n_reads in ((0.0, 1), (0.0, 2), (60.0, 3), (60.0, 3), (61.0, 4)):
         # A file of this moment may change again without its time telling, so it is not remembered yet.
         changed = time.time() - seconds if seconds == 0 else 1e9 + seconds
         os.utime(path, (changed, changed))
-        cache.projector_sha256(path, ["mm.0.weight"])
+        cache.weights_sha256(path, ["mm.0.weight"])
         assert len(reads) == n_reads
 
 
@@ -262,7 +262,7 @@ def test_the_entries_used_longest_ago_go_first(tmp_path: Path) -> None:
         assert len(present) == 3
         assert cache.info().n_bytes <= cache.max_bytes
     cache.add(embedding(9, 5000))  # more than the whole cache
-    assert cache.info().n_entries == 3
+    assert cache.info().n_states == 3
 
 
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
@@ -400,20 +400,24 @@ def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: 
     assert run(["caption", photo, "-m", one, "-n", "5", "--no-cache"]) == 0
     expected = capsys.readouterr()
     assert not folder.exists()
-    assert info()["n_entries"] == 0
+    assert info()["n_states"] == info()["n_fillings"] == 0
     for _ in range(2):
         assert run(["caption", photo, "-m", one, "-n", "5"]) == 0
         assert capsys.readouterr() == expected
-        n_bytes = entries(folder)[0].stat().st_size
+        n_bytes = sum(
+            path.stat().st_size for kind in ("states", "filling") for path in folder.glob(f"*.{kind}")
+        )
         assert info("info") == {
-            "directory": str(folder), "n_entries": 1, "n_bytes": n_bytes, "max_bytes": DEFAULT_MAX_BYTES,
+            "directory": str(folder), "n_states": 1, "n_fillings": 1, "n_bytes": n_bytes,
+            "max_bytes": DEFAULT_MAX_BYTES,
         }  # fmt: skip
     assert run(["cache"]) == 0
-    assert capsys.readouterr().out == f"{folder}: 1 picture, {n_bytes / 1e3:.1f} kB of at most 4.0 GB\n"
+    shown = f"1 picture, 1 filling, {n_bytes / 1e3:.1f} kB"
+    assert capsys.readouterr().out == f"{folder}: {shown} of at most 4.0 GB\n"
     assert info("clear")["n_bytes"] == n_bytes
     assert not list(folder.iterdir())
     assert run(["cache", "clear"]) == 0
-    assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 bytes\n"
+    assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 fillings, 0 bytes\n"
     assert run(["cache", "burn"]) == 2
 
 

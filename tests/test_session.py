@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mllama_gguf.embedding import ImageEmbedding
+from mllama_gguf.embedding import Encoding
 from mllama_gguf.errors import BackendError, ContextFullError, RequestError
+from mllama_gguf.image_cache import ImageCache
 from mllama_gguf.session import MAX_SLOTS, Session
 
 IMAGE, VOCAB = 9, 9
@@ -29,16 +31,29 @@ class Context:
         self.decoded: list[list[int]] = []
         self.before_decode: Callable[[], None] = lambda: None
         self.after_decode: Callable[[], None] = lambda: None
+        self.before_set: Callable[[], None] = lambda: None
         self._next_slot = 0
 
     @property
     def n_past(self) -> int:
         return len(self.cache)
 
-    def image_fill(self, states: Sequence[npt.NDArray[np.float32]]) -> int:
+    def image_fill(self, states: Sequence[npt.NDArray[np.float32] | int]) -> int:
         self._next_slot += 1
-        self.slots[self._next_slot] = [float(s[0, 0, 0]) for s in states]
+        self.slots[self._next_slot] = [np.nan if isinstance(s, int) else float(s[0, 0, 0]) for s in states]
         return self._next_slot
+
+    def image_size(self, slot: int, image: int) -> int:
+        assert image < len(self.slots[slot])
+        return 8
+
+    def image_get(self, slot: int, image: int, offset: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        return np.array(self.slots[slot][image]).reshape(1).view(np.uint8)[offset : offset + n_bytes]
+
+    def image_set(self, slot: int, image: int, offset: int, data: npt.NDArray[np.uint8]) -> None:
+        self.before_set()
+        assert (offset, data.nbytes) == (0, 8)
+        self.slots[slot][image] = float(data.view(np.float64)[0])
 
     def image_free(self, slot: int) -> None:
         del self.slots[slot]
@@ -68,18 +83,22 @@ class Context:
 
 
 class Made:
-    def __init__(self) -> None:
+    def __init__(self, disk: ImageCache | None = None) -> None:
         self.context = Context()
         callbacks: Any = SimpleNamespace(prompt_offset=0, prompt_total=0)
-        self.session = Session(self.context, callbacks)  # type: ignore[arg-type]
+        self.session = Session(self.context, callbacks, disk)  # type: ignore[arg-type]
+        self.computed: list[int] = []  # pictures whose states were needed
 
     def feed(self, tokens: Sequence[int], *images: int, **options: Any) -> tuple[Any, int]:
         self.context.decoded.clear()
-        return self.session.feed(tokens, [embedding(i) for i in images], **options)
+        return self.session.feed(tokens, [self.encoding(i) for i in images], **options)
 
+    def encoding(self, number: int) -> Encoding:
+        def states() -> npt.NDArray[np.float32]:
+            self.computed.append(number)
+            return np.full((1, 1, 1), number, np.float32)
 
-def embedding(number: int) -> ImageEmbedding:
-    return ImageEmbedding(np.full((1, 1, 1), number, np.float32), 1, key=f"picture {number}")
+        return Encoding(f"picture {number}", 1, states, f"{number:064x}")
 
 
 @pytest.fixture
@@ -222,3 +241,78 @@ def test_lost_caches_are_not_counted_on(made: Made) -> None:
         made.session.step(3)
     assert made.feed([1, IMAGE, 2], 7)[1] == 0
     assert len(made.context.slots) == 1
+
+
+# ---- fillings on disk --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> ImageCache:
+    return ImageCache(tmp_path, 10**6)
+
+
+def test_what_one_session_filled_another_copies(disk: ImageCache) -> None:
+    prompt = [1, IMAGE, IMAGE, 2, IMAGE, 3]
+    first, second = Made(disk), Made(disk)
+    expected = first.feed(prompt, 7, 8, 8)[0]
+    assert not disk.info().n_fillings  # not before the reply has begun
+    first.session.save()
+    assert disk.info().n_fillings == 2
+    assert np.array_equal(second.feed(prompt, 7, 8, 8)[0], expected)
+    second.feed([IMAGE, IMAGE, 1], 9, 7)  # one of a group
+    assert (first.computed, second.computed) == ([7, 8, 8], [9])
+    assert second.context.cache == [(IMAGE, 9.0), (IMAGE, 9.0, 7.0), (1, 9.0, 7.0)]
+
+
+@pytest.mark.parametrize("then", ["feed", "clear", "more pictures than slots"])
+def test_what_is_not_saved_yet_is_saved_before_it_goes(disk: ImageCache, then: str) -> None:
+    made = Made(disk)
+    if then == "more pictures than slots":
+        made.feed([IMAGE, 1] * (MAX_SLOTS + 1), *range(MAX_SLOTS + 1))
+        assert disk.info().n_fillings == MAX_SLOTS
+        return
+    made.feed([IMAGE, 1], 7)
+    if then == "feed":
+        made.feed([1])
+    else:
+        made.session.clear()
+    assert disk.info().n_fillings == 1
+
+
+def test_a_damaged_filling_is_made_again(disk: ImageCache) -> None:
+    first = Made(disk)
+    first.feed([IMAGE, IMAGE, 1], 7, 8)
+    first.session.save()
+    path = disk.directory / f"{8:064x}.filling"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5] + b"?" + whole[-4:])
+    second = Made(disk)
+    second.feed([IMAGE, IMAGE, 1], 7, 8)
+    assert second.computed == [8]
+    assert second.context.cache[-1] == (1, 7.0, 8.0)
+    assert len(second.context.slots) == 1
+    assert not path.exists()
+    second.session.save()
+    assert path.read_bytes() == whole
+
+
+def test_an_interrupted_copy_leaves_no_slot(disk: ImageCache) -> None:
+    first, second = Made(disk), Made(disk)
+    first.feed([IMAGE, 1], 7)
+    first.session.save()
+    second.context.before_set = interrupt
+    for _ in range(MAX_SLOTS + 2):
+        with pytest.raises(KeyboardInterrupt):
+            second.feed([IMAGE, 1], 7)
+        assert len(second.context.slots) == 1
+    second.context.before_set = lambda: None
+    second.feed([IMAGE, 1], 7)
+    assert list(second.context.slots.values()) == [[7.0]]
+
+
+def test_lost_caches_are_not_saved(disk: ImageCache) -> None:
+    made = Made(disk)
+    made.feed([1, IMAGE, 2], 7)
+    made.context.cache, made.context.slots, made.context.epoch = [], {}, 1
+    made.session.save()
+    assert not disk.info().n_fillings

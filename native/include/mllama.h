@@ -229,10 +229,19 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
                             float * states);
 
 // Fills a new slot of the cross-attention cache with one image, or with several directly adjacent ones, which later text
-// sees together. states[i] is [n_tiles[i], n_positions, n_embd]. *slot >= 0 names it from then on.
+// sees together. states[i] is [n_tiles[i], n_positions, n_embd], or NULL: the rows of that image are 0 until mllama_image_set
+// has brought all of them. *slot >= 0 names it from then on.
 mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states,
                                 const int32_t * n_tiles, int32_t * slot);
 mllama_status mllama_image_free(mllama_context * ctx, int32_t slot);
+
+// What a slot holds of one of its images, to be kept and put into another slot: bytes in an order of our own, which depends
+// on the cache types and on the devices that the layers are on, but neither on the slot nor on the other images in it.
+mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t * n_bytes);
+// Copies n_bytes of them, the first offset left out; a few MiB at a time are fast enough.
+mllama_status mllama_image_get(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, void * data);
+mllama_status mllama_image_set(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes,
+                               const void * data);
 
 typedef enum mllama_logits {
     MLLAMA_LOGITS_NONE = 0,

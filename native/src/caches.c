@@ -96,3 +96,43 @@ void image_slot_free(image_slot * slot) {
     slot->row_end = NULL;
     slot->used    = false;
 }
+
+// The rows of an image in one tensor of a slot: *first byte, and how many bytes.
+static uint64_t rows_of(const image_slot * slot, const struct ggml_tensor * t, int32_t image, uint64_t * first) {
+    const uint64_t start = image > 0 ? (uint64_t) slot->row_end[image - 1] : 0;
+    *first = start * t->nb[1];
+    return ((uint64_t) slot->row_end[image] - start) * t->nb[1];
+}
+
+uint64_t image_slot_size(const image_slot * slot, const mllama_model * model, int32_t image) {
+    uint64_t size = 0, first = 0;
+    for (int32_t i = 0; i < model->hp.pub.n_cross_layers; i++) {
+        const int32_t il = model->hp.cross_layers[i];
+        size += rows_of(slot, slot->kv.k[il], image, &first) + rows_of(slot, slot->kv.v[il], image, &first);
+    }
+    return size;
+}
+
+void image_slot_copy(const image_slot * slot, const mllama_model * model, int32_t image, uint64_t offset, uint64_t n_bytes, char * get,
+                     const char * set) {
+    for (int32_t i = 0; i < 2 * model->hp.pub.n_cross_layers && n_bytes > 0; i++) {
+        const int32_t        il    = model->hp.cross_layers[i / 2];
+        struct ggml_tensor * t     = i % 2 ? slot->kv.v[il] : slot->kv.k[il];
+        uint64_t             first = 0;
+        const uint64_t       size  = rows_of(slot, t, image, &first);
+        if (offset >= size) {
+            offset -= size;
+            continue;
+        }
+        const uint64_t n = size - offset < n_bytes ? size - offset : n_bytes;
+        if (get) {
+            ggml_backend_tensor_get(t, get, first + offset, n);
+            get += n;
+        } else {
+            ggml_backend_tensor_set(t, set, first + offset, n);
+            set += n;
+        }
+        offset = 0;
+        n_bytes -= n;
+    }
+}

@@ -30,3 +30,9 @@ typedef struct image_slot {
 mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
                               const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v);
 void          image_slot_free(image_slot * slot);
+
+// The bytes of one image: for each cross-attention layer its rows of k, then those of v.
+uint64_t      image_slot_size(const image_slot * slot, const mllama_model * model, int32_t image);
+// Part of these bytes, which must be within their size. One of get and set is NULL.
+void          image_slot_copy(const image_slot * slot, const mllama_model * model, int32_t image, uint64_t offset, uint64_t n_bytes,
+                              char * get, const char * set);

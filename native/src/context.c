@@ -521,9 +521,11 @@ static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t 
     TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
     int64_t row = 0;
     for (int32_t i = 0; i < n_images; i++) {
-        for (int32_t tile = 0; tile < n_tiles[i]; tile++, row += p->n_positions) {
-            TRY(fill_rows(ctx, slot, row, p->n_positions, states[i] + (size_t) tile * (size_t) p->n_positions * (size_t) p->n_embd));
+        for (int32_t tile = 0; tile < n_tiles[i] && states[i]; tile++) {
+            const float * from = states[i] + (size_t) tile * (size_t) p->n_positions * (size_t) p->n_embd;
+            TRY(fill_rows(ctx, slot, row + (int64_t) tile * p->n_positions, p->n_positions, from));
         }
+        row += (int64_t) n_tiles[i] * p->n_positions;
     }
     return MLLAMA_OK;
 }
@@ -572,6 +574,36 @@ mllama_status mllama_image_free(mllama_context * ctx, int32_t slot) {
     }
     free_slot(ctx, &ctx->slots[slot]);
     return MLLAMA_OK;
+}
+
+mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t * n_bytes) {
+    if (!is_slot(ctx, slot) || image < 0 || image >= ctx->slots[slot].n_images) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no image %d in slot %d", image, slot);
+    }
+    *n_bytes = image_slot_size(&ctx->slots[slot], ctx->model, image);
+    return MLLAMA_OK;
+}
+
+static mllama_status copy_image(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, char * get,
+                                const char * set) {
+    uint64_t size = 0;
+    TRY(check_memory(ctx));
+    TRY(mllama_image_size(ctx, slot, image, &size));
+    if (offset > size || n_bytes > size - offset || (n_bytes > 0 && !get && !set)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes at %llu of the %llu of an image", (unsigned long long) n_bytes,
+                    (unsigned long long) offset, (unsigned long long) size);
+    }
+    image_slot_copy(&ctx->slots[slot], ctx->model, image, offset, n_bytes, get, set);
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_image_get(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, void * data) {
+    return copy_image(ctx, slot, image, offset, n_bytes, data, NULL);
+}
+
+mllama_status mllama_image_set(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes,
+                               const void * data) {
+    return copy_image(ctx, slot, image, offset, n_bytes, NULL, data);
 }
 
 // ---- text ---------------------------------------------------------------------------------------------------------
