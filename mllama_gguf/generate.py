@@ -95,10 +95,11 @@ class Reply:
             logits, stats.cached_tokens = session.feed(self._tokens, images)
             stats.seconds["prompt"] = clock() - encoded
         row = logits[-1]
+        shown = False
 
         while stats.finish_reason is None:
             with self._exclusive(False):
-                if stats.completion_tokens:  # the first piece is out
+                if shown:
                     session.save()
                 start = clock()
                 piece = ""
@@ -121,3 +122,4 @@ class Reply:
                 stats.seconds["decode"] += clock() - start
             if piece:
                 yield piece
+                shown = True

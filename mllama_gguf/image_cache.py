@@ -65,8 +65,8 @@ _FILLING_MAGIC = b"mllama\x00\x02"
 _KINDS = ("*.states", "*.filling")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CHUNK = 16 << 20
-# Of a filling. Anything above 10 MB ggml's RPC client asks the worker for by its hash first, and a worker that
-# has a cache of its own would keep it.
+# Of a filling. What is above 10 MB ggml's RPC client asks the worker for by its hash first, and the worker
+# may keep it in a cache of its own.
 PIECE = 8 << 20
 # A temporary file this old belongs to a process that died.
 _STALE_SECONDS = 3600.0
