@@ -95,13 +95,15 @@ class Reply:
             logits, stats.cached_tokens = session.feed(self._tokens, images)
             stats.seconds["prompt"] = clock() - encoded
         row = logits[-1]
-        shown = False
+        token, shown = -1, False
 
         while stats.finish_reason is None:
             with self._exclusive(False):
                 if shown:
                     session.save()
                 start = clock()
+                if token >= 0:  # not before its piece is out
+                    row = session.step(token)
                 piece = ""
                 token = self._sampler.sample(row)
                 if token in self._stop_ids:
@@ -115,8 +117,6 @@ class Reply:
                         stats.completion_tokens == self._options.max_tokens or session.n_past >= session.n_ctx
                     ):
                         stats.finish_reason = "length"
-                    else:
-                        row = session.step(token)
                 if stats.finish_reason is not None:
                     piece += text.finish()
                 stats.seconds["decode"] += clock() - start
