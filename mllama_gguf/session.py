@@ -15,7 +15,7 @@ import numpy as np
 
 from ._native import Callbacks
 from .embedding import Encoding
-from .errors import BackendError, ContextFullError, ImageError, RequestError
+from .errors import Aborted, BackendError, ContextFullError, ImageError, RequestError
 from .image_cache import PIECE, ImageCache
 from .prompt import Run, common_prefix, drop_first, split_runs, visible_keys
 from .runtime import Bytes, Floats, NativeContext
@@ -138,6 +138,7 @@ class Session:
 
     def _pieces(self, slot: int, image: int, n_bytes: int) -> Iterator[Bytes]:
         for offset in range(0, n_bytes, PIECE):
+            self._check_abort()
             yield self._context.image_get(slot, image, offset, min(PIECE, n_bytes - offset))
 
     def clear(self) -> None:
@@ -197,11 +198,16 @@ class Session:
         offset = 0
         try:
             for piece in self._disk.filling(key, self._context.image_size(slot, image)):
+                self._check_abort()
                 self._context.image_set(slot, image, offset, piece)
                 offset += piece.nbytes
         except ImageError:
             return False
         return True
+
+    def _check_abort(self) -> None:
+        if self._callbacks.on_abort():
+            raise Aborted("copying a picture was stopped")
 
     def _free_unfinished(self) -> None:
         if UNFINISHED in self._slots:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -74,7 +75,7 @@ def tensors() -> list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]:
     return [*out, ("mm.0.weight", (4096, 6 * w), BF16), ("mm.0.bias", (4096,), F32)]
 
 
-def write_sparse(path: Path) -> None:
+def write_sparse(path: Path, add_keys: Callable[[gguf.GGUFWriter], None] = lambda writer: None) -> None:
     writer = gguf.GGUFWriter(path, "mllama")
     for key, value in TEXT.items():
         writer.add_uint32(f"mllama.{key}", value)
@@ -87,6 +88,7 @@ def write_sparse(path: Path) -> None:
         n_bytes = int(np.prod(shape)) // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
         size += -(-n_bytes // 32) * 32
+    add_keys(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -15,7 +15,7 @@ import tiny
 from golden_cases import case, tiled
 from helpers import TinyFiles, picture
 
-from mllama_gguf import ImageEmbedding, Mllama, RequestError
+from mllama_gguf import Aborted, ImageEmbedding, Mllama, RequestError
 from mllama_gguf._native import Callbacks, load
 from mllama_gguf.convert import convert
 from mllama_gguf.gguf_file import read_gguf
@@ -194,6 +194,34 @@ def test_a_damaged_filling(
     assert fillings(folder) == {name: whole}
     (record,) = [r for r in caplog.records if r.name == "mllama_gguf.image_cache"]
     assert "the entry is dropped" in record.getMessage()
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("call", ["image_get", "image_set"])
+def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isolate: bool) -> None:
+    stop = False
+    if call == "image_set":
+        with Mllama(tiny_files("gqa").one) as model:
+            model.caption(picture(1), max_tokens=9)
+    with Mllama(tiny_files("gqa").one, abort=lambda: stop, isolate=isolate) as model:
+        size = model._context.image_size
+
+        def image_size(*args: int) -> int:  # asked before
+            nonlocal stop
+            stop = True
+            return size(*args)
+
+        model._context.image_size = image_size  # type: ignore[method-assign]
+        with pytest.raises(Aborted):
+            model.caption(picture(1), max_tokens=9)
+        stop, model._context.image_size = False, size  # type: ignore[method-assign]
+        before = len(fillings(folder))
+        answer = model.caption(picture(1), max_tokens=9)
+        assert len(model._session._slots) == 1
+    assert before == (call == "image_set")
+    assert not list(folder.glob("*.tmp"))
+    with Mllama(tiny_files("gqa").one, image_cache=False) as model:
+        assert model.caption(picture(1), max_tokens=9) == answer
 
 
 def test_a_tap_sees_all(folder: Path, tiny_files: Files, watched: Watched) -> None:

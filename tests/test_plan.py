@@ -47,7 +47,7 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
             image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
             assert image.n_tiles > 1
             tokens = [h.image_token_id, *[1] * (model.n_ctx - 1)]
-            model._session.feed(tokens, [image])
+            model._session.feed(tokens, [model._encoding(image)])
             (real,) = model.memory().devices
         assert (real.mapped, real.weights, real.self_kv) == (planned.mapped, planned.weights, planned.self_kv)
         assert real.staging == planned.staging

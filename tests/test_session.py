@@ -85,7 +85,7 @@ class Context:
 class Made:
     def __init__(self, disk: ImageCache | None = None) -> None:
         self.context = Context()
-        callbacks: Any = SimpleNamespace(prompt_offset=0, prompt_total=0)
+        callbacks: Any = SimpleNamespace(prompt_offset=0, prompt_total=0, on_abort=lambda: False)
         self.session = Session(self.context, callbacks, disk)  # type: ignore[arg-type]
         self.computed: list[int] = []  # pictures whose states were needed
 

@@ -32,7 +32,7 @@ Files = Callable[[str], TinyFiles]
 
 def complete(model: Mllama) -> Floats:
     """Every phase: encode, fill, prompt, decode. The logits of the steps."""
-    images = [model.encode_image(tiled(ARCH, picture)) for picture in PROMPT.pictures]
+    images = [model._encoding(tiled(ARCH, picture)) for picture in PROMPT.pictures]
     model._session.feed(PROMPT.tokens, images)
     return np.stack([model._session.step(token) for token in (1, 2, 3)])
 
