@@ -2,6 +2,7 @@
 """Batch captions against the same calls in a plain loop: pictures a minute, and how busy the model is.
 
     python scripts/bench_batch.py [--pictures 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
+                                  [--json FILE]
 
 Draws pictures of the sizes that cameras and web pages have, JPEG and PNG, and captions them with 1 and with 2
 processes at once, each with its share. Loading the model is not counted. The best of --repeat counts: other
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 from PIL import Image, ImageDraw, ImageFilter
 
 from mllama_gguf import Mllama
@@ -90,11 +92,11 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--mmproj")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     # The image cache would answer the second round.
     open_model = partial(Mllama.from_pretrained, args.model, args.mmproj, image_cache=False)
-    print(f"{args.model}, {args.pictures} pictures, {os.cpu_count()} CPUs")
-    print("pictures  processes  plain loop    batch    ratio  model busy")
+    rows: list[dict[str, Any]] = []
     for name, sizes in SETS.items():
         with tempfile.TemporaryDirectory() as root:
             folder = Path(root)
@@ -110,11 +112,21 @@ def main() -> None:
                     loops.append(measure(plain, open_model, pictures, processes, folder)["rate"])
                     batches.append(measure(batch, open_model, pictures, processes, folder))
                 loop, best = max(loops), max(batches, key=lambda r: r["rate"])
-                print(
-                    f"{name:8}  {processes:9}  {loop:6.0f}/min  {best['rate']:5.0f}/min  "
-                    f"{best['rate'] / loop:6.2f}  {best['busy']:9.1%}",
-                    flush=True,
-                )
+                rows.append({
+                    "pictures": name, "processes": processes, "loop_per_minute": loop,
+                    "batch_per_minute": best["rate"], "ratio": best["rate"] / loop, "busy": best["busy"],
+                })  # fmt: skip
+    report.show(
+        f"{args.model}, {args.pictures} pictures, {os.cpu_count()} CPUs; pictures a minute",
+        ("pictures", "processes", "plain loop", "batch", "ratio", "model busy"),
+        (
+            (r["pictures"], r["processes"], f"{r['loop_per_minute']:.0f}", f"{r['batch_per_minute']:.0f}",
+             f"{r['ratio']:.2f}", f"{r['busy']:.1%}")
+            for r in rows
+        ),
+    )  # fmt: skip
+    settings = {name: getattr(args, name) for name in ("model", "mmproj", "pictures", "repeat")}
+    report.write_json(args.json, {"about": report.about(**settings), "rows": rows})
 
 
 if __name__ == "__main__":

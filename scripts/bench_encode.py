@@ -3,7 +3,7 @@
 
     python scripts/bench_encode.py [--layers N] [--threads N] [--rounds N] [--json FILE]
 
-Needs the extras ``bench`` and ``parity``. The weights are random, rounded to BF16, and the rows of the tile
+Needs the extra ``bench``. The weights are random, rounded to BF16, and the rows of the tile
 tables that a grid does not use are zero as in the published models. Every round runs every contestant once,
 one after the other with the same number of threads and the same picture; the table has the medians of the
 rounds.
@@ -15,20 +15,17 @@ layers on. The table and the JSON say which fraction of the layers ran.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -60,31 +57,6 @@ def write_models(arch: tiny.Arch, folder: Path) -> tuple[Path, dict[str, tuple[P
         text, mmproj = convert(checkpoint, folder / f"{kind}.gguf", type=kind)
         files[kind] = (text, mmproj)
     return checkpoint, files
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process's own memory, without mapped files (Linux)."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
-
-
-def peak_memory(work: Callable[[], Any]) -> int:
-    """The most anonymous memory that the work adds, bytes; looked at every 20 ms."""
-    before, peak, done = anonymous_memory(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, anonymous_memory() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return peak
 
 
 def ours(files: tuple[Path, Path], threads: int) -> Callable[[np.ndarray[Any, Any], int, int], Any]:
@@ -121,20 +93,6 @@ def theirs(checkpoint: Path, dtype: str) -> Callable[[np.ndarray[Any, Any], int,
     return encode
 
 
-def commit() -> str:
-    out = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return out.stdout.strip()
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The vision encoder against transformers")
     parser.add_argument(
@@ -159,11 +117,11 @@ def main() -> None:
             pictures[tiles] = (tiny.make_pixels(arch, ratio), ratio, tiles)
         # before torch is there: its heap would hide ours
         memory = {
-            tiles: peak_memory(lambda p=p: contestants["ours bf16"](*p)) for tiles, p in pictures.items()
+            tiles: report.peak_memory(lambda p=p: contestants["ours bf16"](*p))
+            for tiles, p in pictures.items()
         }
 
         import torch
-        import transformers
 
         torch.set_num_threads(args.threads)
         contestants["torch bfloat16"] = theirs(checkpoint, "bfloat16")
@@ -179,12 +137,7 @@ def main() -> None:
                     seconds.setdefault((tiles, name), []).append(time.perf_counter() - start)
                     user.setdefault((tiles, name), []).append(time.process_time() - cpu)
 
-    print(f"{arch.local_layers} local and {arch.global_layers} global layers, {fraction:.0%} of all; "
-          f"{args.threads} threads; medians of {args.rounds}")  # fmt: skip
-    print(
-        f"{'tiles':>5}  {'':15}{'seconds':>9}{'CPU s':>9}{'/ torch BF16':>14}{'/ torch F32':>13}{'error':>10}"
-    )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for tiles in PICTURES:
         exact = states[tiles, "torch float32"]
         bf16, f32 = (statistics.median(seconds[tiles, f"torch {t}"]) for t in ("bfloat16", "float32"))
@@ -195,19 +148,25 @@ def main() -> None:
                 "tiles": tiles, "name": name, "seconds": t, "cpu_seconds": cpu, "to_torch_bf16": t / bf16,
                 "to_torch_f32": t / f32, "relative_error": error, "all_seconds": seconds[tiles, name],
             })  # fmt: skip
-            print(f"{tiles:5}  {name:15}{t:9.2f}{cpu:9.2f}{t / bf16:14.2f}{t / f32:13.2f}{error:10.1e}")
-        print(f"{tiles:5}  memory beyond the weights at most {memory[tiles] / 1e6:.0f} MB")
-    if args.json:
-        native = load()
-        about = {
-            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "rounds": args.rounds,
-            "layers": [arch.local_layers, arch.global_layers], "fraction": fraction, "commit": commit(),
-            "kernel": native.text(native.lib.mllama_cpu_kernel()), "python": platform.python_version(),
-            "ggml": native.text(native.lib.mllama_ggml_version_loaded()), "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }  # fmt: skip
-        result = {"about": about, "rows": rows, "memory_bytes": memory}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    title = (
+        f"{arch.local_layers} local and {arch.global_layers} global layers, {fraction:.0%} of all; "
+        f"{args.threads} threads; medians of {args.rounds}"
+    )
+    columns = ("", "tiles", "seconds", "CPU s", "/ torch BF16", "/ torch F32", "error")
+    report.show(title, columns, (
+        (r["name"], r["tiles"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['to_torch_bf16']:.2f}",
+         f"{r['to_torch_f32']:.2f}", f"{r['relative_error']:.1e}")
+        for r in rows
+    ))  # fmt: skip
+    for tiles, n_bytes in memory.items():
+        print(f"{tiles} tiles: memory beyond the weights at most {n_bytes / 1e6:.0f} MB")
+    about = report.about(
+        threads=args.threads,
+        rounds=args.rounds,
+        layers=[arch.local_layers, arch.global_layers],
+        fraction=fraction,
+    )
+    report.write_json(args.json, {"about": about, "rows": rows, "memory_bytes": memory})
 
 
 if __name__ == "__main__":

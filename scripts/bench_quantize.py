@@ -2,6 +2,7 @@
 """Time and memory of quantizing at the shape of the 11B model, and the ratio to llama.cpp's own quantizer.
 
     python scripts/bench_quantize.py --dir DIR [--layers 40] [--full-only | --ratio-only]
+                                     [--json FILE]
 
 Two parts, on random weights (blocks of bell-shaped values, repeated), Q4_K_M by default:
 
@@ -29,17 +30,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import full_shape
 import gguf
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import tiny
+import report
+import tiny  # full_shape knows where it is
 
 from mllama_gguf.convert import convert, f32_to_bf16
 from mllama_gguf.quantize import TARGETS, quantize
 
-D, FF, KV, VOCAB = 4096, 14336, 1024, 128256
 BLOCK = 32 << 20  # values
 
 
@@ -48,48 +49,18 @@ def random_bf16(n: int = BLOCK) -> bytes:
     return f32_to_bf16(values).tobytes()
 
 
-def fill(file: object, n_bytes: int, block: bytes) -> None:
-    for start in range(0, n_bytes, len(block)):
-        file.write(block[: min(len(block), n_bytes - start)])  # type: ignore[attr-defined]
-
-
 # ---- ratio -------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, arch: str, n_layer: int, block: bytes) -> int:
     """A bf16 text file; returns how many values its matrices hold."""
-    shapes = {"token_embd.weight": (VOCAB, D), "output.weight": (VOCAB, D), "output_norm.weight": (D,)}
-    for i in range(n_layer):
-        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in (
-            ("attn_norm", (D,)), ("attn_q", (D, D)), ("attn_k", (KV, D)), ("attn_v", (KV, D)),
-            ("attn_output", (D, D)), ("ffn_norm", (D,)), ("ffn_gate", (FF, D)), ("ffn_up", (FF, D)),
-            ("ffn_down", (D, FF)),
-        )}  # fmt: skip
-    w = gguf.GGUFWriter(path, arch)
-    for key, value in {
-        "block_count": n_layer, "context_length": 131072, "embedding_length": D, "feed_forward_length": FF,
-        "attention.head_count": 32, "attention.head_count_kv": 8, "vocab_size": VOCAB,
-        "rope.dimension_count": 128,
-    }.items():  # fmt: skip
-        w.add_uint32(f"{arch}.{key}", value)
-    w.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
-    types = {True: gguf.GGMLQuantizationType.BF16, False: gguf.GGMLQuantizationType.F32}
-    sizes = {name: int(np.prod(shape)) * (2 if len(shape) == 2 else 4) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
-        w.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=types[len(shape) == 2])
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_ti_data_to_file()
-    out = w.fout[0]
-    w.write_padding(out, out.tell())
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            out.write(np.ones(shape, np.float32).tobytes())
-        else:
-            fill(out, sizes[name], block)
-        w.write_padding(out, sizes[name])
-    w.close()
-    return sum(int(np.prod(shape)) for shape in shapes.values() if len(shape) == 2)
+    tensors = full_shape.text_tensors("bf16", n_layer=n_layer, cross=(), extra_rows=0)
+
+    def data(tensor: full_shape.Tensor) -> bytes:
+        return block if tensor[2] == "BF16" else np.ones(tensor[1], np.float32).tobytes()
+
+    full_shape.write_gguf(path, arch, full_shape.text_keys(arch, n_layer), tensors, data)
+    return sum(int(np.prod(shape)) for _, shape, kind in tensors if kind == "BF16")
 
 
 def llama_cpp_quantize(source: str, out: str, target: str, threads: int) -> None:
@@ -113,10 +84,8 @@ def child(args: argparse.Namespace) -> None:
     work[args.child]()
     seconds = time.monotonic() - start
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # Not ru_maxrss, which starts at what the parent had.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1024
-    print(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": peak}))
+    cpu = used.ru_utime + used.ru_stime
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": report.peak_resident()}))
 
 
 def timed(what: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -136,7 +105,7 @@ def same_tensors(a: Path, b: Path) -> bool:
     )
 
 
-def ratio(args: argparse.Namespace) -> None:
+def ratio(args: argparse.Namespace) -> dict[str, Any]:
     block = random_bf16()
     sources = {"llama.cpp": args.dir / "llama.gguf", "ours": args.dir / "mllama.gguf"}
     outs = {name: path.with_suffix(".out.gguf") for name, path in sources.items()}
@@ -148,22 +117,27 @@ def ratio(args: argparse.Namespace) -> None:
             for name in runs:
                 runs[name].append(timed(name, sources[name], outs[name], args))
         billions = n_values / 1e9
-        print(f"{args.type}, {args.ratio_layers} layers, {billions:.2f} G values, {args.threads} threads")
-        median = {}
-        for name, results in runs.items():
-            for what in ("seconds", "cpu"):
-                median[name, what] = statistics.median(r[what] for r in results)
-            each = ", ".join(f"{r['seconds']:.1f}" for r in results)
-            print(
-                f"{name:9}  {each} s, median {median[name, 'seconds']:.1f} s = "
-                f"{median[name, 'seconds'] / billions:.2f} ns a value; "
-                f"CPU {median[name, 'cpu']:.1f} s; peak {max(r['peak'] for r in results) / 1e9:.2f} GB"
-            )
-        for what in ("seconds", "cpu"):
-            print(
-                f"ratio of {what}, ours / llama.cpp: {median['ours', what] / median['llama.cpp', what]:.3f}"
-            )
-        print(f"same types and bytes: {'yes' if same_tensors(*outs.values()) else 'NO'}")
+        median = {
+            name: {what: statistics.median(r[what] for r in results) for what in ("seconds", "cpu", "peak")}
+            for name, results in runs.items()
+        }
+        rows = [
+            (name, f"{m['seconds']:.1f}", f"{m['seconds'] / billions:.2f}", f"{m['cpu']:.1f}",
+             f"{m['peak'] / 1e9:.2f}", ", ".join(f"{r['seconds']:.1f}" for r in runs[name]))
+            for name, m in median.items()
+        ]  # fmt: skip
+        report.show(
+            f"{args.type}, {args.ratio_layers} layers, {billions:.2f} G values, {args.threads} threads",
+            ("medians", "seconds", "ns a value", "CPU s", "peak GB", "each"),
+            rows,
+        )
+        ratios = {w: median["ours"][w] / median["llama.cpp"][w] for w in ("seconds", "cpu")}
+        same = same_tensors(*outs.values())
+        print(
+            f"ours / llama.cpp: seconds {ratios['seconds']:.3f}, CPU {ratios['cpu']:.3f}; "
+            f"same types and bytes: {'yes' if same else 'NO'}"
+        )
+        return {"values": n_values, "runs": runs, "median": median, "ratios": ratios, "same": same}
     finally:
         for path in (*sources.values(), *outs.values()):
             path.unlink(missing_ok=True)
@@ -187,11 +161,12 @@ class Shapes:
 
 def write_checkpoint(directory: Path, n_layer: int, block: bytes) -> int:
     """The 11B model (or its first layers) as bf16 safetensors in shards; returns its bytes."""
+    cross = tuple(i for i in full_shape.CROSS if i < n_layer)
     arch = tiny.Arch(
         "full", image_size=560, patch_size=14, vision_width=1280, vision_heads=16, vision_ff=5120,
-        local_layers=32, global_layers=8, intermediate=(3, 7, 15, 23, 30), width=D, heads=32, kv_heads=8,
-        ff=FF, layers=n_layer, cross_layers=tuple(i for i in (3, 8, 13, 18, 23, 28, 33, 38) if i < n_layer),
-        vocab_size=VOCAB, dtype="BF16",
+        local_layers=32, global_layers=8, intermediate=(3, 7, 15, 23, 30), width=full_shape.D, heads=32,
+        kv_heads=8, ff=full_shape.FF, layers=n_layer, cross_layers=cross, vocab_size=full_shape.VOCAB,
+        dtype="BF16",
     )  # fmt: skip
     tiny.Stream = Shapes  # type: ignore[misc, assignment]
     weights = tiny.make_weights(arch)
@@ -220,22 +195,25 @@ def write_checkpoint(directory: Path, n_layer: int, block: bytes) -> int:
         with path.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                fill(f, 2 * weights[name].size, block)
+                full_shape.fill(f, 2 * weights[name].size, block)
     tiny.write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     return total
 
 
-def full(args: argparse.Namespace) -> None:
+def full(args: argparse.Namespace) -> dict[str, Any]:
     directory, out = args.dir / "checkpoint", args.dir / "full.gguf"
     try:
         size = write_checkpoint(directory, args.layers, random_bf16())
         result = timed("convert", directory, out, args)
         written = [out, out.with_name("full-mmproj.gguf")]
-        sizes = " + ".join(f"{path.stat().st_size / 1e9:.2f}" for path in written)
-        print(
-            f"{args.layers} layers, checkpoint {size / 1e9:.1f} GB -> {args.type} {sizes} GB: "
-            f"{result['seconds']:.0f} s, peak memory {result['peak'] / 1e9:.2f} GB, {args.threads} threads"
-        )
+        sizes = [path.stat().st_size for path in written]
+        report.show(
+            f"Checkpoint to {args.type}, {args.layers} layers, {args.threads} threads",
+            ("", "checkpoint GB", "written GB", "seconds", "CPU s", "peak GB"),
+            [("ours", f"{size / 1e9:.1f}", " + ".join(f"{n / 1e9:.2f}" for n in sizes),
+              f"{result['seconds']:.0f}", f"{result['cpu']:.0f}", f"{result['peak'] / 1e9:.2f}")],
+        )  # fmt: skip
+        return {"checkpoint_bytes": size, "written_bytes": sizes, **result}
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         for path in args.dir.glob("full*.gguf"):
@@ -252,6 +230,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--full-only", action="store_true")
     parser.add_argument("--ratio-only", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
     for hidden in ("--child", "--source", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -259,10 +238,13 @@ def main() -> None:
         child(args)
         return
     args.dir.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {}
     if not args.full_only:
-        ratio(args)
+        result["ratio"] = ratio(args)
     if not args.ratio_only:
-        full(args)
+        result["full"] = full(args)
+    settings = {name: getattr(args, name) for name in ("type", "threads", "layers", "ratio_layers", "runs")}
+    report.write_json(args.json, {"about": report.about(**settings), **result})
 
 
 if __name__ == "__main__":

@@ -12,90 +12,15 @@ from __future__ import annotations
 import argparse
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 import psutil
+from full_shape import mllama_keys, text_tensors, vision_tensors, write_gguf
 
 from mllama_gguf._native import Callbacks, load
 from mllama_gguf.errors import Aborted
 from mllama_gguf.runtime import NativeContext, NativeModel
-
-Q4, Q6, BF16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_K", "Q6_K", "BF16", "F32"))
-CROSS = (3, 8, 13, 18, 23, 28, 33, 38)
-TEXT = {
-    "block_count": 40, "context_length": 131072, "embedding_length": 4096, "feed_forward_length": 14336,
-    "attention.head_count": 32, "attention.head_count_kv": 8, "vocab_size": 128256,
-    "rope.dimension_count": 128,
-}  # fmt: skip
-VISION = {
-    "block_count": 32, "global.block_count": 8, "embedding_length": 1280, "feed_forward_length": 5120,
-    "attention.head_count": 16, "image_size": 560, "patch_size": 14, "max_num_tiles": 4, "num_channels": 3,
-}  # fmt: skip
-
-
-def tensors() -> list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]:
-    """Name, shape (slowest first) and type of every tensor."""
-    d, ff, kv = 4096, 14336, 1024
-    out = [("token_embd.weight", (128264, d), Q4), ("output_norm.weight", (d,), F32)]
-    out += [("output.weight", (128256, d), Q6)]
-    for i in range(40):
-        names = ("cross_attn_q_proj", "cross_attn_k_proj", "cross_attn_v_proj", "cross_attn_o_proj")
-        q, k, v, o = names if i in CROSS else ("attn_q", "attn_k", "attn_v", "attn_output")
-        out += [(f"blk.{i}.{n}.weight", s, t) for n, s, t in (
-            ("attn_norm", (d,), F32), (q, (d, d), Q4), (k, (kv, d), Q4), (v, (kv, d), Q6), (o, (d, d), Q4),
-            ("ffn_norm", (d,), F32), ("ffn_gate", (ff, d), Q4), ("ffn_up", (ff, d), Q4),
-            ("ffn_down", (d, ff), Q6),
-        )]  # fmt: skip
-        if i in CROSS:
-            out += [(f"blk.{i}.cross_attn_{n}_norm.weight", (128,), F32) for n in "qk"]
-            out += [(f"blk.{i}.cross_attn_{n}_gate", (1,), F32) for n in ("attn", "mlp")]
-    w = 1280
-    out += [("v.class_embd", (w,), F32), ("v.patch_embd.weight", (w, 3, 14, 14), BF16)]
-    out += [("v.position_embd.weight", (1601, w), F32)]
-    out += [("v.tile_position_embd.weight", (9, 4 * 1601 * w), BF16)]
-    out += [(f"v.{n}_tile_position_embd.weight", (9, 4 * w), F32) for n in ("pre", "post")]
-    out += [(f"v.{n}.gate", (1,), F32) for n in (
-        "position_embd", "tile_position_embd", "pre_tile_position_embd", "post_tile_position_embd",
-    )]  # fmt: skip
-    out += [(f"v.{n}_ln.{part}", (w,), F32) for n in ("pre", "post") for part in ("weight", "bias")]
-    for prefix, count in (("v.blk", 32), ("v.global.blk", 8)):
-        for i in range(count):
-            norms = ("attn_norm.weight", "attn_norm.bias", "ffn_norm.weight", "ffn_norm.bias")
-            out += [(f"{prefix}.{i}.{n}", (w,), F32) for n in norms]
-            out += [(f"{prefix}.{i}.attn_{n}.weight", (w, w), BF16) for n in ("q", "k", "v", "output")]
-            out += [(f"{prefix}.{i}.ffn_up.weight", (5120, w), BF16)]
-            out += [(f"{prefix}.{i}.ffn_up.bias", (5120,), F32)]
-            out += [(f"{prefix}.{i}.ffn_down.weight", (w, 5120), BF16)]
-            out += [(f"{prefix}.{i}.ffn_down.bias", (w,), F32)]
-            if count == 8:
-                out += [(f"{prefix}.{i}.{n}_gate", (1,), F32) for n in ("attn", "ffn")]
-    return [*out, ("mm.0.weight", (4096, 6 * w), BF16), ("mm.0.bias", (4096,), F32)]
-
-
-def write_sparse(path: Path, add_keys: Callable[[gguf.GGUFWriter], None] = lambda writer: None) -> None:
-    writer = gguf.GGUFWriter(path, "mllama")
-    for key, value in TEXT.items():
-        writer.add_uint32(f"mllama.{key}", value)
-    writer.add_array("mllama.attention.cross_attention_layers", list(CROSS))
-    for key, value in VISION.items():
-        writer.add_uint32(f"mllama.vision.{key}", value)
-    writer.add_array("mllama.vision.intermediate_layers_indices", [3, 7, 15, 23, 30])
-    size = 0
-    for name, shape, kind in tensors():
-        n_bytes = int(np.prod(shape)) // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
-        size += -(-n_bytes // 32) * 32
-    add_keys(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with path.open("r+b") as file:
-        start = -(-path.stat().st_size // 32) * 32
-        file.truncate(start + size)
 
 
 def main() -> None:
@@ -103,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="where the sparse file goes")
     args = parser.parse_args()
     path = args.dir / "full-shape.gguf"
-    write_sparse(path)
+    write_gguf(path, "mllama", mllama_keys(), [*text_tensors(), *vision_tensors()])
     size = path.stat().st_size
 
     stop_at = float("inf")

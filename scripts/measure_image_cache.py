@@ -20,78 +20,17 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
+import full_shape
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import tiny  # noqa: E402
-from measure_full_shape import BF16, F32, Q4, Q6, write_sparse  # noqa: E402
-
-from mllama_gguf import Mllama  # noqa: E402
-from mllama_gguf.gguf_file import read_gguf  # noqa: E402
-from mllama_gguf.image_cache import DIRECTORY_VARIABLE  # noqa: E402
+from mllama_gguf import Mllama
+from mllama_gguf.image_cache import DIRECTORY_VARIABLE
 
 QUESTIONS = ("describe this image", "what is to the left of it")
 SIZES = {1: (560, 560), 2: (560, 1120), 4: (1120, 1120)}  # tiles: height, width
-N_BLOCKS = 4099  # of the pattern that fills a matrix: prime, so that rows differ
-
-
-def add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    arch = replace(tiny.ARCHS["gqa"], vocab_size=128256)
-    files = tiny.make_tokenizer(arch)
-    model = files["tokenizer.json"]["model"]
-    tokens = [*model["vocab"], *tiny.SPECIAL_TOKENS, tiny.IMAGE_TOKEN]
-    tokens += [f"[PAD{i}]" for i in range(128264 - len(tokens))]
-    normal, control = 1, 3
-    special = range(arch.special(tiny.SPECIAL_TOKENS[0]), arch.image_token + 1)
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", "llama-bpe")
-    writer.add_array("tokenizer.ggml.tokens", tokens)
-    writer.add_array(
-        "tokenizer.ggml.token_type", [control if i in special else normal for i in range(len(tokens))]
-    )
-    writer.add_array("tokenizer.ggml.merges", [" ".join(pair) for pair in model["merges"]])
-    writer.add_uint32("tokenizer.ggml.bos_token_id", arch.special("<|begin_of_text|>"))
-    writer.add_uint32("tokenizer.ggml.eos_token_id", arch.special("<|eot_id|>"))
-    writer.add_string("tokenizer.chat_template", tiny.CHAT_TEMPLATE)
-
-
-def pattern(kind: gguf.GGMLQuantizationType) -> bytes:
-    """Blocks of a type whose values are random, about 0.02 large."""
-    rng = np.random.default_rng(kind)
-    if kind == BF16:
-        values = (rng.standard_normal(N_BLOCKS * 64, np.float32) * 0.02).view(np.uint32)
-        return (values >> 16).astype(np.uint16).tobytes()
-    blocks = rng.integers(0, 256, (N_BLOCKS, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
-    if kind == Q4:
-        blocks[:, :4] = np.array([1e-4, 7.5e-4], np.float16).view(np.uint8)  # of the scales, of the minima
-    elif kind == Q6:
-        blocks[:, -2:] = np.array([2e-5], np.float16).view(np.uint8)
-    return blocks.tobytes()
-
-
-def write_model(path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    write_sparse(partial, add_tokenizer)
-    patterns = {kind: pattern(kind) for kind in (Q4, Q6, BF16)}
-    file = read_gguf(partial)
-    with partial.open("r+b") as out:
-        for tensor in file.tensors:
-            out.seek(file.data_offsets[0] + tensor.offset)
-            if tensor.type == F32:
-                value = 0.0 if tensor.name.endswith("bias") else 0.5 if "gate" in tensor.name else 1.0
-                out.write(np.full(tensor.n_values, value, np.float32).tobytes())
-            elif "tile_position_embd" not in tensor.name:  # zeros there, as for unused tiles
-                data, rest = patterns[gguf.GGMLQuantizationType(tensor.type)], tensor.n_bytes
-                while rest:
-                    rest -= out.write(data[:rest])
-    partial.rename(path)
 
 
 def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -176,7 +115,9 @@ def main() -> None:
         print(json.dumps(ask(model, args.tiles, args.threads, tuple(args.ask))))
         return
     if not model.exists():
-        write_model(model)
+        partial = model.with_suffix(".partial")
+        full_shape.write_mllama(partial, vision=True)
+        partial.rename(model)
     images = args.dir / "images"
     shutil.rmtree(images, ignore_errors=True)
     first, again = elsewhere(model, args, *QUESTIONS)

@@ -1,0 +1,341 @@
+#!/usr/bin/env python3
+"""Decoding and prompts at the shape of the 11B model, against llama.cpp and the memory's read bandwidth.
+
+    python scripts/bench_decode.py --dir DIR [--layers N] [--threads N] [--rounds N] [--json FILE]
+
+Needs the extra ``bench`` and 11 GB on DIR's disk and in memory. The weights are random, Q4_K_M
+(full_shape.py).
+
+Equal bytes per token. A token that sees no image passes the cross-attention layers by, so the 11B model then
+is a Llama of its 32 other layers. llama.cpp runs a file of exactly these layers: the same tensors, the same
+types (of the 40 layers' mix), the same bytes. So not only the bytes are equal but the whole computation, and
+both must choose the same tokens, which is checked. With an image there is nothing to compare with; the table
+gives the bytes that such a token reads, cross-attention cache included, and the bandwidth that makes.
+
+Both have the same threads, n_batch, mmap and flash attention; the caches' types are each one's default.
+Every round runs everything once, with the two in turn first; the figures are medians of the rounds, and a
+round's tokens per second the median of its tokens'.
+--layers N keeps the first N of the 40 layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import full_shape
+import numpy as np
+import report
+
+from mllama_gguf import Mllama
+
+TOKENS = 128000  # those below are words
+N_CTX = 2048
+N_BATCH = 512
+TILES = (1, 4)
+BANDWIDTH_BYTES = 1 << 30
+
+Prompt = list[int]
+
+
+class Ours:
+    """Our text model, below the chat."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.model = Mllama(path, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads, image_cache=False)
+        self.context = self.model._context
+        self.slot, self.n_visible = -1, 0
+
+    def clear(self) -> None:
+        self.context.truncate(0)
+
+    def decode(self, tokens: Prompt) -> int:
+        """The likeliest token after these."""
+        return int(self.context.decode(tokens, self.slot, self.n_visible)[0].argmax())
+
+    @contextmanager
+    def image(self, tiles: int) -> Iterator[float]:
+        """Text sees an image with so many tiles; gives the seconds that filling its cache took."""
+        h = self.model.hparams
+        states = np.random.default_rng(tiles).standard_normal((tiles, h.n_positions, h.n_embd), np.float32)
+        start = time.perf_counter()
+        self.slot = self.context.image_fill([states])
+        seconds = time.perf_counter() - start
+        self.n_visible = 1
+        try:
+            yield seconds
+        finally:
+            self.context.image_free(self.slot)
+            self.slot, self.n_visible = -1, 0
+
+
+class LlamaCpp:
+    """llama.cpp by its C interface."""
+
+    def __init__(self, path: Path, threads: int, repack: bool) -> None:
+        from llama_cpp import llama_cpp as llama
+
+        self._llama = llama
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = repack
+        self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise SystemExit(f"llama.cpp does not load {path}")
+        settings = llama.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = N_CTX, N_BATCH, N_BATCH
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._context = llama.llama_init_from_model(self._model, settings)
+        self._n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+
+    def clear(self) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def decode(self, tokens: Prompt) -> int:
+        """The likeliest token after these."""
+        llama = self._llama
+        array = (llama.llama_token * len(tokens))(*tokens)
+        if llama.llama_decode(self._context, llama.llama_batch_get_one(array, len(tokens))) != 0:
+            raise SystemExit("llama_decode failed")
+        logits = llama.llama_get_logits_ith(self._context, -1)
+        floats = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+        return int(np.ctypeslib.as_array(floats, (self._n_vocab,)).argmax())
+
+
+def time_prompt(who: Ours | LlamaCpp, prompt: Prompt) -> float:
+    """Tokens per second."""
+    who.clear()
+    start = time.perf_counter()
+    who.decode(prompt)
+    return len(prompt) / (time.perf_counter() - start)
+
+
+def time_tokens(who: Ours | LlamaCpp, prompt: Prompt, n: int) -> tuple[float, list[int]]:
+    """Tokens per second by the median of n tokens after a prompt, and the tokens. The first, which may build
+    a graph, is not timed."""
+    who.clear()
+    tokens = [who.decode([who.decode(prompt)])]
+    seconds = []
+    for _ in range(n):
+        start = time.perf_counter()
+        tokens.append(who.decode(tokens[-1:]))
+        seconds.append(time.perf_counter() - start)
+    return 1 / statistics.median(seconds), tokens
+
+
+# ---- the chat's own share ----------------------------------------------------------------------------------
+
+CHATS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "seed": 1, "stop": ["never", "in this text"]},
+    "grammar": {"grammar": 'root ::= [^"]+'},
+}
+
+
+class TimedLibrary:
+    """The C library, with the seconds that its decoding takes."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        self.seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def mllama_decode(self, *args: Any) -> int:
+        start = time.perf_counter()
+        status = int(self._lib.mllama_decode(*args))
+        self.seconds.append(time.perf_counter() - start)
+        return status
+
+
+def time_chat(ours: Ours, n: int, options: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a token that the chat takes, and those of them outside C; medians of one reply."""
+    native = ours.context.native
+    lib = TimedLibrary(native.lib)
+    ours.context.native = replace(native, lib=lib)
+    ours.model.reset()
+    try:
+        marks = []
+        messages = [{"role": "user", "content": "Tell me a tale."}]
+        for _ in ours.model.create_chat_completion(messages, stream=True, max_tokens=n, **options):
+            marks.append((time.perf_counter(), len(lib.seconds)))
+    finally:
+        ours.context.native = native
+    # Between two chunks there is one token, or more where one showed no text.
+    whole, outside = [], []
+    for (start, first), (end, last) in pairwise(marks):
+        if last > first:
+            whole.append((end - start) / (last - first))
+            outside.append(whole[-1] - sum(lib.seconds[first:last]) / (last - first))
+    return statistics.median(whole), statistics.median(outside)
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads read together from memory: the sum of a large array, best of
+    three."""
+    parts = np.array_split(np.ones(BANDWIDTH_BYTES // 8, np.uint64), threads)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(3):
+            start = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = max(best, BANDWIDTH_BYTES / (time.perf_counter() - start))
+    return best
+
+
+def bytes_per_token(text: list[full_shape.Tensor], tiles: int, cache: int) -> int:
+    """What a token reads of the weights, and of the cross-attention cache where it sees tiles. Its own part
+    of the self-attention cache is left out."""
+    total = 0
+    for tensor in text:
+        name = tensor[0]
+        layer = int(name.split(".")[1]) if name.startswith("blk.") else None
+        if name == "token_embd.weight" or name.endswith(
+            ("cross_attn_k_proj.weight", "cross_attn_v_proj.weight")
+        ):
+            continue  # one row; only filling reads these
+        if layer in full_shape.CROSS and not tiles:
+            continue
+        total += full_shape.n_bytes(tensor)
+    return total + (cache if tiles else 0)
+
+
+# ---- the benchmark -----------------------------------------------------------------------------------------
+
+
+def loaded(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    before, start = report.anonymous_memory(), time.perf_counter()
+    made = work()
+    seconds = time.perf_counter() - start
+    return made, {"seconds": seconds, "own_bytes": report.anonymous_memory() - before}
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    text = full_shape.write_mllama(folder / "mllama.gguf", args.layers, vision=False)
+    full_shape.write_llama(folder / "llama.gguf", text)
+    ours, our_load = loaded(lambda: Ours(folder / "mllama.gguf", args.threads))
+    theirs, their_load = loaded(lambda: LlamaCpp(folder / "llama.gguf", args.threads, args.llama_repack))
+    both: dict[str, Ours | LlamaCpp] = {"ours": ours, "llama.cpp": theirs}
+    chance = np.random.default_rng(0)
+    prompt, short = (chance.integers(0, TOKENS, n).tolist() for n in (args.prompt, args.context))
+    for who in both.values():  # reads the pages in
+        who.decode(short)
+
+    rounds: list[dict[str, Any]] = []
+    for i in range(args.rounds):
+        figures: dict[str, Any] = {"bandwidth": read_bandwidth(args.threads)}
+        tokens = {}
+        for name in list(both) if i % 2 == 0 else list(both)[::-1]:
+            figures[f"decode {name}"], tokens[name] = time_tokens(both[name], short, args.tokens)
+        figures["same tokens"] = sum(a == b for a, b in zip(*tokens.values(), strict=True))
+        for tiles in TILES:
+            with ours.image(tiles) as seconds:
+                figures[f"fill {tiles}"] = seconds
+                figures[f"cache {tiles}"] = ours.context.memory().cross_kv
+                figures[f"decode {tiles}"], _ = time_tokens(ours, short, args.tokens)
+        for kind, options in CHATS.items():
+            figures[f"token {kind}"], figures[f"outside {kind}"] = time_chat(ours, args.tokens, options)
+        if args.prompt:
+            for name in list(both) if i % 2 == 0 else list(both)[::-1]:
+                figures[f"prompt {name}"] = time_prompt(both[name], prompt)
+        rounds.append(figures)
+    median = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
+    caches = {tiles: int(median[f"cache {tiles}"]) for tiles in TILES}
+    return {
+        "load": {"ours": our_load, "llama.cpp": their_load},
+        "bytes_per_token": {
+            tiles: bytes_per_token(text, tiles, caches.get(tiles, 0)) for tiles in (0, *TILES)
+        },
+        "median": median,
+        "rounds": rounds,
+    }
+
+
+def show(result: dict[str, Any], args: argparse.Namespace) -> None:
+    m, per_token = result["median"], result["bytes_per_token"]
+    load = result["load"]
+    rows = [
+        (what, f"{a:.2f}", f"{b:.2f}", f"{a / b:.3f}", target)
+        for what, a, b, target in (
+            ("decode, tokens/s", m["decode ours"], m["decode llama.cpp"], ">= 0.95"),
+            *(
+                [(f"prompt of {args.prompt}, tokens/s", m["prompt ours"], m["prompt llama.cpp"], ">= 0.95")]
+                if args.prompt
+                else []
+            ),
+            ("load, s", load["ours"]["seconds"], load["llama.cpp"]["seconds"], ""),
+            ("own memory, GB", load["ours"]["own_bytes"] / 1e9, load["llama.cpp"]["own_bytes"] / 1e9, ""),
+        )
+    ]
+    title = f"{args.layers} layers, {args.threads} threads, medians of {args.rounds}"
+    report.show(f"Without an image; {title}", ("", "ours", "llama.cpp", "ratio", "target"), rows)
+    same = f"{m['same tokens']:.0f} of {args.tokens + 1}"
+    print(f"same tokens as llama.cpp: {same}; read bandwidth {m['bandwidth'] / 1e9:.1f} GB/s")
+
+    rows = []
+    for tiles in (0, *TILES):
+        rate = m[f"decode {tiles or 'ours'}"]
+        rows.append((
+            tiles, f"{rate:.2f}", f"{per_token[tiles] / 1e9:.2f}", f"{rate * per_token[tiles] / 1e9:.1f}",
+            f"{rate * per_token[tiles] / m['bandwidth']:.0%}", f"{m[f'fill {tiles}']:.2f}" if tiles else "",
+        ))  # fmt: skip
+    columns = ("tiles", "tokens/s", "GB a token", "GB/s", "of bandwidth", "fill, s")
+    report.show("What an image costs", columns, rows)
+    one, four = TILES
+    print(
+        f"time of fill, one tile / four: {m[f'fill {one}'] / m[f'fill {four}']:.3f} (target <= 0.3); "
+        f"of a token, four tiles / one: {m[f'decode {one}'] / m[f'decode {four}']:.3f} (target <= 1.06)"
+    )
+    rows = [
+        (kind, f"{m[f'token {kind}'] * 1e3:.1f}", f"{m[f'outside {kind}'] * 1e3:.2f}",
+         f"{m[f'outside {kind}'] / m[f'token {kind}']:.2%}")
+        for kind in CHATS
+    ]  # fmt: skip
+    columns = ("chat", "ms a token", "ms outside C", "share")
+    report.show("Python and sampling (target < 3 %)", columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Decoding at the 11B shape against llama.cpp")
+    parser.add_argument("--dir", type=Path, help="where the files go (default: a temporary folder)")
+    parser.add_argument("--layers", type=int, default=full_shape.N_LAYER)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in a round")
+    parser.add_argument("--context", type=int, default=64, help="tokens before them")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt; 0: none")
+    parser.add_argument(
+        "--llama-repack", action=argparse.BooleanOptionalAction, default=True,
+        help="llama.cpp copies weights to its faster layout, as it does by itself",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    if not 4 <= args.layers <= full_shape.N_LAYER or args.rounds < 1 or not 0 <= args.prompt < N_CTX:
+        parser.error(f"--layers is 4 to 40, --rounds at least 1, --prompt 0 to {N_CTX - 1}")
+    if not args.context >= 1 or not 1 <= args.tokens <= N_CTX - args.context - 2:
+        parser.error(f"--context and --tokens must fit {N_CTX} tokens")
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        result = run(args, Path(folder))
+    show(result, args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "dir")}
+    report.write_json(args.json, {"about": report.about(**settings), **result})
+
+
+if __name__ == "__main__":
+    main()
