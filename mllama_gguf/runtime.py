@@ -181,6 +181,7 @@ class NativeModel:
         tensor_split: Sequence[float] | None = None,
         main_gpu: int = -1,
         use_mmap: bool = True,
+        repack: bool = False,
         allow_quantized_vision: bool = False,
         check_only: bool = False,
         no_alloc: bool = False,
@@ -202,6 +203,7 @@ class NativeModel:
         params.tensor_split, params.n_tensor_split = c_split, len(tensor_split or ())
         params.main_gpu = main_gpu
         params.use_mmap = use_mmap
+        params.repack = repack
         params.allow_quantized_vision = allow_quantized_vision
         params.check_only = check_only
         params.no_alloc = no_alloc

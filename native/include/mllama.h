@@ -107,6 +107,7 @@ typedef struct mllama_model_params {
     int32_t         n_tensor_split;
     int32_t         main_gpu;      // which of these devices takes everything alone; -1: all of them share
     bool            use_mmap;
+    bool            repack;        // copy text matrices to the CPU's own layouts: faster products, a slower load, no mmap for them
     bool            allow_quantized_vision;
     bool            check_only;    // read and validate everything, load no weights (mllama info)
     bool            no_alloc;      // give everything its place but no memory: contexts can only mllama_reserve and say what it would be

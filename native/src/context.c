@@ -619,8 +619,12 @@ static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shap
         return MLLAMA_OK;
     }
     text_graph_free(&ctx->text);
+    const cpu_kernel * kernel = NULL;
+    if (ctx->params.flash_attn) {
+        TRY(cpu_kernel_choose(&kernel));
+    }
     const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
-    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, &ctx->text);
+    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, kernel, look, ctx, &ctx->text);
     if (status == MLLAMA_OK) {
         status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
     }
@@ -671,6 +675,7 @@ static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, 
     };
     TRY(prepare_graph(ctx, &shape));
     TRY(set_inputs(ctx, tokens));
+    text_graph_begin(&ctx->text, ctx->model);
     TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
     if (ctx->text.logits) {
         ggml_backend_tensor_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits));

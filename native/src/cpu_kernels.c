@@ -11,6 +11,10 @@ enum {
     MAX_HEAD_DIM = 128,
     QUERIES      = 48,  // in one block; its scores and sums stay in the second-level cache
     KEYS         = 128,
+    GROUP        = 4,   // queries that go over the rows of a cache together
+    ROWS_AT_ONCE = 8,   // of values; rows lie a page apart, and the first-level cache has so many places for them
+    SPLIT_KEYS   = 512, // rows that one thread takes where there are few queries
+    FEW_TOKENS   = 4,
     COLUMNS      = 192, // of x, in one task of a linear layer
     DEPTH        = 320, // values of each in one pass
     MAX_WIDTH    = 32,  // of a panel
@@ -44,6 +48,24 @@ typedef struct linear_args {
     int64_t       out_stride;
 } linear_args;
 
+// Queries of one head of K and V over rows of its cache
+typedef struct rows_args {
+    const float *       q;        // query i is head i % group of token i / group
+    size_t              q_stride; // bytes from token to token
+    int64_t             n, group;
+    int64_t             head_dim;
+    float               scale;
+    const char *        k, * v;
+    size_t              k_stride, v_stride; // bytes from row to row
+    bool                k_half, v_half;     // F16, else F32
+    int64_t             n_keys;
+    const ggml_fp16_t * mask;     // a row for each token: 0, or -inf for a key that it does not see; or NULL
+    size_t              mask_stride;
+    float *             part;     // [n][2 + head_dim]: largest score, sum, sums of values; NULL: the result goes to out
+    float *             out;      // as q
+    size_t              out_stride;
+} rows_args;
+
 #define KERNEL(name) name##_portable
 #define TARGET
 #define LANES 4
@@ -61,6 +83,18 @@ static inline v4f max4(v4f a, v4f b) {
     return (v4f) (((v4i) a & mask) | ((v4i) b & ~mask));
 }
 #define VMAX(a, b) max4(a, b)
+// Through the exponents: a number that is not finite becomes a large one.
+static inline v4f widen4(const ggml_fp16_t * p) {
+    v4f x;
+    for (int i = 0; i < 4; i++) {
+        union { uint32_t u; float f; } a = { .u = (uint32_t) (p[i] & 0x7fff) << 13 }, b;
+        b.f = a.f * 0x1p112f;
+        b.u |= (uint32_t) (p[i] & 0x8000) << 16;
+        x[i] = b.f;
+    }
+    return x;
+}
+#define WIDEN(p) widen4(p)
 #include "cpu_kernels_simd.h"
 
 static bool always(void) {
@@ -71,11 +105,12 @@ static bool always(void) {
 #include <immintrin.h>
 
 #define KERNEL(name) name##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define ROWS 6
 #define VECTORS 2
 #define VMAX(a, b) _mm256_max_ps(a, b)
+#define WIDEN(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (p)))
 #include "cpu_kernels_simd.h"
 
 #define KERNEL(name) name##_avx512
@@ -84,10 +119,11 @@ static bool always(void) {
 #define ROWS 12
 #define VECTORS 2
 #define VMAX(a, b) _mm512_max_ps(a, b)
+#define WIDEN(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (p)))
 #include "cpu_kernels_simd.h"
 
 static bool has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 static bool has_avx512(void) {
@@ -102,6 +138,7 @@ struct cpu_kernel {
     int64_t      width; // keys in a panel
     bool         multiplies; // linear layers too: with vectors of 4, ggml's are the better ones
     void      (* attend)(const attend_args * args);
+    void      (* attend_rows)(const rows_args * args);
     void      (* linear)(const linear_args * args);
     void      (* bias_gelu)(float * x, const float * bias, int64_t n);
     void      (* erf_array)(const float * x, float * y, int64_t n);
@@ -109,10 +146,10 @@ struct cpu_kernel {
 
 static const cpu_kernel KERNELS[] = { // the best first
 #if defined(__x86_64__)
-    { "avx512", has_avx512, 16, WIDTH_avx512, true, attend_avx512, linear_avx512, bias_gelu_avx512, erf_array_avx512 },
-    { "avx2", has_avx2, 8, WIDTH_avx2, true, attend_avx2, linear_avx2, bias_gelu_avx2, erf_array_avx2 },
+    { "avx512", has_avx512, 16, WIDTH_avx512, true, attend_avx512, attend_rows_avx512, linear_avx512, bias_gelu_avx512, erf_array_avx512 },
+    { "avx2", has_avx2, 8, WIDTH_avx2, true, attend_avx2, attend_rows_avx2, linear_avx2, bias_gelu_avx2, erf_array_avx2 },
 #endif
-    { "portable", always, 4, WIDTH_portable, false, attend_portable, linear_portable, bias_gelu_portable, erf_array_portable },
+    { "portable", always, 4, WIDTH_portable, false, attend_portable, attend_rows_portable, linear_portable, bias_gelu_portable, erf_array_portable },
 };
 enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 
@@ -258,6 +295,141 @@ struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention
                                                  (struct ggml_tensor *[]) { k, v }, 2, pack, GGML_N_TASKS_MAX, a);
     return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0], q->ne[1], 1, 1, (struct ggml_tensor *[]) { q, packed }, 2, attend,
                           GGML_N_TASKS_MAX, a);
+}
+
+// ---- attention to a cache -----------------------------------------------------------------------------------------
+
+static bool is_half(const struct ggml_tensor * t) {
+    return t->type == GGML_TYPE_F16;
+}
+
+static bool has_rows(const struct ggml_tensor * t) {
+    return (is_half(t) || t->type == GGML_TYPE_F32) && t->buffer && ggml_backend_buffer_is_host(t->buffer);
+}
+
+// Queries of one token that share a head of K and V
+static int64_t group_size(const cpu_cache_attention * a) {
+    return a->n_head / a->n_head_kv;
+}
+
+bool cpu_cache_attention_fits(const cpu_cache_attention * a, const struct ggml_tensor * k, const struct ggml_tensor * v) {
+    return a->kernel && cpu_kernel_has_head_dim(a->head_dim) && group_size(a) <= QUERIES && has_rows(k) && has_rows(v);
+}
+
+static int64_t block_tokens(const cpu_cache_attention * a) {
+    return QUERIES / group_size(a);
+}
+
+static int64_t n_blocks(const cpu_cache_attention * a, int64_t n_tokens) {
+    return (n_tokens + block_tokens(a) - 1) / block_tokens(a);
+}
+
+static int64_t part_size(const cpu_cache_attention * a) {
+    return 2 + a->head_dim;
+}
+
+// Block `block` of queries of head `head` of K and V over the rows [first, end). part: of the first query of its first token
+static void attend_cache_block(const cpu_cache_attention * a, struct ggml_tensor * dst, int64_t head, int64_t block, int64_t first,
+                               int64_t end, float * part) {
+    const struct ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2], * mask = dst->src[3];
+    const int64_t   token = block * block_tokens(a), left = q->ne[1] - token;
+    const int64_t   n     = (left < block_tokens(a) ? left : block_tokens(a)) * group_size(a);
+    const size_t    at    = (size_t) (head * group_size(a) * a->head_dim) * sizeof(float); // in a row of q and of dst
+    const rows_args args  = {
+        .q           = (const float *) ((const char *) q->data + (size_t) token * q->nb[1] + at),
+        .q_stride    = q->nb[1],
+        .n           = n,
+        .group       = group_size(a),
+        .head_dim    = a->head_dim,
+        .scale       = 1.44269504f / sqrtf((float) a->head_dim), // log2(e): scores are exponents of 2
+        .k           = (const char *) k->data + (size_t) first * k->nb[1] + (size_t) (head * a->head_dim) * k->nb[0],
+        .v           = (const char *) v->data + (size_t) first * v->nb[1] + (size_t) (head * a->head_dim) * v->nb[0],
+        .k_stride    = k->nb[1],
+        .v_stride    = v->nb[1],
+        .k_half      = is_half(k),
+        .v_half      = is_half(v),
+        .n_keys      = end - first,
+        .mask        = mask ? (const ggml_fp16_t *) ((const char *) mask->data + (size_t) token * mask->nb[1]) + first : NULL,
+        .mask_stride = mask ? mask->nb[1] : 0,
+        .part        = part,
+        .out         = (float *) ((char *) dst->data + (size_t) token * dst->nb[1] + at),
+        .out_stride  = dst->nb[1],
+    };
+    a->kernel->attend_rows(&args);
+}
+
+// dst: as q, or with splits [part_size, group, n_tokens, n_head_kv * n_splits]
+static void attend_cache(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    cpu_cache_attention * a      = userdata;
+    const int64_t         blocks = n_blocks(a, dst->src[0]->ne[1]), n = blocks * a->n_head_kv * a->n_splits;
+    (void) nth;
+    for (;;) {
+        if (ith == 0 && a->stop && a->stop(a->stop_data)) {
+            atomic_store(&a->stopped, true);
+        }
+        const int64_t i = atomic_fetch_add(&a->next, 1);
+        if (i >= n || atomic_load(&a->stopped)) {
+            return;
+        }
+        // Heads first: their rows are neighbours in memory.
+        const int64_t head = i % a->n_head_kv, block = i / a->n_head_kv % blocks, split = i / a->n_head_kv / blocks;
+        const int64_t first = a->n_splits > 1 ? split * SPLIT_KEYS : 0;
+        const int64_t end   = a->n_splits > 1 && first + SPLIT_KEYS < a->n_rows ? first + SPLIT_KEYS : a->n_rows;
+        float *       part  = NULL;
+        if (a->n_splits > 1) {
+            part = (float *) ((char *) dst->data + (size_t) (split * a->n_head_kv + head) * dst->nb[3] +
+                              (size_t) (block * block_tokens(a)) * dst->nb[2]);
+        }
+        attend_cache_block(a, dst, head, block, first, end, part);
+    }
+}
+
+// dst [n_embd, n_tokens] from the parts of all splits
+static void join_splits(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const cpu_cache_attention * a     = userdata;
+    const struct ggml_tensor *  parts = dst->src[0];
+    const int64_t               n     = dst->ne[1] * a->n_head;
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const int64_t token = i / a->n_head, head = i % a->n_head, group = group_size(a);
+        const char *  first = (const char *) parts->data + (size_t) (head / group) * parts->nb[3] + (size_t) token * parts->nb[2] +
+                             (size_t) (head % group) * parts->nb[1];
+        const size_t  step = parts->nb[3] * (size_t) a->n_head_kv;
+        float *       out  = (float *) ((char *) dst->data + (size_t) token * dst->nb[1]) + head * a->head_dim;
+        float         top  = NO_KEY, sum = 0.0f;
+        for (int64_t s = 0; s < a->n_splits; s++) {
+            top = fmaxf(top, *(const float *) (first + (size_t) s * step));
+        }
+        memset(out, 0, sizeof(float) * (size_t) a->head_dim);
+        for (int64_t s = 0; s < a->n_splits; s++) {
+            const float * part   = (const float *) (first + (size_t) s * step);
+            const float   factor = exp2f(part[0] - top);
+            sum += factor * part[1];
+            for (int64_t j = 0; j < a->head_dim; j++) {
+                out[j] += factor * part[2 + j];
+            }
+        }
+        for (int64_t j = 0; j < a->head_dim; j++) {
+            out[j] /= sum;
+        }
+    }
+}
+
+struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cache_attention * a, struct ggml_tensor * q,
+                                              struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * mask) {
+    const int64_t n = q->ne[1];
+    a->n_splits = n <= FEW_TOKENS ? (a->n_rows + SPLIT_KEYS - 1) / SPLIT_KEYS : 1;
+    struct ggml_tensor * src[] = { q, k, v, mask };
+    if (a->n_splits == 1) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0], n, 1, 1, src, mask ? 4 : 3, attend_cache, GGML_N_TASKS_MAX, a);
+    }
+    struct ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, part_size(a), group_size(a), n, a->n_head_kv * a->n_splits, src,
+                                                mask ? 4 : 3, attend_cache, GGML_N_TASKS_MAX, a);
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0], n, 1, 1, (struct ggml_tensor *[]) { parts }, 1, join_splits, GGML_N_TASKS_MAX, a);
+}
+
+void cpu_cache_attention_reset(cpu_cache_attention * a) {
+    atomic_store(&a->next, 0);
+    atomic_store(&a->stopped, false);
 }
 
 // ---- linear layers ------------------------------------------------------------------------------------------------

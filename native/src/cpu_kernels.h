@@ -1,6 +1,7 @@
-// Attention and linear layers for the vision encoder on the CPU, faster than ggml's, as custom operations of its graph.
+// Attention and linear layers of the vision encoder, and the text's attention, on the CPU, faster than ggml's, as custom
+// operations of the graphs.
 //
-// Attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
+// The encoder's attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
 // One node packs keys and values, one computes: a block of queries of one head at a time goes over blocks of keys with an
 // online softmax, in F32 throughout.
 #pragma once
@@ -53,6 +54,27 @@ bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * 
 // throughout: weights of 16 bits are widened. `a` must live as long as the graph.
 struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias,
                                      struct ggml_tensor * x);
+
+// The text's attention to rows of a cache in memory, F16 or F32. The heads of Q that share one of K and V go over its rows
+// together, so that a row is read once; F32 throughout. With few tokens the rows are split among the threads, in the same way
+// whatever their number, and the parts are joined by a second node.
+typedef struct cpu_cache_attention {
+    const cpu_kernel * kernel; // may be NULL: then nothing fits
+    int64_t            n_head, n_head_kv, head_dim;
+    int64_t            n_rows;
+    bool            (* stop)(void *); // as above
+    void *             stop_data;
+    int64_t            n_splits;
+    atomic_llong       next;
+    atomic_bool        stopped;
+} cpu_cache_attention;
+
+bool                 cpu_cache_attention_fits(const cpu_cache_attention * a, const struct ggml_tensor * k, const struct ggml_tensor * v);
+// q [head_dim * n_head, n], k and v caches [head_dim * n_head_kv, at least n_rows], mask [n_rows, n] F16 of 0 and -inf, or NULL
+// -> as q. `a` must live as long as the graph.
+struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cache_attention * a, struct ggml_tensor * q,
+                                              struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * mask);
+void                 cpu_cache_attention_reset(cpu_cache_attention * a); // before each time that the graph is computed
 
 // gelu(x + bias), written over x [n, m]; bias [n]. erf is right to 5e-7.
 struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x,

@@ -5,6 +5,7 @@
 //     LANES          floats in a vector
 //     ROWS, VECTORS  rows and vectors of the block of sums that is kept in registers
 //     VMAX(a, b)     larger of each lane; b where either is not a number
+//     WIDEN(p)       LANES F16 numbers in memory as floats
 //
 // Everything else is GCC's and Clang's vector extension.
 
@@ -250,6 +251,179 @@ TARGET static void KERNEL(linear)(const linear_args * a) {
     }
 }
 
+// ---- attention to rows of a cache ----
+
+// `n` rows of a cache as floats, each of `size` values of which those from head_dim on are 0. Rows that are so already stay
+// where they are. *stride is in floats.
+INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, int64_t n, int64_t head_dim, int64_t size, float * buffer,
+                                  int64_t * stride) {
+    if (!half && head_dim == size) {
+        *stride = (int64_t) (n_bytes / sizeof(float));
+        return (const float *) rows;
+    }
+    for (int64_t i = 0; i < n; i++, rows += n_bytes) {
+        float * out = buffer + i * size;
+        int64_t j   = 0;
+        for (; j + LANES <= head_dim; j += LANES) {
+            STORE(out + j, half ? (vf) WIDEN((const ggml_fp16_t *) rows + j) : (vf) LOAD((const float *) rows + j));
+        }
+        for (; j < head_dim; j++) {
+            out[j] = half ? ggml_fp16_to_fp32(((const ggml_fp16_t *) rows)[j]) : ((const float *) rows)[j];
+        }
+        for (; j < size; j++) {
+            out[j] = 0.0f;
+        }
+    }
+    *stride = size;
+    return buffer;
+}
+
+INLINE float KERNEL(total)(vf x) {
+    float sum = 0.0f;
+    UNROLL for (int l = 0; l < LANES; l++) {
+        sum += x[l];
+    }
+    return sum;
+}
+
+// s[GROUP][n] in rows of KEYS = q k^T, with q [GROUP][size] and n rows of k. Two rows at a time.
+INLINE void KERNEL(dots)(const float * q, const float * k, int64_t stride, int64_t n, int64_t size, float * s) {
+    for (int64_t i = 0; i < n; i += 2) {
+        const float * a = k + i * stride, * b = i + 1 < n ? a + stride : a;
+        vf            sum[2][GROUP] = { 0 };
+        for (int64_t j = 0; j < size; j += LANES) {
+            const vf x = LOAD(a + j), y = LOAD(b + j);
+            UNROLL for (int r = 0; r < GROUP; r++) {
+                const vf z = LOAD(q + r * size + j);
+                sum[0][r] += z * x;
+                sum[1][r] += z * y;
+            }
+        }
+        UNROLL for (int r = 0; r < GROUP; r++) {
+            s[r * KEYS + i]     = KERNEL(total)(sum[0][r]);
+            s[r * KEYS + i + 1] = KERNEL(total)(sum[1][r]); // KEYS is even: room for one too many
+        }
+    }
+}
+
+// out[GROUP][vectors * LANES] += s v, with s [GROUP][n] in rows of KEYS, n rows of v, and out in rows of `size`
+INLINE void KERNEL(weigh)(const float * s, const float * v, int64_t stride, int64_t n, int64_t size, float * out, const int vectors) {
+    vf sum[GROUP][VECTORS];
+    UNROLL for (int r = 0; r < GROUP; r++) {
+        UNROLL for (int c = 0; c < vectors; c++) {
+            sum[r][c] = LOAD(out + r * size + c * LANES);
+        }
+    }
+    for (int64_t i = 0; i < n; i++, v += stride) {
+        UNROLL for (int r = 0; r < GROUP; r++) {
+            UNROLL for (int c = 0; c < vectors; c++) {
+                sum[r][c] += s[r * KEYS + i] * LOAD(v + c * LANES);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < GROUP; r++) {
+        UNROLL for (int c = 0; c < vectors; c++) {
+            STORE(out + r * size + c * LANES, sum[r][c]);
+        }
+    }
+}
+
+// What a query sees of the keys from `key` on: 0, or -inf
+INLINE const ggml_fp16_t * KERNEL(mask_of)(const rows_args * a, int64_t query, int64_t key) {
+    return (const ggml_fp16_t *) ((const char *) a->mask + (size_t) (query / a->group) * a->mask_stride) + key;
+}
+
+// How many of n keys there are up to the last that some query sees
+INLINE int64_t KERNEL(n_seen)(const rows_args * a, int64_t key, int64_t n) {
+    int64_t seen = 0;
+    for (int64_t i = 0; i < a->n && seen < n; i += a->group) {
+        const ggml_fp16_t * mask = KERNEL(mask_of)(a, i, key);
+        for (int64_t j = n; j > seen; j--) {
+            if (mask[j - 1] == 0) {
+                seen = j;
+            }
+        }
+    }
+    return seen;
+}
+
+INLINE void KERNEL(hide)(const rows_args * a, int64_t key, int64_t n, float * s) {
+    for (int64_t i = 0; i < a->n; i++) {
+        const ggml_fp16_t * mask = KERNEL(mask_of)(a, i, key);
+        for (int64_t j = 0; j < n; j++) {
+            s[i * KEYS + j] = mask[j] == 0 ? s[i * KEYS + j] : NO_KEY;
+        }
+    }
+}
+
+TARGET static void KERNEL(attend_rows)(const rows_args * a) {
+    float __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM], s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
+    float __attribute__((aligned(64))) k_buffer[KEYS * MAX_HEAD_DIM], v_buffer[KEYS * MAX_HEAD_DIM];
+    float         top[QUERIES], sum[QUERIES];
+    const int64_t dim = a->head_dim, size = (dim + LANES - 1) / LANES * LANES;
+    const int64_t n_q = (a->n + GROUP - 1) / GROUP * GROUP;
+
+    memset(q, 0, sizeof(float) * (size_t) (n_q * size));
+    memset(out, 0, sizeof(float) * (size_t) (n_q * size));
+    for (int64_t i = 0; i < n_q; i++) {
+        top[i] = NO_KEY;
+        sum[i] = 0.0f;
+    }
+    for (int64_t i = 0; i < a->n; i++) {
+        const float * row = (const float *) ((const char *) a->q + (size_t) (i / a->group) * a->q_stride) + i % a->group * dim;
+        for (int64_t j = 0; j < dim; j++) {
+            q[i * size + j] = row[j] * a->scale;
+        }
+    }
+    for (int64_t key = 0; key < a->n_keys; key += KEYS) {
+        int64_t       n = a->n_keys - key < KEYS ? a->n_keys - key : KEYS;
+        int64_t       k_stride, v_stride;
+        if (a->mask && (n = KERNEL(n_seen)(a, key, n)) == 0) {
+            continue;
+        }
+        const float * k = KERNEL(rows)(a->k + (size_t) key * a->k_stride, a->k_stride, a->k_half, n, dim, size, k_buffer, &k_stride);
+        for (int64_t i = 0; i < n_q; i += GROUP) {
+            KERNEL(dots)(q + i * size, k, k_stride, n, size, s + i * KEYS);
+        }
+        if (a->mask) {
+            KERNEL(hide)(a, key, n, s);
+        }
+        for (int64_t i = 0; i < n_q; i++) {
+            for (int64_t j = n; j < (n + LANES - 1) / LANES * LANES; j++) {
+                s[i * KEYS + j] = NO_KEY;
+            }
+            KERNEL(softmax_step)(s + i * KEYS, n, &top[i], &sum[i], out + i * size, size);
+        }
+        const float * v = KERNEL(rows)(a->v + (size_t) key * a->v_stride, a->v_stride, a->v_half, n, dim, size, v_buffer, &v_stride);
+        for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
+            const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE;
+            for (int64_t i = 0; i < n_q; i += GROUP) {
+                int64_t j = 0;
+                for (; j + WIDTH <= size; j += WIDTH) {
+                    KERNEL(weigh)(s + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out + i * size + j, VECTORS);
+                }
+                for (; j < size; j += LANES) {
+                    KERNEL(weigh)(s + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out + i * size + j, 1);
+                }
+            }
+        }
+    }
+    for (int64_t i = 0; i < a->n; i++) {
+        if (a->part) {
+            float * part = a->part + i * (2 + dim);
+            part[0] = top[i];
+            part[1] = sum[i];
+            memcpy(part + 2, out + i * size, sizeof(float) * (size_t) dim);
+            continue;
+        }
+        float *     row    = (float *) ((char *) a->out + (size_t) (i / a->group) * a->out_stride) + i % a->group * dim;
+        const float factor = 1.0f / sum[i];
+        for (int64_t j = 0; j < dim; j++) {
+            row[j] = out[i * size + j] * factor;
+        }
+    }
+}
+
 #undef vf
 #undef vi
 #undef vw
@@ -265,3 +439,4 @@ TARGET static void KERNEL(linear)(const linear_args * a) {
 #undef ROWS
 #undef VECTORS
 #undef VMAX
+#undef WIDEN

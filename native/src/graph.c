@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 // At the 60 GFLOPS of two old CPU cores a node of this size takes a third of a second.
 static const double NODE_FLOP = 2e10;
@@ -40,7 +41,20 @@ int64_t block_columns(double flop_per_column) {
     return n < 16.0 ? 16 : n > 1e9 ? (int64_t) 1e9 : (int64_t) n;
 }
 
-struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, block_fn fn, void * arg) {
+// dst = [left, right]. ggml_concat copies value by value, on one thread.
+static void join(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    (void) userdata;
+    const struct ggml_tensor * left = dst->src[0], * right = dst->src[1];
+    const int64_t              n    = dst->ne[1];
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const bool   is_left = i < left->ne[1];
+        const char * column  = is_left ? (const char *) left->data + (size_t) i * left->nb[1] :
+                                         (const char *) right->data + (size_t) (i - left->ne[1]) * right->nb[1];
+        memcpy((char *) dst->data + (size_t) i * dst->nb[1], column, (size_t) dst->ne[0] * sizeof(float));
+    }
+}
+
+struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, block_fn fn, void * arg) {
     const int64_t n = x->ne[1];
     if (n <= n_max) {
         return fn(g, x, arg);
@@ -48,21 +62,30 @@ struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max,
     const int64_t        half  = n / 2;
     struct ggml_tensor * left  = ggml_view_2d(g->ctx, x, x->ne[0], half, x->nb[1], 0);
     struct ggml_tensor * right = ggml_view_2d(g->ctx, x, x->ne[0], n - half, x->nb[1], x->nb[1] * (size_t) half);
-    left  = in_blocks(g, left, n_max, fn, arg);
-    right = in_blocks(g, right, n_max, fn, arg);
-    return ggml_concat(g->ctx, left, right, 1);
+    left  = in_blocks(g, left, n_max, on_cpu, fn, arg);
+    right = in_blocks(g, right, n_max, on_cpu, fn, arg);
+    if (!on_cpu) {
+        return ggml_concat(g->ctx, left, right, 1);
+    }
+    return ggml_custom_4d(g->ctx, GGML_TYPE_F32, left->ne[0], n, 1, 1, (struct ggml_tensor *[]) { left, right }, 2, join, GGML_N_TASKS_MAX,
+                          NULL);
 }
 
 static struct ggml_tensor * multiply(graph * g, struct ggml_tensor * x, void * w) {
     return ggml_mul_mat(g->ctx, w, x);
 }
 
+// In its memory, mapped or copied, or in a layout of its own, which is no host memory to ggml.
+static bool is_on_cpu(const struct ggml_tensor * w) {
+    const ggml_backend_dev_t device = w->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer)) : NULL;
+    return w->buffer && (ggml_backend_buffer_is_host(w->buffer) || (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU));
+}
+
 struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
-    const bool on_cpu = w->buffer && ggml_backend_buffer_is_host(w->buffer);
-    if (!on_cpu || x->ne[2] > 1) {
+    if (!is_on_cpu(w) || x->ne[2] > 1) {
         return ggml_mul_mat(g->ctx, w, x);
     }
-    return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), multiply, w);
+    return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), true, multiply, w);
 }
 
 struct ggml_tensor * linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x) {
@@ -116,5 +139,5 @@ struct ggml_tensor * attention(graph * g, struct ggml_tensor * q, struct ggml_te
     if (mask) { // text: batches are small, and the mask has a row for each query
         return attend(g, q, &args);
     }
-    return in_blocks(g, q, block_columns(4.0 * (double) q->ne[0] * (double) k->ne[1]), attend, &args);
+    return in_blocks(g, q, block_columns(4.0 * (double) q->ne[0] * (double) k->ne[1]), false, attend, &args);
 }

@@ -32,8 +32,8 @@ struct ggml_tensor * attention(graph * g, struct ggml_tensor * q, struct ggml_te
 struct ggml_tensor * split_heads(graph * g, struct ggml_tensor * x, int64_t n_head);
 
 // Runs fn over x [c, n] in blocks of at most n_max columns and joins the results. One node of a graph is the smallest
-// thing that can be interrupted, so nodes that would take long on a CPU are cut.
+// thing that can be interrupted, so nodes that would take long on a CPU are cut. on_cpu: fn surely runs there.
 typedef struct ggml_tensor * (*block_fn)(graph * g, struct ggml_tensor * x, void * arg);
-struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, block_fn fn, void * arg);
+struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, block_fn fn, void * arg);
 // Columns that a node with this many floating point operations a column may have.
 int64_t block_columns(double flop_per_column);

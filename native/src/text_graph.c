@@ -1,6 +1,7 @@
 // Llama 3 with cross-attention layers (llama_models/llama3/multimodal/model.py).
 #include "text_graph.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct decoder {
@@ -9,13 +10,24 @@ typedef struct decoder {
     const mllama_hparams * p;
     const kv_cache *       cache;
     const image_slot *     slot;
-    const text_graph *     tg;
+    text_graph *           tg;
 } decoder;
 
 // The first n_kv rows of a cache tensor as [head_dim, n_kv, n_head_kv]
 static struct ggml_tensor * cache_view(const decoder * d, struct ggml_tensor * cache, int64_t n_kv) {
     const int64_t head_dim = d->p->head_dim;
     return ggml_view_3d(d->g->ctx, cache, head_dim, n_kv, d->p->n_head_kv, cache->nb[1], ggml_row_size(cache->type, head_dim), 0);
+}
+
+// q [head_dim * n_head, n] over the first n_rows of a layer's caches; mask as in attention()
+static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struct ggml_tensor * q, struct ggml_tensor * k,
+                                            struct ggml_tensor * v, int64_t n_rows, struct ggml_tensor * mask) {
+    cpu_cache_attention * a = &d->tg->attention[il];
+    a->n_rows = n_rows;
+    if (cpu_cache_attention_fits(a, k, v)) {
+        return cpu_cache_attention_node(d->g->ctx, a, q, k, v, mask);
+    }
+    return attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
 }
 
 static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct ggml_tensor * x, int64_t n_head) {
@@ -38,19 +50,18 @@ static struct ggml_tensor * self_attention(const decoder * d, const text_layer *
     ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->k[il], k, d->tg->cells));
     ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->v[il], v, d->tg->cells));
 
-    const int64_t n_kv = d->tg->shape.n_kv;
-    return attention(g, q, cache_view(d, d->cache->k[il], n_kv), cache_view(d, d->cache->v[il], n_kv), d->tg->mask, d->p->n_head);
+    return cache_attention(d, il, q, d->cache->k[il], d->cache->v[il], d->tg->shape.n_kv, d->tg->mask);
 }
 
 static struct ggml_tensor * cross_attention(const decoder * d, const text_layer * l, int32_t il, struct ggml_tensor * x) {
     graph *               g   = d->g;
     struct ggml_context * ctx = g->ctx;
-    const int64_t         n   = x->ne[1], n_q = (int64_t) d->p->head_dim * d->p->n_head, n_rows = d->tg->shape.n_rows;
+    const int64_t         n   = x->ne[1], n_q = (int64_t) d->p->head_dim * d->p->n_head;
 
     struct ggml_tensor * q = ggml_reshape_3d(ctx, linear(g, l->q, x), d->p->head_dim, d->p->n_head, n);
     q = ggml_reshape_2d(ctx, rms_norm(g, q, l->q_norm, d->p->rms_eps), n_q, n);
     named(q, "blk", il, "cross_q");
-    return attention(g, q, cache_view(d, d->slot->kv.k[il], n_rows), cache_view(d, d->slot->kv.v[il], n_rows), NULL, d->p->n_head);
+    return cache_attention(d, il, q, d->slot->kv.k[il], d->slot->kv.v[il], d->tg->shape.n_rows, NULL);
 }
 
 // The last column, or all of them
@@ -95,9 +106,18 @@ static struct ggml_tensor * input(graph * g, enum ggml_type type, int64_t ne0, i
 }
 
 mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
-                               bool flash_attn, text_graph * tg) {
+                               bool flash_attn, const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, text_graph * tg) {
     const mllama_hparams * p = &model->hp.pub;
     memset(tg, 0, sizeof(*tg));
+    tg->attention = calloc((size_t) p->n_layer, sizeof(*tg->attention));
+    if (!tg->attention) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    for (int32_t il = 0; il < p->n_layer; il++) {
+        tg->attention[il] = (cpu_cache_attention) {
+            .kernel = kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim, .stop = stop, .stop_data = stop_data,
+        };
+    }
     // Batches of many tokens are cut into blocks, which adds nodes.
     TRY(graph_init(&tg->g, 256 + (size_t) p->n_layer * (128 + (size_t) shape->n_tokens), flash_attn));
     graph * g = &tg->g;
@@ -128,7 +148,15 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     return MLLAMA_OK;
 }
 
+void text_graph_begin(text_graph * tg, const mllama_model * model) {
+    for (int32_t il = 0; il < model->hp.pub.n_layer; il++) {
+        cpu_cache_attention_reset(&tg->attention[il]);
+    }
+}
+
 void text_graph_free(text_graph * tg) {
+    free(tg->attention);
+    tg->attention = NULL;
     graph_free(&tg->g);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "caches.h"
+#include "cpu_kernels.h"
 #include "graph.h"
 
 // What a decode graph was built for; a graph serves every later call of the same shape.
@@ -22,11 +23,14 @@ typedef struct text_graph {
     struct ggml_tensor * cells;     // input  I64 [n_tokens]: rows of the self-attention cache to write
     struct ggml_tensor * mask;      // input  F16 [n_kv, n_tokens]
     struct ggml_tensor * logits;    // output F32 [vocab_size, 1 or n_tokens], NULL without logits
+    cpu_cache_attention * attention; // [n_layer]
 } text_graph;
 
-// slot: NULL when shape->n_rows is 0.
+// slot: NULL when shape->n_rows is 0. kernel: of the attention to caches in memory; NULL: ggml's own. stop: asked while it works,
+// on the calling thread; true: leave, the result does not matter.
 mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
-                               bool flash_attn, text_graph * graph);
+                               bool flash_attn, const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, text_graph * graph);
+void          text_graph_begin(text_graph * graph, const mllama_model * model); // before each time that it is computed
 void          text_graph_free(text_graph * graph);
 
 typedef struct fill_graph {

@@ -177,7 +177,7 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
     const bool           whole = cpu_linear_supported(e->kernel, l->fc1) && cpu_linear_supported(e->kernel, l->fc2);
     mlp_args             args  = { .e = e, .layer = l, .whole = whole };
     const int64_t        most  = whole ? norm->ne[1] : block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff);
-    struct ggml_tensor * out   = in_blocks(g, norm, most, mlp, &args);
+    struct ggml_tensor * out   = in_blocks(g, norm, most, e->kernel != NULL, mlp, &args);
     return named(add_gated(g, x, named(out, prefix, il, "ffn_out"), l->ffn_gate), prefix, il, "layer_out");
 }
 

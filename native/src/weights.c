@@ -20,6 +20,7 @@ typedef struct weight {
     const struct ggml_tensor * source;  // in file->meta
     struct ggml_tensor **      tensor;  // where the loaded tensor goes; NULL for a gate
     ggml_backend_dev_t         device;
+    ggml_backend_buffer_type_t repacked; // the faster layout of the CPU that it is copied to, or NULL
     weight_kind                kind;
     bool                       is_vision;
     bool                       permuted; // halves to pairs when loaded, see layout.h
@@ -385,9 +386,44 @@ static void permute(const float * halves, float * pairs, int64_t n) {
     }
 }
 
+// The CPU's layouts of weights for its own faster products, ended by NULL; or NULL.
+static ggml_backend_buffer_type_t * repacked_types(const mllama_model * model) {
+    const ggml_backend_reg_t                 reg = ggml_backend_dev_backend_reg(model->plan.cpu);
+    const ggml_backend_dev_get_extra_bufts_t get =
+        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
+    return get ? get(model->plan.cpu) : NULL;
+}
+
+// Whether the CPU multiplies a matrix like this when it is in such a buffer.
+static bool multiplies(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t type, const struct ggml_tensor * matrix) {
+    struct ggml_context * ctx    = ggml_init((struct ggml_init_params) { .mem_size = 4 * ggml_tensor_overhead(), .no_alloc = true });
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, 0);
+    bool                  ok     = ctx && buffer;
+    if (ok) {
+        struct ggml_tensor * w = ggml_new_tensor(ctx, matrix->type, 4, matrix->ne);
+        w->buffer = buffer;
+        ok = ggml_backend_dev_supports_op(cpu, ggml_mul_mat(ctx, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, matrix->ne[0], 1)));
+    }
+    ggml_backend_buffer_free(buffer);
+    ggml_free(ctx);
+    return ok;
+}
+
+// Of text alone: what the encoder makes of a picture is kept for years, and must not depend on a setting.
+static ggml_backend_buffer_type_t repacked_type(const mllama_model * model, const weight * w) {
+    if (w->device != model->plan.cpu || w->kind != WEIGHT_MATRIX || w->is_vision || w->tensor == &model->token_embd) {
+        return NULL;
+    }
+    ggml_backend_buffer_type_t * type = repacked_types(model);
+    while (type && *type && !multiplies(model->plan.cpu, *type, w->source)) {
+        type++;
+    }
+    return type ? *type : NULL;
+}
+
 static bool can_map(const mllama_model * model, const weight * w, const mllama_model_params * params) {
     // ggml's kernels want 32-byte alignment, which a file may not give
-    return params->use_mmap && w->device == model->plan.cpu && !needs_conversion(w) && !w->permuted &&
+    return params->use_mmap && w->device == model->plan.cpu && !needs_conversion(w) && !w->permuted && !w->repacked &&
            gguf_file_position(w->file, w->source) % 32 == 0;
 }
 
@@ -395,9 +431,9 @@ typedef struct loader {
     mllama_model *              model;
     const mllama_model_params * params;
     int64_t                     done, total;
-    size_t                      n_staging;
+    size_t                      n_staging, n_floats;
     char *                      staging; // n_staging bytes
-    float *                     floats;  // for conversions
+    float *                     floats;  // n_floats bytes, for conversions
 } loader;
 
 static mllama_status report(loader * ld, int64_t bytes) {
@@ -417,8 +453,9 @@ static mllama_status report(loader * ld, int64_t bytes) {
 static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * tensor) {
     const size_t n_bytes = ggml_nbytes(w->source);
     const size_t item    = ggml_type_size(w->source->type);
+    const size_t n_piece = w->repacked || ld->n_staging < MAX_STAGING ? ld->n_staging : MAX_STAGING;
     for (size_t at = 0; at < n_bytes;) {
-        const size_t n = n_bytes - at < ld->n_staging ? n_bytes - at : ld->n_staging;
+        const size_t n = n_bytes - at < n_piece ? n_bytes - at : n_piece;
         TRY(gguf_file_read(w->file, w->source, at, ld->staging, n));
         if (needs_conversion(w) || w->permuted) {
             const int64_t count = (int64_t) (n / item);
@@ -500,14 +537,18 @@ static mllama_status load_mapped(loader * ld, gguf_file * file) {
     return MLLAMA_OK;
 }
 
-// The tensors that are copied to a buffer of the device.
-static mllama_status load_copied(loader * ld, ggml_backend_dev_t device) {
+static bool is_copied(const loader * ld, const weight * w, ggml_backend_dev_t device, ggml_backend_buffer_type_t repacked) {
+    return w->tensor && w->device == device && w->repacked == repacked && !can_map(ld->model, w, ld->params);
+}
+
+// The tensors that are copied to a buffer of the device, or to one of these layouts of the CPU.
+static mllama_status load_copied(loader * ld, ggml_backend_dev_t device, ggml_backend_buffer_type_t repacked) {
     weight_list *         list = ld->model->weights;
     struct ggml_context * ctx  = NULL;
     uint64_t              size = 0;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
-        if (!w->tensor || w->device != device || can_map(ld->model, w, ld->params)) {
+        if (!is_copied(ld, w, device, repacked)) {
             continue;
         }
         if (!ctx) {
@@ -518,17 +559,17 @@ static mllama_status load_copied(loader * ld, ggml_backend_dev_t device) {
     if (!ctx) {
         return MLLAMA_OK;
     }
-    ggml_backend_buffer_t buffer = memory_alloc(ctx, ggml_backend_dev_buffer_type(device), ld->model->no_alloc,
+    ggml_backend_buffer_t buffer = memory_alloc(ctx, repacked ? repacked : ggml_backend_dev_buffer_type(device), ld->model->no_alloc,
                                                 &list->buffers[list->n_buffers - 1].size);
     if (!buffer) {
-        return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; offload fewer layers", device_label(device),
-                    (unsigned long long) (size >> 20));
+        return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; %s", device_label(device),
+                    (unsigned long long) (size >> 20), repacked ? "load them without repack" : "offload fewer layers");
     }
     ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     list->buffers[list->n_buffers - 1].buffer = buffer;
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
-        if (!ld->model->no_alloc && w->tensor && w->device == device && !can_map(ld->model, w, ld->params)) {
+        if (!ld->model->no_alloc && is_copied(ld, w, device, repacked)) {
             TRY(upload(ld, w, *w->tensor));
         }
     }
@@ -550,29 +591,44 @@ static mllama_status load_all(loader * ld) {
             TRY(load_mapped(ld, gguf_file_part(model->vision_file, i)));
         }
     }
-    TRY(load_copied(ld, model->plan.cpu));
+    TRY(load_copied(ld, model->plan.cpu, NULL));
+    for (ggml_backend_buffer_type_t * type = repacked_types(model); type && *type; type++) {
+        TRY(load_copied(ld, model->plan.cpu, *type));
+    }
     for (int32_t i = 0; i < model->plan.n_gpus; i++) {
-        TRY(load_copied(ld, model->plan.gpus[i]));
+        TRY(load_copied(ld, model->plan.gpus[i], NULL));
     }
     return MLLAMA_OK;
 }
 
+static size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
 mllama_status weights_load(mllama_model * model, const mllama_model_params * params) {
-    loader ld = { .model = model, .params = params, .n_staging = 4 };
+    loader ld = { .model = model, .params = params, .n_staging = 4, .n_floats = 4 };
     for (int32_t i = 0; i < model->weights->n; i++) {
-        const weight * w = &model->weights->items[i];
-        if (w->tensor && !can_map(model, w, params)) {
-            const size_t n = w->permuted ? (size_t) ggml_nelements(w->source) * sizeof(float) : ggml_nbytes(w->source);
-            ld.n_staging = n > MAX_STAGING ? MAX_STAGING : n > ld.n_staging ? n : ld.n_staging;
+        weight * w = &model->weights->items[i];
+        if (!w->tensor) {
+            continue;
+        }
+        w->repacked = params->repack ? repacked_type(model, w) : NULL;
+        if (can_map(model, w, params)) {
+            continue;
+        }
+        const size_t n = w->permuted ? (size_t) ggml_nelements(w->source) * sizeof(float) : ggml_nbytes(w->source);
+        const size_t n_piece = n > MAX_STAGING && !w->repacked ? MAX_STAGING : n; // ggml repacks whole tensors only
+        ld.n_staging = larger(ld.n_staging, n_piece);
+        if (needs_conversion(w) || w->permuted) {
+            ld.n_floats = larger(ld.n_floats, n_piece / 2 * sizeof(float)); // 2-byte types are the smallest that are converted
         }
     }
-    const size_t n_floats = ld.n_staging / 2 * sizeof(float); // 2-byte types are the smallest that are converted
-    model->weights->staging = ld.n_staging + n_floats;
+    model->weights->staging = ld.n_staging + ld.n_floats;
     if (model->no_alloc) {
         return load_all(&ld);
     }
     ld.staging = malloc(ld.n_staging);
-    ld.floats  = malloc(n_floats);
+    ld.floats  = malloc(ld.n_floats);
     mllama_status status = ld.staging && ld.floats ? load_all(&ld) : fail(MLLAMA_ERR_MEMORY, "out of memory");
     free(ld.staging);
     free(ld.floats);
