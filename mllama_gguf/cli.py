@@ -289,6 +289,12 @@ def model_options(command: F) -> F:
                 help="Attention without its matrix in memory.",
             ),
             click.option(
+                "--repack/--no-repack",
+                default=False,
+                show_default=True,
+                help="Copy text weights to the layouts of ggml's special CPU kernels.",
+            ),
+            click.option(
                 "-t",
                 "--threads",
                 metavar="THREADS",
@@ -374,6 +380,7 @@ def open_model(*, bar: bool = True, image_cache: bool = False, **options: Any) -
             n_batch=options["n_batch"],
             n_threads=options["threads"],
             flash_attn=options["flash_attn"],
+            repack=options["repack"],
             **offload_settings(options),
             rpc_timeout=options["rpc_timeout"],
             progress=progress,

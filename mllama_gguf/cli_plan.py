@@ -60,6 +60,7 @@ def plan_command(
         n_ctx=s["n_ctx"],
         n_batch=s["n_batch"],
         flash_attn=s["flash_attn"],
+        repack=s["repack"],
         offload_kqv=s["offload_kqv"],
         vision_device=s["vision_device"],
         devices=s["devices"],

@@ -93,6 +93,8 @@ def tune_command(
     fixed = {**files.parameters, **offload, "n_ctx": s["n_ctx"]}
     if s["allow_quantized_vision"]:
         fixed["allow_quantized_vision"] = True
+    if s["repack"]:
+        fixed["repack"] = True
     if s["rpc_servers"]:
         fixed["rpc_timeout"] = s["rpc_timeout"]
     task = Task(files.text, files.mmproj, image, prompt, max_tokens, repeats, fixed, timeout)

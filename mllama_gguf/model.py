@@ -81,6 +81,7 @@ class Mllama:
         type_v: KvType = "f16",
         flash_attn: bool = True,
         use_mmap: bool = True,
+        repack: bool = False,
         allow_quantized_vision: bool = False,
         chat_template: str | None = None,
         image_cache: bool | str | os.PathLike[str] = True,
@@ -110,6 +111,9 @@ class Mllama:
         n_threads:      CPU threads; None: all usable CPUs, fewer for a small model
         type_k, type_v: of the caches: "f32", "f16", or "q8_0" (self-attention only; V needs flash_attn)
         use_mmap:       let the CPU read weights from the file's pages instead of copying them
+        repack:         copy the text's quantized matrices to the layouts of ggml's special CPU kernels, if it
+                        has some for this processor: a slower load, more memory, and perhaps faster text; see
+                        docs/performance.md
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
         chat_template:  Jinja source in place of the file's
         image_cache:    keep what is computed of pictures on disk, where the environment says or the platform
@@ -151,6 +155,7 @@ class Mllama:
             "tensor_split": _shares(tensor_split),
             "main_gpu": -1 if main_gpu is None else main_gpu,
             "use_mmap": use_mmap,
+            "repack": repack,
             "allow_quantized_vision": allow_quantized_vision,
         }
         context_settings: dict[str, Any] = {

@@ -52,8 +52,10 @@ Prompt = list[int]
 class Ours:
     """Our text model, below the chat."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.model = Mllama(path, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads, image_cache=False)
+    def __init__(self, path: Path, threads: int, repack: bool) -> None:
+        self.model = Mllama(
+            path, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads, repack=repack, image_cache=False
+        )
         self.context = self.model._context
         self.slot, self.n_visible = -1, 0
 
@@ -229,7 +231,7 @@ def loaded(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     text = full_shape.write_mllama(folder / "mllama.gguf", args.layers, vision=False)
     full_shape.write_llama(folder / "llama.gguf", text)
-    ours, our_load = loaded(lambda: Ours(folder / "mllama.gguf", args.threads))
+    ours, our_load = loaded(lambda: Ours(folder / "mllama.gguf", args.threads, args.repack))
     theirs, their_load = loaded(lambda: LlamaCpp(folder / "llama.gguf", args.threads, args.llama_repack))
     both: dict[str, Ours | LlamaCpp] = {"ours": ours, "llama.cpp": theirs}
     chance = np.random.default_rng(0)
@@ -320,6 +322,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a round")
     parser.add_argument("--context", type=int, default=64, help="tokens before them")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt; 0: none")
+    parser.add_argument("--repack", action="store_true", help="as `mllama caption --repack`")
     parser.add_argument(
         "--llama-repack", action=argparse.BooleanOptionalAction, default=True,
         help="llama.cpp copies weights to its faster layout, as it does by itself",

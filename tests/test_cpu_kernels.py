@@ -1,4 +1,5 @@
-"""Our own attention and GELU on the CPU against the plain graph, the double-precision reference and math.erf.
+"""Our own attention, of pictures and of text, and GELU on the CPU against the plain graph, the
+double-precision reference and math.erf.
 
 Which kernels run here depends on the processor; the portable one runs everywhere.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ import numpy.typing as npt
 import pytest
 import tiny
 from golden_cases import Picture, relative_error, tiled
+from helpers import TinyFiles
 from reference import Reference
 
-from mllama_gguf import Mllama, RequestError
+from mllama_gguf import Aborted, Mllama, RequestError
 from mllama_gguf._native import load
 from mllama_gguf.convert import convert
+
+Files = Callable[[str], TinyFiles]
+Floats = npt.NDArray[np.float32]
 
 VARIABLE = "MLLAMA_CPU_KERNEL"
 NAMES = ("avx512", "avx2", "portable")
@@ -96,6 +102,74 @@ def test_unused_tiles_that_are_alike(kernel: str, tmp_path: Path, monkeypatch: p
                 rows,
                 columns,
             )
+
+
+TEXT_ARCHS = ("square", "gqa", "wide", "threetiles")  # 1, 3, 2 and 2 heads share K and V; heads of 16 to 128
+
+
+def text_logits(model: Mllama, states: list[Floats], prompts: list[tuple[int, bool]]) -> Floats:
+    """Logits of all tokens of prompts, each so many tokens that see the pictures or not."""
+    context = model._context
+    context.clear()
+    slot = context.image_fill(states)
+    chance = np.random.default_rng(0)
+    rows = []
+    for n, sees in prompts:
+        tokens = chance.integers(0, model.vocab_size, n).tolist()
+        rows.append(context.decode(tokens, slot if sees else -1, len(states) if sees else 0, "all"))
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("name", TEXT_ARCHS)
+def test_text_attention(name: str, kind: str, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single tokens, few and many, before and after more rows than one split has: as the plain graph, and the
+    same bits whatever the number of threads."""
+    files = tiny_files(name)
+    prompts = [(1, False), (2, True), (5, False), (70, True), (1, True), (530, False), (1, True), (4, True)]
+    # The plain graph rounds what it multiplies with an F16 cache, too.
+    tolerance = 2e-5 if kind == "f32" else 2e-3
+    for kernel in KERNELS:
+        same = []
+        for n_threads in (1, 3):
+            with Mllama(
+                files.one, n_ctx=700, n_batch=128, n_threads=n_threads, type_k=kind, type_v=kind
+            ) as model:
+                h = model.hparams
+                n = -(-600 // (h.max_tiles * h.n_positions))
+                states = list(
+                    np.random.default_rng(1).standard_normal(
+                        (n, h.max_tiles, h.n_positions, h.n_embd), np.float32
+                    )
+                )
+                monkeypatch.setenv(VARIABLE, "off")
+                plain = text_logits(model, states, prompts)
+                monkeypatch.setenv(VARIABLE, kernel)
+                ours = text_logits(model, states, prompts)
+                assert relative_error(ours, plain) <= tolerance, (kernel, n_threads)
+                assert not np.array_equal(ours, plain), "the kernel was not used"
+                same.append(ours)
+        np.testing.assert_array_equal(*same)
+
+
+def test_text_attention_stops(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An abort leaves the caches as they were, and what is computed next is right."""
+    monkeypatch.setenv(VARIABLE, "portable")
+    stop = False
+    with Mllama(tiny_files("wide").one, n_ctx=700, n_threads=2, abort=lambda: stop) as model:
+        context = model._context
+        context.decode([1, 2, 3], -1, 0)
+        expected = context.decode([4] * 400, -1, 0)
+        context.truncate(3)
+        stop = True
+        # The callback is asked every 50 ms; somewhere in some of these it says so.
+        with pytest.raises(Aborted):
+            for _ in range(10000):
+                context.decode([4] * 400, -1, 0)
+                context.truncate(3)
+        stop = False
+        assert context.n_past == 3
+        np.testing.assert_array_equal(context.decode([4] * 400, -1, 0), expected)
 
 
 def erf(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

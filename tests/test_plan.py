@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from mllama_gguf.plan import (
     offload_devices,
     parse_size,
 )
+from mllama_gguf.quantize import quantize
 from mllama_gguf.runtime import Device, DeviceMemory, Memory, NativeContext, open_model
 
 Captured = pytest.CaptureFixture[str]
@@ -56,6 +59,32 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
         assert real.cross_kv == pytest.approx(planned.cross_kv * image.n_tiles / h.max_tiles, rel=0.03)
         assert real.compute == pytest.approx(planned.compute, rel=0.03)
         assert real.vision == pytest.approx(planned.vision, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q8_0"])
+def test_repacked_weights(kind: str, tiny_files: Files, tmp_path: Path) -> None:
+    """They leave the mapping for memory, as planned, and give the same logits but for rounding."""
+    path = tmp_path / "text.gguf"
+    quantize(tiny_files("quant").one, path, kind)
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    logits = {}
+    for repack in (False, True):
+        (setting,) = make_plan(path, n_ctx=64, repack=repack).settings
+        (planned,) = setting.devices
+        with Mllama(path, n_ctx=64, n_threads=2, repack=repack) as model:
+            (real,) = model.memory().devices
+            assert (real.mapped, real.weights, real.staging) == (
+                planned.mapped, planned.weights, planned.staging,
+            )  # fmt: skip
+            logits[repack] = model.logits(tokens), real
+            assert np.array_equal(model.logits(tokens), logits[repack][0])
+    (plain, mapped), (repacked, copied) = logits[False], logits[True]
+    assert np.linalg.norm(repacked - plain) <= 0.05 * np.linalg.norm(plain)
+    # Which types have such a layout depends on the processor.
+    assert copied.mapped <= mapped.mapped
+    assert copied.mapped + copied.weights == pytest.approx(mapped.mapped + mapped.weights, abs=4096)
+    if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text() and kind != "q8_0":
+        assert copied.mapped < 0.9 * mapped.mapped
 
 
 def test_reserving_allocates_what_measuring_says(tiny_files: Files) -> None:
