@@ -24,6 +24,7 @@ import argparse
 import ctypes
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -241,6 +242,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     rounds: list[dict[str, Any]] = []
     for i in range(args.rounds):
+        print(f"round {i + 1} of {args.rounds}", file=sys.stderr, flush=True)
         figures: dict[str, Any] = {"bandwidth": read_bandwidth(args.threads)}
         tokens = {}
         for name in list(both) if i % 2 == 0 else list(both)[::-1]:

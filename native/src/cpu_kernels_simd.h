@@ -358,7 +358,7 @@ INLINE void KERNEL(hide)(const rows_args * a, int64_t key, int64_t n, float * s)
 
 TARGET static void KERNEL(attend_rows)(const rows_args * a) {
     float __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM], s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
-    float __attribute__((aligned(64))) k_buffer[KEYS * MAX_HEAD_DIM], v_buffer[KEYS * MAX_HEAD_DIM];
+    float __attribute__((aligned(64))) buffer[KEYS * MAX_HEAD_DIM]; // of keys, then of values
     float         top[QUERIES], sum[QUERIES];
     const int64_t dim = a->head_dim, size = (dim + LANES - 1) / LANES * LANES;
     const int64_t n_q = (a->n + GROUP - 1) / GROUP * GROUP;
@@ -381,7 +381,7 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
         if (a->mask && (n = KERNEL(n_seen)(a, key, n)) == 0) {
             continue;
         }
-        const float * k = KERNEL(rows)(a->k + (size_t) key * a->k_stride, a->k_stride, a->k_half, n, dim, size, k_buffer, &k_stride);
+        const float * k = KERNEL(rows)(a->k + (size_t) key * a->k_stride, a->k_stride, a->k_half, n, dim, size, buffer, &k_stride);
         for (int64_t i = 0; i < n_q; i += GROUP) {
             KERNEL(dots)(q + i * size, k, k_stride, n, size, s + i * KEYS);
         }
@@ -394,7 +394,7 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
             }
             KERNEL(softmax_step)(s + i * KEYS, n, &top[i], &sum[i], out + i * size, size);
         }
-        const float * v = KERNEL(rows)(a->v + (size_t) key * a->v_stride, a->v_stride, a->v_half, n, dim, size, v_buffer, &v_stride);
+        const float * v = KERNEL(rows)(a->v + (size_t) key * a->v_stride, a->v_stride, a->v_half, n, dim, size, buffer, &v_stride);
         for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
             const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE;
             for (int64_t i = 0; i < n_q; i += GROUP) {

@@ -96,10 +96,13 @@ class Answer:
         return self.greedy == other.greedy and all(np.array_equal(a, b) for a, b in pairs)
 
 
-def answer(model: Mllama, prompt: Case, arch: tiny.Arch) -> Answer:
-    """From empty caches."""
+def answer(
+    model: Mllama, prompt: Case, arch: tiny.Arch, encoded: Callable[[], object] = lambda: None
+) -> Answer:
+    """From empty caches. encoded: called once the pictures are encoded."""
     model.reset()
     images = [model.encode_image(tiled(arch, picture)) for picture in prompt.pictures]
+    encoded()
     logits = model.logits(prompt.tokens, images)
     greedy = [int(logits[-1].argmax())]
     while len(greedy) < N_GREEDY:
@@ -150,15 +153,18 @@ def quantize(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def on_cpu(text_file: Callable[[str, str], tuple[Path, Path]]) -> Callable[[Setting], Answer]:
-    """The answer without any offload, in this process."""
+    """The answer without any offload, in this process: pictures by the kernel of the environment, text by
+    ggml's operations."""
 
     @cache
     def compute(kernel: str, arch: str, type_: str, flash_attn: bool, n_batch: int, name: str) -> Answer:
         model = Mllama(
             *text_file(arch, type_), n_ctx=512, flash_attn=flash_attn, n_batch=n_batch, n_threads=N_THREADS
         )
-        with model:
-            return answer(model, case(tiny.ARCHS[arch], name), tiny.ARCHS[arch])
+        with model, pytest.MonkeyPatch.context() as patch:
+            patch.setenv(CPU_KERNEL, kernel)
+            prompt = case(tiny.ARCHS[arch], name)
+            return answer(model, prompt, tiny.ARCHS[arch], lambda: patch.setenv(CPU_KERNEL, "off"))
 
     return lambda setting: compute(os.environ[CPU_KERNEL], *setting.base)
 
@@ -172,8 +178,10 @@ def test_any_offload(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arch = tiny.ARCHS[setting.arch]
-    # workers know ggml's operations only: an encoder there is compared with those
-    monkeypatch.setenv(CPU_KERNEL, "" if setting.vision_device == "cpu" else "off")
+    # Workers know ggml's operations only, and are compared with those. Where all text is on them, an encoder
+    # here is its own.
+    all_text = setting.n_gpu_layers >= arch.layers and setting.offload_kqv
+    monkeypatch.setenv(CPU_KERNEL, "" if setting.vision_device == "cpu" and all_text else "off")
     expected = on_cpu(setting)
     with Mllama(
         *text_file(setting.arch, setting.type),
@@ -216,6 +224,10 @@ def check_placement(model: Mllama, setting: Setting) -> None:
 
 def test_every_value_is_tried() -> None:
     made = list(settings())
+    assert any(
+        s.vision_device == "cpu" and s.offload_kqv and s.n_gpu_layers >= tiny.ARCHS[s.arch].layers
+        for s in made
+    )
     for arch in tiny.ARCHS.values():
         assert {s.n_gpu_layers for s in made if s.arch == arch.name} == set(range(arch.layers + 2))
     for name, values in {
@@ -235,12 +247,16 @@ DEMO_LAYERS = 5
 
 @pytest.mark.parametrize("n_gpu_layers", range(DEMO_LAYERS + 2))
 def test_demo(n_gpu_layers: int, workers: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    vision_device = ("auto", "cpu", "RPC1")[n_gpu_layers % 3]
-    monkeypatch.setenv(CPU_KERNEL, "" if vision_device == "cpu" else "off")
+    vision_device = ("auto", "RPC1", "cpu")[n_gpu_layers % 3]
+    kernel = "" if vision_device == "cpu" and n_gpu_layers >= DEMO_LAYERS else "off"
+    monkeypatch.setenv(CPU_KERNEL, kernel)
     pictures = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
     with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as model:
         assert model.hparams.n_layer == DEMO_LAYERS
-        expected = [(model.caption(p), model.encode_image(p).states) for p in pictures]
+        images = [model.encode_image(p) for p in pictures]
+        monkeypatch.setenv(CPU_KERNEL, "off")
+        expected = [(model.caption(image), image.states) for image in images]
+        monkeypatch.setenv(CPU_KERNEL, kernel)
     with Mllama(
         BUNDLED["demo"],
         rpc_servers=",".join(workers),
