@@ -206,6 +206,39 @@ def test_any_offload(
     assert second.same_as(first), "one run leaks into the next"
 
 
+OWN_TOLERANCE = 5e-4  # another rounding, and what that turns over in the F16 caches
+
+
+@pytest.mark.parametrize("setting", [s for s in settings() if s.type == "f32"][::6], ids=str)
+def test_offload_beside_kernels_of_our_own(
+    setting: Setting,
+    workers: tuple[str, str],
+    text_file: Callable[[str, str], tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As users run it: here the CPU's own kernels, on the workers ggml's."""
+    monkeypatch.delenv(CPU_KERNEL, raising=False)
+    arch, files = tiny.ARCHS[setting.arch], text_file(setting.arch, setting.type)
+    shared = {"flash_attn": setting.flash_attn, "n_batch": setting.n_batch, "n_ctx": 512}
+    shared["n_threads"] = N_THREADS
+    with Mllama(*files, **shared) as model:
+        expected = answer(model, case(arch, setting.case), arch)
+    with Mllama(
+        *files,
+        rpc_servers=workers[: setting.n_workers],
+        n_gpu_layers=setting.n_gpu_layers,
+        vision_device=setting.vision_device,
+        tensor_split=setting.tensor_split,
+        offload_kqv=setting.offload_kqv,
+        **shared,
+    ) as model:
+        found = answer(model, case(arch, setting.case), arch)
+    assert found.greedy == expected.greedy
+    assert relative_error(found.logits, expected.logits) <= OWN_TOLERANCE
+    for states, expected_states in zip(found.states, expected.states, strict=True):
+        assert relative_error(states, expected_states) <= OWN_TOLERANCE
+
+
 def check_placement(model: Mllama, setting: Setting) -> None:
     """The last N layers are on the devices, and nothing else of the text."""
     n_layer = model.hparams.n_layer
@@ -269,6 +302,26 @@ def test_demo(n_gpu_layers: int, workers: tuple[str, str], monkeypatch: pytest.M
                 assert model.caption(picture) == caption
                 assert np.array_equal(model.encode_image(picture).states, states)
             model.reset()
+
+
+def test_captions_beside_kernels_of_our_own(
+    workers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo model says the same at every n_gpu_layers."""
+    monkeypatch.delenv(CPU_KERNEL, raising=False)
+    folder = Path(__file__).parents[2] / "examples"
+    pictures = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
+    assert len(pictures) > 2
+    said = []
+    for n_gpu_layers in range(DEMO_LAYERS + 2):
+        with Mllama(
+            BUNDLED["demo"],
+            rpc_servers=",".join(workers) if n_gpu_layers else (),
+            n_gpu_layers=n_gpu_layers,
+            n_threads=N_THREADS,
+        ) as model:
+            said.append([model.caption(picture) for picture in pictures])
+    assert said == said[:1] * len(said)
 
 
 def test_an_unused_worker_changes_nothing(
