@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
@@ -85,7 +85,7 @@ def caption_pictures(
     errors: ErrorLog,
     report: Report = lambda event: None,
 ) -> Summary:
-    """Caption pictures that the output does not hold yet, and keep each caption before the next begins.
+    """Caption pictures that the output does not hold yet, and keep each caption while the next is made.
 
     pictures:   paths, each once, in the order to go
     open_model: opens the model; called only if there is something to do, and again when a device was lost
@@ -136,6 +136,15 @@ class _Prepared:
     tiles: TiledImage | None
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A record on its way to the disk. caption: None for a duplicate."""
+
+    record: Record
+    caption: Caption | None
+    done: Future[None]
+
+
 @dataclass
 class _Run:
     """The loop over the pictures."""
@@ -149,6 +158,8 @@ class _Run:
     _summary: Summary
     _by_content: dict[str, Record] = field(default_factory=dict)
     _losses: int = 0
+    _writing: _Writing | None = None
+    _writer: ThreadPoolExecutor = field(init=False)
 
     def caption(self, pending: Sequence[str]) -> None:
         """Raises _Stop, KeyboardInterrupt, Aborted."""
@@ -173,13 +184,19 @@ class _Run:
             return _Prepared(sha256, tiles)
 
         start = time.perf_counter()
-        try:
-            with closing(prefetch(pending, prepare, threads=THREADS, ahead=AHEAD)) as prepared:
-                for path, future in prepared:
-                    self._one(path, future)
-                    self._summary.seconds["total"] = time.perf_counter() - start
-        finally:
-            self._summary.seconds["total"] = time.perf_counter() - start
+        with ThreadPoolExecutor(1, "mllama-write") as self._writer:
+            try:
+                with closing(prefetch(pending, prepare, threads=THREADS, ahead=AHEAD)) as prepared:
+                    for path, future in prepared:
+                        self._one(path, future)
+                        self._summary.seconds["total"] = time.perf_counter() - start
+                self._written()
+            except BaseException:
+                with suppress(_Stop):
+                    self._written()
+                raise
+            finally:
+                self._summary.seconds["total"] = time.perf_counter() - start
 
     def _one(self, path: str, future: Future[_Prepared]) -> None:
         try:
@@ -193,16 +210,28 @@ class _Run:
         except (MllamaError, MemoryError, OSError) as e:
             self._fail(path, e)
             return
+        self._written()
+        self._by_content[record.sha256] = record
+        self._writing = _Writing(record, caption, self._writer.submit(self._output.write, record))
+
+    def _written(self) -> None:
+        """Wait until the record on its way is on the disk. Raises _Stop."""
+        if self._writing is None:
+            return
+        record, caption = self._writing.record, self._writing.caption
         try:
-            self._output.write(record)
+            self._writing.done.result()
         except OSError as e:
+            self._writing = None
             words = f"{e.filename or 'the output'}: cannot be written: {e.strerror}"
-            self._fail(path, OSError(e.errno, words))
+            self._fail(record.image, OSError(e.errno, words))
             if e.errno in FULL:
                 raise _Stop(words) from e
             return
-        self._known[path] = self._by_content[record.sha256] = record
-        event = {"event": "caption", "image": path, "caption": record.caption, "tokens": record.tokens}
+        self._writing = None
+        self._known[record.image] = record
+        event: dict[str, Any] = {"event": "caption", "image": record.image, "caption": record.caption}
+        event["tokens"] = record.tokens
         if caption is None:
             self._summary.duplicates += 1
             self._report({**event, "duplicate_of": record.duplicate_of})
@@ -217,6 +246,8 @@ class _Run:
             prepared = future.result()
         finally:
             summary.seconds["wait"] += time.perf_counter() - start
+        if self._writing is not None and self._writing.record.sha256 == prepared.sha256:
+            self._written()
         twin = self._by_content.get(prepared.sha256)
         if twin is not None:
             original = twin.duplicate_of or twin.image
