@@ -1,5 +1,7 @@
 """GGUF files of the 11B model's shape without the 11B model: every tensor at its true size and type.
 
+    python scripts/full_shape.py OUT.gguf       holes alone; enough for `mllama plan OUT.gguf`
+
 The data is one block of bell-shaped values in each ggml type, repeated to the length of a tensor: it costs as
 much to read and to multiply as real weights do. Of a sparse tensor nothing is written: a hole of zeros, that
 takes no disk.
@@ -258,3 +260,10 @@ def write_llama(path: Path, text: Iterable[Tensor]) -> list[Tensor]:
     n_layer = sum(name.endswith(".attn_q.weight") for name, _, _ in tensors)
     write_gguf(path, "llama", {**text_keys("llama", n_layer), **vocabulary(VOCAB)}, tensors, RandomBlocks())
     return tensors
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    every = {**mllama_keys(), **vocabulary(VOCAB + 1)}
+    write_gguf(Path(sys.argv[1]), "mllama", every, [*text_tensors(), *vision_tensors()])
