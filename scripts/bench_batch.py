@@ -2,7 +2,7 @@
 """Batch captions against the same calls in a plain loop: pictures a minute, and how busy the model is.
 
     python scripts/bench_batch.py [--pictures 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
-                                  [--json FILE]
+                                  [--set web] [--json FILE]
 
 Draws pictures of the sizes that cameras and web pages have, JPEG and PNG, and captions them with 1 and with 2
 processes at once, each with its share. Loading the model is not counted. The best of --repeat counts: other
@@ -92,12 +92,15 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--mmproj")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--set", choices=SETS, help="only these pictures")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     # The image cache would answer the second round.
     open_model = partial(Mllama.from_pretrained, args.model, args.mmproj, image_cache=False)
     rows: list[dict[str, Any]] = []
     for name, sizes in SETS.items():
+        if args.set not in (None, name):
+            continue
         with tempfile.TemporaryDirectory() as root:
             folder = Path(root)
             pictures = []
