@@ -46,7 +46,7 @@ from .checkpoint import (
     rope_factors,
 )
 from .errors import MllamaError, ModelError
-from .gguf_write import Job, cannot_write, check_outputs, replacing, write_data
+from .gguf_write import Job, Progress, cannot_write, check_outputs, counter, replacing, write_data
 from .quantize import (
     QUANTIZATION_VERSION,
     TARGETS,
@@ -60,7 +60,6 @@ from .quantize import (
 )
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]
 FloatType = Literal["f32", "f16", "bf16"]
 
 FLOAT_TYPES: tuple[FloatType, ...] = ("f32", "f16", "bf16")
@@ -494,21 +493,13 @@ def convert(
     tensors = plan(checkpoint, shape, type, vision)
     name = name or Path(os.path.abspath(hf_dir)).name
 
-    total, done = sum(t.n_bytes for t in tensors), 0
     outputs = [(path, parts, [t for t in tensors if t.part in parts]) for path, parts in layout]
     check_outputs((path, sum(t.n_bytes for t in chosen)) for path, _, chosen in outputs)
     fallbacks = _fallbacks(tensors, type, shape)
     if fallbacks:
         warn(fallback_words(fallbacks))
 
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress is not None:
-            progress(done, total)
-
-    if progress is not None:
-        progress(0, total)
+    tick = counter(progress, sum(t.n_bytes for t in tensors))
     with replacing([path for path, _, _ in outputs]) as temporary:
         for temp, (path, parts, chosen) in zip(temporary, outputs, strict=True):
             file_type = type if "text" in parts else vision

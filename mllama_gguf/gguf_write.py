@@ -25,6 +25,21 @@ from .gguf_file import TensorEntry
 
 Array = npt.NDArray[Any]
 Job = Callable[[], Array]  # makes one piece of a tensor's data; run on any thread
+Progress = Callable[[int, int], None]  # bytes written, of how many
+
+
+def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """The `tick` of `write_data` that tells `progress`, first that nothing is done."""
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress(done, total)
+
+    tick(0)
+    return tick
 
 
 def write_head(out: IO[bytes], keys: Sequence[bytes], tensors: Sequence[TensorEntry], alignment: int) -> None:

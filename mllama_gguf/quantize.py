@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from .errors import MllamaError, ModelError
 from .gguf_file import GGUFFile, TensorEntry, read_gguf
-from .gguf_write import Job, cannot_write, check_outputs, replacing, write_data, write_head
+from .gguf_write import Job, Progress, cannot_write, check_outputs, counter, replacing, write_data, write_head
 
 Array = npt.NDArray[Any]
 Warn = Callable[[str], object]
@@ -194,7 +194,7 @@ def quantize(
     out_path: str | os.PathLike[str],
     type: str,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     n_threads: int | None = None,
     allow_requantize: bool = False,
     warn: Warn = logger.warning,
@@ -233,16 +233,7 @@ def quantize(
     keys = _keys(file, TARGETS[type].file_type)
     check_outputs([(path, offset + sum(map(len, keys)))])
 
-    total, done = sum(entry.n_bytes for entry in entries), 0
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress is not None:
-            progress(done, total)
-
-    if progress is not None:
-        progress(0, total)
+    tick = counter(progress, sum(entry.n_bytes for entry in entries))
     with replacing([path]) as (temp,):
         try:
             with temp.open("wb") as out:

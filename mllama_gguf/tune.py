@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MllamaError, RequestError
-from .files import write_whole
+from .files import replacing, write_whole
 from .points import PointFailed, run_point
 from .tuned import SETTINGS, file_identity
 
@@ -339,6 +339,5 @@ def draw_plot(points: Sequence[Point], path: Path, title: str) -> None:
     if good:
         memory.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    canvas.print_figure(part, dpi=120, format="png")
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        canvas.print_figure(temporary, dpi=120, format="png")
