@@ -15,8 +15,8 @@ enum {
     ROWS_AT_ONCE = 8,   // of values; rows lie a page apart, and the first-level cache has so many places for them
     SPLIT_KEYS   = 512, // rows that one thread takes where there are few queries
     FEW_TOKENS   = 4,
-    COLUMNS      = 192, // of x, in one task of a linear layer
-    DEPTH        = 320, // values of each in one pass
+    COLUMNS      = 96,  // of x, in one task of a linear layer
+    DEPTH        = 640, // factors of each in one pass
     MAX_WIDTH    = 32,  // of a panel
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
@@ -27,14 +27,17 @@ static const float NO_KEY = -1e30f; // score of a row that only fills a panel
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// The first in the low half
+typedef uint32_t bf16_pair __attribute__((may_alias));
+
 typedef struct attend_args {
     const float * q;
     size_t        q_stride, out_stride; // bytes
     int64_t       n;                    // queries
     int64_t       head_dim;
     float         scale;
-    const float * k;                    // panels of keys: [width] added to the scores, then [head_dim][width]
-    const float * v;                    // [n_keys][head_dim rounded up to whole vectors]
+    const float * k;                    // panels of keys: [width] added to the scores, then [head_dim][width], or of pairs half as many
+    const float * v;                    // [n_keys][head_dim rounded up to whole vectors], or pairs of two keys
     int64_t       n_keys;
     float *       out;
 } attend_args;
@@ -43,7 +46,7 @@ typedef struct linear_args {
     const float * x;                    // [n][n_in] in rows of x_stride bytes
     size_t        x_stride;
     int64_t       n, n_in, n_out;
-    const float * w;                    // panels of outputs: [width] to begin with, then [n_in][width]
+    const float * w;                    // panels of outputs: [width] to begin with, then [n_in][width], or pairs
     float *       out;                  // [n][n_out] in rows of out_stride values
     int64_t       out_stride;
 } linear_args;
@@ -122,12 +125,29 @@ static bool always(void) {
 #define WIDEN(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (p)))
 #include "cpu_kernels_simd.h"
 
+#define KERNEL(name) name##_avx512bf16
+#define TARGET __attribute__((target("avx512f,avx512bf16")))
+#define LANES 16
+#define ROWS 12
+#define VECTORS 2
+#define VMAX(a, b) _mm512_max_ps(a, b)
+#define PAIRS 1
+#define MULTIPLY_ADD(sum, a, p) \
+    ((vf) _mm512_dpbf16_ps((__m512) (sum), (__m512bh) _mm512_set1_epi32((int) (a)), (__m512bh) _mm512_loadu_si512(p)))
+#define NARROW(p, q) \
+    _mm512_storeu_si512(q, (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps((p) + 16), _mm512_loadu_ps(p)))
+#include "cpu_kernels_simd.h"
+
 static bool has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 static bool has_avx512(void) {
     return __builtin_cpu_supports("avx512f");
+}
+
+static bool has_avx512bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
 #endif
 
@@ -142,14 +162,19 @@ struct cpu_kernel {
     void      (* linear)(const linear_args * args);
     void      (* bias_gelu)(float * x, const float * bias, int64_t n);
     void      (* erf_array)(const float * x, float * y, int64_t n);
+    void      (* attend_bf16)(const attend_args * args); // factors rounded to BF16, products and sums in F32; or NULL
+    void      (* linear_bf16)(const linear_args * args);
 };
 
 static const cpu_kernel KERNELS[] = { // the best first
 #if defined(__x86_64__)
-    { "avx512", has_avx512, 16, WIDTH_avx512, true, attend_avx512, attend_rows_avx512, linear_avx512, bias_gelu_avx512, erf_array_avx512 },
-    { "avx2", has_avx2, 8, WIDTH_avx2, true, attend_avx2, attend_rows_avx2, linear_avx2, bias_gelu_avx2, erf_array_avx2 },
+    { "avx512bf16", has_avx512bf16, 16, WIDTH_avx512, true, attend_avx512, attend_rows_avx512, linear_avx512, bias_gelu_avx512,
+      erf_array_avx512, attend_avx512bf16, linear_avx512bf16 },
+    { "avx512", has_avx512, 16, WIDTH_avx512, true, attend_avx512, attend_rows_avx512, linear_avx512, bias_gelu_avx512, erf_array_avx512, NULL, NULL },
+    { "avx2", has_avx2, 8, WIDTH_avx2, true, attend_avx2, attend_rows_avx2, linear_avx2, bias_gelu_avx2, erf_array_avx2, NULL, NULL },
 #endif
-    { "portable", always, 4, WIDTH_portable, false, attend_portable, attend_rows_portable, linear_portable, bias_gelu_portable, erf_array_portable },
+    { "portable", always, 4, WIDTH_portable, false, attend_portable, attend_rows_portable, linear_portable, bias_gelu_portable, erf_array_portable, NULL,
+      NULL },
 };
 enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 
@@ -168,7 +193,11 @@ mllama_status cpu_kernel_choose(const cpu_kernel ** kernel) {
             return MLLAMA_OK;
         }
     }
-    return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is '%s'; it can be avx512, avx2, portable or off", wanted);
+    return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is '%s'; it can be avx512bf16, avx512, avx2, portable or off", wanted);
+}
+
+bool cpu_kernel_has_bf16(const cpu_kernel * kernel) {
+    return kernel && kernel->attend_bf16;
 }
 
 bool cpu_kernel_has_head_dim(int64_t head_dim) {
@@ -191,8 +220,17 @@ static int64_t value_size(const cpu_attention * a) {
     return round_up(a->head_dim, a->kernel->lanes);
 }
 
+static int64_t per_factor(bool bf16) {
+    return bf16 ? 2 : 1;
+}
+
+// In floats; pairs take the place of one
+static int64_t packed_keys_size(const cpu_attention * a) {
+    return padded_keys(a, false) * (1 + a->head_dim / per_factor(a->bf16));
+}
+
 static int64_t packed_head_size(const cpu_attention * a) {
-    return padded_keys(a, false) * (1 + a->head_dim + value_size(a));
+    return packed_keys_size(a) + padded_keys(a, false) * value_size(a) / per_factor(a->bf16);
 }
 
 static const float * row_of(const struct ggml_tensor * t, int64_t row, int64_t head, int64_t head_dim) {
@@ -214,20 +252,34 @@ static void pack_panel(const cpu_attention * a, const struct ggml_tensor * k, co
                        int64_t end, float * k_out, float * v_out) {
     const int64_t width = a->kernel->width, dim = a->head_dim, v_size = value_size(a);
     for (int64_t j = 0; j < width; j++) {
-        const bool exists = first + j < end;
-        k_out[j] = exists ? key_bonus(a, first + j) : NO_KEY;
-        memset(v_out + j * v_size, 0, sizeof(float) * (size_t) v_size);
-        if (!exists) {
-            for (int64_t i = 0; i < dim; i++) {
-                k_out[(i + 1) * width + j] = 0.0f;
+        k_out[j] = first + j < end ? key_bonus(a, first + j) : NO_KEY;
+    }
+    k_out += width;
+    memset(v_out, 0, sizeof(float) * (size_t) (width * v_size / per_factor(a->bf16)));
+    for (int64_t j = 0; j < width; j++) {
+        if (first + j >= end) {
+            for (int64_t i = 0; i < dim / per_factor(a->bf16); i++) {
+                k_out[i * width + j] = 0.0f;
             }
             continue;
         }
-        const float * row = row_of(k, first + j, head, dim);
-        for (int64_t i = 0; i < dim; i++) {
-            k_out[(i + 1) * width + j] = row[i];
+        const float * k_row = row_of(k, first + j, head, dim), * v_row = row_of(v, first + j, head, dim);
+        if (!a->bf16) {
+            for (int64_t i = 0; i < dim; i++) {
+                k_out[i * width + j] = k_row[i];
+            }
+            memcpy(v_out + j * v_size, v_row, sizeof(float) * (size_t) dim);
+            continue;
         }
-        memcpy(v_out + j * v_size, row_of(v, first + j, head, dim), sizeof(float) * (size_t) dim);
+        ggml_bf16_t row[MAX_HEAD_DIM];
+        ggml_fp32_to_bf16_row(k_row, row, dim);
+        for (int64_t i = 0; i < dim / 2; i++) {
+            memcpy(k_out + i * width + j, row + 2 * i, sizeof(bf16_pair));
+        }
+        ggml_fp32_to_bf16_row(v_row, row, dim);
+        for (int64_t i = 0; i < dim; i++) {
+            ((ggml_bf16_t *) v_out)[2 * (j / 2 * v_size + i) + j % 2] = row[i];
+        }
     }
 }
 
@@ -239,10 +291,10 @@ static void pack(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
         const int64_t head = i / panels, at = i % panels * width;
         float *       k_out = (float *) dst->data + head * packed_head_size(a);
-        float *       v_out = k_out + n_keys * (1 + a->head_dim);
+        float *       v_out = k_out + packed_keys_size(a);
         const bool    real  = at < n_first;
         pack_panel(a, dst->src[0], dst->src[1], head, real ? at : a->n_real + at - n_first, real ? a->n_real : a->n_all,
-                   k_out + at * (1 + a->head_dim), v_out + at * value_size(a));
+                   k_out + at * (1 + a->head_dim / per_factor(a->bf16)), v_out + at * value_size(a) / per_factor(a->bf16));
     }
 }
 
@@ -257,11 +309,11 @@ static void attend_block(const cpu_attention * a, struct ggml_tensor * dst, int6
         .head_dim   = a->head_dim,
         .scale      = 1.44269504f / sqrtf((float) a->head_dim), // log2(e): scores are exponents of 2
         .k          = k,
-        .v          = k + padded_keys(a, false) * (1 + a->head_dim),
+        .v          = k + packed_keys_size(a),
         .n_keys     = padded_keys(a, only_real),
         .out        = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]) + head * a->head_dim,
     };
-    a->kernel->attend(&args);
+    (a->bf16 ? a->kernel->attend_bf16 : a->kernel->attend)(&args);
 }
 
 static void attend(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -449,53 +501,78 @@ static bool ggml_has(const char * name) {
     return false;
 }
 
+// Whether factors are rounded to BF16, as the weights are already
+static bool in_bf16(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
+    return kernel->linear_bf16 && weight->type == GGML_TYPE_BF16 && weight->ne[0] % 2 == 0;
+}
+
 bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
     const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
     if (!kernel || !kernel->multiplies || !buffer || !ggml_backend_buffer_is_host(buffer)) {
         return false;
     }
     switch (weight->type) {
-        case GGML_TYPE_BF16: return !ggml_has("AVX512_BF16");
+        case GGML_TYPE_BF16: return in_bf16(kernel, weight) || !ggml_has("AVX512_BF16");
         case GGML_TYPE_F16:
         case GGML_TYPE_F32:  return true;
         default:             return false;
     }
 }
 
-// dst [width * (1 + n_in), panels] from the weight and, as what the sums begin with, the bias
+// out [n_in][width] from `width` rows of the weight, from row `first` on; those that do not exist are 0
+static void pack_floats(const struct ggml_tensor * w, int64_t first, int64_t width, float * out) {
+    const int64_t         n_in  = w->ne[0];
+    const ggml_to_float_t widen = ggml_get_type_traits(w->type)->to_float;
+    const size_t          item  = ggml_type_size(w->type);
+    float                 rows[MAX_WIDTH][PIECE];
+    for (int64_t at = 0; at < n_in; at += PIECE) {
+        const int64_t n = n_in - at < PIECE ? n_in - at : PIECE;
+        for (int64_t j = 0; j < width; j++) {
+            const int64_t row = first + j;
+            const char *  in  = (const char *) w->data + (size_t) row * w->nb[1] + (size_t) at * item;
+            if (row >= w->ne[1]) {
+                memset(rows[j], 0, sizeof(rows[j]));
+            } else if (widen) {
+                widen(in, rows[j], n);
+            } else {
+                memcpy(rows[j], in, (size_t) n * sizeof(float));
+            }
+        }
+        for (int64_t i = 0; i < n; i++, out += width) {
+            for (int64_t j = 0; j < width; j++) {
+                out[j] = rows[j][i];
+            }
+        }
+    }
+}
+
+// The same of BF16 as it is: [n_in / 2][width] pairs
+static void pack_pairs(const struct ggml_tensor * w, int64_t first, int64_t width, float * out) {
+    static const bf16_pair zero = 0;
+    for (int64_t i = 0; i < w->ne[0] / 2; i++, out += width) {
+        for (int64_t j = 0; j < width; j++) {
+            const char * in = (const char *) w->data + (size_t) (first + j) * w->nb[1] + (size_t) i * sizeof(bf16_pair);
+            memcpy(out + j, first + j < w->ne[1] ? (const void *) in : &zero, sizeof(bf16_pair));
+        }
+    }
+}
+
+// dst [width * (1 + n_in or, of pairs, n_in / 2), panels] from the weight and, as what the sums begin with, the bias
 static void pack_weight(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     const cpu_linear *         a      = userdata;
     const struct ggml_tensor * w      = dst->src[0];
     const struct ggml_tensor * bias   = dst->src[1];
-    const int64_t              width  = a->kernel->width, n_in = w->ne[0], n_out = w->ne[1];
-    const ggml_to_float_t      widen  = ggml_get_type_traits(w->type)->to_float;
-    const size_t               item   = ggml_type_size(w->type);
-    float                      rows[MAX_WIDTH][PIECE];
+    const int64_t              width  = a->kernel->width, n_out = w->ne[1];
     for (int64_t p = dst->ne[1] * ith / nth; p < dst->ne[1] * (ith + 1) / nth; p++) {
         float * out = (float *) ((char *) dst->data + (size_t) p * dst->nb[1]);
         for (int64_t j = 0; j < width; j++) {
             const int64_t row = p * width + j;
             out[j] = bias && row < n_out ? ((const float *) bias->data)[row] : 0.0f;
         }
-        out += width;
-        for (int64_t at = 0; at < n_in; at += PIECE) {
-            const int64_t n = n_in - at < PIECE ? n_in - at : PIECE;
-            for (int64_t j = 0; j < width; j++) {
-                const int64_t row = p * width + j;
-                const char *  in  = (const char *) w->data + (size_t) row * w->nb[1] + (size_t) at * item;
-                if (row >= n_out) {
-                    memset(rows[j], 0, sizeof(rows[j]));
-                } else if (widen) {
-                    widen(in, rows[j], n);
-                } else {
-                    memcpy(rows[j], in, (size_t) n * sizeof(float));
-                }
-            }
-            for (int64_t i = 0; i < n; i++, out += width) {
-                for (int64_t j = 0; j < width; j++) {
-                    out[j] = rows[j][i];
-                }
-            }
+        if (a->bf16) {
+            pack_pairs(w, p * width, width, out + width);
+        } else {
+            pack_floats(w, p * width, width, out + width);
         }
     }
 }
@@ -523,7 +600,7 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
             .out        = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]),
             .out_stride = dst->ne[0],
         };
-        a->kernel->linear(&args);
+        (a->bf16 ? a->kernel->linear_bf16 : a->kernel->linear)(&args);
         for (int64_t i = 0; a->gelu && i < args.n; i++) {
             a->kernel->bias_gelu(args.out + i * args.out_stride, NULL, args.n_out);
         }
@@ -532,8 +609,9 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
 
 struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias,
                                      struct ggml_tensor * x) {
-    const int64_t        width  = a->kernel->width;
-    struct ggml_tensor * packed = ggml_custom_4d(ctx, GGML_TYPE_F32, width * (1 + weight->ne[0]), round_up(weight->ne[1], width) / width,
+    const int64_t width = a->kernel->width;
+    a->bf16 = in_bf16(a->kernel, weight);
+    struct ggml_tensor * packed = ggml_custom_4d(ctx, GGML_TYPE_F32, width * (1 + weight->ne[0] / per_factor(a->bf16)), round_up(weight->ne[1], width) / width,
                                                  1, 1, (struct ggml_tensor *[]) { weight, bias }, bias ? 2 : 1, pack_weight,
                                                  GGML_N_TASKS_MAX, a);
     return ggml_custom_4d(ctx, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, (struct ggml_tensor *[]) { x, packed }, 2, multiply,

@@ -3,7 +3,7 @@
 //
 // The encoder's attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
 // One node packs keys and values, one computes: a block of queries of one head at a time goes over blocks of keys with an
-// online softmax, in F32 throughout.
+// online softmax, in F32 throughout; where weights are BF16 and the processor multiplies them, factors are rounded to BF16.
 #pragma once
 
 #include "status.h"
@@ -14,10 +14,11 @@
 
 typedef struct cpu_kernel cpu_kernel;
 
-// The kernel of this processor, or the one that the environment variable MLLAMA_CPU_KERNEL names: "avx512", "avx2",
-// "portable", or "off", which gives NULL.
+// The kernel of this processor, or the one that the environment variable MLLAMA_CPU_KERNEL names: "avx512bf16",
+// "avx512", "avx2", "portable", or "off", which gives NULL.
 mllama_status cpu_kernel_choose(const cpu_kernel ** kernel);
 bool          cpu_kernel_has_head_dim(int64_t head_dim);
+bool          cpu_kernel_has_bf16(const cpu_kernel * kernel); // instructions for products of BF16
 
 // What one attention needs while its graph lives. It is computed at most once at a time.
 typedef struct cpu_attention {
@@ -26,6 +27,7 @@ typedef struct cpu_attention {
     int64_t            n_real, n_all;  // keys, and queries likewise
     int64_t            repeated[2][2]; // keys of rows [from, to) count as
     float              repeats;        // this many, at least 1
+    bool               bf16;           // round Q, K, V and the weights of values to BF16: sums stay F32
     bool            (* stop)(void *);  // asked on the calling thread; true: leave, the result does not matter
     void *             stop_data;
     atomic_llong       next;           // block of queries to be done
@@ -40,6 +42,7 @@ struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention
 // What one linear layer needs while its graph lives. It is computed at most once at a time.
 typedef struct cpu_linear {
     const cpu_kernel * kernel;
+    bool               bf16;          // set by cpu_linear_node
     bool               gelu;
     bool            (* stop)(void *); // as in cpu_attention
     void *             stop_data;

@@ -6,8 +6,21 @@
 //     ROWS, VECTORS  rows and vectors of the block of sums that is kept in registers
 //     VMAX(a, b)     larger of each lane; b where either is not a number
 //     WIDEN(p)       LANES F16 numbers in memory as floats
+//     PAIRS          0, or 1: factors are pairs of BF16 numbers, whose products are added to a sum of F32. Then only
+//                    `attend` and `linear` are made, and WIDEN is not needed, but
+//     MULTIPLY_ADD(sum, a, p)  sum + the pair a times LANES pairs in memory
+//     NARROW(p, q)   2 LANES floats in memory to as many BF16 numbers, rounded; q may be p
 //
 // Everything else is GCC's and Clang's vector extension.
+
+#if PAIRS
+#define FACTOR bf16_pair
+#define PER_FACTOR 2
+#else
+#define FACTOR float
+#define PER_FACTOR 1
+#define MULTIPLY_ADD(sum, a, p) ((sum) + (a) * LOAD(p))
+#endif
 
 typedef float   KERNEL(vf) __attribute__((vector_size(4 * LANES)));
 typedef int32_t KERNEL(vi) __attribute__((vector_size(4 * LANES)));
@@ -39,6 +52,7 @@ INLINE vf KERNEL(exp2)(vf x) {
     return (vf) ((vw) p + ((vw) whole << 23)); // unsigned: of what is not a number anything may come, but no overflow
 }
 
+#if !PAIRS
 // Absolute error 2e-7: 1 - 2^q(|x|), where q is the minimax of log2(erfc) on [0, 4], weighted by erfc
 INLINE vf KERNEL(erf)(vf x) {
     const vi sign = (vi) x & INT32_MIN;
@@ -86,8 +100,10 @@ TARGET static void KERNEL(bias_gelu)(float * x, const float * bias, int64_t n) {
     memcpy(x + i, rest, sizeof(float) * (size_t) (n - i));
 }
 
-// out[ROWS][WIDTH] = first + a^T b, with a [n][ROWS] and b [n][WIDTH]; first and out in rows of their strides, 0: one row for all
-INLINE void KERNEL(product)(const float * a, const float * b, int64_t n, const float * first, int64_t first_stride, float * out,
+#endif
+
+// out[ROWS][WIDTH] = first + a^T b, with factors a [n][ROWS] and b [n][WIDTH]; first and out in rows of their strides, 0: one row for all
+INLINE void KERNEL(product)(const FACTOR * a, const FACTOR * b, int64_t n, const float * first, int64_t first_stride, float * out,
                             int64_t stride) {
     vf sum[ROWS][VECTORS];
     UNROLL for (int r = 0; r < ROWS; r++) {
@@ -98,7 +114,7 @@ INLINE void KERNEL(product)(const float * a, const float * b, int64_t n, const f
     for (int64_t i = 0; i < n; i++, a += ROWS, b += WIDTH) {
         UNROLL for (int r = 0; r < ROWS; r++) {
             UNROLL for (int v = 0; v < VECTORS; v++) {
-                sum[r][v] += a[r] * LOAD(b + v * LANES);
+                sum[r][v] = MULTIPLY_ADD(sum[r][v], a[r], b + v * LANES);
             }
         }
     }
@@ -109,8 +125,8 @@ INLINE void KERNEL(product)(const float * a, const float * b, int64_t n, const f
     }
 }
 
-// out[ROWS][vectors * LANES] += a b, with a [ROWS][n] in rows of KEYS, b and out in rows of `stride`
-INLINE void KERNEL(accumulate)(const float * a, const float * b, int64_t n, int64_t stride, float * out, const int vectors) {
+// out[ROWS][vectors * LANES] += a b, with factors a [ROWS][n] in rows of KEYS, b [n] and out in rows of `stride`
+INLINE void KERNEL(accumulate)(const FACTOR * a, const FACTOR * b, int64_t n, int64_t stride, float * out, const int vectors) {
     vf sum[ROWS][VECTORS];
     UNROLL for (int r = 0; r < ROWS; r++) {
         UNROLL for (int v = 0; v < vectors; v++) {
@@ -120,7 +136,7 @@ INLINE void KERNEL(accumulate)(const float * a, const float * b, int64_t n, int6
     for (int64_t i = 0; i < n; i++, b += stride) {
         UNROLL for (int r = 0; r < ROWS; r++) {
             UNROLL for (int v = 0; v < vectors; v++) {
-                sum[r][v] += a[r * KEYS + i] * LOAD(b + v * LANES);
+                sum[r][v] = MULTIPLY_ADD(sum[r][v], a[r * KEYS + i], b + v * LANES);
             }
         }
     }
@@ -161,14 +177,36 @@ INLINE void KERNEL(softmax_step)(float * s, int64_t n, float * top, float * sum,
     }
 }
 
+// to[i * stride] = scale * from[i] as factors, n values
+INLINE void KERNEL(spread)(const float * from, float scale, int64_t n, FACTOR * to, int64_t stride) {
+#if PAIRS
+    float __attribute__((aligned(64))) some[2 * LANES] = { 0 };
+    for (int64_t i = 0; i < n; i += 2 * LANES) {
+        const int64_t m = n - i < 2 * LANES ? n - i : 2 * LANES;
+        for (int64_t j = 0; j < m; j++) {
+            some[j] = scale * from[i + j];
+        }
+        NARROW(some, some);
+        for (int64_t j = 0; j < m / 2; j++) {
+            to[(i / 2 + j) * stride] = ((const FACTOR *) some)[j];
+        }
+    }
+#else
+    for (int64_t i = 0; i < n; i++) {
+        to[i * stride] = scale * from[i];
+    }
+#endif
+}
+
 // At most QUERIES queries of one head over the first n_keys packed keys (whole panels)
 TARGET static void KERNEL(attend)(const attend_args * a) {
-    float __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM], s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
+    float __attribute__((aligned(64))) s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
+    FACTOR __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM / PER_FACTOR];
     float         top[QUERIES], sum[QUERIES];
-    const int64_t dim = a->head_dim, n_out = (dim + LANES - 1) / LANES * LANES;
+    const int64_t dim = a->head_dim, depth = dim / PER_FACTOR, n_out = (dim + LANES - 1) / LANES * LANES;
     const int64_t tiles = (a->n + ROWS - 1) / ROWS;
 
-    memset(q, 0, sizeof(float) * (size_t) (tiles * ROWS * dim));
+    memset(q, 0, sizeof(FACTOR) * (size_t) (tiles * ROWS * depth));
     memset(out, 0, sizeof(float) * (size_t) (tiles * ROWS * n_out));
     for (int64_t i = 0; i < tiles * ROWS; i++) {
         top[i] = NO_KEY;
@@ -176,31 +214,34 @@ TARGET static void KERNEL(attend)(const attend_args * a) {
     }
     for (int64_t i = 0; i < a->n; i++) {
         const float * row = (const float *) ((const char *) a->q + (size_t) i * a->q_stride);
-        for (int64_t j = 0; j < dim; j++) {
-            q[(i / ROWS * dim + j) * ROWS + i % ROWS] = row[j] * a->scale;
-        }
+        KERNEL(spread)(row, a->scale, dim, q + i / ROWS * depth * ROWS + i % ROWS, ROWS);
     }
     for (int64_t key = 0; key < a->n_keys; key += KEYS) {
         const int64_t n = a->n_keys - key < KEYS ? a->n_keys - key : KEYS;
         for (int64_t j = 0; j < n; j += WIDTH) {
-            const float * panel = a->k + (key + j) * (1 + dim);
+            const float * panel = a->k + (key + j) * (1 + depth);
             for (int64_t t = 0; t < tiles; t++) {
-                KERNEL(product)(q + t * dim * ROWS, panel + WIDTH, dim, panel, 0, s + t * ROWS * KEYS + j, KEYS);
+                KERNEL(product)(q + t * depth * ROWS, (const FACTOR *) (panel + WIDTH), depth, panel, 0, s + t * ROWS * KEYS + j, KEYS);
             }
         }
         for (int64_t i = 0; i < tiles * ROWS; i++) {
             KERNEL(softmax_step)(s + i * KEYS, n, &top[i], &sum[i], out + i * n_out, n_out);
+#if PAIRS
+            for (int64_t j = 0; j < n; j += 2 * LANES) {
+                NARROW(s + i * KEYS + j, s + i * KEYS + j / 2);
+            }
+#endif
         }
-        const float * v = a->v + key * n_out;
-        int64_t       j = 0;
+        const FACTOR * weights = (const FACTOR *) s, * v = (const FACTOR *) a->v + key / PER_FACTOR * n_out;
+        int64_t        j       = 0;
         for (; j + WIDTH <= n_out; j += WIDTH) {
             for (int64_t t = 0; t < tiles; t++) {
-                KERNEL(accumulate)(s + t * ROWS * KEYS, v + j, n, n_out, out + t * ROWS * n_out + j, VECTORS);
+                KERNEL(accumulate)(weights + t * ROWS * KEYS, v + j, n / PER_FACTOR, n_out, out + t * ROWS * n_out + j, VECTORS);
             }
         }
         for (; j < n_out; j += LANES) {
             for (int64_t t = 0; t < tiles; t++) {
-                KERNEL(accumulate)(s + t * ROWS * KEYS, v + j, n, n_out, out + t * ROWS * n_out + j, 1);
+                KERNEL(accumulate)(weights + t * ROWS * KEYS, v + j, n / PER_FACTOR, n_out, out + t * ROWS * n_out + j, 1);
             }
         }
     }
@@ -213,36 +254,34 @@ TARGET static void KERNEL(attend)(const attend_args * a) {
     }
 }
 
-// Rows of x times whole panels of weights: depth by depth, so that a piece of a panel stays in the first-level cache while
-// all rows, in the second, pass by it.
+// Rows of x times whole panels of weights: depth by depth, so that a piece of a panel stays in the nearest caches while
+// all rows, in the second-level cache, pass by it.
 TARGET static void KERNEL(linear)(const linear_args * a) {
-    float __attribute__((aligned(64))) x[COLUMNS * DEPTH], tile[ROWS * WIDTH];
+    FACTOR __attribute__((aligned(64))) x[COLUMNS * DEPTH];
+    float __attribute__((aligned(64))) tile[ROWS * WIDTH];
     const int64_t tiles = (a->n + ROWS - 1) / ROWS, panels = (a->n_out + WIDTH - 1) / WIDTH;
 
-    for (int64_t at = 0; at < a->n_in; at += DEPTH) {
-        const int64_t depth = a->n_in - at < DEPTH ? a->n_in - at : DEPTH;
+    for (int64_t at = 0; at < a->n_in; at += DEPTH * PER_FACTOR) {
+        const int64_t values = a->n_in - at < DEPTH * PER_FACTOR ? a->n_in - at : DEPTH * PER_FACTOR, depth = values / PER_FACTOR;
         for (int64_t i = 0; i < tiles * ROWS; i++) {
             const float * row = (const float *) ((const char *) a->x + (size_t) (i < a->n ? i : 0) * a->x_stride) + at;
-            float *       out = x + i / ROWS * depth * ROWS + i % ROWS;
-            for (int64_t j = 0; j < depth; j++) {
-                out[j * ROWS] = row[j];
-            }
+            KERNEL(spread)(row, 1.0f, values, x + i / ROWS * depth * ROWS + i % ROWS, ROWS);
         }
         for (int64_t p = 0; p < panels; p++) {
-            const float * w = a->w + p * WIDTH * (1 + a->n_in);
+            const float *  first = a->w + p * WIDTH * (1 + a->n_in / PER_FACTOR);
+            const FACTOR * w     = (const FACTOR *) first + WIDTH * (1 + at / PER_FACTOR);
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t rows  = a->n - t * ROWS < ROWS ? a->n - t * ROWS : ROWS;
                 const int64_t width = a->n_out - p * WIDTH < WIDTH ? a->n_out - p * WIDTH : WIDTH;
                 float *       out   = a->out + t * ROWS * a->out_stride + p * WIDTH;
                 if (rows == ROWS && width == WIDTH) {
-                    KERNEL(product)(x + t * ROWS * depth, w + WIDTH * (1 + at), depth, at ? out : w, at ? a->out_stride : 0, out,
-                                    a->out_stride);
+                    KERNEL(product)(x + t * ROWS * depth, w, depth, at ? out : first, at ? a->out_stride : 0, out, a->out_stride);
                     continue;
                 }
                 for (int64_t r = 0; at && r < rows; r++) {
                     memcpy(tile + r * WIDTH, out + r * a->out_stride, sizeof(float) * (size_t) width);
                 }
-                KERNEL(product)(x + t * ROWS * depth, w + WIDTH * (1 + at), depth, at ? tile : w, at ? WIDTH : 0, tile, WIDTH);
+                KERNEL(product)(x + t * ROWS * depth, w, depth, at ? tile : first, at ? WIDTH : 0, tile, WIDTH);
                 for (int64_t r = 0; r < rows; r++) {
                     memcpy(out + r * a->out_stride, tile + r * WIDTH, sizeof(float) * (size_t) width);
                 }
@@ -251,6 +290,7 @@ TARGET static void KERNEL(linear)(const linear_args * a) {
     }
 }
 
+#if !PAIRS
 // ---- attention to rows of a cache ----
 
 // `n` rows of a cache as floats, each of `size` values of which those from head_dim on are 0. Rows that are so already stay
@@ -424,6 +464,11 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
     }
 }
 
+#endif
+
+#undef FACTOR
+#undef PER_FACTOR
+#undef MULTIPLY_ADD
 #undef vf
 #undef vi
 #undef vw
@@ -440,3 +485,5 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
 #undef VECTORS
 #undef VMAX
 #undef WIDEN
+#undef PAIRS
+#undef NARROW

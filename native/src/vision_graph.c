@@ -249,6 +249,11 @@ static void build(encoder * e, vision_graph * vg, struct ggml_tensor ** inputs) 
     ggml_build_forward_expand(e->g->gf, vg->states);
 }
 
+static const vision_layer * layer_of(const encoder * e, size_t i) {
+    const size_t n_local = (size_t) e->p->n_vision_layer;
+    return i < n_local ? &e->model->vision.local[i] : &e->model->vision.global[i - n_local];
+}
+
 static mllama_status init_kernels(encoder * e, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
     const mllama_hparams * p       = e->p;
     const size_t           n       = (size_t) p->n_vision_layer + (size_t) p->n_vision_global_layer;
@@ -266,6 +271,8 @@ static mllama_status init_kernels(encoder * e, bool (*stop)(void *), void * stop
         a->n_real    = e->n_real;
         a->n_all     = p->n_positions_padded * e->tiles;
         a->repeats   = (float) (1 + p->max_tiles - e->tiles);
+        // Where the weights are BF16 all other products round their factors too.
+        a->bf16      = cpu_kernel_has_bf16(e->kernel) && layer_of(e, i)->q->type == GGML_TYPE_BF16;
         a->stop      = stop;
         a->stop_data = stop_data;
         repeated_rows(e, a->repeated);
