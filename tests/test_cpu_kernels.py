@@ -75,8 +75,8 @@ def test_attention_of_every_head_size(head_dim: int, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("head_dim", [32, 40, 56, 80, 104, 128])
 def test_weights_of_bf16(head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention of BF16 factors where the processor has it, F32 elsewhere: right for every grid, and the same bits
-    whatever the number of threads."""
+    """Attention of BF16 factors where the processor has it, F32 elsewhere: right for every grid, and the same
+    bits whatever the number of threads."""
     arch, text, mmproj = make(tmp_path, head_dim, type="bf16", image_size=42, patch_size=7)
     reference = Reference(mmproj)
     for aspect_ratio_id, n_tiles in ((1, 1), (2, 2), (6, 4)):
@@ -103,8 +103,8 @@ def test_linear_layers(kernel: str, type: str, tmp_path: Path, monkeypatch: pyte
     for n_threads in (1, 2, 5):
         with Mllama(text, mmproj, n_ctx=64, n_threads=n_threads) as model:
             error = relative_error(model.encode_image(tiled(arch, picture)).states, expected)
-        # BF16 instructions (our own or, for the lesser kernels, ggml's), and ggml where vectors are short, round
-        # what goes into a product to the type of the weights.
+        # BF16 instructions (our own or, for the lesser kernels, ggml's), and ggml where vectors are short,
+        # round what goes into a product to the type of the weights.
         rounds = (type == "bf16" and "avx512bf16" in KERNELS) or (type != "f32" and kernel == "portable")
         assert error <= (1e-2 if rounds else 1e-5)
 
