@@ -364,6 +364,7 @@ void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
         const long n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
         n_threads = n_cpus > 0 ? (int32_t) n_cpus : 1;
     }
+    ctx->params.n_threads = n_threads;
     for (int32_t i = 0; i < ctx->n_backends; i++) {
         const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx->backends[i]));
         const ggml_backend_set_n_threads_t set =
@@ -426,7 +427,8 @@ static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t 
     vision_graph         vg;
     ggml_backend_sched_t sched   = NULL;
     float *              patches = NULL;
-    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, ctx->params.flash_attn, kernel, look, ctx, &vg);
+    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, ctx->params.flash_attn, kernel,
+                                                       ctx->params.n_threads, look, ctx, &vg);
     if (status == MLLAMA_OK) {
         status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
     }

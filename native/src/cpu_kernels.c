@@ -577,11 +577,26 @@ static void pack_weight(struct ggml_tensor * dst, int ith, int nth, void * userd
     }
 }
 
+// out [n][n_out] = W x + b or gelu of it, for n rows of x
+static void multiply_rows(const cpu_linear * a, const float * x, size_t x_stride, int64_t n, const struct ggml_tensor * packed, float * out) {
+    const linear_args args = {
+        .x = x, .x_stride = x_stride, .n = n, .n_in = a->n_in, .n_out = a->n_out, .w = packed->data, .out = out, .out_stride = a->n_out,
+    };
+    (a->bf16 ? a->kernel->linear_bf16 : a->kernel->linear)(&args);
+    for (int64_t i = 0; a->gelu && i < n; i++) {
+        a->kernel->bias_gelu(out + i * a->n_out, NULL, a->n_out);
+    }
+}
+
+// One linear layer, or two: then a block's values between them stay in the thread's row of dst->src[3].
 static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     cpu_linear *               a = userdata;
     const struct ggml_tensor * x = dst->src[0];
     const int64_t              n = x->ne[1], share = n / (4 * nth); // small enough that all threads end together
     const int64_t              step = share < QUERIES ? QUERIES : share > COLUMNS ? COLUMNS : share / QUERIES * QUERIES;
+    if (a->then && ith >= dst->src[3]->ne[1]) {
+        return;
+    }
     for (;;) {
         if (ith == 0 && a->stop && a->stop(a->stop_data)) {
             atomic_store(&a->stopped, true);
@@ -590,32 +605,69 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
         if (first >= n || atomic_load(&a->stopped)) {
             return;
         }
-        const linear_args args = {
-            .x          = (const float *) ((const char *) x->data + (size_t) first * x->nb[1]),
-            .x_stride   = x->nb[1],
-            .n          = n - first < step ? n - first : step,
-            .n_in       = x->ne[0],
-            .n_out      = dst->ne[0],
-            .w          = dst->src[1]->data,
-            .out        = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]),
-            .out_stride = dst->ne[0],
-        };
-        (a->bf16 ? a->kernel->linear_bf16 : a->kernel->linear)(&args);
-        for (int64_t i = 0; a->gelu && i < args.n; i++) {
-            a->kernel->bias_gelu(args.out + i * args.out_stride, NULL, args.n_out);
+        const int64_t some = n - first < step ? n - first : step;
+        const float * in   = (const float *) ((const char *) x->data + (size_t) first * x->nb[1]);
+        float *       out  = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]);
+        if (a->then) {
+            float * between = (float *) ((char *) dst->src[3]->data + (size_t) ith * dst->src[3]->nb[1]);
+            multiply_rows(a, in, x->nb[1], some, dst->src[1], between);
+            multiply_rows(a->then, between, sizeof(float) * (size_t) a->n_out, some, dst->src[2], out);
+        } else {
+            multiply_rows(a, in, x->nb[1], some, dst->src[1], out);
         }
     }
 }
 
+static struct ggml_tensor * pack_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias) {
+    const int64_t width = a->kernel->width;
+    a->bf16  = in_bf16(a->kernel, weight);
+    a->n_in  = weight->ne[0];
+    a->n_out = weight->ne[1];
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, width * (1 + a->n_in / per_factor(a->bf16)), round_up(a->n_out, width) / width, 1, 1,
+                          (struct ggml_tensor *[]) { weight, bias }, bias ? 2 : 1, pack_weight, GGML_N_TASKS_MAX, a);
+}
+
 struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias,
                                      struct ggml_tensor * x) {
-    const int64_t width = a->kernel->width;
-    a->bf16 = in_bf16(a->kernel, weight);
-    struct ggml_tensor * packed = ggml_custom_4d(ctx, GGML_TYPE_F32, width * (1 + weight->ne[0] / per_factor(a->bf16)), round_up(weight->ne[1], width) / width,
-                                                 1, 1, (struct ggml_tensor *[]) { weight, bias }, bias ? 2 : 1, pack_weight,
-                                                 GGML_N_TASKS_MAX, a);
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, (struct ggml_tensor *[]) { x, packed }, 2, multiply,
-                          GGML_N_TASKS_MAX, a);
+    struct ggml_tensor * src[] = { x, pack_node(ctx, a, weight, bias) };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, a->n_out, x->ne[1], 1, 1, src, 2, multiply, GGML_N_TASKS_MAX, a);
+}
+
+static void nothing(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    (void) dst, (void) ith, (void) nth, (void) userdata;
+}
+
+struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * fc1, struct ggml_tensor * fc1_b,
+                                  cpu_linear * b, struct ggml_tensor * fc2, struct ggml_tensor * fc2_b, struct ggml_tensor * x,
+                                  int64_t n_threads) {
+    a->gelu = true;
+    a->then = b;
+    struct ggml_tensor * between = ggml_custom_4d(ctx, GGML_TYPE_F32, COLUMNS * fc1->ne[1], n_threads, 1, 1, NULL, 0, nothing, 1, NULL);
+    struct ggml_tensor * src[]   = { x, pack_node(ctx, a, fc1, fc1_b), pack_node(ctx, b, fc2, fc2_b), between };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, b->n_out, x->ne[1], 1, 1, src, 4, multiply, GGML_N_TASKS_MAX, a);
+}
+
+// ---- rows of the intermediate outputs -----------------------------------------------------------------------------
+
+static void interleave(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const int64_t n_values = dst->src[0]->ne[0], n = dst->ne[0] / n_values - 1;
+    (void) userdata;
+    for (int64_t row = dst->ne[1] * ith / nth; row < dst->ne[1] * (ith + 1) / nth; row++) {
+        float * out = (float *) ((char *) dst->data + (size_t) row * dst->nb[1]);
+        memcpy(out, (const char *) dst->src[0]->data + (size_t) row * dst->src[0]->nb[1], (size_t) n_values * sizeof(float));
+        out += n_values;
+        for (int64_t i = 0; i < n; i++) {
+            const float * in = (const float *) ((const char *) dst->src[1 + i]->data + (size_t) row * dst->src[1 + i]->nb[1]);
+            for (int64_t j = 0; j < n_values; j++) {
+                out[j * n + i] = in[j];
+            }
+        }
+    }
+}
+
+struct ggml_tensor * cpu_interleave_node(struct ggml_context * ctx, struct ggml_tensor ** tensors, int64_t n) {
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, n * tensors[0]->ne[0], tensors[0]->ne[1], 1, 1, tensors, (int) n, interleave,
+                          GGML_N_TASKS_MAX, NULL);
 }
 
 // ---- bias and GELU ------------------------------------------------------------------------------------------------

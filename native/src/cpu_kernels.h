@@ -42,8 +42,11 @@ struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention
 // What one linear layer needs while its graph lives. It is computed at most once at a time.
 typedef struct cpu_linear {
     const cpu_kernel * kernel;
-    bool               bf16;          // set by cpu_linear_node
-    bool               gelu;
+    // set by the node
+    bool               gelu, bf16;
+    int64_t            n_in, n_out;
+    struct cpu_linear * then;
+
     bool            (* stop)(void *); // as in cpu_attention
     void *             stop_data;
     atomic_llong       next;          // column to be done
@@ -57,6 +60,12 @@ bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * 
 // throughout: weights of 16 bits are widened. `a` must live as long as the graph.
 struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight, struct ggml_tensor * bias,
                                      struct ggml_tensor * x);
+
+// fc2 gelu(fc1 x + fc1_b) + fc2_b, likewise. What is between them is never in memory as a whole: n_threads threads at most
+// compute, each with a block of its own. `a` and `b` must live as long as the graph.
+struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * fc1, struct ggml_tensor * fc1_b,
+                                  cpu_linear * b, struct ggml_tensor * fc2, struct ggml_tensor * fc2_b, struct ggml_tensor * x,
+                                  int64_t n_threads);
 
 // The text's attention to rows of a cache in memory, F16 or F32. The heads of Q that share one of K and V go over its rows
 // together, so that a row is read once; F32 throughout. With few tokens the rows are split among the threads, in the same way
@@ -78,6 +87,11 @@ bool                 cpu_cache_attention_fits(const cpu_cache_attention * a, con
 struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cache_attention * a, struct ggml_tensor * q,
                                               struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * mask);
 void                 cpu_cache_attention_reset(cpu_cache_attention * a); // before each time that the graph is computed
+
+enum { CPU_INTERLEAVE_MAX = 9 };
+// tensors[0 .. n - 1] [n_values, n_rows], at most CPU_INTERLEAVE_MAX -> [n * n_values, n_rows]: rows of the first, then of the
+// others value by value in turn
+struct ggml_tensor * cpu_interleave_node(struct ggml_context * ctx, struct ggml_tensor ** tensors, int64_t n);
 
 // gelu(x + bias), written over x [n, m]; bias [n]. erf is right to 5e-7.
 struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x,

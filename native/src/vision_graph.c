@@ -21,6 +21,7 @@ typedef struct encoder {
     int64_t                n_used, tiles; // tiles of the picture; tiles that are computed
     int64_t                n_real;        // tokens that are not pads
     const cpu_kernel *     kernel; // NULL: ggml's own operations
+    int32_t                n_threads;
     cpu_attention *        next;   // that of the next layer
     cpu_linear *           next_linear;
 } encoder;
@@ -94,8 +95,8 @@ static struct ggml_tensor * mlp(graph * g, struct ggml_tensor * x, void * arg) {
     const vision_layer * l    = args->layer;
     encoder *            e    = args->e;
     if (args->whole) {
-        e->next_linear->gelu = true;
-        return project(e, l->fc2, l->fc2_b, project(e, l->fc1, l->fc1_b, x));
+        cpu_linear * a = e->next_linear++, * b = e->next_linear++;
+        return cpu_mlp_node(g->ctx, a, l->fc1, l->fc1_b, b, l->fc2, l->fc2_b, x, e->n_threads);
     }
     if (e->kernel) {
         x = cpu_bias_gelu_node(g->ctx, e->kernel, linear(g, l->fc1, x), l->fc1_b);
@@ -206,6 +207,14 @@ static struct ggml_tensor * collect(encoder * e, struct ggml_tensor * final, str
     if (n == 0) {
         return final;
     }
+    if (e->kernel && n < CPU_INTERLEAVE_MAX) {
+        struct ggml_tensor * all[CPU_INTERLEAVE_MAX] = { final };
+        for (int64_t i = 0; i < n; i++) {
+            struct ggml_tensor * x = inputs[e->model->hp.intermediate_layers[i]];
+            all[1 + i] = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
+        }
+        return cpu_interleave_node(ctx, all, 1 + n);
+    }
     struct ggml_tensor * stack = NULL; // [n_embd, n_real, n]
     for (int64_t i = 0; i < n; i++) {
         struct ggml_tensor * x = inputs[e->model->hp.intermediate_layers[i]];
@@ -313,7 +322,7 @@ static mllama_status count_tiles(const mllama_model * model, int32_t n_used, int
 }
 
 mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, bool flash_attn,
-                                 const cpu_kernel * kernel, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
+                                 const cpu_kernel * kernel, int32_t n_threads, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
     const mllama_hparams * p = &model->hp.pub;
     memset(vg, 0, sizeof(*vg));
     TRY(count_tiles(model, n_used, aspect_ratio_id, &vg->n_tiles));
@@ -327,7 +336,7 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
 
     struct ggml_tensor * inputs[1024]; // hparams allows no more layers
     encoder              e = { .g = &vg->g, .model = model, .p = p, .n_used = n_used, .tiles = vg->n_tiles,
-                               .n_real = (int64_t) n_used * p->n_positions, .kernel = kernel };
+                               .n_real = (int64_t) n_used * p->n_positions, .kernel = kernel, .n_threads = n_threads };
     if (kernel) {
         TRY(init_kernels(&e, stop, stop_data, vg));
     }

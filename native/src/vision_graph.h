@@ -14,9 +14,11 @@ typedef struct vision_graph {
     cpu_linear *         linears;         // likewise, as they come
 } vision_graph;
 
-// aspect_ratio_id: 0 for a graph that no picture of n_used tiles exceeds. kernel: NULL for ggml's operations alone. stop(stop_data) is asked while it works, on the thread that computes the graph.
+// aspect_ratio_id: 0 for a graph that no picture of n_used tiles exceeds. kernel: NULL for ggml's operations alone.
+// n_threads: that compute it. stop(stop_data) is asked while it works, on the thread that computes the graph.
 mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, bool flash_attn,
-                                 const cpu_kernel * kernel, bool (*stop)(void *), void * stop_data, vision_graph * graph);
+                                 const cpu_kernel * kernel, int32_t n_threads, bool (*stop)(void *), void * stop_data,
+                                 vision_graph * graph);
 void          vision_graph_free(vision_graph * graph);
 
 // pixels [n_used, 3, size, size] -> patches as vision_graph.patches has them for n_tiles, zeros after the used tiles.
