@@ -199,6 +199,7 @@ class Mllama:
                 rpc_timeout=rpc_timeout,
                 isolate=isolate,
                 n_ctx=n_ctx,
+                n_threads=n_threads or 0,
                 **model_settings,
                 **context_settings,
             ) as (measure_one, found_devices):

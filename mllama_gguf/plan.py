@@ -24,7 +24,7 @@ MARGIN_SHARE = 0.05
 
 # (n_gpu_layers) -> what that takes, and the model's shape
 Measure = Callable[[int], tuple[Memory, HParams]]
-_CONTEXT_SETTINGS = ("n_batch", "type_k", "type_v", "flash_attn", "offload_kqv")
+_CONTEXT_SETTINGS = ("n_batch", "n_threads", "type_k", "type_v", "flash_attn", "offload_kqv")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure(
     """What a model with a full context takes, in this process.
 
     n_tiles:  of each picture in the cache; None: one picture with all its tiles
-    settings: those of `runtime.open_model` and `NativeContext`
+    settings: those of `runtime.open_model` and `NativeContext`; without n_threads, what all CPUs take
 
     Raises ModelError, RequestError, BackendError.
     """

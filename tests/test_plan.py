@@ -42,7 +42,7 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
         (tiny_files("gqa").one, {"n_ctx": 300, "n_batch": 7}),
         (tiny_files("threetiles").one, {"n_ctx": 512, "type_k": "f32", "type_v": "f32"}),
     ):
-        (setting,) = make_plan(path, **settings).settings
+        (setting,) = make_plan(path, n_threads=1, **settings).settings
         (planned,) = setting.devices
         with Mllama(path, n_threads=1, **settings) as model:
             # A prompt that fills the context and a picture of all tiles
