@@ -382,20 +382,29 @@ def test_a_failed_encode_is_that_of_its_picture(
 
 
 def test_a_lost_device_is_opened_with_its_encoder(
-    photos: list[str], batch: Batch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for i in range(10, 30):
-        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
-    many = [str(tmp_path / f"{i}.png") for i in range(10, 30)]
+    """One picture fails, though nothing can be encoded until the loop comes to it."""
+    many = [str(tmp_path / f"{i}.png") for i in range(20)]
+    for i, path in enumerate(many):
+        Image.fromarray(picture(i)).save(path)
     batch.run(many, False)
     expected = batch.kept()[0].splitlines()
-    failing = Failing(monkeypatch, BackendError("device lost"), 3)
+    threads: list[str] = []
+    real = NativeContext.encode
+
+    def encode(context: NativeContext, *args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        if len(threads) >= 3 and len(batch.models) == 1:
+            raise BackendError("device lost")
+        return real(context, *args)
+
+    monkeypatch.setattr(NativeContext, "encode", encode)
     summary = batch.run(many, True)
     assert (summary.captioned, summary.failed, len(batch.models)) == (19, 1, 2)
     assert batch.kept()[0].splitlines() == expected[:2] + expected[3:]
-    # While the loop did not know yet, nothing was tried ahead.
-    assert failing.threads[-1] == "mllama-encode"
-    assert Counter(failing.threads)["MainThread"] <= ENCODED_AHEAD
+    assert threads[-1] == "mllama-encode"  # the new one's
+    assert threads.count("MainThread") <= ENCODED_AHEAD
 
 
 def test_a_lost_device_while_a_caption_is_written(photos: list[str], batch: Batch) -> None:
@@ -443,7 +452,14 @@ def test_an_abort_in_the_encoder_ends_the_run(photos: list[str], batch: Batch) -
     assert summary.captioned == 0
 
 
-def test_seconds(photos: list[str], batch: Batch) -> None:
+def test_seconds(photos: list[str], batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = NativeContext.encode
+
+    def encode(context: NativeContext, *args: Any) -> Any:
+        time.sleep(0.05)
+        return real(context, *args)
+
+    monkeypatch.setattr(NativeContext, "encode", encode)  # what the loop waits for, most of the time
     for ahead in (False, True):
         summary = batch.run(photos, ahead)
         seconds = summary.seconds
@@ -455,6 +471,7 @@ def test_seconds(photos: list[str], batch: Batch) -> None:
         assert seconds["prompt"] + seconds["decode"] < seconds["busy"]
         assert seconds["busy"] <= sum(seconds[phase] for phase in ("encode", "prompt", "decode")) + 1e-9
         assert seconds["busy"] + seconds["wait"] <= seconds["total"]
+        assert seconds["encode"] > 0.35
         assert 0 < summary.utilisation <= 1
 
 
@@ -488,7 +505,15 @@ def test_the_disk_cache(
     batch.run(photos, True)
     assert batch.kept() == captions[0]
     assert (len(calls), filled) == (0, [False] * 7)
+    # Fillings alone: nothing is encoded for what is not asked for.
+    for path in folder.glob("*.states"):
+        path.unlink()
+    batch.run(photos, True)
+    assert batch.kept() == captions[0]
+    assert not calls
     # States alone: read, not computed.
+    for name, data in entries[1].items():
+        (folder / name).write_bytes(data)
     for path in folder.glob("*.filling"):
         path.unlink()
     filled.clear()
