@@ -176,8 +176,8 @@ def _installed(name: str, *others: Path) -> Path:
     return path
 
 
-class _Log:
-    """Whole lines to the logger; C sends pieces of lines."""
+class _Log(threading.local):
+    """Whole lines to the logger; C sends pieces of lines. Each thread has its own line."""
 
     def __init__(self) -> None:
         self._line = ""

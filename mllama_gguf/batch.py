@@ -1,4 +1,5 @@
-"""Captions for thousands of pictures: pictures are decoded ahead, captioned one after the other, and kept.
+"""Captions for thousands of pictures: pictures are decoded, and perhaps encoded, ahead (see prefetch.py),
+captioned one after the other, and kept.
 
 What is done is what the output holds, so that the same call goes on wherever the last one ended. What fails
 for one picture is noted and the run goes on; it is tried again next time.
@@ -10,32 +11,23 @@ import errno
 import hashlib
 import os
 import stat
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from .captions import Caption, CaptionOptions, caption_picture
-from .errors import Aborted, BackendError, ImageError, MllamaError, RequestError
-from .model import Mllama, usable_cpus
-from .preprocess import TiledImage, load_image, preprocess_image
+from .encoder import ImageEncoder
+from .errors import Aborted, BackendError, ImageError, MllamaError, ModelError, RequestError
+from .model import Mllama
+from .prefetch import EncodeAhead, Prepared, pictures_ahead
+from .preprocess import load_image, preprocess_image
 from .records import ErrorLog, Output, Record
 
-T = TypeVar("T")
-R = TypeVar("R")
 Report: TypeAlias = Callable[[dict[str, Any]], None]
 
-THREADS = min(4, usable_cpus())
-NICE = 10
-# Pictures that wait decoded: enough that one large picture among small ones is not waited for. One takes up
-# to 15 MB.
-AHEAD = 8
 # A device that fails this often without a caption between is not opened once more.
 MAX_LOSSES = 3
 # Errors of writing that the next picture would meet as well.
@@ -50,8 +42,8 @@ class Summary:
                got its caption), failed, and those it did not come to
     tokens:    of the new captions
     prompt_tokens, cached_tokens: of the prompts, and how many of them were not computed again
-    seconds:   encode, prompt, decode: what the model computed; wait: for a picture to be decoded; total: from
-               the first picture to the end
+    seconds:   encode, prompt, decode: what the model computed, at once perhaps; busy: in which any of it was
+               computed; wait: for a picture, while nothing was; total: from the first picture to the end
     stopped:   why the run ended early, or ""
     """
 
@@ -64,7 +56,7 @@ class Summary:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("encode", "prompt", "decode", "wait", "total"), 0.0)
+        default_factory=lambda: dict.fromkeys(("encode", "prompt", "decode", "busy", "wait", "total"), 0.0)
     )
     stopped: str = ""
     interrupted: bool = False
@@ -72,8 +64,7 @@ class Summary:
     @property
     def utilisation(self) -> float:
         """Share of the time in which the model computed, 0 to 1."""
-        busy = sum(self.seconds[name] for name in ("encode", "prompt", "decode"))
-        return busy / self.seconds["total"] if self.seconds["total"] else 0.0
+        return self.seconds["busy"] / self.seconds["total"] if self.seconds["total"] else 0.0
 
 
 def caption_pictures(
@@ -84,6 +75,7 @@ def caption_pictures(
     *,
     errors: ErrorLog,
     report: Report = lambda event: None,
+    encode_ahead: bool | None = None,
 ) -> Summary:
     """Caption pictures that the output does not hold yet, and keep each caption while the next is made.
 
@@ -91,6 +83,8 @@ def caption_pictures(
     open_model: opens the model; called only if there is something to do, and again when a device was lost
     errors:     keeps what failed
     report:     called with what happened, a dict whose "event" is "start", "caption", "error" or "summary"
+    encode_ahead: encode the next pictures in another thread while a caption is written; None: if the model
+                leaves CPUs free for that (`Mllama.encoder_threads`). The captions are the same.
 
     Ctrl-C drops the picture at hand; the summary tells. A full disk, or a device that cannot be opened again,
     stops the run; the summary tells why. Raises RequestError for an output that cannot be used, and what
@@ -105,7 +99,7 @@ def caption_pictures(
     pending = [picture for picture in pictures if picture not in known]
     summary.done_before = len(pictures) - len(pending)
     report({"event": "start", "pictures": len(pictures), "done_before": summary.done_before})
-    run = _Run(known, output, open_model, options, errors, report, summary)
+    run = _Run(known, output, open_model, options, errors, report, summary, encode_ahead)
     try:
         if pending:
             run.caption(pending)
@@ -129,14 +123,6 @@ class _Stop(Exception):
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """tiles: None for a picture whose content has a caption already."""
-
-    sha256: str
-    tiles: TiledImage | None
-
-
-@dataclass(frozen=True)
 class _Writing:
     """A record on its way to the disk. caption: None for a duplicate."""
 
@@ -156,9 +142,11 @@ class _Run:
     _errors: ErrorLog
     _report: Report
     _summary: Summary
+    _encode_ahead: bool | None
     _by_content: dict[str, Record] = field(default_factory=dict)
     _losses: int = 0
     _writing: _Writing | None = None
+    _ahead: EncodeAhead | None = None
     _writer: ThreadPoolExecutor = field(init=False)
 
     def caption(self, pending: Sequence[str]) -> None:
@@ -171,23 +159,26 @@ class _Run:
             )
         self._by_content = dict(self._contents(pending))
 
-        def prepare(path: str) -> _Prepared:
+        def prepare(path: str) -> Prepared:
             try:
                 sha256 = file_sha256(path)
             except OSError:
                 load_image(path)  # which has the words for it
                 raise
             if sha256 in self._by_content:
-                return _Prepared(sha256, None)
+                return Prepared(sha256, None)
             tiles = preprocess_image(path, tile_size=shape.image_size, max_tiles=shape.max_tiles)
             _ = tiles.sha256  # needed later; remembered
-            return _Prepared(sha256, tiles)
+            return Prepared(sha256, tiles)
 
+        encoder = self._open_encoder()
+        if encoder is not None:
+            self._ahead = EncodeAhead(encoder, self._by_content)
         start = time.perf_counter()
         with ThreadPoolExecutor(1, "mllama-write") as self._writer:
             try:
-                with closing(prefetch(pending, prepare, threads=THREADS, ahead=AHEAD)) as prepared:
-                    for path, future in prepared:
+                with closing(pictures_ahead(pending, prepare, self._ahead)) as coming:
+                    for path, future in coming:
                         self._one(path, future)
                         self._summary.seconds["total"] = time.perf_counter() - start
                 self._written()
@@ -196,9 +187,20 @@ class _Run:
                     self._written()
                 raise
             finally:
+                if self._ahead is not None:
+                    self._ahead.encoder.close()
                 self._summary.seconds["total"] = time.perf_counter() - start
 
-    def _one(self, path: str, future: Future[_Prepared]) -> None:
+    def _open_encoder(self) -> ImageEncoder | None:
+        """The encoder for another thread, if one is wanted. One that nobody asked for may fail to open."""
+        if self._encode_ahead is not None:
+            return self._model.image_encoder() if self._encode_ahead else None
+        try:
+            return self._model.image_encoder() if self._model.encoder_threads else None
+        except (BackendError, ModelError, OSError):
+            return None
+
+    def _one(self, path: str, future: Future[Prepared]) -> None:
         try:
             record, caption = self._record(path, future)
         except Aborted:
@@ -239,27 +241,44 @@ class _Run:
             self._summary.captioned += 1
             self._report({**event, "seconds": dict(caption.seconds)})
 
-    def _record(self, path: str, future: Future[_Prepared]) -> tuple[Record, Caption | None]:
-        summary = self._summary
-        start = time.perf_counter()
+    def _await(self, future: Future[Prepared]) -> Prepared:
+        """The picture, once it is there."""
+        seconds, start = self._summary.seconds, time.perf_counter()
+        encoded = None
         try:
             prepared = future.result()
+            encoded = prepared.encoded
         finally:
-            summary.seconds["wait"] += time.perf_counter() - start
+            end = time.perf_counter()
+            begun, done = encoded or (end, end)
+            computing = max(0.0, done - max(begun, start))  # of the time in which we waited
+            seconds["encode"] += done - begun
+            seconds["busy"] += computing
+            seconds["wait"] += end - start - computing
+        return prepared
+
+    def _record(self, path: str, future: Future[Prepared]) -> tuple[Record, Caption | None]:
+        summary = self._summary
+        prepared = self._await(future)
         if self._writing is not None and self._writing.record.sha256 == prepared.sha256:
             self._written()
         twin = self._by_content.get(prepared.sha256)
         if twin is not None:
             original = twin.duplicate_of or twin.image
             return replace(twin, image=path, sha256=prepared.sha256, duplicate_of=original), None
-        assert prepared.tiles is not None
-        caption = caption_picture(self._model, prepared.tiles, self._options)
+        assert prepared.image is not None
+        caption = caption_picture(self._model, prepared.image, self._options)
         self._losses = 0
         summary.tokens += caption.tokens
         summary.prompt_tokens += caption.prompt_tokens
         summary.cached_tokens += caption.cached_tokens
         for phase, seconds in caption.seconds.items():
             summary.seconds[phase] += seconds
+            summary.seconds["busy"] += seconds
+        if prepared.encoded is not None:
+            begun, done = prepared.encoded
+            encode = caption.seconds["encode"] + done - begun
+            caption = replace(caption, seconds={**caption.seconds, "encode": encode})
         return Record(path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption
 
     def _fail(self, path: str, error: Exception) -> None:
@@ -277,7 +296,12 @@ class _Run:
         if self._losses >= MAX_LOSSES:
             raise _Stop(f"the device failed {self._losses} times in a row: {error}") from error
         try:
+            if self._ahead is not None:
+                self._ahead.encoder.close()
             self._model = self._open_model()
+            if self._ahead is not None:
+                # A closed one leaves the encoding to us.
+                self._ahead.encoder = self._open_encoder() or self._ahead.encoder
         except MllamaError as e:
             raise _Stop(f"the model cannot be opened again: {e}") from e
 
@@ -311,52 +335,3 @@ def _size(path: str) -> int | None:
         return os.stat(path).st_size
     except (OSError, ValueError):
         return None
-
-
-class _Job(Generic[T, R]):
-    def __init__(self, item: T) -> None:
-        self.item = item
-        self.future: Future[R] = Future()
-
-
-def prefetch(
-    items: Iterable[T], work: Callable[[T], R], *, threads: int, ahead: int
-) -> Generator[tuple[T, Future[R]], None, None]:
-    """The items in order, each with the future of its work, which threads do for `ahead` items in advance.
-
-    The threads are daemons: nobody waits for them at exit, however large the picture that they decode.
-    """
-    jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
-
-    def serve() -> None:
-        if sys.platform == "linux":  # where a thread has a priority: the model's threads go first
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        while (job := jobs.get()) is not None:
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = work(job.item)
-            except BaseException as e:
-                job.future.set_exception(e)
-            else:
-                job.future.set_result(result)
-
-    for _ in range(threads):
-        threading.Thread(target=serve, name="mllama-decode", daemon=True).start()
-    waiting: deque[_Job[T, R]] = deque()
-    try:
-        for item in items:
-            waiting.append(_Job(item))
-            jobs.put(waiting[-1])
-            if len(waiting) > ahead:
-                job = waiting.popleft()
-                yield job.item, job.future
-        while waiting:
-            job = waiting.popleft()
-            yield job.item, job.future
-    finally:
-        for job in waiting:
-            job.future.cancel()
-        for _ in range(threads):
-            jobs.put(None)

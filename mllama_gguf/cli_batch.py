@@ -34,6 +34,7 @@ class BatchSettings:
     suffix: str
     overwrite: bool
     limit: int | None
+    encode_ahead: bool | None
 
     @property
     def wanted(self) -> bool:
@@ -45,6 +46,8 @@ class BatchSettings:
         for name in ("recursive", "prefix", "suffix", "overwrite", "limit"):
             if getattr(self, name):
                 raise click.UsageError(f"--{name} needs --out or --sidecar")
+        if self.encode_ahead is not None:
+            raise click.UsageError("--encode-ahead needs --out or --sidecar")
         return False
 
 
@@ -62,6 +65,11 @@ def batch_options(command: F) -> F:
             click.option("--overwrite", is_flag=True, help="Make the captions that are there anew."),
             click.option(
                 "--limit", metavar="N", type=click.IntRange(min=1), help="Only the first N pictures."
+            ),
+            click.option(
+                "--encode-ahead/--no-encode-ahead",
+                default=None,
+                help="Encode the next picture while a caption is written.  [default: if a CPU is free]",
             ),
         )
     ):
@@ -98,7 +106,15 @@ def run_batch(
                 stack.close()  # a model that lost its device
                 return stack.enter_context(open_model(**model_settings, bar=False))
 
-            summary = caption_pictures(pictures, output, opened, options, errors=errors, report=report)
+            summary = caption_pictures(
+                pictures,
+                output,
+                opened,
+                options,
+                errors=errors,
+                report=report,
+                encode_ahead=settings.encode_ahead,
+            )
     finally:
         output.close()
     if not as_json:

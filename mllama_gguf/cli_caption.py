@@ -74,6 +74,7 @@ def caption_command(
     suffix: str,
     overwrite: bool,
     limit: int | None,
+    encode_ahead: bool | None,
     no_tuned: bool,
     **model_settings: Any,
 ) -> int:
@@ -92,7 +93,7 @@ def caption_command(
         model_settings = with_tuned(model_settings)
     prompt = _prompt(prompt, prompt_file)
     schema = None if json_schema is None else load_schema(json_schema)
-    batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit)
+    batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit, encode_ahead)
     is_batch = batch.wanted
     options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
     if is_batch:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ImageError
+
+if TYPE_CHECKING:
+    from .image_cache import ImageCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,29 +76,44 @@ class Encoding:
 
 
 class EmbeddingStore:
-    """The embeddings used last, by key, as many as fit max_bytes (one at least)."""
+    """The embeddings used last, by key: in memory as many as fit max_bytes (one at least), and those on disk.
+    Several threads may use it at once."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, disk: ImageCache | None = None) -> None:
         self._max_bytes = max_bytes
+        self._disk = disk
         self._items: OrderedDict[str, ImageEmbedding] = OrderedDict()
+        self._lock = threading.Lock()  # of the items
 
     def get(self, key: str) -> ImageEmbedding | None:
         """The embedding of that key, which now counts as the last one used."""
-        if key not in self._items:
-            return None
-        self._items.move_to_end(key)
-        return self._items[key]
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        known = None if self._disk is None else self._disk.get(key)
+        if known is not None:
+            self._keep(known)
+        return known
 
     def add(self, embedding: ImageEmbedding) -> None:
         """Keep an embedding, and drop the oldest ones that no longer fit."""
-        self._items[embedding.key] = embedding
-        self._items.move_to_end(embedding.key)
-        while len(self._items) > 1 and sum(e.states.nbytes for e in self._items.values()) > self._max_bytes:
-            self._items.popitem(last=False)
+        self._keep(embedding)
+        if self._disk is not None:
+            self._disk.add(embedding)
+
+    def _keep(self, embedding: ImageEmbedding) -> None:
+        with self._lock:
+            self._items[embedding.key] = embedding
+            self._items.move_to_end(embedding.key)
+            n_bytes = sum(e.states.nbytes for e in self._items.values())
+            while len(self._items) > 1 and n_bytes > self._max_bytes:
+                n_bytes -= self._items.popitem(last=False)[1].states.nbytes
 
     def clear(self) -> None:
-        """Drop all."""
-        self._items.clear()
+        """Drop all, except those on disk."""
+        with self._lock:
+            self._items.clear()
 
     def __len__(self) -> int:
         return len(self._items)

@@ -7,19 +7,21 @@ import logging
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar, overload
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from . import openai
 from ._native import Callbacks
 from ._native import load as load_native
 from .chat import ChatTemplate
 from .embedding import EmbeddingStore, Encoding, ImageEmbedding
+from .encoder import ImageEncoder
 from .engine import Engine, parse_workers
 from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
 from .generate import Reply, ReplyOptions
@@ -56,8 +58,8 @@ class Mllama:
             print(model.caption("apple.png"))
 
     An object is used by one thread at a time; a second thread gets BusyError at once. Objects do not know of
-    each other and work in parallel. Ctrl-C stops a computation within a fraction of a second with
-    KeyboardInterrupt; the object stays usable.
+    each other and work in parallel; `image_encoder` lets another thread encode pictures meanwhile. Ctrl-C
+    stops a computation within a fraction of a second with KeyboardInterrupt; the object stays usable.
     """
 
     def __init__(
@@ -174,10 +176,11 @@ class Mllama:
             )
             try:
                 h = model.hparams
+                self.n_threads = n_threads or default_threads(model.size)
                 open_context = engine.open_context if engine else partial(NativeContext, model, callbacks)
                 context = open_context(
                     n_ctx=min(n_ctx or h.n_ctx_train, h.n_ctx_train),
-                    n_threads=n_threads or default_threads(model.size),
+                    n_threads=self.n_threads,
                     **context_settings,
                 )
                 if n_gpu_layers == "auto":
@@ -219,12 +222,14 @@ class Mllama:
         trained = self.hparams.n_ctx_train
         if n_ctx and n_ctx > trained:
             logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
-        self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES)
         self._encoded: WeakSet[ImageEmbedding] = WeakSet()  # by us, so that their keys name their content
+        self._arrived: deque[ref[ImageEmbedding]] = deque()  # by our encoders, in their threads
+        self._encoders: WeakSet[ImageEncoder] = WeakSet()
         self._disk: ImageCache | None = None
         if image_cache is not False:
             disk = ImageCache(None if image_cache is True else image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
+        self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES, self._disk)
         self._session = Session(self._context, callbacks, self._disk)
         self._flash_attn = flash_attn
         self._filling_settings = (type_k, type_v, offload_kqv)
@@ -293,6 +298,18 @@ class Mllama:
         return self._session.n_ctx
 
     @property
+    def encoder_threads(self) -> int:
+        """CPU threads for an `image_encoder`: those that this model leaves free, up to as many as it has
+        itself. 0: there are none, or its encoder is on another device, in another process or missing."""
+        self._check_open()
+        if not isinstance(self._model, NativeModel) or not self.hparams.has_vision:
+            return 0
+        cpus = {device.name for device in self._model.devices() if device.type == "cpu"}
+        if any(tensor.is_vision and tensor.device not in cpus for tensor in self._model.tensors()):
+            return 0
+        return max(0, min(usable_cpus() - self.n_threads, self.n_threads))
+
+    @property
     def vocab_size(self) -> int:
         """Logits a token. The image token comes after them."""
         return self.hparams.vocab_size
@@ -339,13 +356,46 @@ class Mllama:
         with self._exclusive(changes=False):
             return self._encode(self._prepare(image))
 
-    def _prepare(self, image: Picture) -> TiledImage | ImageEmbedding:
-        """Decode and check a picture, without the costly part."""
-        h = self.hparams
-        if not h.has_vision:
+    def image_encoder(self, n_threads: int | None = None) -> ImageEncoder:
+        """The vision encoder for another thread, see `ImageEncoder`; close it before this object, which else
+        does so.
+
+        n_threads: CPU threads; None: `encoder_threads`, one at least
+
+        `abort` is then called in that thread too. Raises RequestError for a model without a vision encoder or
+        in another process (isolate, rpc_servers), BackendError, Aborted.
+        """
+        self._check_vision()
+        if not isinstance(self._model, NativeModel):
+            raise RequestError("image_encoder: this model computes in another process (isolate, rpc_servers)")
+        if isinstance(n_threads, bool) or not 1 <= (1 if n_threads is None else n_threads) < 2**31:
+            raise RequestError(f"n_threads must be a whole number of at least 1, not {n_threads!r}")
+        with self._exclusive(changes=False):
+            # Found now, and remembered: the other thread only reads them.
+            self._encoder_identity()
+            if self._disk is not None:
+                self._filler_identity(self._disk)
+            encoder = ImageEncoder(
+                self._model,
+                self._stop,
+                n_threads=n_threads or self.encoder_threads or 1,
+                flash_attn=self._flash_attn,
+                embed=self._embed_elsewhere,
+                needs=lambda image: not self._has_filling(self._filling_key(self._key(image))),
+            )
+            self._encoders.add(encoder)
+            return encoder
+
+    def _check_vision(self) -> None:
+        if not self.hparams.has_vision:
             raise RequestError(
                 f"{self.model_path.name} is a text model without vision encoder; give mmproj_path"
             )
+
+    def _prepare(self, image: Picture) -> TiledImage | ImageEmbedding:
+        """Decode and check a picture, without the costly part."""
+        h = self.hparams
+        self._check_vision()
         if isinstance(image, ImageEmbedding):
             wanted = (h.n_positions, h.n_embd)
             if image.states.shape[1:] != wanted or image.n_tiles > h.max_tiles:
@@ -366,35 +416,53 @@ class Mllama:
     def _encode(self, image: TiledImage | ImageEmbedding) -> ImageEmbedding:
         if isinstance(image, ImageEmbedding):
             return image
-        key = self._key(image)
-        if not self._taps:  # a tap wants to see the computation
-            known = self._embeddings.get(key)
-            if known is None and self._disk is not None:
-                known = self._disk.get(key)
-            if known is not None:
-                self._embeddings.add(known)
-                self._encoded.add(known)
-                return known
-        states = self._context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
-        embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
-        self._embeddings.add(embedding)
+        embedding = self._embed(image, self._context)
         self._encoded.add(embedding)
-        if self._disk is not None:
-            self._disk.add(embedding)
+        return embedding
+
+    def _embed(self, image: TiledImage, context: NativeContext) -> ImageEmbedding:
+        """Find the embedding, or compute it. Threads do so at once, each in a context of its own."""
+        key = self._key(image)
+        # A tap wants to see the computation.
+        embedding = None if self._taps else self._embeddings.get(key)
+        if embedding is None:
+            states = context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
+            embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
+            self._embeddings.add(embedding)
+        return embedding
+
+    def _embed_elsewhere(self, image: Picture, context: NativeContext) -> ImageEmbedding:
+        """For an `ImageEncoder`, in its thread."""
+        prepared = self._prepare(image)
+        if isinstance(prepared, ImageEmbedding):
+            return prepared
+        embedding = self._embed(prepared, context)
+        self._arrived.append(ref(embedding))
         return embedding
 
     def _encoding(self, image: TiledImage | ImageEmbedding) -> Encoding:
         """A picture for the session: without its states, if what the text model makes of them is on disk."""
+        while self._arrived:
+            arrived = self._arrived.popleft()()
+            if arrived is not None:
+                self._encoded.add(arrived)
         ours = not isinstance(image, ImageEmbedding) or image in self._encoded
         key = image.key if isinstance(image, ImageEmbedding) else self._key(image)
-        filling_key = ""
-        if ours and self._disk is not None and not self._taps:
-            filling_key = hashlib.sha256(f"{self._filler_identity(self._disk)}/{key}".encode()).hexdigest()
-            if self._disk.has_filling(filling_key):
-                self._disk.touch(key)
-                return Encoding(key, image.n_tiles, lambda: self._encode(image).states, filling_key)
+        filling_key = self._filling_key(key) if ours else ""
+        if self._disk is not None and self._has_filling(filling_key):
+            self._disk.touch(key)
+            return Encoding(key, image.n_tiles, lambda: self._encode(image).states, filling_key)
         states = self._encode(image).states
         return Encoding(key, image.n_tiles, lambda: states, filling_key)
+
+    def _filling_key(self, key: str) -> str:
+        """Names what the text model makes of the states of that key; "": that is not kept."""
+        if self._disk is None or self._taps:
+            return ""
+        return hashlib.sha256(f"{self._filler_identity(self._disk)}/{key}".encode()).hexdigest()
+
+    def _has_filling(self, filling_key: str) -> bool:
+        return self._disk is not None and filling_key != "" and self._disk.has_filling(filling_key)
 
     def _key(self, image: TiledImage) -> str:
         """Names a picture's states."""
@@ -604,6 +672,8 @@ class Mllama:
         with self._exclusive():
             with suppress(MllamaError):  # a device was lost
                 self._session.save()
+            for encoder in list(self._encoders):
+                encoder.close()
             self._closed = True
             self._context.close()
             self._model.close()

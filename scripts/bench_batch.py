@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Batch captions against the same calls in a plain loop: pictures a minute, and how busy the model is.
+"""Batch captions, without and with pictures encoded ahead, against the same calls in a plain loop: pictures a
+minute, and how busy the model is.
 
     python scripts/bench_batch.py [--pictures 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
-                                  [--set web] [--json FILE]
+                                  [--set web] [--encode-ahead auto|on|off|both] [--json FILE]
 
 Draws pictures of the sizes that cameras and web pages have, JPEG and PNG, and captions them with 1 and with 2
 processes at once, each with its share. Loading the model is not counted. The best of --repeat counts: other
@@ -34,6 +35,8 @@ from mllama_gguf.captions import CaptionOptions
 from mllama_gguf.records import ErrorLog, RecordFile
 
 SETS = {"web": ((640, 480), (800, 600), (1024, 768)), "camera": ((2048, 1536), (3000, 2000), (4000, 3000))}
+AHEAD = {"off": (False,), "on": (True,), "auto": (None,), "both": (False, True)}
+NAMES = {False: "without", True: "encoding ahead", None: "as it chooses"}
 INK = ((214, 36, 44), (40, 90, 200), (240, 190, 30), (60, 160, 70), (30, 30, 36))
 
 
@@ -60,13 +63,15 @@ def plain(open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float
         return {"start": start, "end": time.perf_counter()}
 
 
-def batch(open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
+def batch(ahead: bool | None, open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
     """The same by `caption_pictures`."""
     output = RecordFile(Path(out))
     with open_model() as model:
         errors = ErrorLog(Path(out).with_name("errors.jsonl"))
         start = time.perf_counter()
-        summary = caption_pictures(pictures, output, lambda: model, CaptionOptions(), errors=errors)
+        summary = caption_pictures(
+            pictures, output, lambda: model, CaptionOptions(), errors=errors, encode_ahead=ahead
+        )
         end = time.perf_counter()
     output.close()
     assert summary.captioned == len(pictures)
@@ -93,10 +98,12 @@ def main() -> None:
     parser.add_argument("--mmproj")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--set", choices=SETS, help="only these pictures")
+    parser.add_argument("--encode-ahead", choices=AHEAD, default="both")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     # The image cache would answer the second round.
     open_model = partial(Mllama.from_pretrained, args.model, args.mmproj, image_cache=False)
+    modes = AHEAD[args.encode_ahead]
     rows: list[dict[str, Any]] = []
     for name, sizes in SETS.items():
         if args.set not in (None, name):
@@ -110,25 +117,33 @@ def main() -> None:
                 pictures.append(str(path))
             for processes in (1, 2):
                 # In turn, so that both meet the same machine.
-                loops, batches = [], []
+                loops: list[float] = []
+                batches: dict[bool | None, list[dict[str, float]]] = {ahead: [] for ahead in modes}
                 for _ in range(args.repeat):
                     loops.append(measure(plain, open_model, pictures, processes, folder)["rate"])
-                    batches.append(measure(batch, open_model, pictures, processes, folder))
-                loop, best = max(loops), max(batches, key=lambda r: r["rate"])
-                rows.append({
-                    "pictures": name, "processes": processes, "loop_per_minute": loop,
-                    "batch_per_minute": best["rate"], "ratio": best["rate"] / loop, "busy": best["busy"],
-                })  # fmt: skip
+                    for ahead in modes:
+                        work = partial(batch, ahead)
+                        batches[ahead].append(measure(work, open_model, pictures, processes, folder))
+                loop = max(loops)
+                for ahead in modes:
+                    best = max(batches[ahead], key=lambda r: r["rate"])
+                    rows.append({
+                        "pictures": name, "processes": processes, "loop_per_minute": loop,
+                        "encode_ahead": ahead, "batch_per_minute": best["rate"],
+                        "ratio": best["rate"] / loop, "busy": best["busy"],
+                    })  # fmt: skip
     report.show(
         f"{args.model}, {args.pictures} pictures, {os.cpu_count()} CPUs; pictures a minute",
-        ("pictures", "processes", "plain loop", "batch", "ratio", "model busy"),
+        ("pictures", "processes", "plain loop", "batch", "a minute", "ratio", "model busy"),
         (
-            (r["pictures"], r["processes"], f"{r['loop_per_minute']:.0f}", f"{r['batch_per_minute']:.0f}",
-             f"{r['ratio']:.2f}", f"{r['busy']:.1%}")
+            (r["pictures"], r["processes"], f"{r['loop_per_minute']:.0f}", NAMES[r["encode_ahead"]],
+             f"{r['batch_per_minute']:.0f}", f"{r['ratio']:.2f}", f"{r['busy']:.1%}")
             for r in rows
         ),
     )  # fmt: skip
-    settings = {name: getattr(args, name) for name in ("model", "mmproj", "pictures", "repeat")}
+    settings = {
+        name: getattr(args, name) for name in ("model", "mmproj", "pictures", "repeat", "encode_ahead")
+    }
     report.write_json(args.json, {"about": report.about(**settings), "rows": rows})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -38,3 +40,22 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
         return made[name]
 
     return files
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose vision encoder needs many seconds for four tiles."""
+    folder = tmp_path_factory.mktemp("slow")
+    arch = replace(
+        tiny.ARCHS["square"],
+        name="slow",
+        image_size=448,
+        patch_size=8,
+        vision_width=64,
+        local_layers=12,
+        global_layers=4,
+        max_positions=131072,
+    )
+    checkpoint = tiny.make_checkpoint(arch, folder / "hf")
+    (path,) = convert(checkpoint, folder / "slow.gguf", type="f16", single_file=True)
+    return path

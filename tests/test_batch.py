@@ -25,10 +25,11 @@ from helpers import elsewhere, picture
 from PIL import Image
 
 from mllama_gguf import BackendError, Mllama, RequestError
-from mllama_gguf.batch import MAX_LOSSES, caption_pictures, prefetch
+from mllama_gguf.batch import MAX_LOSSES, caption_pictures
 from mllama_gguf.captions import CaptionOptions
 from mllama_gguf.cli import run
 from mllama_gguf.pictures import home_of, list_pictures
+from mllama_gguf.prefetch import prefetch
 from mllama_gguf.records import ErrorLog, Record, RecordFile, Sidecars, remove_leftovers, write_whole
 
 Captured = pytest.CaptureFixture[str]
@@ -247,7 +248,7 @@ def test_prefetch_keeps_order_and_bounds() -> None:
         return i * i
 
     taken = 0
-    for i, future in prefetch(range(30), work, threads=3, ahead=4):
+    for i, future in prefetch(range(30), work, "test", threads=3, ahead=4):
         if i == 5:
             with pytest.raises(ValueError, match="five"):
                 future.result()
@@ -262,9 +263,9 @@ def test_prefetch_keeps_order_and_bounds() -> None:
 
 def test_prefetch_that_is_given_up_ends_its_threads() -> None:
     def threads() -> int:
-        return sum(thread.name == "mllama-decode" for thread in threading.enumerate())
+        return sum(thread.name == "test" for thread in threading.enumerate())
 
-    stream = prefetch(range(100), lambda i: i, threads=3, ahead=4)
+    stream = prefetch(range(100), lambda i: i, "test", threads=3, ahead=4)
     next(stream)
     assert threads() >= 3
     stream.close()
@@ -344,6 +345,7 @@ def test_a_list_on_standard_input(photos: Path) -> None:
     ("args", "words"),
     [
         (["--limit", "3"], "--limit needs --out or --sidecar"),
+        (["--no-encode-ahead"], "--encode-ahead needs --out or --sidecar"),
         (["--out", "a.csv", "--sidecar", ".txt"], "exclude each other"),
         (["-p", "x", "--prompt-file", "y"], "exclude each other"),
     ],
@@ -658,9 +660,10 @@ def interrupted(child: subprocess.Popen[str]) -> str:
     return err
 
 
-def test_ctrl_c(many: Path, tmp_path: Path, capsys: Captured) -> None:
+@pytest.mark.parametrize("ahead", ["--encode-ahead", "--no-encode-ahead"])
+def test_ctrl_c(many: Path, tmp_path: Path, ahead: str, capsys: Captured) -> None:
     out = tmp_path / "c.jsonl"
-    child = start(many, "--out", out, "--json", "-n", 6)
+    child = start(many, "--out", out, "--json", "-n", 6, ahead)
     assert child.stderr is not None
     for _ in range(8):
         child.stderr.readline()

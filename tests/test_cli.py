@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,25 +235,6 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
     checkpoint = tiny.make_checkpoint(arch, folder / "hf", weights=weights)
     (path,) = convert(checkpoint, folder / "endless.gguf", type="f32", single_file=True)
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose vision encoder needs many seconds for four tiles."""
-    folder = tmp_path_factory.mktemp("slow")
-    arch = replace(
-        tiny.ARCHS["square"],
-        name="slow",
-        image_size=448,
-        patch_size=8,
-        vision_width=64,
-        local_layers=12,
-        global_layers=4,
-        max_positions=131072,
-    )
-    checkpoint = tiny.make_checkpoint(arch, folder / "hf")
-    (path,) = convert(checkpoint, folder / "slow.gguf", type="f16", single_file=True)
-    return path
 
 
 def interrupt(child: subprocess.Popen[str]) -> tuple[float, str, str]:
