@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -147,6 +148,7 @@ class _Run:
     _losses: int = 0
     _writing: _Writing | None = None
     _ahead: EncodeAhead | None = None
+    _computed: deque[tuple[float, float]] = field(default_factory=deque)  # when the loop computed, lately
     _writer: ThreadPoolExecutor = field(init=False)
 
     def caption(self, pending: Sequence[str]) -> None:
@@ -244,17 +246,17 @@ class _Run:
     def _await(self, future: Future[Prepared]) -> Prepared:
         """The picture, once it is there."""
         seconds, start = self._summary.seconds, time.perf_counter()
-        encoded = None
+        begun = done = 0.0
         try:
             prepared = future.result()
-            encoded = prepared.encoded
+            begun, done = prepared.encoded or (0.0, 0.0)
         finally:
-            end = time.perf_counter()
-            begun, done = encoded or (end, end)
-            computing = max(0.0, done - max(begun, start))  # of the time in which we waited
+            waited = (start, time.perf_counter())
             seconds["encode"] += done - begun
-            seconds["busy"] += computing
-            seconds["wait"] += end - start - computing
+            seconds["busy"] += done - begun - sum(_overlap((begun, done), ours) for ours in self._computed)
+            seconds["wait"] += waited[1] - waited[0] - _overlap((begun, done), waited)
+            while self._computed and self._computed[0][1] <= done:  # the next encoding begins after this one
+                self._computed.popleft()
         return prepared
 
     def _record(self, path: str, future: Future[Prepared]) -> tuple[Record, Caption | None]:
@@ -268,13 +270,16 @@ class _Run:
             return replace(twin, image=path, sha256=prepared.sha256, duplicate_of=original), None
         assert prepared.image is not None
         caption = caption_picture(self._model, prepared.image, self._options)
+        end, busy = time.perf_counter(), sum(caption.seconds.values())
+        if self._ahead is not None:
+            self._computed.append((end - busy, end))  # what comes before it is making ready
         self._losses = 0
         summary.tokens += caption.tokens
         summary.prompt_tokens += caption.prompt_tokens
         summary.cached_tokens += caption.cached_tokens
         for phase, seconds in caption.seconds.items():
             summary.seconds[phase] += seconds
-            summary.seconds["busy"] += seconds
+        summary.seconds["busy"] += busy
         if prepared.encoded is not None:
             begun, done = prepared.encoded
             encode = caption.seconds["encode"] + done - begun
@@ -328,6 +333,11 @@ def file_sha256(path: str) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """How much two spans of time have in common."""
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
 
 
 def _size(path: str) -> int | None:
