@@ -13,6 +13,7 @@ enum {
     KEYS         = 128,
     GROUP        = 4,   // queries that go over the rows of a cache together
     ROWS_AT_ONCE = 8,   // of values; rows lie a page apart, and the first-level cache has so many places for them
+    ROWS_AHEAD   = 8,   // that are fetched
     SPLIT_KEYS   = 512, // rows that one thread takes where there are few queries
     FEW_TOKENS   = 4,
     COLUMNS      = 96,  // of x, in one task of a linear layer
@@ -98,6 +99,10 @@ static inline v4f widen4(const ggml_fp16_t * p) {
     return x;
 }
 #define WIDEN(p) widen4(p)
+static inline v4f totals4(v4f a, v4f b, v4f c, v4f d) {
+    return (v4f) { a[0] + a[1] + a[2] + a[3], b[0] + b[1] + b[2] + b[3], c[0] + c[1] + c[2] + c[3], d[0] + d[1] + d[2] + d[3] };
+}
+#define TOTALS(a, b, c, d) totals4(a, b, c, d)
 #include "cpu_kernels_simd.h"
 
 static bool always(void) {
@@ -114,6 +119,7 @@ static bool always(void) {
 #define VECTORS 2
 #define VMAX(a, b) _mm256_max_ps(a, b)
 #define WIDEN(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (p)))
+#define TOTALS(a, b, c, d) _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d))
 #include "cpu_kernels_simd.h"
 
 #define KERNEL(name) name##_avx512
@@ -123,6 +129,7 @@ static bool always(void) {
 #define VECTORS 2
 #define VMAX(a, b) _mm512_max_ps(a, b)
 #define WIDEN(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (p)))
+#define TOTALS(a, b, c, d) _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d))
 #include "cpu_kernels_simd.h"
 
 #define KERNEL(name) name##_avx512bf16

@@ -6,8 +6,9 @@
 //     ROWS, VECTORS  rows and vectors of the block of sums that is kept in registers
 //     VMAX(a, b)     larger of each lane; b where either is not a number
 //     WIDEN(p)       LANES F16 numbers in memory as floats
+//     TOTALS(a, b, c, d)  the sums of four vectors of 4
 //     PAIRS          0, or 1: factors are pairs of BF16 numbers, whose products are added to a sum of F32. Then only
-//                    `attend` and `linear` are made, and WIDEN is not needed, but
+//                    `attend` and `linear` are made, and WIDEN and TOTALS are not needed, but
 //     MULTIPLY_ADD(sum, a, p)  sum + the pair a times LANES pairs in memory
 //     NARROW(p, q)   2 LANES floats in memory to as many BF16 numbers, rounded; q may be p
 //
@@ -37,6 +38,7 @@ typedef float   KERNEL(vu) __attribute__((vector_size(4 * LANES), aligned(4), ma
 enum { KERNEL(WIDTH) = VECTORS * LANES, KERNEL(TILES) = QUERIES / ROWS };
 #define WIDTH KERNEL(WIDTH)
 #define TILES KERNEL(TILES)
+_Static_assert(GROUP == 4, "TOTALS are of a group");
 _Static_assert(QUERIES % ROWS == 0 && KEYS % (VECTORS * LANES) == 0, "blocks are whole tiles");
 
 // 2^x for x <= 0 or small; relative error 2e-7; not less than 2^-125, which stands for 0
@@ -293,6 +295,15 @@ TARGET static void KERNEL(linear)(const linear_args * a) {
 #if !PAIRS
 // ---- attention to rows of a cache ----
 
+// Rows lie so far apart that the processor does not foresee the next one; into the second-level cache.
+INLINE void KERNEL(fetch)(const char * rows, size_t stride, int64_t n, size_t n_bytes) {
+    for (int64_t i = 0; i < n; i++, rows += stride) {
+        for (size_t j = 0; j < n_bytes; j += 64) {
+            __builtin_prefetch(rows + j, 0, 2);
+        }
+    }
+}
+
 // `n` rows of a cache as floats, each of `size` values of which those from head_dim on are 0. Rows that are so already stay
 // where they are. *stride is in floats.
 INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, int64_t n, int64_t head_dim, int64_t size, float * buffer,
@@ -301,9 +312,11 @@ INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, 
         *stride = (int64_t) (n_bytes / sizeof(float));
         return (const float *) rows;
     }
+    const size_t item = half ? sizeof(ggml_fp16_t) : sizeof(float);
     for (int64_t i = 0; i < n; i++, rows += n_bytes) {
         float * out = buffer + i * size;
         int64_t j   = 0;
+        KERNEL(fetch)(rows + ROWS_AHEAD * n_bytes, n_bytes, i + ROWS_AHEAD < n, item * (size_t) head_dim);
         for (; j + LANES <= head_dim; j += LANES) {
             STORE(out + j, half ? (vf) WIDEN((const ggml_fp16_t *) rows + j) : (vf) LOAD((const float *) rows + j));
         }
@@ -318,10 +331,12 @@ INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, 
     return buffer;
 }
 
-INLINE float KERNEL(total)(vf x) {
-    float sum = 0.0f;
-    UNROLL for (int l = 0; l < LANES; l++) {
-        sum += x[l];
+// The sum of the lanes, as four sums
+INLINE v4f KERNEL(fold)(vf x) {
+    union { vf whole; v4f part[LANES / 4]; } u = { .whole = x };
+    v4f sum = u.part[0];
+    UNROLL for (int i = 1; i < LANES / 4; i++) {
+        sum += u.part[i];
     }
     return sum;
 }
@@ -339,9 +354,11 @@ INLINE void KERNEL(dots)(const float * q, const float * k, int64_t stride, int64
                 sum[1][r] += z * y;
             }
         }
-        UNROLL for (int r = 0; r < GROUP; r++) {
-            s[r * KEYS + i]     = KERNEL(total)(sum[0][r]);
-            s[r * KEYS + i + 1] = KERNEL(total)(sum[1][r]); // KEYS is even: room for one too many
+        UNROLL for (int row = 0; row < 2; row++) { // KEYS is even: room for one too many
+            const v4f total = TOTALS(KERNEL(fold)(sum[row][0]), KERNEL(fold)(sum[row][1]), KERNEL(fold)(sum[row][2]), KERNEL(fold)(sum[row][3]));
+            UNROLL for (int r = 0; r < GROUP; r++) {
+                s[r * KEYS + i + row] = total[r];
+            }
         }
     }
 }
@@ -436,7 +453,8 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
         }
         const float * v = KERNEL(rows)(a->v + (size_t) key * a->v_stride, a->v_stride, a->v_half, n, dim, size, buffer, &v_stride);
         for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
-            const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE;
+            const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE, next = n - at - m < ROWS_AT_ONCE ? n - at - m : ROWS_AT_ONCE;
+            KERNEL(fetch)((const char *) (v + (at + m) * v_stride), (size_t) v_stride * sizeof(float), next, sizeof(float) * (size_t) size);
             for (int64_t i = 0; i < n_q; i += GROUP) {
                 int64_t j = 0;
                 for (; j + WIDTH <= size; j += WIDTH) {
@@ -485,5 +503,6 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
 #undef VECTORS
 #undef VMAX
 #undef WIDEN
+#undef TOTALS
 #undef PAIRS
 #undef NARROW
