@@ -23,6 +23,7 @@ from reference import Reference
 from mllama_gguf import Aborted, Mllama, RequestError
 from mllama_gguf._native import load
 from mllama_gguf.convert import convert
+from mllama_gguf.quantize import quantize
 
 Files = Callable[[str], TinyFiles]
 Floats = npt.NDArray[np.float32]
@@ -171,6 +172,38 @@ def test_text_attention(name: str, kind: str, tiny_files: Files, monkeypatch: py
                 assert not np.array_equal(ours, plain), "the kernel was not used"
                 same.append(ours)
         np.testing.assert_array_equal(*same)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_single_tokens_of_quantized_weights(
+    kernel: str, tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with one column: of the same input ggml's but for the order of sums, and the same bits
+    whatever the number of threads."""
+    path = tmp_path / "q4_k_m.gguf"
+    quantize(tiny_files("quant").one, path, "q4_k_m")
+    queries: list[Floats] = []
+
+    def tap(name: str, values: Floats | None) -> bool:
+        if values is not None:
+            queries.append(values.copy())
+        return name == "blk.0.q"
+
+    logits = {}
+    for name, n_threads in (("off", 2), (kernel, 1), (kernel, 3)):
+        monkeypatch.setenv(VARIABLE, name)
+        with Mllama(path, n_ctx=64, n_threads=n_threads) as model:
+            assert any(t.name == "blk.0.attn_q.weight" and t.type == "q4_K" for t in model._model.tensors())
+            with model.tap(tap):
+                model._context.decode([2], -1, 0)
+            rows = [model._context.decode([token], -1, 0)[0] for token in range(3, 13)]
+            logits[name, n_threads] = np.stack(rows)
+    assert len(queries) == 3
+    assert relative_error(queries[1], queries[0]) <= 1e-5
+    np.testing.assert_array_equal(queries[1], queries[2])
+    np.testing.assert_array_equal(logits[kernel, 1], logits[kernel, 3])
+    # Activations are rounded to 8 bits, and another last bit before that may round one differently.
+    assert relative_error(logits[kernel, 1], logits["off", 2]) <= 3e-2
 
 
 def test_text_attention_stops(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,8 @@ static bool always(void) {
     _mm512_storeu_si512(q, (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps((p) + 16), _mm512_loadu_ps(p)))
 #include "cpu_kernels_simd.h"
 
+#include "cpu_kernels_vnni.h"
+
 static bool has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -675,6 +677,33 @@ static void interleave(struct ggml_tensor * dst, int ith, int nth, void * userda
 struct ggml_tensor * cpu_interleave_node(struct ggml_context * ctx, struct ggml_tensor ** tensors, int64_t n) {
     return ggml_custom_4d(ctx, GGML_TYPE_F32, n * tensors[0]->ne[0], tensors[0]->ne[1], 1, 1, tensors, (int) n, interleave,
                           GGML_N_TASKS_MAX, NULL);
+}
+
+// ---- one column ---------------------------------------------------------------------------------------------------
+
+bool cpu_column_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
+#if defined(__x86_64__)
+    return kernel && kernel->lanes == 16 && has_vnni() && weight->type == GGML_TYPE_Q4_K && weight->ne[0] <= Q4_K_MAX_INPUT &&
+           weight->buffer && ggml_backend_buffer_is_host(weight->buffer);
+#else
+    (void) kernel, (void) weight;
+    return false;
+#endif
+}
+
+static void column(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    (void) userdata;
+#if defined(__x86_64__)
+    const int64_t n = dst->ne[0];
+    multiply_column(dst->src[0], dst->src[1]->data, n * ith / nth, n * (ith + 1) / nth, dst->data);
+#else
+    (void) dst, (void) ith, (void) nth;
+#endif
+}
+
+struct ggml_tensor * cpu_column_node(struct ggml_context * ctx, struct ggml_tensor * weight, struct ggml_tensor * x) {
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, weight->ne[1], 1, 1, 1, (struct ggml_tensor *[]) { weight, x }, 2, column, GGML_N_TASKS_MAX,
+                          NULL);
 }
 
 // ---- bias and GELU ------------------------------------------------------------------------------------------------

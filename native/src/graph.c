@@ -18,6 +18,7 @@ mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn) {
     }
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->flash_attn = flash_attn;
+    g->kernel     = NULL;
     return MLLAMA_OK;
 }
 
@@ -84,6 +85,9 @@ static bool is_on_cpu(const struct ggml_tensor * w) {
 struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return ggml_mul_mat(g->ctx, w, x);
+    }
+    if (x->ne[1] == 1 && cpu_column_supported(g->kernel, w)) {
+        return cpu_column_node(g->ctx, w, x);
     }
     return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), true, multiply, w);
 }

@@ -1,6 +1,7 @@
 // What the two graphs share: norms, linear layers, attention, and cutting large work into nodes of bounded time.
 #pragma once
 
+#include "cpu_kernels.h"
 #include "model.h"
 
 #include "ggml.h"
@@ -9,6 +10,7 @@ typedef struct graph {
     struct ggml_context * ctx; // holds the tensors' descriptions, no data
     struct ggml_cgraph *  gf;
     bool                  flash_attn;
+    const cpu_kernel *    kernel; // of products with a single column; NULL: ggml's own
 } graph;
 
 mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn);

@@ -121,6 +121,7 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     // Batches of many tokens are cut into blocks, which adds nodes.
     TRY(graph_init(&tg->g, 256 + (size_t) p->n_layer * (128 + (size_t) shape->n_tokens), flash_attn));
     graph * g = &tg->g;
+    g->kernel     = kernel;
     tg->shape     = *shape;
     tg->tokens    = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "tokens");
     tg->positions = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "positions");
