@@ -174,11 +174,14 @@ def test_text_attention(name: str, kind: str, tiny_files: Files, monkeypatch: py
         np.testing.assert_array_equal(*same)
 
 
+COUNTS = (1, 2, 3, 4, 5, 7, 8, 9)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_single_tokens_of_quantized_weights(
+def test_few_tokens_of_quantized_weights(
     kernel: str, tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Products with one column: of the same input ggml's but for the order of sums, and the same bits
+    """Products with few columns: of the same input ggml's but for the order of sums, and the same bits
     whatever the number of threads."""
     path = tmp_path / "q4_k_m.gguf"
     quantize(tiny_files("quant").one, path, "q4_k_m")
@@ -194,13 +197,20 @@ def test_single_tokens_of_quantized_weights(
         monkeypatch.setenv(VARIABLE, name)
         with Mllama(path, n_ctx=64, n_threads=n_threads) as model:
             assert any(t.name == "blk.0.attn_q.weight" and t.type == "q4_K" for t in model._model.tensors())
+            context = model._context
             with model.tap(tap):
-                model._context.decode([2], -1, 0)
-            rows = [model._context.decode([token], -1, 0)[0] for token in range(3, 13)]
+                for n in COUNTS:
+                    context.decode(range(2, 2 + n), -1, 0)
+                    context.clear()
+            rows = [context.decode([token], -1, 0)[0] for token in range(2, 12)]
             logits[name, n_threads] = np.stack(rows)
-    assert len(queries) == 3
-    assert relative_error(queries[1], queries[0]) <= 1e-5
-    np.testing.assert_array_equal(queries[1], queries[2])
+    plain, ours, again = (queries[i : i + len(COUNTS)] for i in range(0, 3 * len(COUNTS), len(COUNTS)))
+    for a, b, c in zip(plain, ours, again, strict=True):
+        # Rows of the first tokens, before and after a rotation.
+        assert relative_error(b, a) <= 1e-5
+        np.testing.assert_array_equal(b, c)
+        if len(b) <= 8:
+            assert relative_error(b, ours[-2][: len(b)]) <= 1e-5
     np.testing.assert_array_equal(logits[kernel, 1], logits[kernel, 3])
     # Activations are rounded to 8 bits, and another last bit before that may round one differently.
     assert relative_error(logits[kernel, 1], logits["off", 2]) <= 3e-2

@@ -67,10 +67,12 @@ struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, str
                                   cpu_linear * b, struct ggml_tensor * fc2, struct ggml_tensor * fc2_b, struct ggml_tensor * x,
                                   int64_t n_threads);
 
-// Whether the kernel multiplies one column by this weight faster than ggml does: Q4_K in memory, with AVX512-VNNI.
-bool                 cpu_column_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight);
-// weight [n_in, n_out], x [n_in] -> W x [n_out]; x is rounded to 8 bits, 256 values at a time, as ggml does.
-struct ggml_tensor * cpu_column_node(struct ggml_context * ctx, struct ggml_tensor * weight, struct ggml_tensor * x);
+// Whether the kernel multiplies n columns by this weight faster than ggml does: few, and Q4_K in memory, with AVX512-VNNI.
+bool                 cpu_columns_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight, int64_t n);
+// x [n_in, n] in contiguous rows -> rounded to 8 bits, 256 values at a time, as ggml does; for the next node alone
+struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, struct ggml_tensor * x);
+// weight [n_in, n_out], x [n_in, n] from cpu_quantize_node -> W x [n_out, n]
+struct ggml_tensor * cpu_columns_node(struct ggml_context * ctx, struct ggml_tensor * weight, struct ggml_tensor * quantized, int64_t n);
 
 // The text's attention to rows of a cache in memory, F16 or F32. The heads of Q that share one of K and V go over its rows
 // together, so that a row is read once; F32 throughout. With few tokens the rows are split among the threads, in the same way

@@ -19,6 +19,7 @@ mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn) {
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->flash_attn = flash_attn;
     g->kernel     = NULL;
+    g->x          = NULL;
     return MLLAMA_OK;
 }
 
@@ -86,8 +87,12 @@ struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tenso
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return ggml_mul_mat(g->ctx, w, x);
     }
-    if (x->ne[1] == 1 && cpu_column_supported(g->kernel, w)) {
-        return cpu_column_node(g->ctx, w, x);
+    if (cpu_columns_supported(g->kernel, w, x->ne[1])) {
+        if (g->x != x) { // else another weight of the same input
+            g->x         = x;
+            g->quantized = cpu_quantize_node(g->ctx, x);
+        }
+        return cpu_columns_node(g->ctx, w, g->quantized, x->ne[1]);
     }
     return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), true, multiply, w);
 }

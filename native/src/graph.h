@@ -10,7 +10,8 @@ typedef struct graph {
     struct ggml_context * ctx; // holds the tensors' descriptions, no data
     struct ggml_cgraph *  gf;
     bool                  flash_attn;
-    const cpu_kernel *    kernel; // of products with a single column; NULL: ggml's own
+    const cpu_kernel *    kernel;        // of products with few columns; NULL: ggml's own
+    struct ggml_tensor *  x, * quantized; // of the last such product
 } graph;
 
 mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn);
