@@ -133,6 +133,8 @@ static bool always(void) {
 #define TOTALS(a, b, c, d) _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d))
 #include "cpu_kernels_simd.h"
 
+#if defined(__clang__) || __GNUC__ >= 10 // older compilers do not know the instructions
+#define WITH_BF16
 #define KERNEL(name) name##_avx512bf16
 #define TARGET __attribute__((target("avx512f,avx512bf16")))
 #define LANES 16
@@ -145,6 +147,7 @@ static bool always(void) {
 #define NARROW(p, q) \
     _mm512_storeu_si512(q, (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps((p) + 16), _mm512_loadu_ps(p)))
 #include "cpu_kernels_simd.h"
+#endif
 
 #include "cpu_kernels_vnni.h"
 
@@ -156,9 +159,11 @@ static bool has_avx512(void) {
     return __builtin_cpu_supports("avx512f");
 }
 
+#ifdef WITH_BF16
 static bool has_avx512bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+#endif
 #endif
 
 struct cpu_kernel {
@@ -178,8 +183,10 @@ struct cpu_kernel {
 
 static const cpu_kernel KERNELS[] = { // the best first
 #if defined(__x86_64__)
+#ifdef WITH_BF16
     { "avx512bf16", has_avx512bf16, 16, WIDTH_avx512, true, attend_avx512, attend_rows_avx512, linear_avx512, bias_gelu_avx512,
       erf_array_avx512, attend_avx512bf16, linear_avx512bf16 },
+#endif
     { "avx512", has_avx512, 16, WIDTH_avx512, true, attend_avx512, attend_rows_avx512, linear_avx512, bias_gelu_avx512, erf_array_avx512, NULL, NULL },
     { "avx2", has_avx2, 8, WIDTH_avx2, true, attend_avx2, attend_rows_avx2, linear_avx2, bias_gelu_avx2, erf_array_avx2, NULL, NULL },
 #endif

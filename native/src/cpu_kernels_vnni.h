@@ -84,7 +84,9 @@ TARGET_VNNI static inline __attribute__((always_inline)) void dot_q4_k(const q4_
         UNROLL for (int j = 0; j < 4; j++) {
             scales[j] = _mm512_permutexvar_epi16(index[j], _mm512_castsi256_si512(packed));
         }
-        const __m128 factors = _mm_cvtph_ps(_mm_loadu_si32(&w[i].d)); // d and dmin
+        int32_t both; // d and dmin
+        memcpy(&both, &w[i], sizeof(both));
+        const __m128 factors = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
         UNROLL for (int c = 0; c < columns; c++) {
             const q8_column * column = &x[c * n + i];
             __m512i           block  = _mm512_setzero_si512();
