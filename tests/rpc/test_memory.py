@@ -37,9 +37,9 @@ def test_the_plan_is_what_is_allocated(
     workers: tuple[str, str], tiny_files: Files, name: str, n_ctx: int, settings: dict[str, Any]
 ) -> None:
     path = DEMO if name == "demo" else tiny_files(name).one
-    settings = {"n_batch": 128, **settings}
+    settings = {"n_batch": 128, "n_threads": 1, **settings}
     (setting,) = make_plan(path, workers=workers, n_ctx=n_ctx, **settings).settings
-    with Mllama(path, rpc_servers=workers, n_ctx=n_ctx, n_threads=1, **settings) as model:
+    with Mllama(path, rpc_servers=workers, n_ctx=n_ctx, **settings) as model:
         h = model.hparams
         image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
         model._session.feed([h.image_token_id, *[1] * (n_ctx - 1)], [model._encoding(image)])
