@@ -13,7 +13,8 @@ the logits after a few prompts are compared (not the replies: rows of the random
 two likeliest tokens may be equally likely to the bit). With an image there is nothing to compare with; the
 table gives the bytes that such a token reads, cross-attention cache included, and the bandwidth that makes.
 
-Both have the same threads, n_batch, mmap and flash attention; the caches' types are each one's default.
+Both have the same threads, n_batch and flash attention, and map the file (--no-mmap: ours copies it); the
+caches' types are each one's default.
 Every round runs everything once, with the two in turn first; the figures are medians of the rounds, and a
 round's tokens per second the median of its tokens'.
 --layers N keeps the first N of the 40 layers.
@@ -58,9 +59,15 @@ Floats = npt.NDArray[np.float32]
 class Ours:
     """Our text model, below the chat."""
 
-    def __init__(self, path: Path, threads: int, repack: bool) -> None:
+    def __init__(self, path: Path, threads: int, repack: bool, use_mmap: bool) -> None:
         self.model = Mllama(
-            path, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads, repack=repack, image_cache=False
+            path,
+            n_ctx=N_CTX,
+            n_batch=N_BATCH,
+            n_threads=threads,
+            repack=repack,
+            use_mmap=use_mmap,
+            image_cache=False,
         )
         self.context = self.model._context
         self.slot, self.n_visible = -1, 0
@@ -263,7 +270,7 @@ def loaded(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     text = full_shape.write_mllama(folder / "mllama.gguf", args.layers, vision=False)
     full_shape.write_llama(folder / "llama.gguf", text)
-    ours, our_load = loaded(lambda: Ours(folder / "mllama.gguf", args.threads, args.repack))
+    ours, our_load = loaded(lambda: Ours(folder / "mllama.gguf", args.threads, args.repack, args.mmap))
     theirs, their_load = loaded(lambda: LlamaCpp(folder / "llama.gguf", args.threads, args.llama_repack))
     both: dict[str, Ours | LlamaCpp] = {"ours": ours, "llama.cpp": theirs}
     chance = np.random.default_rng(0)
@@ -359,6 +366,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64, help="tokens before them")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt; 0: none")
     parser.add_argument("--repack", action="store_true", help="as `mllama caption --repack`")
+    parser.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True, help="ours, likewise")
     parser.add_argument(
         "--llama-repack", action=argparse.BooleanOptionalAction, default=True,
         help="llama.cpp copies weights to its faster layout, as it does by itself",
