@@ -138,8 +138,7 @@ class Mllama:
             ("n_gpu_layers", 0 if n_gpu_layers == "auto" else n_gpu_layers, -1),
             ("main_gpu", main_gpu or 0, 0),
         ):
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
-                raise RequestError(f"{name} must be a whole number of at least {least}, not {number!r}")
+            _check_whole(name, number, least)
 
         self._lock = threading.Lock()
         self._turn = (
@@ -368,8 +367,8 @@ class Mllama:
         self._check_vision()
         if not isinstance(self._model, NativeModel):
             raise RequestError("image_encoder: this model computes in another process (isolate, rpc_servers)")
-        if isinstance(n_threads, bool) or not 1 <= (1 if n_threads is None else n_threads) < 2**31:
-            raise RequestError(f"n_threads must be a whole number of at least 1, not {n_threads!r}")
+        if n_threads is not None:
+            _check_whole("n_threads", n_threads, 1)
         with self._exclusive(changes=False):
             # Found now, and remembered: the other thread only reads them.
             self._encoder_identity()
@@ -743,6 +742,11 @@ def usable_cpus() -> int:
 def default_threads(n_bytes: int) -> int:
     """CPU threads for a model with weights of so many bytes."""
     return min(usable_cpus(), 1 + n_bytes // WEIGHTS_PER_THREAD)
+
+
+def _check_whole(name: str, number: object, least: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
+        raise RequestError(f"{name} must be a whole number of at least {least}, not {number!r}")
 
 
 def _shares(tensor_split: Sequence[float] | None) -> list[float] | None:

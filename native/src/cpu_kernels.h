@@ -1,5 +1,5 @@
-// Attention and linear layers of the vision encoder, and the text's attention, on the CPU, faster than ggml's, as custom
-// operations of the graphs.
+// Attention and linear layers of the vision encoder, the text's attention and its products with few tokens, on the CPU, faster
+// than ggml's, as custom operations of the graphs.
 //
 // The encoder's attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
 // One node packs keys and values, one computes: a block of queries of one head at a time goes over blocks of keys with an
@@ -45,7 +45,7 @@ typedef struct cpu_linear {
     // set by the node
     bool               gelu, bf16;
     int64_t            n_in, n_out;
-    struct cpu_linear * then;
+    struct cpu_linear * then; // of an MLP: the second layer
 
     bool            (* stop)(void *); // as in cpu_attention
     void *             stop_data;
