@@ -37,6 +37,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -382,7 +383,8 @@ def _filling_parts(
 
 
 def _read_filling(file: io.FileIO, key: str, n_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Raises ImageError for an entry that is not as it was written."""
+    """A piece is read and checked while the one before it is used. Raises ImageError for an entry that is not
+    as it was written."""
     header = file.read(_FILLING_HEADER.size)
     size = _FILLING_HEADER.size + n_bytes + _FILLING_CRC.size
     if (
@@ -391,12 +393,23 @@ def _read_filling(file: io.FileIO, key: str, n_bytes: int) -> Iterator[npt.NDArr
     ):
         raise ImageError("truncated, or not what its name says")
     crc = zlib.crc32(header)
-    while n_bytes:
-        piece = np.empty(min(n_bytes, PIECE), np.uint8)
+
+    def read(n: int) -> npt.NDArray[np.uint8]:
+        nonlocal crc
+        piece = np.empty(n, np.uint8)
         _read_all(file, piece.data)
         crc = zlib.crc32(piece.data, crc)
-        yield piece
-        n_bytes -= piece.nbytes
+        return piece
+
+    sizes = [min(PIECE, n_bytes - at) for at in range(0, n_bytes, PIECE)]
+    with ThreadPoolExecutor(1, "filling") as reader:
+        coming = [reader.submit(read, size) for size in sizes[:1]]
+        for size in sizes[1:]:
+            piece = coming.pop().result()
+            coming.append(reader.submit(read, size))
+            yield piece
+        for last in coming:
+            yield last.result()
     if file.read(_FILLING_CRC.size) != _FILLING_CRC.pack(crc):
         raise ImageError("its checksum does not fit")
 

@@ -49,8 +49,9 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
                         cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
                         cross ? "use fewer images" : "lower n_ctx");
         }
-        // A masked row still enters a product with weight 0, so it must hold numbers.
-        ggml_backend_buffer_clear(buffer, 0);
+        if (!cross) { // A masked row still enters a product with weight 0, so it must hold numbers; a slot has no such rows.
+            ggml_backend_buffer_clear(buffer, 0);
+        }
         cache->buffers[cache->n_buffers - 1] = buffer;
     }
     return MLLAMA_OK;

@@ -470,11 +470,19 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     return encode(ctx, pixels, n_tiles, aspect_ratio_id, states);
 }
 
+// Of the text's products and its attention; NULL: ggml's own.
+static mllama_status text_kernel(const mllama_context * ctx, const cpu_kernel ** kernel) {
+    *kernel = NULL;
+    return ctx->params.flash_attn ? cpu_kernel_choose(kernel) : MLLAMA_OK;
+}
+
 // states NULL: only the buffers are made.
 static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows, const float * states) {
     fill_graph           fg;
     ggml_backend_sched_t sched  = NULL;
-    mllama_status        status = fill_graph_build(ctx->model, slot, first, n_rows, &fg);
+    const cpu_kernel *   kernel = NULL;
+    TRY(text_kernel(ctx, &kernel));
+    mllama_status status = fill_graph_build(ctx->model, slot, first, n_rows, kernel, look, ctx, &fg);
     if (status == MLLAMA_OK) {
         status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
     }
@@ -622,9 +630,7 @@ static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shap
     }
     text_graph_free(&ctx->text);
     const cpu_kernel * kernel = NULL;
-    if (ctx->params.flash_attn) {
-        TRY(cpu_kernel_choose(&kernel));
-    }
+    TRY(text_kernel(ctx, &kernel));
     const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
     mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, kernel, look, ctx, &ctx->text);
     if (status == MLLAMA_OK) {

@@ -16,7 +16,6 @@ enum {
     ROWS_AHEAD   = 8,   // that are fetched
     SPLIT_KEYS   = 512, // rows that one thread takes where there are few queries
     FEW_TOKENS   = 4,
-    FEW_COLUMNS  = 8,   // with more, ggml's product of quantized weights is as fast
     COLUMNS      = 96,  // of x, in one task of a linear layer
     DEPTH        = 640, // factors of each in one pass
     MAX_WIDTH    = 32,  // of a panel
@@ -149,8 +148,6 @@ static bool always(void) {
 #include "cpu_kernels_simd.h"
 #endif
 
-#include "cpu_kernels_vnni.h"
-
 static bool has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -211,6 +208,10 @@ mllama_status cpu_kernel_choose(const cpu_kernel ** kernel) {
         }
     }
     return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is '%s'; it can be avx512bf16, avx512, avx2, portable or off", wanted);
+}
+
+int64_t cpu_kernel_lanes(const cpu_kernel * kernel) {
+    return kernel->lanes;
 }
 
 bool cpu_kernel_has_bf16(const cpu_kernel * kernel) {
@@ -686,64 +687,6 @@ struct ggml_tensor * cpu_interleave_node(struct ggml_context * ctx, struct ggml_
     return ggml_custom_4d(ctx, GGML_TYPE_F32, n * tensors[0]->ne[0], tensors[0]->ne[1], 1, 1, tensors, (int) n, interleave,
                           GGML_N_TASKS_MAX, NULL);
 }
-
-// ---- a few columns -----------------------------------------------------------------------------------------------
-
-#if defined(__x86_64__)
-
-bool cpu_columns_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight, int64_t n) {
-    return kernel && kernel->lanes == 16 && has_vnni() && n <= FEW_COLUMNS && weight->type == GGML_TYPE_Q4_K && weight->buffer &&
-           ggml_backend_buffer_is_host(weight->buffer);
-}
-
-// Where the columns begin in a tensor for them, which ggml aligns to less
-static q8_column * columns_of(const struct ggml_tensor * t) {
-    return (q8_column *) (((uintptr_t) t->data + 63) & ~(uintptr_t) 63);
-}
-
-static void quantize_columns(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const struct ggml_tensor * x = dst->src[0];
-    (void) userdata;
-    for (int64_t i = ith; i < x->ne[1]; i += nth) {
-        quantize_column((const float *) ((const char *) x->data + (size_t) i * x->nb[1]), x->ne[0],
-                        columns_of(dst) + i * (x->ne[0] / Q4_K_WEIGHTS));
-    }
-}
-
-static void multiply_few(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const int64_t n = dst->ne[0];
-    (void) userdata;
-    multiply_columns(dst->src[0], columns_of(dst->src[1]), dst->ne[1], n * ith / nth, n * (ith + 1) / nth, dst->data, n);
-}
-
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, struct ggml_tensor * x) {
-    const int64_t size = (int64_t) sizeof(q8_column) * x->ne[1] * (x->ne[0] / Q4_K_WEIGHTS) + 64;
-    return ggml_custom_4d(ctx, GGML_TYPE_I8, size, 1, 1, 1, (struct ggml_tensor *[]) { x }, 1, quantize_columns, GGML_N_TASKS_MAX, NULL);
-}
-
-struct ggml_tensor * cpu_columns_node(struct ggml_context * ctx, struct ggml_tensor * weight, struct ggml_tensor * quantized, int64_t n) {
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, weight->ne[1], n, 1, 1, (struct ggml_tensor *[]) { weight, quantized }, 2, multiply_few,
-                          GGML_N_TASKS_MAX, NULL);
-}
-
-#else
-
-bool cpu_columns_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight, int64_t n) {
-    (void) kernel, (void) weight, (void) n;
-    return false;
-}
-
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, struct ggml_tensor * x) {
-    (void) ctx, (void) x;
-    return NULL;
-}
-
-struct ggml_tensor * cpu_columns_node(struct ggml_context * ctx, struct ggml_tensor * weight, struct ggml_tensor * quantized, int64_t n) {
-    (void) ctx, (void) weight, (void) quantized, (void) n;
-    return NULL;
-}
-
-#endif
 
 // ---- bias and GELU ------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-// Attention and linear layers of the vision encoder, the text's attention and its products with few tokens, on the CPU, faster
-// than ggml's, as custom operations of the graphs.
+// Attention and linear layers of the vision encoder and the text's attention, on the CPU, faster than ggml's, as custom operations
+// of the graphs.
 //
 // The encoder's attention has no mask. Its keys come as two groups of rows, real ones first; a query sees all of them or the real ones.
 // One node packs keys and values, one computes: a block of queries of one head at a time goes over blocks of keys with an
@@ -19,6 +19,7 @@ typedef struct cpu_kernel cpu_kernel;
 mllama_status cpu_kernel_choose(const cpu_kernel ** kernel);
 bool          cpu_kernel_has_head_dim(int64_t head_dim);
 bool          cpu_kernel_has_bf16(const cpu_kernel * kernel); // instructions for products of BF16
+int64_t       cpu_kernel_lanes(const cpu_kernel * kernel);    // of 32 bits in its vectors
 
 // What one attention needs while its graph lives. It is computed at most once at a time.
 typedef struct cpu_attention {
@@ -66,13 +67,6 @@ struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, 
 struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * fc1, struct ggml_tensor * fc1_b,
                                   cpu_linear * b, struct ggml_tensor * fc2, struct ggml_tensor * fc2_b, struct ggml_tensor * x,
                                   int64_t n_threads);
-
-// Whether the kernel multiplies n columns by this weight faster than ggml does: few, and Q4_K in memory, with AVX512-VNNI.
-bool                 cpu_columns_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight, int64_t n);
-// x [n_in, n] in contiguous rows -> rounded to 8 bits, 256 values at a time, as ggml does; for the next node alone
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, struct ggml_tensor * x);
-// weight [n_in, n_out], x [n_in, n] from cpu_quantize_node -> W x [n_out, n]
-struct ggml_tensor * cpu_columns_node(struct ggml_context * ctx, struct ggml_tensor * weight, struct ggml_tensor * quantized, int64_t n);
 
 // The text's attention to rows of a cache in memory, F16 or F32. The heads of Q that share one of K and V go over its rows
 // together, so that a row is read once; F32 throughout. With few tokens the rows are split among the threads, in the same way

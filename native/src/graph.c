@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 // At the 60 GFLOPS of two old CPU cores a node of this size takes a third of a second.
@@ -19,11 +20,34 @@ mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn) {
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->flash_attn = flash_attn;
     g->kernel     = NULL;
+    g->products   = NULL;
+    g->n_products = g->max_products = 0;
     g->x          = NULL;
     return MLLAMA_OK;
 }
 
+mllama_status graph_use_products(graph * g, const cpu_kernel * kernel, size_t max_products, bool (* stop)(void *), void * stop_data) {
+    g->products = calloc(max_products, sizeof(*g->products));
+    if (!g->products) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    g->kernel       = kernel;
+    g->max_products = max_products;
+    for (size_t i = 0; i < max_products; i++) {
+        g->products[i] = (cpu_product) { .stop = stop, .stop_data = stop_data };
+    }
+    return MLLAMA_OK;
+}
+
+void graph_begin(graph * g) {
+    for (size_t i = 0; i < g->n_products; i++) {
+        cpu_product_reset(&g->products[i]);
+    }
+}
+
 void graph_free(graph * g) {
+    free(g->products);
+    g->products = NULL;
     ggml_free(g->ctx);
     g->ctx = NULL;
     g->gf  = NULL;
@@ -87,12 +111,12 @@ struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tenso
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return ggml_mul_mat(g->ctx, w, x);
     }
-    if (cpu_columns_supported(g->kernel, w, x->ne[1])) {
+    if (g->n_products < g->max_products && cpu_product_supported(g->kernel, w)) {
         if (g->x != x) { // else another weight of the same input
             g->x         = x;
             g->quantized = cpu_quantize_node(g->ctx, x);
         }
-        return cpu_columns_node(g->ctx, w, g->quantized, x->ne[1]);
+        return cpu_product_node(g->ctx, &g->products[g->n_products++], w, g->quantized, x->ne[1]);
     }
     return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), true, multiply, w);
 }

@@ -1,7 +1,7 @@
 // What the two graphs share: norms, linear layers, attention, and cutting large work into nodes of bounded time.
 #pragma once
 
-#include "cpu_kernels.h"
+#include "cpu_products.h"
 #include "model.h"
 
 #include "ggml.h"
@@ -10,11 +10,16 @@ typedef struct graph {
     struct ggml_context * ctx; // holds the tensors' descriptions, no data
     struct ggml_cgraph *  gf;
     bool                  flash_attn;
-    const cpu_kernel *    kernel;        // of products with few columns; NULL: ggml's own
-    struct ggml_tensor *  x, * quantized; // of the last such product
+    const cpu_kernel *    kernel;         // of products with quantized weights; NULL: ggml's own
+    cpu_product *         products;
+    size_t                n_products, max_products;
+    struct ggml_tensor *  x, * quantized; // of the last of them
 } graph;
 
 mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn);
+// Quantized weights in memory are multiplied by the kernel, in max_products nodes at most. stop: as in cpu_product
+mllama_status graph_use_products(graph * g, const cpu_kernel * kernel, size_t max_products, bool (* stop)(void *), void * stop_data);
+void          graph_begin(graph * g); // before each time that it is computed
 void          graph_free(graph * g);
 
 // Names a tensor as "prefix.layer.name" (as "prefix.name" for layer -1), for taps.

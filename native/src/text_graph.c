@@ -121,7 +121,7 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     // Batches of many tokens are cut into blocks, which adds nodes.
     TRY(graph_init(&tg->g, 256 + (size_t) p->n_layer * (128 + (size_t) shape->n_tokens), flash_attn));
     graph * g = &tg->g;
-    g->kernel     = kernel;
+    TRY(graph_use_products(g, kernel, 7 * (size_t) p->n_layer + 1, stop, stop_data));
     tg->shape     = *shape;
     tg->tokens    = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "tokens");
     tg->positions = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "positions");
@@ -153,6 +153,7 @@ void text_graph_begin(text_graph * tg, const mllama_model * model) {
     for (int32_t il = 0; il < model->hp.pub.n_layer; il++) {
         cpu_cache_attention_reset(&tg->attention[il]);
     }
+    graph_begin(&tg->g);
 }
 
 void text_graph_free(text_graph * tg) {
@@ -161,11 +162,13 @@ void text_graph_free(text_graph * tg) {
     graph_free(&tg->g);
 }
 
-mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows, fill_graph * fg) {
+mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
+                               const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, fill_graph * fg) {
     const mllama_hparams * p      = &model->hp.pub;
     const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv;
     memset(fg, 0, sizeof(*fg));
     TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (32 + 4 * (size_t) n_rows / 16), false));
+    TRY(graph_use_products(&fg->g, kernel, 2 * (size_t) p->n_cross_layers, stop, stop_data));
     graph *               g   = &fg->g;
     struct ggml_context * ctx = g->ctx;
     fg->states = input(g, GGML_TYPE_F32, p->n_embd, n_rows, "states");

@@ -26,7 +26,7 @@ typedef struct text_graph {
     cpu_cache_attention * attention; // [n_layer]
 } text_graph;
 
-// slot: NULL when shape->n_rows is 0. kernel: of the attention to caches in memory; NULL: ggml's own. stop: asked while it works,
+// slot: NULL when shape->n_rows is 0. kernel: of what it does in memory; NULL: ggml's own. stop: asked while it works,
 // on the calling thread; true: leave, the result does not matter.
 mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
                                bool flash_attn, const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, text_graph * graph);
@@ -38,6 +38,7 @@ typedef struct fill_graph {
     struct ggml_tensor * states; // input F32 [n_embd, n_rows]
 } fill_graph;
 
-// Writes k and v of every cross-attention layer for n_rows rows of states, at row `first` of the slot.
-mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows, fill_graph * graph);
+// Writes k and v of every cross-attention layer for n_rows rows of states, at row `first` of the slot. kernel, stop: as above
+mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
+                               const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, fill_graph * graph);
 void          fill_graph_free(fill_graph * graph);
