@@ -378,7 +378,6 @@ def test_bytes_of_a_slot(context: NativeContext) -> None:
         assert np.array_equal(context.image_get(slot, 0, start, n), pictures[0][start : start + n])
 
     copy = context.image_fill([3, states[0], 1])
-    assert not context.image_get(copy, 0, 0, sizes[2]).any()
     for start in range(0, sizes[2], 999):
         context.image_set(copy, 0, start, pictures[2][start : start + 999])
     context.image_set(copy, 2, 0, pictures[1])

@@ -230,8 +230,8 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
                             float * states);
 
 // Fills a new slot of the cross-attention cache with one image, or with several directly adjacent ones, which later text
-// sees together. states[i] is [n_tiles[i], n_positions, n_embd], or NULL: the rows of that image are 0 until mllama_image_set
-// has brought all of them. *slot >= 0 names it from then on.
+// sees together. states[i] is [n_tiles[i], n_positions, n_embd], or NULL: the rows of that image are not to be used until
+// mllama_image_set has brought all of them. *slot >= 0 names it from then on.
 mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states,
                                 const int32_t * n_tiles, int32_t * slot);
 mllama_status mllama_image_free(mllama_context * ctx, int32_t slot);

@@ -13,8 +13,8 @@ enum {
     KEYS         = 128,
     GROUP        = 4,   // queries that go over the rows of a cache together
     ROWS_AT_ONCE = 8,   // of values; rows lie a page apart, and the first-level cache has so many places for them
-    ROWS_AHEAD   = 8,   // that are fetched
-    SPLIT_KEYS   = 512, // rows that one thread takes where there are few queries
+    ROWS_TOGETHER = 32, // of a cache, where all heads go over them before the next ones
+    SPLIT_KEYS   = 256, // rows that one thread takes where there are few queries
     FEW_TOKENS   = 4,
     COLUMNS      = 96,  // of x, in one task of a linear layer
     DEPTH        = 640, // factors of each in one pass
@@ -52,20 +52,23 @@ typedef struct linear_args {
     int64_t       out_stride;
 } linear_args;
 
-// Queries of one head of K and V over rows of its cache
+// Queries of some heads of K and V over rows of their cache
 typedef struct rows_args {
-    const float *       q;        // query i is head i % group of token i / group
+    const float *       q;        // query i of head h is head h * group + i % group of token i / group
     size_t              q_stride; // bytes from token to token
-    int64_t             n, group;
+    int64_t             n_heads;
+    int64_t             n, group; // queries of each head
     int64_t             head_dim;
     float               scale;
     const char *        k, * v;
+    const char *        k_then, * v_then;   // what will be read after these: fetched meanwhile
+    bool                fetched;            // and so were these
     size_t              k_stride, v_stride; // bytes from row to row
     bool                k_half, v_half;     // F16, else F32
     int64_t             n_keys;
     const ggml_fp16_t * mask;     // a row for each token: 0, or -inf for a key that it does not see; or NULL
     size_t              mask_stride;
-    float *             part;     // [n][2 + head_dim]: largest score, sum, sums of values; NULL: the result goes to out
+    float *             part;     // [n_heads][n][2 + head_dim]: largest score, sum, sums of values; NULL: the result goes to out
     float *             out;      // as q
     size_t              out_stride;
 } rows_args;
@@ -398,30 +401,63 @@ static int64_t part_size(const cpu_cache_attention * a) {
     return 2 + a->head_dim;
 }
 
-// Block `block` of queries of head `head` of K and V over the rows [first, end). part: of the first query of its first token
-static void attend_cache_block(const cpu_cache_attention * a, struct ggml_tensor * dst, int64_t head, int64_t block, int64_t first,
-                               int64_t end, float * part) {
+// Heads of K and V that go over rows together, so that these are read from memory one after the other: all or one
+static int64_t heads_together(const cpu_cache_attention * a, int64_t n_tokens) {
+    return n_tokens <= FEW_TOKENS && a->n_head_kv * round_up(n_tokens * group_size(a), GROUP) <= QUERIES ? a->n_head_kv : 1;
+}
+
+// What one thread does at a time: a block of queries of some heads over the rows [first, end)
+typedef struct cache_task {
+    int64_t head, n_heads, block, split, first, end;
+} cache_task;
+
+static int64_t n_tasks(const cpu_cache_attention * a, int64_t n_tokens) {
+    return a->n_head_kv / heads_together(a, n_tokens) * n_blocks(a, n_tokens) * a->n_splits;
+}
+
+static cache_task task_of(const cpu_cache_attention * a, int64_t n_tokens, int64_t i) {
+    const int64_t heads = heads_together(a, n_tokens), parts = a->n_head_kv / heads, blocks = n_blocks(a, n_tokens);
+    cache_task    t     = { .head = i % parts * heads, .n_heads = heads, .block = i / parts % blocks, .split = i / parts / blocks, .end = a->n_rows };
+    if (a->n_splits > 1) {
+        t.first = t.split * SPLIT_KEYS;
+        t.end   = t.first + SPLIT_KEYS < a->n_rows ? t.first + SPLIT_KEYS : a->n_rows;
+    }
+    return t;
+}
+
+// The first row of a task, in its heads
+static const char * rows_of(const struct ggml_tensor * cache, const cpu_cache_attention * a, cache_task t) {
+    return (const char *) cache->data + (size_t) t.first * cache->nb[1] + (size_t) (t.head * a->head_dim) * cache->nb[0];
+}
+
+// `then` comes after it, and its first rows are there already if it came after another.
+static void attend_cache_task(const cpu_cache_attention * a, struct ggml_tensor * dst, cache_task t, cache_task then, bool fetched) {
     const struct ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2], * mask = dst->src[3];
-    const int64_t   token = block * block_tokens(a), left = q->ne[1] - token;
+    const int64_t   token = t.block * block_tokens(a), left = q->ne[1] - token;
     const int64_t   n     = (left < block_tokens(a) ? left : block_tokens(a)) * group_size(a);
-    const size_t    at    = (size_t) (head * group_size(a) * a->head_dim) * sizeof(float); // in a row of q and of dst
+    const size_t    at    = (size_t) (t.head * group_size(a) * a->head_dim) * sizeof(float); // in a row of q and of dst
+    float *         part  = (float *) ((char *) dst->data + (size_t) (t.split * a->n_head_kv + t.head) * dst->nb[3] + (size_t) token * dst->nb[2]);
     const rows_args args  = {
         .q           = (const float *) ((const char *) q->data + (size_t) token * q->nb[1] + at),
         .q_stride    = q->nb[1],
+        .n_heads     = t.n_heads,
         .n           = n,
         .group       = group_size(a),
         .head_dim    = a->head_dim,
         .scale       = 1.44269504f / sqrtf((float) a->head_dim), // log2(e): scores are exponents of 2
-        .k           = (const char *) k->data + (size_t) first * k->nb[1] + (size_t) (head * a->head_dim) * k->nb[0],
-        .v           = (const char *) v->data + (size_t) first * v->nb[1] + (size_t) (head * a->head_dim) * v->nb[0],
+        .k           = rows_of(k, a, t),
+        .v           = rows_of(v, a, t),
+        .k_then      = rows_of(k, a, then),
+        .v_then      = rows_of(v, a, then),
+        .fetched     = fetched,
         .k_stride    = k->nb[1],
         .v_stride    = v->nb[1],
         .k_half      = is_half(k),
         .v_half      = is_half(v),
-        .n_keys      = end - first,
-        .mask        = mask ? (const ggml_fp16_t *) ((const char *) mask->data + (size_t) token * mask->nb[1]) + first : NULL,
+        .n_keys      = t.end - t.first,
+        .mask        = mask ? (const ggml_fp16_t *) ((const char *) mask->data + (size_t) token * mask->nb[1]) + t.first : NULL,
         .mask_stride = mask ? mask->nb[1] : 0,
-        .part        = part,
+        .part        = a->n_splits > 1 ? part : NULL,
         .out         = (float *) ((char *) dst->data + (size_t) token * dst->nb[1] + at),
         .out_stride  = dst->nb[1],
     };
@@ -430,27 +466,19 @@ static void attend_cache_block(const cpu_cache_attention * a, struct ggml_tensor
 
 // dst: as q, or with splits [part_size, group, n_tokens, n_head_kv * n_splits]
 static void attend_cache(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    cpu_cache_attention * a      = userdata;
-    const int64_t         blocks = n_blocks(a, dst->src[0]->ne[1]), n = blocks * a->n_head_kv * a->n_splits;
+    cpu_cache_attention * a        = userdata;
+    const int64_t         n_tokens = dst->src[0]->ne[1], n = n_tasks(a, n_tokens);
+    bool                  fetched  = false;
     (void) nth;
-    for (;;) {
+    for (int64_t i = atomic_fetch_add(&a->next, 1), then; i < n; i = then, fetched = true) {
         if (ith == 0 && a->stop && a->stop(a->stop_data)) {
             atomic_store(&a->stopped, true);
         }
-        const int64_t i = atomic_fetch_add(&a->next, 1);
-        if (i >= n || atomic_load(&a->stopped)) {
+        if (atomic_load(&a->stopped)) {
             return;
         }
-        // Heads first: their rows are neighbours in memory.
-        const int64_t head = i % a->n_head_kv, block = i / a->n_head_kv % blocks, split = i / a->n_head_kv / blocks;
-        const int64_t first = a->n_splits > 1 ? split * SPLIT_KEYS : 0;
-        const int64_t end   = a->n_splits > 1 && first + SPLIT_KEYS < a->n_rows ? first + SPLIT_KEYS : a->n_rows;
-        float *       part  = NULL;
-        if (a->n_splits > 1) {
-            part = (float *) ((char *) dst->data + (size_t) (split * a->n_head_kv + head) * dst->nb[3] +
-                              (size_t) (block * block_tokens(a)) * dst->nb[2]);
-        }
-        attend_cache_block(a, dst, head, block, first, end, part);
+        then = atomic_fetch_add(&a->next, 1);
+        attend_cache_task(a, dst, task_of(a, n_tokens, i), task_of(a, n_tokens, then < n ? then : i), fetched);
     }
 }
 

@@ -312,11 +312,9 @@ INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, 
         *stride = (int64_t) (n_bytes / sizeof(float));
         return (const float *) rows;
     }
-    const size_t item = half ? sizeof(ggml_fp16_t) : sizeof(float);
     for (int64_t i = 0; i < n; i++, rows += n_bytes) {
         float * out = buffer + i * size;
         int64_t j   = 0;
-        KERNEL(fetch)(rows + ROWS_AHEAD * n_bytes, n_bytes, i + ROWS_AHEAD < n, item * (size_t) head_dim);
         for (; j + LANES <= head_dim; j += LANES) {
             STORE(out + j, half ? (vf) WIDEN((const ggml_fp16_t *) rows + j) : (vf) LOAD((const float *) rows + j));
         }
@@ -341,13 +339,17 @@ INLINE v4f KERNEL(fold)(vf x) {
     return sum;
 }
 
-// s[GROUP][n] in rows of KEYS = q k^T, with q [GROUP][size] and n rows of k. Two rows at a time.
-INLINE void KERNEL(dots)(const float * q, const float * k, int64_t stride, int64_t n, int64_t size, float * s) {
-    for (int64_t i = 0; i < n; i += 2) {
-        const float * a = k + i * stride, * b = i + 1 < n ? a + stride : a;
+// s[GROUP][n] in rows of KEYS = q k^T, with q [GROUP][size] and n rows of k, `stride` bytes apart, F16 or F32. Two rows at a time;
+// meanwhile n_bytes of each of as many rows are fetched, `ahead_stride` apart.
+INLINE void KERNEL(dots)(const float * q, const char * k, size_t stride, const bool half, int64_t n, int64_t size, float * s,
+                         const char * ahead, size_t ahead_stride, size_t n_bytes) {
+    for (int64_t i = 0; i < n; i += 2, ahead += 2 * ahead_stride) {
+        KERNEL(fetch)(ahead, ahead_stride, 2, n_bytes);
+        const char * a = k + (size_t) i * stride, * b = i + 1 < n ? a + stride : a;
         vf            sum[2][GROUP] = { 0 };
         for (int64_t j = 0; j < size; j += LANES) {
-            const vf x = LOAD(a + j), y = LOAD(b + j);
+            const vf x = half ? (vf) WIDEN((const ggml_fp16_t *) a + j) : (vf) LOAD((const float *) a + j);
+            const vf y = half ? (vf) WIDEN((const ggml_fp16_t *) b + j) : (vf) LOAD((const float *) b + j);
             UNROLL for (int r = 0; r < GROUP; r++) {
                 const vf z = LOAD(q + r * size + j);
                 sum[0][r] += z * x;
@@ -418,66 +420,92 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
     float __attribute__((aligned(64))) buffer[KEYS * MAX_HEAD_DIM]; // of keys, then of values
     float         top[QUERIES], sum[QUERIES];
     const int64_t dim = a->head_dim, size = (dim + LANES - 1) / LANES * LANES;
-    const int64_t n_q = (a->n + GROUP - 1) / GROUP * GROUP;
+    const int64_t n_q = (a->n + GROUP - 1) / GROUP * GROUP; // of a head
+    const size_t  k_bytes = (a->k_half ? sizeof(ggml_fp16_t) : sizeof(float)) * (size_t) dim;
+    const size_t  v_bytes = (a->v_half ? sizeof(ggml_fp16_t) : sizeof(float)) * (size_t) dim;
 
-    memset(q, 0, sizeof(float) * (size_t) (n_q * size));
-    memset(out, 0, sizeof(float) * (size_t) (n_q * size));
-    for (int64_t i = 0; i < n_q; i++) {
+    memset(q, 0, sizeof(float) * (size_t) (a->n_heads * n_q * size));
+    memset(out, 0, sizeof(float) * (size_t) (a->n_heads * n_q * size));
+    for (int64_t i = 0; i < a->n_heads * n_q; i++) {
         top[i] = NO_KEY;
         sum[i] = 0.0f;
     }
-    for (int64_t i = 0; i < a->n; i++) {
-        const float * row = (const float *) ((const char *) a->q + (size_t) (i / a->group) * a->q_stride) + i % a->group * dim;
-        for (int64_t j = 0; j < dim; j++) {
-            q[i * size + j] = row[j] * a->scale;
+    for (int64_t h = 0; h < a->n_heads; h++) {
+        for (int64_t i = 0; i < a->n; i++) {
+            const float * row = (const float *) ((const char *) a->q + (size_t) (i / a->group) * a->q_stride) + (h * a->group + i % a->group) * dim;
+            for (int64_t j = 0; j < dim; j++) {
+                q[(h * n_q + i) * size + j] = row[j] * a->scale;
+            }
         }
     }
-    for (int64_t key = 0; key < a->n_keys; key += KEYS) {
-        int64_t       n = a->n_keys - key < KEYS ? a->n_keys - key : KEYS;
-        int64_t       k_stride, v_stride;
+    // Rows lie kilobytes apart, which no processor foresees: while a head's part of some rows is computed, its part of the next ones
+    // is fetched.
+    const int64_t step = a->n_heads > 1 ? ROWS_TOGETHER : KEYS;
+    if (!a->fetched) {
+        KERNEL(fetch)(a->k, a->k_stride, a->n_keys < step ? a->n_keys : step, k_bytes * (size_t) a->n_heads);
+        KERNEL(fetch)(a->v, a->v_stride, a->n_keys < step ? a->n_keys : step, v_bytes * (size_t) a->n_heads);
+    }
+    for (int64_t key = 0; key < a->n_keys; key += step) {
+        int64_t n = a->n_keys - key < step ? a->n_keys - key : step;
         if (a->mask && (n = KERNEL(n_seen)(a, key, n)) == 0) {
             continue;
         }
-        const float * k = KERNEL(rows)(a->k + (size_t) key * a->k_stride, a->k_stride, a->k_half, n, dim, size, buffer, &k_stride);
-        for (int64_t i = 0; i < n_q; i += GROUP) {
-            KERNEL(dots)(q + i * size, k, k_stride, n, size, s + i * KEYS);
-        }
-        if (a->mask) {
-            KERNEL(hide)(a, key, n, s);
-        }
-        for (int64_t i = 0; i < n_q; i++) {
-            for (int64_t j = n; j < (n + LANES - 1) / LANES * LANES; j++) {
-                s[i * KEYS + j] = NO_KEY;
-            }
-            KERNEL(softmax_step)(s + i * KEYS, n, &top[i], &sum[i], out + i * size, size);
-        }
-        const float * v = KERNEL(rows)(a->v + (size_t) key * a->v_stride, a->v_stride, a->v_half, n, dim, size, buffer, &v_stride);
-        for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
-            const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE, next = n - at - m < ROWS_AT_ONCE ? n - at - m : ROWS_AT_ONCE;
-            KERNEL(fetch)((const char *) (v + (at + m) * v_stride), (size_t) v_stride * sizeof(float), next, sizeof(float) * (size_t) size);
-            for (int64_t i = 0; i < n_q; i += GROUP) {
-                int64_t j = 0;
-                for (; j + WIDTH <= size; j += WIDTH) {
-                    KERNEL(weigh)(s + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out + i * size + j, VECTORS);
+        for (int64_t h = 0; h < a->n_heads; h++) {
+            const size_t  at_k = (size_t) h * k_bytes, at_v = (size_t) h * v_bytes;
+            const char *  k_rows = a->k + (size_t) key * a->k_stride + at_k, * v_rows = a->v + (size_t) key * a->v_stride + at_v;
+            const char *  k_ahead = key + step < a->n_keys ? k_rows + (size_t) step * a->k_stride : a->k_then + at_k;
+            const char *  v_ahead = key + step < a->n_keys ? v_rows + (size_t) step * a->v_stride : a->v_then + at_v;
+            float *       s_head = s + h * n_q * KEYS, * out_head = out + h * n_q * size;
+            int64_t       k_stride, v_stride;
+            if (a->k_half && n_q == GROUP && dim == size) { // each is widened once in any case
+                KERNEL(dots)(q + h * n_q * size, k_rows, a->k_stride, true, n, size, s_head, k_ahead, a->k_stride, k_bytes);
+            } else {
+                const float * k = KERNEL(rows)(k_rows, a->k_stride, a->k_half, n, dim, size, buffer, &k_stride);
+                for (int64_t i = 0; i < n_q; i += GROUP) {
+                    KERNEL(dots)(q + (h * n_q + i) * size, (const char *) k, (size_t) k_stride * sizeof(float), false, n, size,
+                                 s_head + i * KEYS, k_ahead, a->k_stride, i == 0 ? k_bytes : 0);
                 }
-                for (; j < size; j += LANES) {
-                    KERNEL(weigh)(s + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out + i * size + j, 1);
+            }
+            if (a->mask) {
+                KERNEL(hide)(a, key, n, s_head);
+            }
+            for (int64_t i = 0; i < n_q; i++) {
+                for (int64_t j = n; j < (n + LANES - 1) / LANES * LANES; j++) {
+                    s_head[i * KEYS + j] = NO_KEY;
+                }
+                KERNEL(softmax_step)(s_head + i * KEYS, n, &top[h * n_q + i], &sum[h * n_q + i], out_head + i * size, size);
+            }
+            const float * v = KERNEL(rows)(v_rows, a->v_stride, a->v_half, n, dim, size, buffer, &v_stride);
+            for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
+                const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE;
+                KERNEL(fetch)(v_ahead + (size_t) at * a->v_stride, a->v_stride, m, v_bytes);
+                for (int64_t i = 0; i < n_q; i += GROUP) {
+                    int64_t j = 0;
+                    for (; j + WIDTH <= size; j += WIDTH) {
+                        KERNEL(weigh)(s_head + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out_head + i * size + j, VECTORS);
+                    }
+                    for (; j < size; j += LANES) {
+                        KERNEL(weigh)(s_head + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out_head + i * size + j, 1);
+                    }
                 }
             }
         }
     }
-    for (int64_t i = 0; i < a->n; i++) {
-        if (a->part) {
-            float * part = a->part + i * (2 + dim);
-            part[0] = top[i];
-            part[1] = sum[i];
-            memcpy(part + 2, out + i * size, sizeof(float) * (size_t) dim);
-            continue;
-        }
-        float *     row    = (float *) ((char *) a->out + (size_t) (i / a->group) * a->out_stride) + i % a->group * dim;
-        const float factor = 1.0f / sum[i];
-        for (int64_t j = 0; j < dim; j++) {
-            row[j] = out[i * size + j] * factor;
+    for (int64_t h = 0; h < a->n_heads; h++) {
+        for (int64_t i = 0; i < a->n; i++) {
+            const int64_t from = h * n_q + i;
+            if (a->part) {
+                float * part = a->part + (h * a->n + i) * (2 + dim);
+                part[0] = top[from];
+                part[1] = sum[from];
+                memcpy(part + 2, out + from * size, sizeof(float) * (size_t) dim);
+                continue;
+            }
+            float *     row    = (float *) ((char *) a->out + (size_t) (i / a->group) * a->out_stride) + (h * a->group + i % a->group) * dim;
+            const float factor = 1.0f / sum[from];
+            for (int64_t j = 0; j < dim; j++) {
+                row[j] = out[from * size + j] * factor;
+            }
         }
     }
 }
