@@ -284,7 +284,7 @@ class _Process:
             raise
         except BaseException:  # Ctrl-C, or a callback's own error
             reply = self._stop()
-            if reply and reply[0] == "done" and request[1] == "image_fill":
+            if reply and reply[0] == "done" and request[1] in ("image_fill", "image_map"):
                 # Nobody will hear of the slot.
                 self._send(("call", "context", "image_free", (reply[1],), {}, False))
                 self._stop()

@@ -13,15 +13,16 @@ owner only, for the entries tell what was in the pictures.
 
 An entry is one file, written under another name and renamed: it is there as a whole or not at all, and
 processes need no lock. Each has a checksum; one that does not fit is removed. Values are what was computed,
-to the bit, because a reply must not depend on whether the cache was used. They are read, not mapped: the
-checksum needs every page anyway, and a mapped file that someone truncates kills the process.
+to the bit, because a reply must not depend on whether the cache was used. States are read. A filling of a
+picture alone, whose place is in memory, is mapped once its checksum is known to fit: like a model's file it
+must not be changed by others from then on, but it may be removed.
 
 No failure of the disk is a failure of the caller: it is logged as a warning, once, and work goes on.
 
 States: 64 bytes of header, little-endian: magic "mllama\\x00\\x01", the key's 32 bytes, n_tiles, n_positions,
 n_embd, aspect_ratio_id, crc32 of header (up to here) and values, 4 zero bytes; then the values.
-Filling: 48 bytes of header: magic "mllama\\x00\\x02", the key's 32 bytes, number of bytes that follow it (8
-bytes); then these; then crc32 of all before it. Written and read in pieces, for it is large.
+Filling: 64 bytes of header: magic "mllama\\x00\\x03", the key's 32 bytes, number of bytes that follow it (8
+bytes), 16 zero bytes; then these; then crc32 of all before it. Written and read in pieces, for it is large.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +62,9 @@ DEFAULT_MAX_BYTES = 4_000_000_000  # twenty pictures of four tiles of the 11B mo
 _HEADER = struct.Struct("<8s32s4I")
 _CRC = struct.Struct("<I4x")
 _MAGIC = b"mllama\x00\x01"
-_FILLING_HEADER = struct.Struct("<8s32sQ")
+_FILLING_HEADER = struct.Struct("<8s32sQ16x")
 _FILLING_CRC = struct.Struct("<I")
-_FILLING_MAGIC = b"mllama\x00\x02"
+_FILLING_MAGIC = b"mllama\x00\x03"
 _KINDS = ("*.states", "*.filling")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CHUNK = 16 << 20
@@ -162,7 +164,8 @@ class ImageCache:
             return False
 
     def filling(self, key: str, n_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
-        """The bytes of a filling, in pieces, in order; it then counts as the last one used.
+        """The bytes of a filling, in order, in pieces, each there until the next one is asked for; the filling
+        then counts as the last one used.
 
         n_bytes: how many they must be
 
@@ -181,6 +184,10 @@ class ImageCache:
             self._drop(path, e)
             raise
         _touch(path)
+
+    def filling_place(self, key: str) -> tuple[Path, int]:
+        """The file in which they are, and where in it they begin."""
+        return self._filling_path(key), _FILLING_HEADER.size
 
     def add_filling(self, key: str, n_bytes: int, pieces: Iterable[npt.NDArray[np.uint8]]) -> None:
         """Keep a filling, and remove the oldest entries that no longer fit. One that is larger than half of
@@ -394,9 +401,11 @@ def _read_filling(file: io.FileIO, key: str, n_bytes: int) -> Iterator[npt.NDArr
         raise ImageError("truncated, or not what its name says")
     crc = zlib.crc32(header)
 
+    places = cycle([np.empty(min(PIECE, n_bytes), np.uint8) for _ in range(2)])
+
     def read(n: int) -> npt.NDArray[np.uint8]:
         nonlocal crc
-        piece = np.empty(n, np.uint8)
+        piece = next(places)[:n]
         _read_all(file, piece.data)
         crc = zlib.crc32(piece.data, crc)
         return piece

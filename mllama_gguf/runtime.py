@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -382,6 +383,18 @@ class NativeContext:
             if status == _native.OK:  # a callback failed: nobody will hear of the slot
                 self.image_free(slot[0])
             raise
+        return int(slot[0])
+
+    def image_mapped_size(self, n_tiles: int) -> int:
+        """How many bytes `image_map` wants of a picture with so many tiles; 0: it cannot be."""
+        return int(self.native.lib.mllama_image_mapped_size(self.pointer, n_tiles))
+
+    def image_map(self, n_tiles: int, path: Path, offset: int) -> int:
+        """Put one picture into a new slot that has the bytes of a file, as `image_get` gives them, from there
+        on. Raises ModelError for a file that is not there or too short."""
+        slot = self.native.ffi.new("int32_t *")
+        status = self.native.lib.mllama_image_map(self.pointer, n_tiles, os.fsencode(path), offset, slot)
+        self.native.check(status)
         return int(slot[0])
 
     def image_free(self, slot: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ._native import Callbacks
 from .embedding import Encoding
-from .errors import Aborted, BackendError, ContextFullError, ImageError, RequestError
+from .errors import Aborted, BackendError, ContextFullError, ImageError, ModelError, RequestError
 from .image_cache import PIECE, ImageCache
 from .prompt import Run, common_prefix, drop_first, split_runs, visible_keys
 from .runtime import Bytes, Floats, NativeContext
@@ -176,7 +176,9 @@ class Session:
         return self._slots[key]
 
     def _fill(self, group: Sequence[Encoding]) -> int:
-        """The unfinished slot, new, with these pictures: copied from disk, or else computed from states."""
+        """The unfinished slot, new, with these pictures: from disk, or else computed from states."""
+        if len(group) == 1 and (slot := self._map(group[0])) >= 0:
+            return slot
         on_disk = {
             i
             for i, image in enumerate(group)
@@ -191,6 +193,23 @@ class Session:
                 return slot
             on_disk.remove(damaged)
             self._free_unfinished()
+
+    def _map(self, image: Encoding) -> int:
+        """The unfinished slot, new, with the memory of a file on disk; -1 if that cannot be."""
+        key = image.filling_key
+        if self._disk is None or not key or not self._disk.has_filling(key):
+            return -1
+        n_bytes = self._context.image_mapped_size(image.n_tiles)
+        if not n_bytes:
+            return -1
+        try:
+            for _ in self._disk.filling(key, n_bytes):  # looks at all of it
+                self._check_abort()
+            slot = self._context.image_map(image.n_tiles, *self._disk.filling_place(key))
+        except (ImageError, ModelError):  # damaged, or gone meanwhile
+            return -1
+        self._slots[UNFINISHED] = slot
+        return slot
 
     def _copy(self, slot: int, image: int, key: str) -> bool:
         """Put a picture into a slot from disk; whether that went well."""

@@ -7,8 +7,8 @@ another process, and in the same one.
 DIR needs 8 GB for the model, which is kept for the next run, and 1 GB for the cache, which is not. The
 weights are random (text Q4_K and Q6_K, vision BF16), so the replies mean nothing; the prompts are as long as
 those of the published model. Measured is from the call to the first token, with a model that is loaded, files
-that were hashed (once for all, 5 s) and a picture in memory. "other process" finds all pages of the cache's files in memory, "from disk" none of them:
-those are dropped before (which not every file system does).
+that were hashed (once for all, 5 s) and a picture in memory. "other process" finds all pages of the cache's
+files in memory, "from disk" none of them: those are dropped before (which not every file system does).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import tiny
 from golden_cases import case, tiled
 from helpers import TinyFiles, picture
 
-from mllama_gguf import Aborted, ImageEmbedding, Mllama, RequestError
+from mllama_gguf import Aborted, ImageEmbedding, Mllama, ModelError, RequestError
 from mllama_gguf._native import Callbacks, load
 from mllama_gguf.convert import convert
 from mllama_gguf.gguf_file import read_gguf
@@ -197,31 +197,81 @@ def test_a_damaged_filling(
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-@pytest.mark.parametrize("call", ["image_get", "image_set"])
+@pytest.mark.parametrize("call", ["image_get", "image_set", "image_map"])
 def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isolate: bool) -> None:
     stop = False
-    if call == "image_set":
+    if call != "image_get":
         with Mllama(tiny_files("gqa").one) as model:
             model.caption(picture(1), max_tokens=9)
     with Mllama(tiny_files("gqa").one, abort=lambda: stop, isolate=isolate) as model:
-        size = model._context.image_size
+        if call == "image_set":
+            model._context.image_mapped_size = lambda n_tiles: 0  # type: ignore[method-assign]
+        asked = "image_mapped_size" if call == "image_map" else "image_size"
+        size = getattr(model._context, asked)
 
         def image_size(*args: int) -> int:  # asked before
             nonlocal stop
             stop = True
             return size(*args)
 
-        model._context.image_size = image_size  # type: ignore[method-assign]
+        setattr(model._context, asked, image_size)
         with pytest.raises(Aborted):
             model.caption(picture(1), max_tokens=9)
-        stop, model._context.image_size = False, size  # type: ignore[method-assign]
+        stop = False
+        setattr(model._context, asked, size)
         before = len(fillings(folder))
         answer = model.caption(picture(1), max_tokens=9)
         assert len(model._session._slots) == 1
-    assert before == (call == "image_set")
+    assert before == (call != "image_get")
     assert not list(folder.glob("*.tmp"))
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
         assert model.caption(picture(1), max_tokens=9) == answer
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_picture_alone_stays_in_its_file(
+    folder: Path, tiny_files: Files, watched: Watched, isolate: bool
+) -> None:
+    """As long as it is seen, even if the file is removed."""
+    with watched.open(tiny_files("gqa").one) as model:
+        expected = model.caption(picture(1), max_tokens=9)
+    with watched.open(tiny_files("gqa").one, isolate=isolate) as model:
+        pieces = model.caption(picture(1), max_tokens=9, stream=True)
+        text = next(pieces)
+        slot = model._session._slot
+        n_bytes = model._context.image_size(slot, 0)
+        assert n_bytes == model._context.image_mapped_size(4)
+        with pytest.raises(RequestError, match="only read"):
+            model._context.image_set(slot, 0, 0, np.zeros(1, np.uint8))
+        ((_, whole),) = fillings(folder).items()
+        assert model._context.image_get(slot, 0, 0, n_bytes).tobytes() == whole[64:-4]
+        for path in folder.glob("*.filling"):
+            path.unlink()
+        assert text + "".join(pieces) == expected
+        assert model.caption(picture(1), max_tokens=9) == expected
+        model.reset()
+        assert model.caption(picture(1), max_tokens=9) == expected
+    assert (watched.encoded, watched.filled) == (0, 1)
+
+
+def test_files_that_cannot_be_mapped(tmp_path: Path, context: NativeContext) -> None:
+    size = context.image_mapped_size(1)
+    assert size > 0 and context.image_mapped_size(0) == context.image_mapped_size(99) == 0
+    path = tmp_path / "picture"
+    with pytest.raises(ModelError, match="No such file"):
+        context.image_map(1, path, 0)
+    path.write_bytes(bytes(64 + size - 1))
+    for offset in (64, 63, 2**63, 2**64 - 64):
+        with pytest.raises(RequestError, match="that could be mapped"):
+            context.image_map(1, path, offset)
+    with pytest.raises(ModelError, match="cannot be mapped"):
+        context.image_map(1, tmp_path, 0)
+    path.write_bytes(bytes(64 + size))
+    slot = context.image_map(1, path, 64)
+    assert context.image_size(slot, 0) == size
+    assert np.isfinite(context.decode([1, 2], slot, 1)).all()
+    context.image_free(slot)
+    context.clear()
 
 
 def test_a_tap_sees_all(folder: Path, tiny_files: Files, watched: Watched) -> None:

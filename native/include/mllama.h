@@ -236,6 +236,13 @@ mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const fl
                                 const int32_t * n_tiles, int32_t * slot);
 mllama_status mllama_image_free(mllama_context * ctx, int32_t slot);
 
+// The bytes of one image with so many tiles, as mllama_image_get gives them, if a slot can have them from a file: where all of it is
+// in the memory of this process. Else 0.
+uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles);
+// As mllama_image_fill, of one image whose bytes are in a file from `offset`, a multiple of 64. The file is mapped until the slot is
+// freed: it may be removed meanwhile, but not changed.
+mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset, int32_t * slot);
+
 // What a slot holds of one of its images, to be kept and put into another slot: bytes in an order of our own, which depends
 // on the cache types and on the devices that the layers are on, but neither on the slot nor on the other images in it.
 mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t * n_bytes);

@@ -2,12 +2,37 @@
 
 #include "memory.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow (seen: values
+// of 2000). Values are therefore F32 on the CPU, and on a worker, which may be one.
+static enum ggml_type type_of_values(const mllama_model * model, ggml_backend_dev_t device, enum ggml_type type_v) {
+    return (device == model->plan.cpu || device_is_rpc(device)) && type_v == GGML_TYPE_F16 ? GGML_TYPE_F32 : type_v;
+}
+
+// The buffer of the tensors of ctx: new, or memory that is there, in which they follow each other
+static ggml_backend_buffer_t buffer_of(struct ggml_context * ctx, ggml_backend_dev_t device, bool no_alloc, char * data, uint64_t size,
+                                       uint64_t * allocated) {
+    if (!data) {
+        return memory_alloc(ctx, ggml_backend_dev_buffer_type(device), no_alloc, allocated);
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(data, size);
+    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); buffer && t; data += ggml_nbytes(t), t = ggml_get_next_tensor(ctx, t)) {
+        ggml_backend_tensor_alloc(buffer, t, data);
+    }
+    return buffer;
+}
 
 // k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device or all on the CPU.
+// data: they are here, all on the CPU; NULL: new memory
 static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool cross, bool offload, int64_t rows,
-                              enum ggml_type type_k, enum ggml_type type_v) {
+                              enum ggml_type type_k, enum ggml_type type_v, char * data) {
     const mllama_hparams * p       = &model->hp.pub;
     const int64_t          n_embd  = (int64_t) p->head_dim * p->n_head_kv;
     const size_t           n_layer = (size_t) p->n_layer;
@@ -25,11 +50,8 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
             return fail(MLLAMA_ERR_MEMORY, "out of memory");
         }
         cache->contexts[cache->n_buffers++] = ctx;
-        // ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow
-        // (seen: values of 2000). Values are therefore F32 on the CPU, and on a worker, which may be one.
-        const bool           wide   = (device == model->plan.cpu || device_is_rpc(device)) && type_v == GGML_TYPE_F16;
-        const enum ggml_type here_v = wide ? GGML_TYPE_F32 : type_v;
-        uint64_t size = 0;
+        const enum ggml_type here_v = type_of_values(model, device, type_v);
+        uint64_t             size   = 0;
         for (int32_t il = 0; il < p->n_layer; il++) {
             if (model->layers[il].is_cross != cross || (offload ? model->plan.layers[il] : model->plan.cpu) != device) {
                 continue;
@@ -43,7 +65,7 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
         if (size == 0) {
             continue;
         }
-        ggml_backend_buffer_t buffer = memory_alloc(ctx, ggml_backend_dev_buffer_type(device), model->no_alloc, &cache->sizes[d + 1]);
+        ggml_backend_buffer_t buffer = buffer_of(ctx, device, model->no_alloc, data, size, &cache->sizes[d + 1]);
         if (!buffer) {
             return fail(MLLAMA_ERR_MEMORY, "device %s has no room for a %s cache of %llu MiB; %s", device_label(device),
                         cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
@@ -59,7 +81,7 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
 
 mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
                             enum ggml_type type_v) {
-    return allocate(cache, model, false, offload, n_ctx, type_k, type_v);
+    return allocate(cache, model, false, offload, n_ctx, type_k, type_v, NULL);
 }
 
 void kv_cache_free(kv_cache * cache) {
@@ -72,8 +94,8 @@ void kv_cache_free(kv_cache * cache) {
     memset(cache, 0, sizeof(*cache));
 }
 
-mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
-                              const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v) {
+static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
+                          enum ggml_type type_k, enum ggml_type type_v, char * data) {
     slot->used    = true;
     slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));
     if (!slot->row_end) {
@@ -85,7 +107,54 @@ mllama_status image_slot_init(image_slot * slot, const mllama_model * model, boo
         rows += n_tiles[i] * model->hp.pub.n_positions;
         slot->row_end[i] = rows;
     }
-    return allocate(&slot->kv, model, true, offload, rows, type_k, type_v);
+    return allocate(&slot->kv, model, true, offload, rows, type_k, type_v, data);
+}
+
+mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
+                              const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v) {
+    return init(slot, model, offload, n_images, n_tiles, type_k, type_v, NULL);
+}
+
+uint64_t image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k, enum ggml_type type_v) {
+    const mllama_hparams * p      = &model->hp.pub;
+    const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv, rows = (int64_t) n_tiles * p->n_positions;
+    const uint64_t         k      = ggml_row_size(type_k, n_embd) * (uint64_t) rows;
+    const uint64_t         v      = ggml_row_size(type_of_values(model, model->plan.cpu, type_v), n_embd) * (uint64_t) rows;
+    const size_t           step   = ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
+    for (int32_t i = 0; offload && i < p->n_cross_layers; i++) {
+        if (model->plan.layers[model->hp.cross_layers[i]] != model->plan.cpu) {
+            return 0;
+        }
+    }
+    return k % step == 0 && v % step == 0 ? (uint64_t) p->n_cross_layers * (k + v) : 0;
+}
+
+mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k,
+                             enum ggml_type type_v, const char * path, uint64_t offset) {
+    const uint64_t size = image_slot_mapped_size(model, offload, n_tiles, type_k, type_v);
+    const int      fd   = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat    info;
+    if (fd < 0 || fstat(fd, &info) != 0) {
+        const int error = errno;
+        if (fd >= 0) {
+            close(fd);
+        }
+        return fail(MLLAMA_ERR_FILE, "%s: %s", path, strerror(error));
+    }
+    if (size == 0 || offset % 64 != 0 || (uint64_t) info.st_size < offset || (uint64_t) info.st_size - offset < size) {
+        close(fd);
+        return fail(MLLAMA_ERR_ARGUMENT, "%s: no %llu bytes at %llu that could be mapped", path, (unsigned long long) size,
+                    (unsigned long long) offset);
+    }
+    void *    map   = mmap(NULL, (size_t) (offset + size), PROT_READ, MAP_SHARED, fd, 0);
+    const int error = errno;
+    close(fd);
+    if (map == MAP_FAILED) {
+        return fail(MLLAMA_ERR_FILE, "%s: cannot be mapped into memory: %s", path, strerror(error));
+    }
+    slot->map      = map;
+    slot->map_size = (size_t) (offset + size);
+    return init(slot, model, offload, 1, &n_tiles, type_k, type_v, (char *) map + offset);
 }
 
 void image_slot_free(image_slot * slot) {
@@ -93,6 +162,10 @@ void image_slot_free(image_slot * slot) {
         return;
     }
     kv_cache_free(&slot->kv);
+    if (slot->map) {
+        munmap(slot->map, slot->map_size);
+        slot->map = NULL;
+    }
     free(slot->row_end);
     slot->row_end = NULL;
     slot->used    = false;

@@ -25,11 +25,20 @@ typedef struct image_slot {
     int32_t   n_images;
     int32_t * row_end;    // [n_images] rows of the images up to and including this one
     kv_cache  kv;         // [n_layer], set in cross-attention layers only
+    void *    map;        // of a file whose bytes kv has, or NULL
+    size_t    map_size;
 } image_slot;
 
 mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
                               const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v);
 void          image_slot_free(image_slot * slot);
+
+// The bytes of an image with so many tiles, if a slot can have them from a file: all in memory, at addresses that ggml allows. Else 0.
+uint64_t      image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k,
+                                     enum ggml_type type_v);
+// A slot of one image with the bytes from `offset` (a multiple of 64) of a file, which is mapped to read.
+mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k,
+                             enum ggml_type type_v, const char * path, uint64_t offset);
 
 // The bytes of one image: for each cross-attention layer its rows of k, then those of v.
 uint64_t      image_slot_size(const image_slot * slot, const mllama_model * model, int32_t image);

@@ -574,6 +574,31 @@ mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const fl
     return MLLAMA_OK;
 }
 
+uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles) {
+    if (n_tiles < 1 || n_tiles > ctx->model->hp.pub.max_tiles || !hparams_has_vision(&ctx->model->hp)) {
+        return 0;
+    }
+    return image_slot_mapped_size(ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_type_k, ctx->cross_type_v);
+}
+
+mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset, int32_t * slot) {
+    TRY(check_memory(ctx));
+    TRY(check_images(ctx, 1, &n_tiles));
+    text_graph_free(&ctx->text); // see free_slot
+    int32_t index = 0;
+    TRY(free_slot_index(ctx, &index));
+    image_slot * s = &ctx->slots[index];
+    s->used       = true;
+    s->generation = ++ctx->generation;
+    const mllama_status status = image_slot_map(s, ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_type_k, ctx->cross_type_v, path, offset);
+    if (status != MLLAMA_OK) {
+        free_slot(ctx, s);
+        return status;
+    }
+    *slot = index;
+    return MLLAMA_OK;
+}
+
 static bool is_slot(const mllama_context * ctx, int32_t slot) {
     return slot >= 0 && slot < ctx->n_slots && ctx->slots[slot].used;
 }
@@ -602,6 +627,9 @@ static mllama_status copy_image(const mllama_context * ctx, int32_t slot, int32_
     if (offset > size || n_bytes > size - offset || (n_bytes > 0 && !get && !set)) {
         return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes at %llu of the %llu of an image", (unsigned long long) n_bytes,
                     (unsigned long long) offset, (unsigned long long) size);
+    }
+    if (set && ctx->slots[slot].map) {
+        return fail(MLLAMA_ERR_ARGUMENT, "the image in slot %d is in a file, which is only read", slot);
     }
     image_slot_copy(&ctx->slots[slot], ctx->model, image, offset, n_bytes, get, set);
     return MLLAMA_OK;
