@@ -21,7 +21,8 @@ def cache_command(action: str, as_json: bool) -> None:
     """Show what is in the cache of encoded pictures, or clear it.
 
     `mllama caption` keeps there what the vision encoder made of a picture, and what the text model made of
-    that (its filling), so that the next question about it is answered without computing either again.
+    that (its filling), so that the next question about it is answered without computing either again; and
+    what it made of the tokens before the picture (the prefix).
     MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE another size than 4 GB (0: no cache).
     """
     from .image_cache import ImageCache
@@ -36,8 +37,9 @@ def cache_command(action: str, as_json: bool) -> None:
         facts = asdict(info) | {"directory": str(info.directory)}
         click.echo(json.dumps(facts if action == "info" else facts | {"cleared": True}))
     else:
-        counts = {"picture": info.n_states, "filling": info.n_fillings}
-        numbers = [f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items()]
+        counts = {"picture": info.n_states, "filling": info.n_fillings, "prefix": info.n_prefixes}
+        plural = {"picture": "pictures", "filling": "fillings", "prefix": "prefixes"}
+        numbers = [f"{n} {name if n == 1 else plural[name]}" for name, n in counts.items()]
         pictures = f"{', '.join(numbers)}, {size(info.n_bytes)}"
         if action == "clear":
             click.echo(f"{info.directory}: removed {pictures}")

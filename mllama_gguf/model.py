@@ -25,7 +25,7 @@ from .encoder import ImageEncoder
 from .engine import Engine, parse_workers
 from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
 from .generate import Reply, ReplyOptions
-from .image_cache import ImageCache, code_identity
+from .image_cache import ImageCache, code_identity, files_identity
 from .models import resolve
 from .plan import device_limits, largest_fitting, measuring
 from .preprocess import PREPROCESS_VERSION, ImageSource, TiledImage, preprocess_image
@@ -229,10 +229,11 @@ class Mllama:
             disk = ImageCache(None if image_cache is True else image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES, self._disk)
-        self._session = Session(self._context, callbacks, self._disk)
+        self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
         self._flash_attn = flash_attn
         self._filling_settings = (type_k, type_v, offload_kqv)
         self._filler = ""  # see _filler_identity
+        self._text_settings = (*self._filling_settings, flash_attn, repack, n_batch, self.n_threads)
         self._stop = abort or (lambda: False)
         self._projector = self._vision_device = ""  # see _encoder_identity
         self._taps = 0  # open ones
@@ -459,6 +460,19 @@ class Mllama:
         if self._disk is None or self._taps:
             return ""
         return hashlib.sha256(f"{self._filler_identity(self._disk)}/{key}".encode()).hexdigest()
+
+    def _prefix_key(self, tokens: Sequence[int]) -> str:
+        """Names what the text model makes of the first tokens of a prompt, before any picture; "": that is
+        not kept. The weights are named by their files, for there are gigabytes to hash."""
+        if self._disk is None or self._taps:
+            return ""
+        places = sorted((t.name, t.device) for t in self._model.tensors() if not t.is_vision)
+        known = self._model.devices()
+        code = [code_identity(device, known) for device in sorted({"CPU", *dict(places).values()})]
+        file = (files_identity(self.model_path), self.layout, self.repairs)
+        return hashlib.sha256(
+            repr((file, places, code, self._text_settings, list(tokens))).encode()
+        ).hexdigest()
 
     def _has_filling(self, filling_key: str) -> bool:
         return self._disk is not None and filling_key != "" and self._disk.has_filling(filling_key)

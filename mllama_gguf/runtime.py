@@ -454,6 +454,24 @@ class NativeContext:
         """Keep the first n_past tokens."""
         self.native.check(self.native.lib.mllama_truncate(self.pointer, n_past))
 
+    def past_size(self, n_tokens: int) -> int:
+        """How many bytes `past_get` gives."""
+        return int(self.native.lib.mllama_past_size(self.pointer, n_tokens))
+
+    def past_get(self, n_tokens: int) -> Bytes:
+        """What the first tokens left in the self-attention cache: uint8 [past_size]."""
+        data = np.empty(self.past_size(n_tokens), np.uint8)
+        from_buffer = self.native.ffi.from_buffer
+        status = self.native.lib.mllama_past_get(self.pointer, n_tokens, data.nbytes, from_buffer(data))
+        self.native.check(status)
+        return data
+
+    def past_set(self, n_tokens: int, data: Bytes) -> None:
+        """Let the self-attention cache hold these tokens, and no others."""
+        from_buffer = self.native.ffi.from_buffer
+        status = self.native.lib.mllama_past_set(self.pointer, n_tokens, data.nbytes, from_buffer(data))
+        self.native.check(status)
+
     def clear(self) -> None:
         """Forget tokens and pictures."""
         self.native.lib.mllama_clear(self.pointer)

@@ -8,7 +8,7 @@ that an interruption at any point leaves a state that `_agree` can repair.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -31,12 +31,19 @@ class Session:
     """Feeds prompts and single tokens to a context. Not thread-safe."""
 
     def __init__(
-        self, context: NativeContext, callbacks: Callbacks, image_cache: ImageCache | None = None
+        self,
+        context: NativeContext,
+        callbacks: Callbacks,
+        image_cache: ImageCache | None = None,
+        prefix_key: Callable[[Sequence[int]], str] = lambda tokens: "",
     ) -> None:
-        """image_cache: where slots are filled from, and what is put into them is kept."""
+        """image_cache: where slots are filled from, and what is put into them is kept.
+        prefix_key: names what the model makes of a prompt's first tokens; "": that is not kept."""
         self._context = context
         self._callbacks = callbacks
         self._disk = image_cache
+        self._prefix_key = prefix_key
+        self._unsaved_prefix = 0, ""  # tokens, and their key; see `save`
         self._tokens: list[int] = []
         self._seen: list[tuple[str, ...]] = []  # for each token the keys of the pictures it saw
         # Filled slots by the keys of their group; the last used one is last.
@@ -84,6 +91,10 @@ class Session:
             # The last token is computed in any case, for its logits.
             reused = min(common_prefix(self._tokens, self._seen, tokens, seen), len(tokens) - 1)
         self._truncate(reused)
+        prefix_key = ""
+        if self._disk and reused == 0 and logits == "last" and not runs[0].group and len(runs) > 1:
+            prefix_key = self._prefix_key(runs[0].tokens)
+            reused = self._recall(runs[0].tokens, prefix_key)
 
         rows = []
         rest = drop_first(runs, reused)
@@ -97,6 +108,8 @@ class Session:
                 start = len(self._tokens)
                 self._seen.extend(seen[start : start + len(run.tokens)])
                 self._tokens.extend(run.tokens)
+                if start == 0 and prefix_key:
+                    self._unsaved_prefix = len(run.tokens), prefix_key
         finally:
             self._callbacks.prompt_total = 0
         return np.concatenate(rows) if len(rows) > 1 else rows[0], reused
@@ -125,16 +138,36 @@ class Session:
             )
 
     def save(self) -> None:
-        """Keep on disk what the text model made of pictures, those that are not there yet. Apart from `feed`,
-        for the reply need not wait for it. Raises BackendError, Aborted; what is lost then is only time."""
-        if self._unsaved:
+        """Keep on disk what the text model made of pictures and of the tokens before them. Apart from `feed`,
+        for the reply need not wait. Raises BackendError, Aborted; what is lost then is only time."""
+        if self._unsaved or self._unsaved_prefix[0]:
             self._agree()
+        n, key = self._unsaved_prefix
+        self._unsaved_prefix = 0, ""
+        if self._disk and 0 < n <= len(self._tokens) and not self._disk.has_filling(key, "prefix"):
+            data = self._context.past_get(n)
+            self._disk.add_filling(key, data.nbytes, [data], "prefix")
         while self._unsaved and self._disk is not None:
             slot, image, key = self._unsaved.pop()
             if self._disk.has_filling(key):  # by another process, or the same picture beside itself
                 continue
             n_bytes = self._context.image_size(slot, image)
             self._disk.add_filling(key, n_bytes, self._pieces(slot, image, n_bytes))
+
+    def _recall(self, tokens: Sequence[int], key: str) -> int:
+        """Let the cache hold these tokens, a prompt's first, if they are on disk; how many it then holds."""
+        assert self._disk is not None
+        n = len(tokens)
+        if not key or not self._disk.has_filling(key, "prefix"):
+            return 0
+        try:
+            pieces = [piece.copy() for piece in self._disk.filling(key, self._context.past_size(n), "prefix")]
+        except ImageError:
+            return 0
+        self._context.past_set(n, np.concatenate(pieces))
+        self._seen.extend(() for _ in tokens)
+        self._tokens.extend(tokens)
+        return n
 
     def _pieces(self, slot: int, image: int, n_bytes: int) -> Iterator[Bytes]:
         for offset in range(0, n_bytes, PIECE):
@@ -152,6 +185,7 @@ class Session:
         self._seen.clear()
         self._slots.clear()
         self._unsaved.clear()
+        self._unsaved_prefix = 0, ""
         self._slot, self._n_visible = -1, 0
 
     def _slot_for(self, run: Run, images: Sequence[Encoding]) -> int:

@@ -491,7 +491,7 @@ def test_the_disk_cache(
         )
     assert captions[1] == captions[0]
     assert entries[1] == entries[0]
-    assert Counter(Path(name).suffix for name in entries[1]) == {".states": 7, ".filling": 7}
+    assert Counter(Path(name).suffix for name in entries[1]) == {".states": 7, ".filling": 7, ".prefix": 1}
 
     filled = []
     real = NativeContext.image_fill
@@ -504,7 +504,7 @@ def test_the_disk_cache(
     calls.clear()
     batch.run(photos, True)
     assert batch.kept() == captions[0]
-    assert (len(calls), filled) == (0, [False] * 7)
+    assert (len(calls), any(filled)) == (0, False)
     # Fillings alone: nothing is encoded for what is not asked for.
     for path in folder.glob("*.states"):
         path.unlink()

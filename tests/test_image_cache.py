@@ -400,24 +400,22 @@ def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: 
     assert run(["caption", photo, "-m", one, "-n", "5", "--no-cache"]) == 0
     expected = capsys.readouterr()
     assert not folder.exists()
-    assert info()["n_states"] == info()["n_fillings"] == 0
+    assert info()["n_states"] == info()["n_fillings"] == info()["n_prefixes"] == 0
     for _ in range(2):
         assert run(["caption", photo, "-m", one, "-n", "5"]) == 0
         assert capsys.readouterr() == expected
-        n_bytes = sum(
-            path.stat().st_size for kind in ("states", "filling") for path in folder.glob(f"*.{kind}")
-        )
+        n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".weights")
         assert info("info") == {
-            "directory": str(folder), "n_states": 1, "n_fillings": 1, "n_bytes": n_bytes,
-            "max_bytes": DEFAULT_MAX_BYTES,
+            "directory": str(folder), "n_states": 1, "n_fillings": 1, "n_prefixes": 1,
+            "n_bytes": n_bytes, "max_bytes": DEFAULT_MAX_BYTES,
         }  # fmt: skip
     assert run(["cache"]) == 0
-    shown = f"1 picture, 1 filling, {n_bytes / 1e3:.1f} kB"
+    shown = f"1 picture, 1 filling, 1 prefix, {n_bytes / 1e3:.1f} kB"
     assert capsys.readouterr().out == f"{folder}: {shown} of at most 4.0 GB\n"
     assert info("clear")["n_bytes"] == n_bytes
     assert not list(folder.iterdir())
     assert run(["cache", "clear"]) == 0
-    assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 fillings, 0 bytes\n"
+    assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 fillings, 0 prefixes, 0 bytes\n"
     assert run(["cache", "burn"]) == 2
 
 

@@ -267,6 +267,12 @@ int32_t       mllama_n_past(const mllama_context * ctx);                    // t
 mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past);        // keep the first n_past tokens
 void          mllama_clear(mllama_context * ctx);                           // forget tokens and images
 
+// What the first n_tokens tokens left in the self-attention cache, for another context of the same settings: bytes, reading, and
+// putting it in place of all tokens that are there.
+uint64_t      mllama_past_size(const mllama_context * ctx, int32_t n_tokens);
+mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
+mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data);
+
 // Shows any named intermediate tensor as float32 right after it is computed. Called first with data NULL: true asks for
 // the values, which then come in a second call (ne: shape, fastest first), whose result is ignored.
 typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);

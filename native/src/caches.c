@@ -94,6 +94,33 @@ void kv_cache_free(kv_cache * cache) {
     memset(cache, 0, sizeof(*cache));
 }
 
+uint64_t kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows) {
+    uint64_t size = 0;
+    for (int32_t il = 0; il < n_layer; il++) {
+        if (cache->k[il]) {
+            size += (uint64_t) n_rows * (cache->k[il]->nb[1] + cache->v[il]->nb[1]);
+        }
+    }
+    return size;
+}
+
+void kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set) {
+    for (int32_t i = 0; i < 2 * n_layer; i++) {
+        struct ggml_tensor * t = i % 2 ? cache->v[i / 2] : cache->k[i / 2];
+        const size_t         n = t ? (size_t) n_rows * t->nb[1] : 0;
+        if (n == 0) {
+            continue;
+        }
+        if (get) {
+            ggml_backend_tensor_get(t, get, 0, n);
+            get += n;
+        } else {
+            ggml_backend_tensor_set(t, set, 0, n);
+            set += n;
+        }
+    }
+}
+
 static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
                           enum ggml_type type_k, enum ggml_type type_v, char * data) {
     slot->used    = true;

@@ -16,6 +16,9 @@ typedef struct kv_cache {
 mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
                             enum ggml_type type_v);
 void          kv_cache_free(kv_cache * cache);
+// The bytes of the first n_rows rows: for each layer those of k, then those of v. One of get and set is NULL.
+uint64_t      kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows);
+void          kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set);
 
 // One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
 // sees, the first n images, is one view.

@@ -785,6 +785,32 @@ mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past) {
     return MLLAMA_OK;
 }
 
+static mllama_status check_past(const mllama_context * ctx, int32_t n_tokens, int32_t most, uint64_t n_bytes, const void * data) {
+    const uint64_t size = n_tokens >= 0 && n_tokens <= most ? mllama_past_size(ctx, n_tokens) : 0;
+    if (n_tokens < 0 || n_tokens > most || n_bytes != size || !data) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes for %d tokens; %d tokens at most, and %llu bytes are possible",
+                    (unsigned long long) n_bytes, n_tokens, most, (unsigned long long) size);
+    }
+    return check_memory(ctx);
+}
+
+uint64_t mllama_past_size(const mllama_context * ctx, int32_t n_tokens) {
+    return n_tokens > 0 ? kv_cache_size(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens) : 0;
+}
+
+mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
+    TRY(check_past(ctx, n_tokens, ctx->n_past, n_bytes, data));
+    kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, data, NULL);
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {
+    TRY(check_past(ctx, n_tokens, ctx->params.n_ctx, n_bytes, data));
+    kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, NULL, data);
+    ctx->n_past = n_tokens;
+    return MLLAMA_OK;
+}
+
 void mllama_clear(mllama_context * ctx) {
     ctx->n_past = 0;
     for (int32_t i = 0; i < ctx->n_slots; i++) {
