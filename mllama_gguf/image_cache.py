@@ -16,8 +16,8 @@ owner only, for the entries tell what was in the pictures.
 An entry is one file, written under another name and renamed: it is there as a whole or not at all, and
 processes need no lock. Each has a checksum; one that does not fit is removed. Values are what was computed,
 to the bit, because a reply must not depend on whether the cache was used. States are read. A filling of a
-picture alone, whose place is in memory, is mapped once its checksum is known to fit: like a model's file it
-must not be changed by others from then on, but it may be removed.
+picture alone, whose place is in memory, is mapped, and its checksum found while it is used already: like a
+model's file it must not be changed by others from then on, but it may be removed.
 
 No failure of the disk is a failure of the caller: it is logged as a warning, once, and work goes on.
 
@@ -193,6 +193,15 @@ class ImageCache:
             self._drop(path, e)
             raise
         _touch(path)
+
+    def is_intact(self, key: str, n_bytes: int) -> bool:
+        """Whether a filling is as it was written; if not, it is removed."""
+        try:
+            for _ in self.filling(key, n_bytes):
+                pass
+        except ImageError:
+            return False
+        return True
 
     def filling_place(self, key: str) -> tuple[Path, int]:
         """The file in which they are, and where in it they begin."""

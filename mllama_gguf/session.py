@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from .runtime import Bytes, Floats, NativeContext
 MAX_SLOTS = 4
 # Where a slot is until all its pictures are in it: the key of no group.
 UNFINISHED = ()
+POLL_SECONDS = 0.05  # how often it is asked whether to stop
 
 
 class Session:
@@ -44,6 +46,9 @@ class Session:
         self._disk = image_cache
         self._prefix_key = prefix_key
         self._unsaved_prefix = 0, ""  # tokens, and their key; see `save`
+        self._check: tuple[tuple[str, ...], Future[bool]] | None = (
+            None  # of the unfinished slot; see `_settle`
+        )
         self._tokens: list[int] = []
         self._seen: list[tuple[str, ...]] = []  # for each token the keys of the pictures it saw
         # Filled slots by the keys of their group; the last used one is last.
@@ -104,7 +109,12 @@ class Session:
                 self._callbacks.prompt_offset = len(self._tokens) - reused
                 self._slot, self._n_visible = self._slot_for(run, images), run.n_visible
                 wanted = logits if logits == "all" or run is rest[-1] else "none"
-                rows.append(self._context.decode(run.tokens, self._slot, self._n_visible, wanted))
+                row = self._context.decode(run.tokens, self._slot, self._n_visible, wanted)
+                if not self._settle():
+                    self._context.truncate(len(self._tokens))
+                    self._slot = self._slot_for(run, images)
+                    row = self._context.decode(run.tokens, self._slot, self._n_visible, wanted)
+                rows.append(row)
                 start = len(self._tokens)
                 self._seen.extend(seen[start : start + len(run.tokens)])
                 self._tokens.extend(run.tokens)
@@ -186,6 +196,7 @@ class Session:
         self._slots.clear()
         self._unsaved.clear()
         self._unsaved_prefix = 0, ""
+        self._check = None
         self._slot, self._n_visible = -1, 0
 
     def _slot_for(self, run: Run, images: Sequence[Encoding]) -> int:
@@ -199,6 +210,9 @@ class Session:
                 self.save()
                 _, oldest = self._slots.popitem(last=False)
                 self._context.image_free(oldest)
+            slot = self._map(group, key) if len(group) == 1 else -1
+            if slot >= 0:
+                return slot
             slot = self._fill(group)
             self._slots[key] = self._slots.pop(UNFINISHED)
             self._unsaved += [
@@ -211,8 +225,6 @@ class Session:
 
     def _fill(self, group: Sequence[Encoding]) -> int:
         """The unfinished slot, new, with these pictures: from disk, or else computed from states."""
-        if len(group) == 1 and (slot := self._map(group[0])) >= 0:
-            return slot
         on_disk = {
             i
             for i, image in enumerate(group)
@@ -228,22 +240,39 @@ class Session:
             on_disk.remove(damaged)
             self._free_unfinished()
 
-    def _map(self, image: Encoding) -> int:
-        """The unfinished slot, new, with the memory of a file on disk; -1 if that cannot be."""
-        key = image.filling_key
-        if self._disk is None or not key or not self._disk.has_filling(key):
+    def _map(self, group: Sequence[Encoding], key: tuple[str, ...]) -> int:
+        """The unfinished slot, new, with the memory of a picture's file; -1 if that cannot be. Whether the
+        file is as it was written is found out meanwhile: see `_settle`."""
+        (image,) = group
+        if self._disk is None or not image.filling_key or not self._disk.has_filling(image.filling_key):
             return -1
         n_bytes = self._context.image_mapped_size(image.n_tiles)
         if not n_bytes:
             return -1
         try:
-            for _ in self._disk.filling(key, n_bytes):  # looks at all of it
-                self._check_abort()
-            slot = self._context.image_map(image.n_tiles, *self._disk.filling_place(key))
-        except (ImageError, ModelError):  # damaged, or gone meanwhile
+            slot = self._context.image_map(image.n_tiles, *self._disk.filling_place(image.filling_key))
+        except (ModelError, RequestError):  # gone meanwhile, or not as long as it must be
             return -1
         self._slots[UNFINISHED] = slot
+        reader = ThreadPoolExecutor(1, "filling")
+        self._check = key, reader.submit(self._disk.is_intact, image.filling_key, n_bytes)
+        reader.shutdown(wait=False)
         return slot
+
+    def _settle(self) -> bool:
+        """Whether what a new slot was mapped from is right, which it then has read to the end. If it is not,
+        slot and file are gone, and what was computed with them is of no use."""
+        if self._check is None:
+            return True
+        (key, check), self._check = self._check, None
+        self._check_abort()
+        while not wait([check], timeout=POLL_SECONDS).done:
+            self._check_abort()
+        if check.result():
+            self._slots[key] = self._slots.pop(UNFINISHED)
+            return True
+        self._free_unfinished()
+        return False
 
     def _copy(self, slot: int, image: int, key: str) -> bool:
         """Put a picture into a slot from disk; whether that went well."""
@@ -263,6 +292,7 @@ class Session:
             raise Aborted("copying a picture was stopped")
 
     def _free_unfinished(self) -> None:
+        self._check = None
         if UNFINISHED in self._slots:
             self._context.image_free(self._slots.pop(UNFINISHED))
 
