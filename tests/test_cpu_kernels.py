@@ -174,54 +174,71 @@ def test_text_attention(name: str, kind: str, tiny_files: Files, monkeypatch: py
         np.testing.assert_array_equal(*same)
 
 
-COUNTS = (1, 2, 3, 4, 5, 7, 8, 9)
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 96, 97, 200)  # less and more than groups and blocks of columns
 
 
+def quantized(tiny_files: Files, folder: Path, type: str, **changes: Any) -> Path:
+    source, path = tiny_files("quant").one, folder / f"{type}.gguf"
+    if changes:
+        arch = dataclasses.replace(tiny.ARCHS["quant"], name="other", **changes)
+        source, _ = convert(tiny.make_checkpoint(arch, folder / "checkpoint"), folder / "source.gguf")
+    quantize(source, path, type)
+    return path
+
+
+@pytest.mark.parametrize("changes", [{}, {"heads": 16, "kv_heads": 1, "vocab_size": 389}])
+@pytest.mark.parametrize(("target", "type"), [("q4_k_m", "q4_K"), ("q6_k", "q6_K")])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_few_tokens_of_quantized_weights(
-    kernel: str, tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_products_of_quantized_weights(
+    kernel: str,
+    target: str,
+    type: str,
+    changes: dict[str, int],
+    tiny_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Products with few columns: of the same input ggml's but for the order of sums, and the same bits
-    whatever the number of threads."""
-    path = tmp_path / "q4_k_m.gguf"
-    quantize(tiny_files("quant").one, path, "q4_k_m")
-    queries: list[Floats] = []
+    """Any number of columns, rows that fill no block (16 and 389), both types: of the same input ggml's but
+    for the order of sums, and the same bits whatever the number of threads."""
+    path = quantized(tiny_files, tmp_path, target, **changes)
+    seen: list[Floats] = []
+    taken = {"blk.0.attn_q.weight": type, "blk.0.attn_k.weight": type}
 
     def tap(name: str, values: Floats | None) -> bool:
         if values is not None:
-            queries.append(values.copy())
-        return name == "blk.0.q"
+            seen.append(values.copy())
+        return name in ("blk.0.q", "blk.0.k")
 
     logits = {}
     for name, n_threads in (("off", 2), (kernel, 1), (kernel, 3)):
         monkeypatch.setenv(VARIABLE, name)
-        with Mllama(path, n_ctx=64, n_threads=n_threads) as model:
-            assert any(t.name == "blk.0.attn_q.weight" and t.type == "q4_K" for t in model._model.tensors())
+        with Mllama(path, n_ctx=256, n_threads=n_threads) as model:
+            assert {t.name: t.type for t in model._model.tensors() if t.name in taken} == taken
             context = model._context
             with model.tap(tap):
                 for n in COUNTS:
-                    context.decode(range(2, 2 + n), -1, 0)
+                    context.decode([2 + i % 300 for i in range(n)], -1, 0)
                     context.clear()
             rows = [context.decode([token], -1, 0)[0] for token in range(2, 12)]
-            logits[name, n_threads] = np.stack(rows)
-    plain, ours, again = (queries[i : i + len(COUNTS)] for i in range(0, 3 * len(COUNTS), len(COUNTS)))
+            logits[name, n_threads] = np.stack([*rows, context.decode(list(range(2, 15)), -1, 0)[0]])
+    n_seen = len(seen) // 3
+    plain, ours, again = (seen[i : i + n_seen] for i in range(0, 3 * n_seen, n_seen))
     for a, b, c in zip(plain, ours, again, strict=True):
-        # Rows of the first tokens, before and after a rotation.
         assert relative_error(b, a) <= 1e-5
         np.testing.assert_array_equal(b, c)
-        if len(b) <= 8:
-            assert relative_error(b, ours[-2][: len(b)]) <= 1e-5
     np.testing.assert_array_equal(logits[kernel, 1], logits[kernel, 3])
     # Activations are rounded to 8 bits, and another last bit before that may round one differently.
     assert relative_error(logits[kernel, 1], logits["off", 2]) <= 3e-2
 
 
-def test_text_attention_stops(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", ["f32", "q4_k_m"])
+def test_text_stops(weights: str, tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An abort is heard, and what is computed next is right."""
-    monkeypatch.setenv(VARIABLE, "portable")
+    monkeypatch.setenv(VARIABLE, "portable" if weights == "f32" else KERNELS[0])
+    path = tiny_files("wide").one if weights == "f32" else quantized(tiny_files, tmp_path, weights)
     stop = False
     prompt = [4] * 6000  # most of a second; the callback is asked every 50 ms
-    with Mllama(tiny_files("wide").one, n_ctx=6100, n_threads=2, abort=lambda: stop) as model:
+    with Mllama(path, n_ctx=6100, n_threads=2, abort=lambda: stop) as model:
         context = model._context
         context.decode([1, 2, 3], -1, 0)
         expected = context.decode(prompt, -1, 0)
