@@ -488,7 +488,7 @@ class Mllama:
             path = self.mmproj_path or self.model_path
             vision = [tensor for tensor in self._model.tensors() if tensor.is_vision]
             if self._disk is None:  # its own memory needs not know a copy of the file
-                self._projector = _file_identity(path)
+                self._projector = repr(files_identity(path))
             else:
                 self._projector = self._disk.weights_sha256(path, [t.name for t in vision], self._stop)
             self._vision_device = vision[0].device
@@ -768,12 +768,6 @@ def _shares(tensor_split: Sequence[float] | None) -> list[float] | None:
         return None if tensor_split is None else [float(share) for share in tensor_split]
     except (TypeError, ValueError):
         raise RequestError(f"tensor_split must be numbers, not {tensor_split!r}") from None
-
-
-def _file_identity(path: Path) -> str:
-    """Tells one projector from another, so that states of one are never taken for those of another."""
-    info = path.stat()
-    return f"{path.resolve()}/{info.st_size}/{info.st_mtime_ns}"
 
 
 def _log_to_stderr() -> None:

@@ -46,9 +46,8 @@ class Session:
         self._disk = image_cache
         self._prefix_key = prefix_key
         self._unsaved_prefix = 0, ""  # tokens, and their key; see `save`
-        self._check: tuple[tuple[str, ...], Future[bool]] | None = (
-            None  # of the unfinished slot; see `_settle`
-        )
+        # Of the unfinished slot, its key and whether its file is right; see `_settle`.
+        self._check: tuple[tuple[str, ...], Future[bool]] | None = None
         self._tokens: list[int] = []
         self._seen: list[tuple[str, ...]] = []  # for each token the keys of the pictures it saw
         # Filled slots by the keys of their group; the last used one is last.

@@ -12,7 +12,7 @@ import tiny
 from helpers import TinyFiles
 
 from mllama_gguf.convert import convert
-from mllama_gguf.image_cache import SIZE_VARIABLE
+from mllama_gguf.image_cache import DIRECTORY_VARIABLE, SIZE_VARIABLE
 
 # Tests, and the processes that they start, neither find nor leave pictures on disk; those of the image cache
 # turn it on.
@@ -23,6 +23,15 @@ os.environ[SIZE_VARIABLE] = "0"
 def no_user_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user of this machine has tuned is none of the tests' business."""
     monkeypatch.setenv("MLLAMA_CONFIG_DIR", str(tmp_path_factory.mktemp("config")))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of the image cache, which is on."""
+    path = tmp_path / "cache" / "images"
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(path))
+    monkeypatch.delenv(SIZE_VARIABLE)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -19,19 +19,10 @@ from mllama_gguf import Aborted, ImageEmbedding, Mllama, ModelError, RequestErro
 from mllama_gguf._native import Callbacks, load
 from mllama_gguf.convert import convert
 from mllama_gguf.gguf_file import read_gguf
-from mllama_gguf.image_cache import DIRECTORY_VARIABLE, SIZE_VARIABLE, ImageCache
+from mllama_gguf.image_cache import ImageCache
 from mllama_gguf.runtime import NativeContext, NativeModel
 
 Files = Callable[[str], TinyFiles]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the cache, which is on."""
-    path = tmp_path / "cache" / "images"
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(path))
-    monkeypatch.delenv(SIZE_VARIABLE)
-    return path
 
 
 def fillings(folder: Path) -> dict[str, bytes]:

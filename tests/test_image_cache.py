@@ -34,15 +34,6 @@ Captured = pytest.CaptureFixture[str]
 HEADER = 64
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the cache, which is on."""
-    path = tmp_path / "cache" / "images"
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(path))
-    monkeypatch.delenv(SIZE_VARIABLE)
-    return path
-
-
 def entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.states"))
 

@@ -13,18 +13,9 @@ from golden_cases import Picture, tiled
 from helpers import TinyFiles, picture
 
 from mllama_gguf import Mllama, RequestError
-from mllama_gguf.image_cache import DIRECTORY_VARIABLE, SIZE_VARIABLE, ImageCache
+from mllama_gguf.image_cache import ImageCache
 
 Files = Callable[[str], TinyFiles]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the cache, which is on."""
-    path = tmp_path / "cache" / "images"
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(path))
-    monkeypatch.delenv(SIZE_VARIABLE)
-    return path
 
 
 def prefixes(folder: Path) -> dict[str, bytes]:

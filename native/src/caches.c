@@ -104,6 +104,17 @@ uint64_t kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows) 
     return size;
 }
 
+// n bytes of a tensor to *get or from *set, one of which is NULL; the other goes on behind them.
+static void copy_part(struct ggml_tensor * t, uint64_t offset, uint64_t n, char ** get, const char ** set) {
+    if (*get) {
+        ggml_backend_tensor_get(t, *get, offset, n);
+        *get += n;
+    } else {
+        ggml_backend_tensor_set(t, *set, offset, n);
+        *set += n;
+    }
+}
+
 void kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set) {
     for (int32_t i = 0; i < 2 * n_layer; i++) {
         struct ggml_tensor * t = i % 2 ? cache->v[i / 2] : cache->k[i / 2];
@@ -111,19 +122,12 @@ void kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char
         if (n == 0) {
             continue;
         }
-        if (get) {
-            ggml_backend_tensor_get(t, get, 0, n);
-            get += n;
-        } else {
-            ggml_backend_tensor_set(t, set, 0, n);
-            set += n;
-        }
+        copy_part(t, 0, n, &get, &set);
     }
 }
 
 static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
                           enum ggml_type type_k, enum ggml_type type_v, char * data) {
-    slot->used    = true;
     slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));
     if (!slot->row_end) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
@@ -226,13 +230,7 @@ void image_slot_copy(const image_slot * slot, const mllama_model * model, int32_
             continue;
         }
         const uint64_t n = size - offset < n_bytes ? size - offset : n_bytes;
-        if (get) {
-            ggml_backend_tensor_get(t, get, first + offset, n);
-            get += n;
-        } else {
-            ggml_backend_tensor_set(t, set, first + offset, n);
-            set += n;
-        }
+        copy_part(t, first + offset, n, &get, &set);
         offset = 0;
         n_bytes -= n;
     }

@@ -23,7 +23,7 @@ void          kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_r
 // One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
 // sees, the first n images, is one view.
 typedef struct image_slot {
-    bool      used;
+    bool      used;       // by the context, before it has rows
     uint64_t  generation; // differs between two fillings of one slot
     int32_t   n_images;
     int32_t * row_end;    // [n_images] rows of the images up to and including this one

@@ -507,22 +507,35 @@ static void free_slot(mllama_context * ctx, image_slot * slot) {
     }
 }
 
-static mllama_status free_slot_index(mllama_context * ctx, int32_t * index) {
-    for (int32_t i = 0; i < ctx->n_slots; i++) {
-        if (!ctx->slots[i].used) {
-            *index = i;
-            return MLLAMA_OK;
+// Without rows yet; free_slot gives it back.
+static mllama_status new_slot(mllama_context * ctx, int32_t * index) {
+    int32_t i = 0;
+    while (i < ctx->n_slots && ctx->slots[i].used) {
+        i++;
+    }
+    if (i == ctx->n_slots) {
+        image_slot * slots = realloc(ctx->slots, ((size_t) i + 1) * sizeof(*slots));
+        if (!slots) {
+            return fail(MLLAMA_ERR_MEMORY, "out of memory");
         }
+        ctx->slots = slots;
+        memset(&slots[i], 0, sizeof(*slots));
+        ctx->n_slots++;
     }
-    const size_t n     = (size_t) ctx->n_slots + 1;
-    image_slot * slots = realloc(ctx->slots, n * sizeof(*slots));
-    if (!slots) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
-    ctx->slots = slots;
-    memset(&slots[n - 1], 0, sizeof(*slots));
-    *index = ctx->n_slots++;
+    ctx->slots[i].used       = true;
+    ctx->slots[i].generation = ++ctx->generation;
+    *index = i;
     return MLLAMA_OK;
+}
+
+// Names a new slot if that which gave it its rows went well, else gives it back.
+static mllama_status name_slot(mllama_context * ctx, int32_t index, mllama_status status, int32_t * slot) {
+    if (status == MLLAMA_OK) {
+        *slot = index;
+    } else {
+        free_slot(ctx, &ctx->slots[index]);
+    }
+    return status;
 }
 
 static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t n_images, const float * const * states,
@@ -563,15 +576,8 @@ mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const fl
     text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_PROMPT);
     int32_t index = 0;
-    TRY(free_slot_index(ctx, &index));
-    ctx->slots[index].generation = ++ctx->generation;
-    const mllama_status status   = fill_slot(ctx, &ctx->slots[index], n_images, states, n_tiles);
-    if (status != MLLAMA_OK) {
-        free_slot(ctx, &ctx->slots[index]);
-        return status;
-    }
-    *slot = index;
-    return MLLAMA_OK;
+    TRY(new_slot(ctx, &index));
+    return name_slot(ctx, index, fill_slot(ctx, &ctx->slots[index], n_images, states, n_tiles), slot);
 }
 
 uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles) {
@@ -586,17 +592,10 @@ mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char
     TRY(check_images(ctx, 1, &n_tiles));
     text_graph_free(&ctx->text); // see free_slot
     int32_t index = 0;
-    TRY(free_slot_index(ctx, &index));
-    image_slot * s = &ctx->slots[index];
-    s->used       = true;
-    s->generation = ++ctx->generation;
-    const mllama_status status = image_slot_map(s, ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_type_k, ctx->cross_type_v, path, offset);
-    if (status != MLLAMA_OK) {
-        free_slot(ctx, s);
-        return status;
-    }
-    *slot = index;
-    return MLLAMA_OK;
+    TRY(new_slot(ctx, &index));
+    const mllama_status status = image_slot_map(&ctx->slots[index], ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_type_k,
+                                                ctx->cross_type_v, path, offset);
+    return name_slot(ctx, index, status, slot);
 }
 
 static bool is_slot(const mllama_context * ctx, int32_t slot) {
@@ -866,9 +865,8 @@ mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32
         return MLLAMA_OK;
     }
     int32_t index = 0;
-    TRY(free_slot_index(ctx, &index));
-    ctx->slots[index].generation = ++ctx->generation;
-    const mllama_status status   = reserve_images(ctx, index, n_images, n_tiles);
+    TRY(new_slot(ctx, &index));
+    const mllama_status status = reserve_images(ctx, index, n_images, n_tiles);
     if (status != MLLAMA_OK || !ctx->model->no_alloc) {
         free_slot(ctx, &ctx->slots[index]);
     }

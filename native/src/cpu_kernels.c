@@ -1,3 +1,4 @@
+#include "cpu_common.h"
 #include "cpu_kernels.h"
 #include "mllama.h"
 
@@ -21,12 +22,6 @@ enum {
     MAX_WIDTH    = 32,  // of a panel
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
-
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // The first in the low half
 typedef uint32_t bf16_pair __attribute__((may_alias));
@@ -226,10 +221,6 @@ bool cpu_kernel_has_head_dim(int64_t head_dim) {
 }
 
 // ---- attention ----------------------------------------------------------------------------------------------------
-
-static int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
 
 // Real keys fill their panels first, so that a query can stop after them.
 static int64_t padded_keys(const cpu_attention * a, bool only_real) {

@@ -1,5 +1,7 @@
 #include "cpu_products.h"
 
+#include "cpu_common.h"
+
 #include "ggml-backend.h"
 
 #include <string.h>
@@ -14,11 +16,6 @@ void cpu_product_reset(cpu_product * a) {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,fma,f16c")))
 #define INLINE TARGET static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 enum {
     BLOCK        = 256, // weights with a common factor, in both types
@@ -372,10 +369,6 @@ TARGET static __attribute__((noinline)) void multiply_group(const panel * p, boo
         CASE(6)
     }
 #undef CASE
-}
-
-static int64_t round_up(int64_t n, int64_t step) {
-    return (n + step - 1) / step * step;
 }
 
 // To the second-level cache. Nothing happens where there is no memory.

@@ -13,20 +13,16 @@ from golden_cases import case, tiled
 from helpers import TinyFiles, picture
 
 from mllama_gguf import BackendError, Mllama
-from mllama_gguf.image_cache import DIRECTORY_VARIABLE, SIZE_VARIABLE
 from mllama_gguf.runtime import Floats
 
 Files = Callable[[str], TinyFiles]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the cache, which is on."""
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.delenv(SIZE_VARIABLE)
-    # workers know ggml's operations only
+def folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of the cache, for ggml's operations: workers know no others."""
     monkeypatch.setenv("MLLAMA_CPU_KERNEL", "off")
-    return tmp_path
+    return folder
 
 
 def logits(prompt: Any, arch: tiny.Arch, *paths: Path, **settings: Any) -> tuple[Floats, int, list[Any]]:
