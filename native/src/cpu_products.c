@@ -26,6 +26,7 @@ enum {
     TASK_ROWS    = 64,  // of a single column
     TASK_COLUMNS = 96,  // of several
     LINE         = 64,  // bytes
+    AHEAD        = 8192, // bytes of rows that are on their way from memory while one is multiplied by a single column
 };
 
 // ---- layouts ------------------------------------------------------------------------------------------------------
@@ -104,6 +105,13 @@ static void quantize_columns(struct ggml_tensor * dst, int ith, int nth, void * 
     }
 }
 
+// To the second-level cache. Nothing happens where there is no memory.
+INLINE void fetch(const char * p, int64_t n) {
+    for (int64_t i = 0; i < n; i += LINE) {
+        _mm_prefetch(p + i, _MM_HINT_T1);
+    }
+}
+
 // ---- a single column: each row in place ---------------------------------------------------------------------------
 
 // scales and mins, eight of 16 bits
@@ -116,8 +124,8 @@ INLINE void unpack_scales(const uint8_t * packed, __m128i * scales, __m128i * mi
     *mins   = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) (c | d << 32)));
 }
 
-// A row of n blocks times a column
-INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n) {
+// A row of n blocks times a column, while the row at `ahead` is fetched
+INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n, const char * ahead) {
     const q4_k_block * w   = row;
     const __m512i      low = _mm512_set1_epi8(0x0f);
     __m512i            index[4];
@@ -128,6 +136,7 @@ INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n) {
     __m512 sum   = _mm512_setzero_ps();
     __m128 taken = _mm_setzero_ps();
     for (int64_t i = 0; i < n; i++) {
+        fetch(ahead + (size_t) i * sizeof(*w), sizeof(*w));
         __m128i scales, mins;
         unpack_scales(w[i].scales, &scales, &mins);
         const __m512i a = _mm512_loadu_si512(w[i].q), b = _mm512_loadu_si512(w[i].q + 64);
@@ -151,7 +160,7 @@ INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n) {
 }
 
 // likewise
-INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n) {
+INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n, const char * ahead) {
     const q6_k_block * w    = row;
     const __m512i      low  = _mm512_set1_epi8(0x0f), all = _mm512_set1_epi8(0x3f);
     const __m512i      down = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1); // to s = 2 and 3
@@ -166,6 +175,7 @@ INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n) {
     }
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i++) {
+        fetch(ahead + (size_t) i * sizeof(*w), sizeof(*w));
         const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) w[i].scales));
         const __m256i least  = _mm256_madd_epi16(scales, _mm256_load_si256((const __m256i *) x[i].sums16));
         __m512i       block  = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_zextsi256_si512(least)), 5);
@@ -183,12 +193,14 @@ INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// out[first .. end - 1] of W x
-TARGET static void multiply_rows(const struct ggml_tensor * w, const q8_column * x, int64_t first, int64_t end, float * out) {
-    const int64_t n = w->ne[0] / BLOCK;
+// out[first .. end - 1] of W x. The rows from `then` on come next. Left alone, a processor foresees badly where a column does not fit
+// the first-level cache beside the rows.
+TARGET static void multiply_rows(const struct ggml_tensor * w, const q8_column * x, int64_t first, int64_t end, int64_t then, float * out) {
+    const int64_t n = w->ne[0] / BLOCK, stride = (int64_t) w->nb[1], n_ahead = (AHEAD + stride - 1) / stride;
     for (int64_t i = first; i < end; i++) {
-        const char * row = (const char *) w->data + (size_t) i * w->nb[1];
-        out[i] = w->type == GGML_TYPE_Q4_K ? dot_q4_k(row, x, n) : dot_q6_k(row, x, n);
+        const char * row   = (const char *) w->data + i * stride;
+        const char * ahead = (const char *) w->data + (i + n_ahead < end ? i + n_ahead : then + i + n_ahead - end) * stride;
+        out[i] = w->type == GGML_TYPE_Q4_K ? dot_q4_k(row, x, n, ahead) : dot_q6_k(row, x, n, ahead);
     }
 }
 
@@ -371,13 +383,6 @@ TARGET static __attribute__((noinline)) void multiply_group(const panel * p, boo
 #undef CASE
 }
 
-// To the second-level cache. Nothing happens where there is no memory.
-static void fetch(const char * p, int64_t n) {
-    for (int64_t i = 0; i < n; i += LINE) {
-        _mm_prefetch(p + i, _MM_HINT_T1);
-    }
-}
-
 // Rows first to first + PANELS * PANEL of W x, as far as there are any, for TASK_COLUMNS columns at most; out [n_columns][n_out].
 // Meanwhile those from `ahead` on are fetched from memory.
 TARGET static void multiply_panels(const struct ggml_tensor * w, const q8_column * x, int64_t n_columns, int64_t first, int64_t ahead,
@@ -433,7 +438,7 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
         then = atomic_fetch_add(&a->next, 1);
         const int64_t first = i % parts * rows, column = i / parts * TASK_COLUMNS;
         if (n == 1) {
-            multiply_rows(w, x, first, first + rows < n_out ? first + rows : n_out, dst->data);
+            multiply_rows(w, x, first, first + rows < n_out ? first + rows : n_out, then < parts ? then * rows : first, dst->data);
         } else {
             multiply_panels(w, x + column * (w->ne[0] / BLOCK), n - column < TASK_COLUMNS ? n - column : TASK_COLUMNS, first,
                           then % parts * rows, (float *) dst->data + column * n_out);
