@@ -231,9 +231,9 @@ class Mllama:
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES, self._disk)
         self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
         self._flash_attn = flash_attn
-        self._filling_settings = (type_k, type_v, offload_kqv)
+        self._filling_settings = (type_k, type_v, flash_attn, offload_kqv)
         self._filler = ""  # see _filler_identity
-        self._text_settings = (*self._filling_settings, flash_attn, repack, n_batch, self.n_threads)
+        self._text_settings = (*self._filling_settings, repack, n_batch, self.n_threads)
         self._stop = abort or (lambda: False)
         self._projector = self._vision_device = ""  # see _encoder_identity
         self._taps = 0  # open ones

@@ -311,8 +311,8 @@ def test_info_json(tiny_files: Files, capsys: Captured) -> None:
     need = next(m for m in one["memory"] if m["n_ctx"] == 4096)
     row = arch.kv_heads * arch.head_dim
     n_cross = len(arch.cross_layers)
-    assert need["self_kv"] == (arch.layers - n_cross) * 4096 * row * 6
-    assert need["cross_kv"] == n_cross * arch.max_tiles * arch.n_positions * row * 6
+    assert need["self_kv"] == (arch.layers - n_cross) * 4096 * row * 4
+    assert need["cross_kv"] == n_cross * arch.max_tiles * arch.n_positions * row * 4
     parts = ("weights", "self_kv", "cross_kv", "compute", "vision")
     assert need["total"] == sum(need[part] for part in parts)
     assert min(need[part] for part in parts) > 0

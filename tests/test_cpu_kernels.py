@@ -174,6 +174,55 @@ def test_text_attention(name: str, kind: str, tiny_files: Files, monkeypatch: py
         np.testing.assert_array_equal(*same)
 
 
+@pytest.mark.parametrize("made", [*KERNELS, "off"])
+def test_types_of_values(made: str, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In F16 only where our kernel reads them, else in F32."""
+    monkeypatch.setenv(VARIABLE, made)
+    sizes = {}
+    for settings in (
+        {},
+        {"flash_attn": False},
+        {"type_k": "f32"},
+        {"type_k": "q8_0"},
+        {"type_k": "f32", "type_v": "f32"},
+    ):
+        with Mllama(tiny_files("wide").one, n_ctx=256, **settings) as model:  # type: ignore[arg-type]
+            h, memory = model.hparams, model._context.memory()
+            values = h.head_dim * h.n_head_kv * 256 * (h.n_layer - h.n_cross_layers)
+            sizes[tuple(settings.values())] = memory.self_kv / values
+    half = 4 if made == "off" else 2
+    assert sizes == {
+        (): 2 + half,
+        (False,): 2 + 4,
+        ("f32",): 4 + half,
+        ("q8_0",): 34 / 32 + 4,
+        ("f32", "f32"): 4 + 4,
+    }
+
+
+@pytest.mark.parametrize("made", [*KERNELS, "off"])
+def test_large_values(made: str, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of many large values in F16 neither overflow nor lose more than their rounding, in a cache made
+    for one kernel and read by another."""
+    prompts = [(1, True), (20, True), (2, True), (300, True), (1, True)]
+    for name in ("gqa", "wide"):
+        with Mllama(tiny_files(name).one, n_ctx=512, type_k="f32", type_v="f32") as model:
+            h = model.hparams
+            n = -(-600 // (h.max_tiles * h.n_positions))
+            states = [
+                np.random.default_rng(i).standard_normal((h.max_tiles, h.n_positions, h.n_embd), np.float32)
+                * 2000
+                for i in range(n)
+            ]
+            exact = text_logits(model, states, prompts)
+        monkeypatch.setenv(VARIABLE, made)
+        with Mllama(tiny_files(name).one, n_ctx=512, type_k="f32", type_v="f16") as model:
+            for kernel in (*KERNELS, "off"):
+                monkeypatch.setenv(VARIABLE, kernel)
+                assert relative_error(text_logits(model, states, prompts), exact) <= 1e-3, kernel
+        monkeypatch.delenv(VARIABLE)
+
+
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 96, 97, 200)  # less and more than groups and blocks of columns
 
 

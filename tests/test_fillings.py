@@ -412,7 +412,7 @@ def test_bytes_of_a_slot(context: NativeContext) -> None:
     states = [rng.random((n, h.n_positions, h.n_embd), np.float32) for n in (2, 1, 3)]
     slot = context.image_fill(states)
     sizes = [context.image_size(slot, i) for i in range(3)]
-    row = h.head_dim * h.n_head_kv * (2 + 4)  # K in F16, V in F32
+    row = h.head_dim * h.n_head_kv * (2 + 2)  # F16
     assert sizes == [n * h.n_positions * row * h.n_cross_layers for n in (2, 1, 3)]
     pictures = [context.image_get(slot, i, 0, size) for i, size in enumerate(sizes)]
     for start, n in ((0, 1), (5, 1000), (sizes[0] - 7, 7), (sizes[0], 0), (1234, sizes[0] - 1234)):

@@ -10,10 +10,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow (seen: values
-// of 2000). Values are therefore F32 on the CPU, and on a worker, which may be one.
-static enum ggml_type type_of_values(const mllama_model * model, ggml_backend_dev_t device, enum ggml_type type_v) {
-    return (device == model->plan.cpu || device_is_rpc(device)) && type_v == GGML_TYPE_F16 ? GGML_TYPE_F32 : type_v;
+// A worker may be a CPU, whose values ggml cannot have in F16 (see cpu_values in context.c).
+static enum ggml_type type_of_values(const mllama_model * model, ggml_backend_dev_t device, kv_types types) {
+    return device == model->plan.cpu ? types.v_cpu : device_is_rpc(device) && types.v == GGML_TYPE_F16 ? GGML_TYPE_F32 : types.v;
 }
 
 // The buffer of the tensors of ctx: new, or memory that is there, in which they follow each other
@@ -32,7 +31,7 @@ static ggml_backend_buffer_t buffer_of(struct ggml_context * ctx, ggml_backend_d
 // k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device or all on the CPU.
 // data: they are here, all on the CPU; NULL: new memory
 static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool cross, bool offload, int64_t rows,
-                              enum ggml_type type_k, enum ggml_type type_v, char * data) {
+                              kv_types types, char * data) {
     const mllama_hparams * p       = &model->hp.pub;
     const int64_t          n_embd  = (int64_t) p->head_dim * p->n_head_kv;
     const size_t           n_layer = (size_t) p->n_layer;
@@ -50,13 +49,13 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
             return fail(MLLAMA_ERR_MEMORY, "out of memory");
         }
         cache->contexts[cache->n_buffers++] = ctx;
-        const enum ggml_type here_v = type_of_values(model, device, type_v);
+        const enum ggml_type here_v = type_of_values(model, device, types);
         uint64_t             size   = 0;
         for (int32_t il = 0; il < p->n_layer; il++) {
             if (model->layers[il].is_cross != cross || (offload ? model->plan.layers[il] : model->plan.cpu) != device) {
                 continue;
             }
-            cache->k[il] = ggml_new_tensor_2d(ctx, type_k, n_embd, rows);
+            cache->k[il] = ggml_new_tensor_2d(ctx, types.k, n_embd, rows);
             cache->v[il] = ggml_new_tensor_2d(ctx, here_v, n_embd, rows);
             ggml_format_name(cache->k[il], "%scache_k.%d", cross ? "cross_" : "", il);
             ggml_format_name(cache->v[il], "%scache_v.%d", cross ? "cross_" : "", il);
@@ -79,9 +78,8 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
     return MLLAMA_OK;
 }
 
-mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
-                            enum ggml_type type_v) {
-    return allocate(cache, model, false, offload, n_ctx, type_k, type_v, NULL);
+mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, kv_types types) {
+    return allocate(cache, model, false, offload, n_ctx, types, NULL);
 }
 
 void kv_cache_free(kv_cache * cache) {
@@ -127,7 +125,7 @@ void kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char
 }
 
 static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
-                          enum ggml_type type_k, enum ggml_type type_v, char * data) {
+                          kv_types types, char * data) {
     slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));
     if (!slot->row_end) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
@@ -138,19 +136,19 @@ static mllama_status init(image_slot * slot, const mllama_model * model, bool of
         rows += n_tiles[i] * model->hp.pub.n_positions;
         slot->row_end[i] = rows;
     }
-    return allocate(&slot->kv, model, true, offload, rows, type_k, type_v, data);
+    return allocate(&slot->kv, model, true, offload, rows, types, data);
 }
 
 mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
-                              const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v) {
-    return init(slot, model, offload, n_images, n_tiles, type_k, type_v, NULL);
+                              const int32_t * n_tiles, kv_types types) {
+    return init(slot, model, offload, n_images, n_tiles, types, NULL);
 }
 
-uint64_t image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k, enum ggml_type type_v) {
+uint64_t image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, kv_types types) {
     const mllama_hparams * p      = &model->hp.pub;
     const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv, rows = (int64_t) n_tiles * p->n_positions;
-    const uint64_t         k      = ggml_row_size(type_k, n_embd) * (uint64_t) rows;
-    const uint64_t         v      = ggml_row_size(type_of_values(model, model->plan.cpu, type_v), n_embd) * (uint64_t) rows;
+    const uint64_t         k      = ggml_row_size(types.k, n_embd) * (uint64_t) rows;
+    const uint64_t         v      = ggml_row_size(types.v_cpu, n_embd) * (uint64_t) rows;
     const size_t           step   = ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
     for (int32_t i = 0; offload && i < p->n_cross_layers; i++) {
         if (model->plan.layers[model->hp.cross_layers[i]] != model->plan.cpu) {
@@ -160,9 +158,9 @@ uint64_t image_slot_mapped_size(const mllama_model * model, bool offload, int32_
     return k % step == 0 && v % step == 0 ? (uint64_t) p->n_cross_layers * (k + v) : 0;
 }
 
-mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k,
-                             enum ggml_type type_v, const char * path, uint64_t offset) {
-    const uint64_t size = image_slot_mapped_size(model, offload, n_tiles, type_k, type_v);
+mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, kv_types types, const char * path,
+                             uint64_t offset) {
+    const uint64_t size = image_slot_mapped_size(model, offload, n_tiles, types);
     const int      fd   = open(path, O_RDONLY | O_CLOEXEC);
     struct stat    info;
     if (fd < 0 || fstat(fd, &info) != 0) {
@@ -185,7 +183,7 @@ mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool
     }
     slot->map      = map;
     slot->map_size = (size_t) (offset + size);
-    return init(slot, model, offload, 1, &n_tiles, type_k, type_v, (char *) map + offset);
+    return init(slot, model, offload, 1, &n_tiles, types, (char *) map + offset);
 }
 
 void image_slot_free(image_slot * slot) {

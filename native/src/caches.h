@@ -3,6 +3,11 @@
 
 #include "model.h"
 
+typedef struct kv_types {
+    enum ggml_type k, v;
+    enum ggml_type v_cpu; // of values on the CPU
+} kv_types;
+
 typedef struct kv_cache {
     struct ggml_tensor **   k; // [n_layer]: [head_dim * n_head_kv, n_ctx], NULL in cross-attention layers
     struct ggml_tensor **   v;
@@ -13,8 +18,7 @@ typedef struct kv_cache {
 } kv_cache;
 
 // offload: each layer's part goes to the layer's device, else all to the CPU.
-mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, enum ggml_type type_k,
-                            enum ggml_type type_v);
+mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, kv_types types);
 void          kv_cache_free(kv_cache * cache);
 // The bytes of the first n_rows rows: for each layer those of k, then those of v. One of get and set is NULL.
 uint64_t      kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows);
@@ -33,15 +37,14 @@ typedef struct image_slot {
 } image_slot;
 
 mllama_status image_slot_init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
-                              const int32_t * n_tiles, enum ggml_type type_k, enum ggml_type type_v);
+                              const int32_t * n_tiles, kv_types types);
 void          image_slot_free(image_slot * slot);
 
 // The bytes of an image with so many tiles, if a slot can have them from a file: all in memory, at addresses that ggml allows. Else 0.
-uint64_t      image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k,
-                                     enum ggml_type type_v);
+uint64_t      image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, kv_types types);
 // A slot of one image with the bytes from `offset` (a multiple of 64) of a file, which is mapped to read.
-mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, enum ggml_type type_k,
-                             enum ggml_type type_v, const char * path, uint64_t offset);
+mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, kv_types types, const char * path,
+                             uint64_t offset);
 
 // The bytes of one image: for each cross-attention layer its rows of k, then those of v.
 uint64_t      image_slot_size(const image_slot * slot, const mllama_model * model, int32_t image);

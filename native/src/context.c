@@ -16,8 +16,7 @@ enum {
 struct mllama_context {
     const mllama_model *  model;
     mllama_context_params params;
-    enum ggml_type        type_k, type_v;             // self-attention
-    enum ggml_type        cross_type_k, cross_type_v;
+    kv_types              types, cross_types;         // of the caches for self- and cross-attention
 
     ggml_backend_t        backends[MAX_BACKENDS];     // the CPU is the last
     int32_t               n_backends;
@@ -264,12 +263,30 @@ static mllama_status add_backend(mllama_context * ctx, ggml_backend_dev_t device
     return MLLAMA_OK;
 }
 
+// Of the text's products and its attention; NULL: ggml's own.
+static mllama_status text_kernel(const mllama_context * ctx, const cpu_kernel ** kernel) {
+    *kernel = NULL;
+    return ctx->params.flash_attn ? cpu_kernel_choose(kernel) : MLLAMA_OK;
+}
+
+// ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow (seen: values
+// of 2000). So values on the CPU are F16 only where our kernel reads them; it sums in F32.
+static enum ggml_type cpu_values(const mllama_hparams * p, const cpu_kernel * kernel, const kv_types * types) {
+    const cpu_cache_attention attention = { .kernel = kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim };
+    return types->v == GGML_TYPE_F16 && !cpu_cache_attention_has(&attention, types->k, types->v) ? GGML_TYPE_F32 : types->v;
+}
+
 static mllama_status check_params(mllama_context * ctx) {
-    const mllama_hparams * p = &ctx->model->hp.pub;
-    TRY(ggml_type_of(ctx->params.type_k, &ctx->type_k));
-    TRY(ggml_type_of(ctx->params.type_v, &ctx->type_v));
-    ctx->cross_type_k = ggml_is_quantized(ctx->type_k) ? GGML_TYPE_F16 : ctx->type_k;
-    ctx->cross_type_v = ggml_is_quantized(ctx->type_v) ? GGML_TYPE_F16 : ctx->type_v;
+    const mllama_hparams * p      = &ctx->model->hp.pub;
+    const cpu_kernel *     kernel = NULL;
+    kv_types *             self = &ctx->types, * cross = &ctx->cross_types;
+    TRY(ggml_type_of(ctx->params.type_k, &self->k));
+    TRY(ggml_type_of(ctx->params.type_v, &self->v));
+    cross->k = ggml_is_quantized(self->k) ? GGML_TYPE_F16 : self->k;
+    cross->v = ggml_is_quantized(self->v) ? GGML_TYPE_F16 : self->v;
+    TRY(text_kernel(ctx, &kernel));
+    self->v_cpu  = cpu_values(p, kernel, self);
+    cross->v_cpu = cpu_values(p, kernel, cross);
     if (ctx->params.n_ctx == 0) {
         ctx->params.n_ctx = p->n_ctx_train;
     }
@@ -282,10 +299,10 @@ static mllama_status check_params(mllama_context * ctx) {
     if (ctx->params.n_batch > ctx->params.n_ctx) {
         ctx->params.n_batch = ctx->params.n_ctx;
     }
-    if ((ggml_is_quantized(ctx->type_k) || ggml_is_quantized(ctx->type_v)) && p->head_dim % 32 != 0) {
+    if ((ggml_is_quantized(ctx->types.k) || ggml_is_quantized(ctx->types.v)) && p->head_dim % 32 != 0) {
         return fail(MLLAMA_ERR_ARGUMENT, "a Q8_0 cache needs heads of a multiple of 32 values, this model's have %d; use F16", p->head_dim);
     }
-    if (ggml_is_quantized(ctx->type_v) && !ctx->params.flash_attn) {
+    if (ggml_is_quantized(ctx->types.v) && !ctx->params.flash_attn) {
         return fail(MLLAMA_ERR_ARGUMENT, "a Q8_0 cache of values needs flash_attn");
     }
     return MLLAMA_OK;
@@ -312,7 +329,7 @@ static mllama_status init(mllama_context * ctx) {
 
     // what is attended is rounded up, so the cache is too
     const int32_t rows = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP;
-    return kv_cache_init(&ctx->cache, model, ctx->params.offload_kqv, rows, ctx->type_k, ctx->type_v);
+    return kv_cache_init(&ctx->cache, model, ctx->params.offload_kqv, rows, ctx->types);
 }
 
 mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** out) {
@@ -470,12 +487,6 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     return encode(ctx, pixels, n_tiles, aspect_ratio_id, states);
 }
 
-// Of the text's products and its attention; NULL: ggml's own.
-static mllama_status text_kernel(const mllama_context * ctx, const cpu_kernel ** kernel) {
-    *kernel = NULL;
-    return ctx->params.flash_attn ? cpu_kernel_choose(kernel) : MLLAMA_OK;
-}
-
 // states NULL: only the buffers are made.
 static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows, const float * states) {
     fill_graph           fg;
@@ -541,7 +552,7 @@ static mllama_status name_slot(mllama_context * ctx, int32_t index, mllama_statu
 static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t n_images, const float * const * states,
                                const int32_t * n_tiles) {
     const mllama_hparams * p = &ctx->model->hp.pub;
-    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
+    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_types));
     int64_t row = 0;
     for (int32_t i = 0; i < n_images; i++) {
         for (int32_t tile = 0; tile < n_tiles[i] && states[i]; tile++) {
@@ -584,7 +595,7 @@ uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles) {
     if (n_tiles < 1 || n_tiles > ctx->model->hp.pub.max_tiles || !hparams_has_vision(&ctx->model->hp)) {
         return 0;
     }
-    return image_slot_mapped_size(ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_type_k, ctx->cross_type_v);
+    return image_slot_mapped_size(ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_types);
 }
 
 mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset, int32_t * slot) {
@@ -593,8 +604,8 @@ mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char
     text_graph_free(&ctx->text); // see free_slot
     int32_t index = 0;
     TRY(new_slot(ctx, &index));
-    const mllama_status status = image_slot_map(&ctx->slots[index], ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_type_k,
-                                                ctx->cross_type_v, path, offset);
+    const mllama_status status = image_slot_map(&ctx->slots[index], ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_types,
+                                                path, offset);
     return name_slot(ctx, index, status, slot);
 }
 
@@ -842,7 +853,7 @@ static mllama_status reserve_text(mllama_context * ctx, int32_t slot) {
 
 static mllama_status reserve_images(mllama_context * ctx, int32_t index, int32_t n_images, const int32_t * n_tiles) {
     image_slot * slot = &ctx->slots[index];
-    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_type_k, ctx->cross_type_v));
+    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_types));
     TRY(reserve_text(ctx, index));
     for (int32_t i = 0; i < n_images; i++) {
         TRY(encode(ctx, NULL, n_tiles[i], 0, NULL));

@@ -13,7 +13,7 @@ enum {
     QUERIES      = 48,  // in one block; its scores and sums stay in the second-level cache
     KEYS         = 128,
     GROUP        = 4,   // queries that go over the rows of a cache together
-    ROWS_AT_ONCE = 8,   // of values; rows lie a page apart, and the first-level cache has so many places for them
+    ROWS_AT_ONCE = 8,   // of values; rows lie kilobytes apart, and the first-level cache has few places for them
     ROWS_TOGETHER = 32, // of a cache, where all heads go over them before the next ones
     SPLIT_KEYS   = 256, // rows that one thread takes where there are few queries
     FEW_TOKENS   = 4,
@@ -117,7 +117,11 @@ static bool always(void) {
 #define VECTORS 2
 #define VMAX(a, b) _mm256_max_ps(a, b)
 #define WIDEN(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (p)))
-#define TOTALS(a, b, c, d) _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d))
+__attribute__((target("avx2"))) static inline __m128 totals8(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+#define TOTALS(a, b, c, d) totals8(a, b, c, d)
 #include "cpu_kernels_simd.h"
 
 #define KERNEL(name) name##_avx512
@@ -127,7 +131,14 @@ static bool always(void) {
 #define VECTORS 2
 #define VMAX(a, b) _mm512_max_ps(a, b)
 #define WIDEN(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (p)))
-#define TOTALS(a, b, c, d) _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d))
+__attribute__((target("avx512f"))) static inline __m128 totals16(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512  ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); // a, b, a, b in every quarter
+    const __m512  cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512  sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)); // a, b, c, d in every quarter
+    const __m256  half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#define TOTALS(a, b, c, d) totals16(a, b, c, d)
 #include "cpu_kernels_simd.h"
 
 #if defined(__clang__) || __GNUC__ >= 10 // older compilers do not know the instructions
@@ -363,12 +374,12 @@ struct ggml_tensor * cpu_attention_node(struct ggml_context * ctx, cpu_attention
 
 // ---- attention to a cache -----------------------------------------------------------------------------------------
 
-static bool is_half(const struct ggml_tensor * t) {
-    return t->type == GGML_TYPE_F16;
+static bool is_float(enum ggml_type type) {
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_F32;
 }
 
-static bool has_rows(const struct ggml_tensor * t) {
-    return (is_half(t) || t->type == GGML_TYPE_F32) && t->buffer && ggml_backend_buffer_is_host(t->buffer);
+static bool is_in_memory(const struct ggml_tensor * t) {
+    return t->buffer && ggml_backend_buffer_is_host(t->buffer);
 }
 
 // Queries of one token that share a head of K and V
@@ -376,8 +387,12 @@ static int64_t group_size(const cpu_cache_attention * a) {
     return a->n_head / a->n_head_kv;
 }
 
+bool cpu_cache_attention_has(const cpu_cache_attention * a, enum ggml_type k, enum ggml_type v) {
+    return a->kernel && cpu_kernel_has_head_dim(a->head_dim) && group_size(a) <= QUERIES && is_float(k) && is_float(v);
+}
+
 bool cpu_cache_attention_fits(const cpu_cache_attention * a, const struct ggml_tensor * k, const struct ggml_tensor * v) {
-    return a->kernel && cpu_kernel_has_head_dim(a->head_dim) && group_size(a) <= QUERIES && has_rows(k) && has_rows(v);
+    return cpu_cache_attention_has(a, k->type, v->type) && is_in_memory(k) && is_in_memory(v);
 }
 
 static int64_t block_tokens(const cpu_cache_attention * a) {
@@ -443,8 +458,8 @@ static void attend_cache_task(const cpu_cache_attention * a, struct ggml_tensor 
         .fetched     = fetched,
         .k_stride    = k->nb[1],
         .v_stride    = v->nb[1],
-        .k_half      = is_half(k),
-        .v_half      = is_half(v),
+        .k_half      = k->type == GGML_TYPE_F16,
+        .v_half      = v->type == GGML_TYPE_F16,
         .n_keys      = t.end - t.first,
         .mask        = mask ? (const ggml_fp16_t *) ((const char *) mask->data + (size_t) token * mask->nb[1]) + t.first : NULL,
         .mask_stride = mask ? mask->nb[1] : 0,

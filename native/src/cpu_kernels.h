@@ -82,6 +82,8 @@ typedef struct cpu_cache_attention {
     atomic_bool        stopped;
 } cpu_cache_attention;
 
+// Whether there is such a node for these heads, with k and v of these types and, in the second, where they are
+bool                 cpu_cache_attention_has(const cpu_cache_attention * a, enum ggml_type k, enum ggml_type v);
 bool                 cpu_cache_attention_fits(const cpu_cache_attention * a, const struct ggml_tensor * k, const struct ggml_tensor * v);
 // q [head_dim * n_head, n], k and v caches [head_dim * n_head_kv, at least n_rows], mask [n_rows, n] F16 of 0 and -inf, or NULL
 // -> as q. `a` must live as long as the graph.

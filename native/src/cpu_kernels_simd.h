@@ -6,7 +6,7 @@
 //     ROWS, VECTORS  rows and vectors of the block of sums that is kept in registers
 //     VMAX(a, b)     larger of each lane; b where either is not a number
 //     WIDEN(p)       LANES F16 numbers in memory as floats
-//     TOTALS(a, b, c, d)  the sums of four vectors of 4
+//     TOTALS(a, b, c, d)  the sums of four vectors
 //     PAIRS          0, or 1: factors are pairs of BF16 numbers, whose products are added to a sum of F32. Then only
 //                    `attend` and `linear` are made, and WIDEN and TOTALS are not needed, but
 //     MULTIPLY_ADD(sum, a, p)  sum + the pair a times LANES pairs in memory
@@ -35,9 +35,14 @@ typedef float   KERNEL(vu) __attribute__((vector_size(4 * LANES), aligned(4), ma
 #define STORE(p, x) (*(vu *) (p) = (x))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-enum { KERNEL(WIDTH) = VECTORS * LANES, KERNEL(TILES) = QUERIES / ROWS };
+enum {
+    KERNEL(WIDTH) = VECTORS * LANES,
+    KERNEL(TILES) = QUERIES / ROWS,
+    KERNEL(SUMS)  = LANES == 16 ? 4 : 2, // in registers for each query of a group: rows of keys, or vectors of a row of values
+};
 #define WIDTH KERNEL(WIDTH)
 #define TILES KERNEL(TILES)
+#define SUMS KERNEL(SUMS)
 _Static_assert(GROUP == 4, "TOTALS are of a group");
 _Static_assert(QUERIES % ROWS == 0 && KEYS % (VECTORS * LANES) == 0, "blocks are whole tiles");
 
@@ -304,15 +309,15 @@ INLINE void KERNEL(fetch)(const char * rows, size_t stride, int64_t n, size_t n_
     }
 }
 
-// `n` rows of a cache as floats, each of `size` values of which those from head_dim on are 0. Rows that are so already stay
-// where they are. *stride is in floats.
-INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, int64_t n, int64_t head_dim, int64_t size, float * buffer,
-                                  int64_t * stride) {
+// `n` rows of a cache, *stride bytes apart, as floats, each of `size` values of which those from head_dim on are 0. Rows that are so
+// already stay where they are.
+INLINE const char * KERNEL(widen)(const char * rows, size_t * stride, bool * is_half, int64_t n, int64_t head_dim, int64_t size,
+                                  float * buffer) {
+    const bool half = *is_half;
     if (!half && head_dim == size) {
-        *stride = (int64_t) (n_bytes / sizeof(float));
-        return (const float *) rows;
+        return rows;
     }
-    for (int64_t i = 0; i < n; i++, rows += n_bytes) {
+    for (int64_t i = 0; i < n; i++, rows += *stride) {
         float * out = buffer + i * size;
         int64_t j   = 0;
         for (; j + LANES <= head_dim; j += LANES) {
@@ -325,39 +330,36 @@ INLINE const float * KERNEL(rows)(const char * rows, size_t n_bytes, bool half, 
             out[j] = 0.0f;
         }
     }
-    *stride = size;
-    return buffer;
+    *stride  = sizeof(float) * (size_t) size;
+    *is_half = false;
+    return (const char *) buffer;
 }
 
-// The sum of the lanes, as four sums
-INLINE v4f KERNEL(fold)(vf x) {
-    union { vf whole; v4f part[LANES / 4]; } u = { .whole = x };
-    v4f sum = u.part[0];
-    UNROLL for (int i = 1; i < LANES / 4; i++) {
-        sum += u.part[i];
-    }
-    return sum;
-}
-
-// s[GROUP][n] in rows of KEYS = q k^T, with q [GROUP][size] and n rows of k, `stride` bytes apart, F16 or F32. Two rows at a time;
+// s[GROUP][n] in rows of KEYS = q k^T, with q [GROUP][size] and n rows of k, `stride` bytes apart, F16 or F32;
 // meanwhile n_bytes of each of as many rows are fetched, `ahead_stride` apart.
 INLINE void KERNEL(dots)(const float * q, const char * k, size_t stride, const bool half, int64_t n, int64_t size, float * s,
                          const char * ahead, size_t ahead_stride, size_t n_bytes) {
-    for (int64_t i = 0; i < n; i += 2, ahead += 2 * ahead_stride) {
-        KERNEL(fetch)(ahead, ahead_stride, 2, n_bytes);
-        const char * a = k + (size_t) i * stride, * b = i + 1 < n ? a + stride : a;
-        vf            sum[2][GROUP] = { 0 };
+    for (int64_t i = 0; i < n; i += SUMS, ahead += SUMS * ahead_stride) {
+        KERNEL(fetch)(ahead, ahead_stride, SUMS, n_bytes);
+        const char * rows[SUMS];
+        vf           sum[SUMS][GROUP] = { 0 };
+        UNROLL for (int row = 0; row < SUMS; row++) {
+            rows[row] = k + (size_t) (i + row < n ? i + row : i) * stride;
+        }
         for (int64_t j = 0; j < size; j += LANES) {
-            const vf x = half ? (vf) WIDEN((const ggml_fp16_t *) a + j) : (vf) LOAD((const float *) a + j);
-            const vf y = half ? (vf) WIDEN((const ggml_fp16_t *) b + j) : (vf) LOAD((const float *) b + j);
+            vf x[SUMS];
+            UNROLL for (int row = 0; row < SUMS; row++) {
+                x[row] = half ? (vf) WIDEN((const ggml_fp16_t *) rows[row] + j) : (vf) LOAD((const float *) rows[row] + j);
+            }
             UNROLL for (int r = 0; r < GROUP; r++) {
                 const vf z = LOAD(q + r * size + j);
-                sum[0][r] += z * x;
-                sum[1][r] += z * y;
+                UNROLL for (int row = 0; row < SUMS; row++) {
+                    sum[row][r] += z * x[row];
+                }
             }
         }
-        UNROLL for (int row = 0; row < 2; row++) { // KEYS is even: room for one too many
-            const v4f total = TOTALS(KERNEL(fold)(sum[row][0]), KERNEL(fold)(sum[row][1]), KERNEL(fold)(sum[row][2]), KERNEL(fold)(sum[row][3]));
+        UNROLL for (int row = 0; row < SUMS; row++) { // KEYS is a multiple: room for those too many
+            const v4f total = TOTALS(sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
             UNROLL for (int r = 0; r < GROUP; r++) {
                 s[r * KEYS + i + row] = total[r];
             }
@@ -365,18 +367,24 @@ INLINE void KERNEL(dots)(const float * q, const char * k, size_t stride, const b
     }
 }
 
-// out[GROUP][vectors * LANES] += s v, with s [GROUP][n] in rows of KEYS, n rows of v, and out in rows of `size`
-INLINE void KERNEL(weigh)(const float * s, const float * v, int64_t stride, int64_t n, int64_t size, float * out, const int vectors) {
-    vf sum[GROUP][VECTORS];
+// out[GROUP][vectors * LANES] += s v, with s [GROUP][n] in rows of KEYS, n rows of v, `stride` bytes apart, F16 or F32, and out in rows
+// of `size`
+INLINE void KERNEL(weigh_part)(const float * s, const char * v, size_t stride, const bool half, int64_t n, int64_t size, float * out,
+                               const int vectors) {
+    vf sum[GROUP][SUMS];
     UNROLL for (int r = 0; r < GROUP; r++) {
         UNROLL for (int c = 0; c < vectors; c++) {
             sum[r][c] = LOAD(out + r * size + c * LANES);
         }
     }
     for (int64_t i = 0; i < n; i++, v += stride) {
+        vf x[SUMS];
+        UNROLL for (int c = 0; c < vectors; c++) {
+            x[c] = half ? (vf) WIDEN((const ggml_fp16_t *) v + c * LANES) : (vf) LOAD((const float *) v + c * LANES);
+        }
         UNROLL for (int r = 0; r < GROUP; r++) {
             UNROLL for (int c = 0; c < vectors; c++) {
-                sum[r][c] += s[r * KEYS + i] * LOAD(v + c * LANES);
+                sum[r][c] += s[r * KEYS + i] * x[c];
             }
         }
     }
@@ -384,6 +392,18 @@ INLINE void KERNEL(weigh)(const float * s, const float * v, int64_t stride, int6
         UNROLL for (int c = 0; c < vectors; c++) {
             STORE(out + r * size + c * LANES, sum[r][c]);
         }
+    }
+}
+
+// The same for whole rows
+INLINE void KERNEL(weigh)(const float * s, const char * v, size_t stride, const bool half, int64_t n, int64_t size, float * out) {
+    const size_t item = half ? sizeof(ggml_fp16_t) : sizeof(float);
+    int64_t      j    = 0;
+    for (; j + SUMS * LANES <= size; j += SUMS * LANES) {
+        KERNEL(weigh_part)(s, v + (size_t) j * item, stride, half, n, size, out + j, SUMS);
+    }
+    for (; j < size; j += LANES) {
+        KERNEL(weigh_part)(s, v + (size_t) j * item, stride, half, n, size, out + j, 1);
     }
 }
 
@@ -423,6 +443,7 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
     const int64_t n_q = (a->n + GROUP - 1) / GROUP * GROUP; // of a head
     const size_t  k_bytes = (a->k_half ? sizeof(ggml_fp16_t) : sizeof(float)) * (size_t) dim;
     const size_t  v_bytes = (a->v_half ? sizeof(ggml_fp16_t) : sizeof(float)) * (size_t) dim;
+    const bool    direct  = n_q == GROUP && dim == size; // rows stay as they are: each is read once
 
     memset(q, 0, sizeof(float) * (size_t) (a->n_heads * n_q * size));
     memset(out, 0, sizeof(float) * (size_t) (a->n_heads * n_q * size));
@@ -456,14 +477,18 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
             const char *  k_ahead = key + step < a->n_keys ? k_rows + (size_t) step * a->k_stride : a->k_then + at_k;
             const char *  v_ahead = key + step < a->n_keys ? v_rows + (size_t) step * a->v_stride : a->v_then + at_v;
             float *       s_head = s + h * n_q * KEYS, * out_head = out + h * n_q * size;
-            int64_t       k_stride, v_stride;
-            if (a->k_half && n_q == GROUP && dim == size) { // each is widened once in any case
-                KERNEL(dots)(q + h * n_q * size, k_rows, a->k_stride, true, n, size, s_head, k_ahead, a->k_stride, k_bytes);
-            } else {
-                const float * k = KERNEL(rows)(k_rows, a->k_stride, a->k_half, n, dim, size, buffer, &k_stride);
-                for (int64_t i = 0; i < n_q; i += GROUP) {
-                    KERNEL(dots)(q + (h * n_q + i) * size, (const char *) k, (size_t) k_stride * sizeof(float), false, n, size,
-                                 s_head + i * KEYS, k_ahead, a->k_stride, i == 0 ? k_bytes : 0);
+            size_t        k_stride = a->k_stride, v_stride = a->v_stride;
+            bool          k_half = a->k_half, v_half = a->v_half;
+            if (!direct) {
+                k_rows = KERNEL(widen)(k_rows, &k_stride, &k_half, n, dim, size, buffer);
+            }
+            for (int64_t i = 0; i < n_q; i += GROUP) {
+                const float * q_rows = q + (h * n_q + i) * size;
+                const size_t  fetched = i == 0 ? k_bytes : 0;
+                if (k_half) {
+                    KERNEL(dots)(q_rows, k_rows, k_stride, true, n, size, s_head + i * KEYS, k_ahead, a->k_stride, fetched);
+                } else {
+                    KERNEL(dots)(q_rows, k_rows, k_stride, false, n, size, s_head + i * KEYS, k_ahead, a->k_stride, fetched);
                 }
             }
             if (a->mask) {
@@ -475,17 +500,18 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
                 }
                 KERNEL(softmax_step)(s_head + i * KEYS, n, &top[h * n_q + i], &sum[h * n_q + i], out_head + i * size, size);
             }
-            const float * v = KERNEL(rows)(v_rows, a->v_stride, a->v_half, n, dim, size, buffer, &v_stride);
+            if (!direct) {
+                v_rows = KERNEL(widen)(v_rows, &v_stride, &v_half, n, dim, size, buffer);
+            }
             for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
                 const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE;
                 KERNEL(fetch)(v_ahead + (size_t) at * a->v_stride, a->v_stride, m, v_bytes);
                 for (int64_t i = 0; i < n_q; i += GROUP) {
-                    int64_t j = 0;
-                    for (; j + WIDTH <= size; j += WIDTH) {
-                        KERNEL(weigh)(s_head + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out_head + i * size + j, VECTORS);
-                    }
-                    for (; j < size; j += LANES) {
-                        KERNEL(weigh)(s_head + i * KEYS + at, v + at * v_stride + j, v_stride, m, size, out_head + i * size + j, 1);
+                    const char * v = v_rows + (size_t) at * v_stride;
+                    if (v_half) {
+                        KERNEL(weigh)(s_head + i * KEYS + at, v, v_stride, true, m, size, out_head + i * size);
+                    } else {
+                        KERNEL(weigh)(s_head + i * KEYS + at, v, v_stride, false, m, size, out_head + i * size);
                     }
                 }
             }
@@ -524,6 +550,7 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
 #undef INLINE
 #undef WIDTH
 #undef TILES
+#undef SUMS
 #undef KERNEL
 #undef TARGET
 #undef LANES

@@ -101,10 +101,10 @@ static struct ggml_tensor * multiply(graph * g, struct ggml_tensor * x, void * w
     return ggml_mul_mat(g->ctx, w, x);
 }
 
-// In its memory, mapped or copied, or in a layout of its own, which is no host memory to ggml.
-static bool is_on_cpu(const struct ggml_tensor * w) {
-    const ggml_backend_dev_t device = w->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(w->buffer)) : NULL;
-    return w->buffer && (ggml_backend_buffer_is_host(w->buffer) || (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU));
+// Mapped or copied, or in a layout of its own, which is no host memory to ggml.
+bool is_on_cpu(const struct ggml_tensor * t) {
+    const ggml_backend_dev_t device = t->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer)) : NULL;
+    return t->buffer && (ggml_backend_buffer_is_host(t->buffer) || (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU));
 }
 
 struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {

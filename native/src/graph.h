@@ -27,6 +27,7 @@ struct ggml_tensor * named(struct ggml_tensor * t, const char * prefix, int32_t 
 
 // x [n_in, n] -> W x [n_out, n]
 struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
+bool                 is_on_cpu(const struct ggml_tensor * t); // in its memory
 // as linear, plus a bias [n_out]
 struct ggml_tensor * linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x);
 struct ggml_tensor * rms_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, float eps);

@@ -27,7 +27,11 @@ static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struc
     if (cpu_cache_attention_fits(a, k, v)) {
         return cpu_cache_attention_node(d->g->ctx, a, q, k, v, mask);
     }
-    return attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
+    struct ggml_tensor * values = cache_view(d, v, n_rows);
+    if (d->g->flash_attn && v->type == GGML_TYPE_F16 && is_on_cpu(v)) { // MLLAMA_CPU_KERNEL was changed: see cpu_values in context.c
+        values = ggml_cast(d->g->ctx, values, GGML_TYPE_F32);
+    }
+    return attention(d->g, q, cache_view(d, k, n_rows), values, mask, d->p->n_head);
 }
 
 static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct ggml_tensor * x, int64_t n_head) {
