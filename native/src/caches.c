@@ -36,6 +36,7 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
     const int64_t          n_embd  = (int64_t) p->head_dim * p->n_head_kv;
     const size_t           n_layer = (size_t) p->n_layer;
     memset(cache, 0, sizeof(*cache));
+    cache->type_v = types.v;
     cache->k = calloc(n_layer, sizeof(*cache->k));
     cache->v = calloc(n_layer, sizeof(*cache->v));
     if (!cache->k || !cache->v) {

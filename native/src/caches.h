@@ -11,6 +11,7 @@ typedef struct kv_types {
 typedef struct kv_cache {
     struct ggml_tensor **   k; // [n_layer]: [head_dim * n_head_kv, n_ctx], NULL in cross-attention layers
     struct ggml_tensor **   v;
+    enum ggml_type          type_v; // to which values are rounded, wherever they are
     struct ggml_context *   contexts[MAX_DEVICES + 1]; // one for each device
     ggml_backend_buffer_t   buffers[MAX_DEVICES + 1];
     uint64_t                sizes[MAX_DEVICES + 1]; // bytes on the CPU, then on each of model->plan.gpus

@@ -19,6 +19,15 @@ static struct ggml_tensor * cache_view(const decoder * d, struct ggml_tensor * c
     return ggml_view_3d(d->g->ctx, cache, head_dim, n_kv, d->p->n_head_kv, cache->nb[1], ggml_row_size(cache->type, head_dim), 0);
 }
 
+// Values as a layer's cache holds them on any device: where they are F32 only because ggml's kernel needs that, they are rounded like
+// the others, so that the answer does not depend on where a layer is.
+static struct ggml_tensor * rounded(struct ggml_context * ctx, const kv_cache * cache, int32_t il, struct ggml_tensor * v) {
+    if (cache->type_v != GGML_TYPE_F16 || cache->v[il]->type == GGML_TYPE_F16) {
+        return v;
+    }
+    return ggml_cast(ctx, ggml_cast(ctx, v, GGML_TYPE_F16), GGML_TYPE_F32);
+}
+
 // q [head_dim * n_head, n] over the first n_rows of a layer's caches; mask as in attention()
 static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struct ggml_tensor * q, struct ggml_tensor * k,
                                             struct ggml_tensor * v, int64_t n_rows, struct ggml_tensor * mask) {
@@ -52,7 +61,7 @@ static struct ggml_tensor * self_attention(const decoder * d, const text_layer *
     struct ggml_tensor * v = named(linear(g, l->v, x), "blk", il, "v");
     ggml_build_forward_expand(g->gf, q);
     ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->k[il], k, d->tg->cells));
-    ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->v[il], v, d->tg->cells));
+    ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->v[il], rounded(ctx, d->cache, il, v), d->tg->cells));
 
     return cache_attention(d, il, q, d->cache->k[il], d->cache->v[il], d->tg->shape.n_kv, d->tg->mask);
 }
@@ -183,6 +192,7 @@ mllama_status fill_graph_build(const mllama_model * model, const image_slot * sl
         struct ggml_tensor * k  = ggml_reshape_3d(ctx, linear(g, l->k, fg->states), p->head_dim, p->n_head_kv, n_rows);
         k = named(ggml_reshape_2d(ctx, rms_norm(g, k, l->k_norm, p->rms_eps), n_embd, n_rows), "blk", il, "cross_k");
         struct ggml_tensor * v = named(linear(g, l->v, fg->states), "blk", il, "cross_v");
+        v = rounded(ctx, &slot->kv, il, v);
         struct ggml_tensor * to_k = slot->kv.k[il], * to_v = slot->kv.v[il];
         ggml_build_forward_expand(g->gf, ggml_cpy(ctx, k, ggml_view_2d(ctx, to_k, n_embd, n_rows, to_k->nb[1], to_k->nb[1] * (size_t) first)));
         ggml_build_forward_expand(g->gf, ggml_cpy(ctx, v, ggml_view_2d(ctx, to_v, n_embd, n_rows, to_v->nb[1], to_v->nb[1] * (size_t) first)));
