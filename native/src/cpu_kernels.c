@@ -13,7 +13,7 @@ enum {
     QUERIES      = 48,  // in one block; its scores and sums stay in the second-level cache
     KEYS         = 128,
     GROUP        = 4,   // queries that go over the rows of a cache together
-    ROWS_AT_ONCE = 8,   // of values; rows lie kilobytes apart, and the first-level cache has few places for them
+    ROWS_AT_ONCE = 16,  // of values; rows lie kilobytes apart, and the first-level cache has few places for them
     ROWS_TOGETHER = 32, // of a cache, where all heads go over them before the next ones
     SPLIT_KEYS   = 256, // rows that one thread takes where there are few queries
     FEW_TOKENS   = 4,

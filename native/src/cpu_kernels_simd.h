@@ -154,6 +154,29 @@ INLINE void KERNEL(accumulate)(const FACTOR * a, const FACTOR * b, int64_t n, in
     }
 }
 
+// The largest of the lanes and a
+INLINE float KERNEL(largest)(vf x, float a) {
+    const union { vf whole; v4f part[LANES / 4]; } u = { .whole = x };
+    v4f four = u.part[0];
+    UNROLL for (int i = 1; i < LANES / 4; i++) {
+        four = max4(four, u.part[i]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        a = a > four[i] ? a : four[i];
+    }
+    return a;
+}
+
+// The sum of the lanes
+INLINE float KERNEL(total)(vf x) {
+    const union { vf whole; v4f part[LANES / 4]; } u = { .whole = x };
+    v4f four = u.part[0];
+    UNROLL for (int i = 1; i < LANES / 4; i++) {
+        four += u.part[i];
+    }
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
 // One step of the online softmax for one query: s [n] becomes 2^(s - top), and what was summed so far is scaled down to
 // the new top.
 INLINE void KERNEL(softmax_step)(float * s, int64_t n, float * top, float * sum, float * out, int64_t n_out) {
@@ -161,10 +184,7 @@ INLINE void KERNEL(softmax_step)(float * s, int64_t n, float * top, float * sum,
     for (int64_t i = LANES; i < n; i += LANES) {
         high = VMAX(high, LOAD(s + i));
     }
-    float now = *top;
-    for (int l = 0; l < LANES; l++) {
-        now = now > high[l] ? now : high[l];
-    }
+    const float now = KERNEL(largest)(high, *top);
     if (!(now <= *top)) {
         const vf factor = KERNEL(exp2)((vf) { 0 } + (*top - now));
         for (int64_t i = 0; i < n_out; i += LANES) {
@@ -179,9 +199,7 @@ INLINE void KERNEL(softmax_step)(float * s, int64_t n, float * top, float * sum,
         STORE(s + i, p);
         total += p;
     }
-    for (int l = 0; l < LANES; l++) {
-        *sum += total[l];
-    }
+    *sum += KERNEL(total)(total);
 }
 
 // to[i * stride] = scale * from[i] as factors, n values
@@ -459,9 +477,10 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
             }
         }
     }
-    // Rows lie kilobytes apart, which no processor foresees: while a head's part of some rows is computed, its part of the next ones
-    // is fetched.
-    const int64_t step = a->n_heads > 1 ? ROWS_TOGETHER : KEYS;
+    // Rows lie kilobytes apart, which no processor foresees: while one head's part of some rows is computed, so much of the next ones
+    // is fetched. If all heads go over them, the next ones are fetched from the first byte to the last.
+    const int64_t step    = a->n_heads > 1 ? ROWS_TOGETHER : KEYS;
+    const size_t  k_apart = a->n_heads > 1 ? k_bytes : a->k_stride, v_apart = a->n_heads > 1 ? v_bytes : a->v_stride;
     if (!a->fetched) {
         KERNEL(fetch)(a->k, a->k_stride, a->n_keys < step ? a->n_keys : step, k_bytes * (size_t) a->n_heads);
         KERNEL(fetch)(a->v, a->v_stride, a->n_keys < step ? a->n_keys : step, v_bytes * (size_t) a->n_heads);
@@ -471,11 +490,13 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
         if (a->mask && (n = KERNEL(n_seen)(a, key, n)) == 0) {
             continue;
         }
+        const bool   last   = key + step >= a->n_keys;
+        const char * k_next = last ? a->k_then : a->k + (size_t) (key + step) * a->k_stride;
+        const char * v_next = last ? a->v_then : a->v + (size_t) (key + step) * a->v_stride;
         for (int64_t h = 0; h < a->n_heads; h++) {
-            const size_t  at_k = (size_t) h * k_bytes, at_v = (size_t) h * v_bytes;
-            const char *  k_rows = a->k + (size_t) key * a->k_stride + at_k, * v_rows = a->v + (size_t) key * a->v_stride + at_v;
-            const char *  k_ahead = key + step < a->n_keys ? k_rows + (size_t) step * a->k_stride : a->k_then + at_k;
-            const char *  v_ahead = key + step < a->n_keys ? v_rows + (size_t) step * a->v_stride : a->v_then + at_v;
+            const char *  k_rows  = a->k + (size_t) key * a->k_stride + (size_t) h * k_bytes;
+            const char *  v_rows  = a->v + (size_t) key * a->v_stride + (size_t) h * v_bytes;
+            const char *  k_ahead = k_next + (size_t) (h * step) * k_apart, * v_ahead = v_next + (size_t) (h * step) * v_apart;
             float *       s_head = s + h * n_q * KEYS, * out_head = out + h * n_q * size;
             size_t        k_stride = a->k_stride, v_stride = a->v_stride;
             bool          k_half = a->k_half, v_half = a->v_half;
@@ -483,12 +504,12 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
                 k_rows = KERNEL(widen)(k_rows, &k_stride, &k_half, n, dim, size, buffer);
             }
             for (int64_t i = 0; i < n_q; i += GROUP) {
-                const float * q_rows = q + (h * n_q + i) * size;
+                const float * q_rows  = q + (h * n_q + i) * size;
                 const size_t  fetched = i == 0 ? k_bytes : 0;
                 if (k_half) {
-                    KERNEL(dots)(q_rows, k_rows, k_stride, true, n, size, s_head + i * KEYS, k_ahead, a->k_stride, fetched);
+                    KERNEL(dots)(q_rows, k_rows, k_stride, true, n, size, s_head + i * KEYS, k_ahead, k_apart, fetched);
                 } else {
-                    KERNEL(dots)(q_rows, k_rows, k_stride, false, n, size, s_head + i * KEYS, k_ahead, a->k_stride, fetched);
+                    KERNEL(dots)(q_rows, k_rows, k_stride, false, n, size, s_head + i * KEYS, k_ahead, k_apart, fetched);
                 }
             }
             if (a->mask) {
@@ -505,7 +526,7 @@ TARGET static void KERNEL(attend_rows)(const rows_args * a) {
             }
             for (int64_t at = 0; at < n; at += ROWS_AT_ONCE) {
                 const int64_t m = n - at < ROWS_AT_ONCE ? n - at : ROWS_AT_ONCE;
-                KERNEL(fetch)(v_ahead + (size_t) at * a->v_stride, a->v_stride, m, v_bytes);
+                KERNEL(fetch)(v_ahead + (size_t) at * v_apart, v_apart, m, v_bytes);
                 for (int64_t i = 0; i < n_q; i += GROUP) {
                     const char * v = v_rows + (size_t) at * v_stride;
                     if (v_half) {
