@@ -111,7 +111,8 @@ class Mllama:
                         trained
         n_batch:        most tokens that are computed at once
         n_threads:      CPU threads; None: all usable CPUs, fewer for a small model
-        type_k, type_v: of the caches: "f32", "f16", or "q8_0" (self-attention only; V needs flash_attn)
+        type_k, type_v: of the caches: "f32", "f16" (values up to 65504), or "q8_0" (self-attention only; V
+                        needs flash_attn)
         use_mmap:       let the CPU read weights from the file's pages instead of copying them
         repack:         copy the text's quantized matrices to the layouts of ggml's special CPU kernels, if it
                         has some for this processor: a slower load, more memory, and perhaps faster text; see

@@ -48,6 +48,7 @@ TOKENS = 128000  # those below are words
 N_CTX = 2048
 N_BATCH = 512
 TILES = (1, 4)
+TURNS = 4
 BANDWIDTH_BYTES = 1 << 30
 
 PROMPTS = 8  # whose logits are compared
@@ -84,19 +85,21 @@ class Ours:
         """The likeliest token after these."""
         return int(self.logits(tokens).argmax())
 
-    @contextmanager
-    def image(self, tiles: int) -> Iterator[float]:
-        """Text sees an image with so many tiles; gives the seconds that filling its cache took."""
+    def fill(self, tiles: int) -> tuple[int, float]:
+        """A slot with an image of so many tiles, and the seconds that filling its cache took."""
         h = self.model.hparams
         states = np.random.default_rng(tiles).standard_normal((tiles, h.n_positions, h.n_embd), np.float32)
         start = time.perf_counter()
-        self.slot = self.context.image_fill([states])
-        seconds = time.perf_counter() - start
-        self.n_visible = 1
+        slot = self.context.image_fill([states])
+        return slot, time.perf_counter() - start
+
+    @contextmanager
+    def seen(self, slot: int) -> Iterator[None]:
+        """Text sees the image of that slot."""
+        self.slot, self.n_visible = slot, 1
         try:
-            yield seconds
+            yield
         finally:
-            self.context.image_free(self.slot)
             self.slot, self.n_visible = -1, 0
 
 
@@ -157,6 +160,30 @@ def time_tokens(who: Ours | LlamaCpp, prompt: Prompt, n: int) -> float:
         token = who.decode([token])
         seconds.append(time.perf_counter() - start)
     return 1 / statistics.median(seconds)
+
+
+def time_images(ours: Ours, prompt: Prompt, n: int) -> dict[str, float]:
+    """Seconds to fill the cache for images of few and many tiles, its bytes, and tokens per second that see
+    them, n of each, in turns: what is compared is nearer than what a machine's memory does from one second
+    to the next."""
+    figures: dict[str, float] = {}
+    slots: dict[int, int] = {}
+    rates: dict[int, list[float]] = {tiles: [] for tiles in TILES}
+    before = ours.context.memory().cross_kv
+    for tiles in TILES:
+        slots[tiles], figures[f"fill {tiles}"] = ours.fill(tiles)
+        figures[f"cache {tiles}"], before = (
+            ours.context.memory().cross_kv - before,
+            ours.context.memory().cross_kv,
+        )
+    for turn in range(TURNS):
+        for tiles in TILES if turn % 2 == 0 else TILES[::-1]:
+            with ours.seen(slots[tiles]):
+                rates[tiles].append(time_tokens(ours, prompt, -(-n // TURNS)))
+    for tiles, slot in slots.items():
+        ours.context.image_free(slot)
+        figures[f"decode {tiles}"] = statistics.median(rates[tiles])
+    return figures
 
 
 def compare(ours: Ours, theirs: LlamaCpp) -> dict[str, float]:
@@ -285,11 +312,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures: dict[str, Any] = {"bandwidth": read_bandwidth(args.threads)}
         for name in list(both) if i % 2 == 0 else list(both)[::-1]:
             figures[f"decode {name}"] = time_tokens(both[name], short, args.tokens)
-        for tiles in TILES:
-            with ours.image(tiles) as seconds:
-                figures[f"fill {tiles}"] = seconds
-                figures[f"cache {tiles}"] = ours.context.memory().cross_kv
-                figures[f"decode {tiles}"] = time_tokens(ours, short, args.tokens)
+        figures |= time_images(ours, short, args.tokens)
         for kind, options in CHATS.items():
             figures[f"token {kind}"], figures[f"outside {kind}"] = time_chat(ours, args.tokens, options)
         if args.prompt:

@@ -181,7 +181,7 @@ mllama_status mllama_model_tensor(const mllama_model * model, int32_t index, mll
 
 typedef enum mllama_kv_type {
     MLLAMA_KV_F32  = 0,
-    MLLAMA_KV_F16  = 1, // V in host memory and on RPC workers is F32: ggml's CPU kernel sums it in the type of the cache
+    MLLAMA_KV_F16  = 1, // V lies in F32, with F16's values (at most 65504), on RPC workers and where the CPU computes with ggml's kernel
     MLLAMA_KV_Q8_0 = 8, // self-attention only; cross-attention then uses F16. V needs flash_attn
 } mllama_kv_type;
 
