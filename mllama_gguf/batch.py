@@ -216,7 +216,16 @@ class _Run:
             return
         self._written()
         self._by_content[record.sha256] = record
-        self._writing = _Writing(record, caption, self._writer.submit(self._output.write, record))
+        self._writing = _Writing(record, caption, self._writer.submit(self._write, record, caption is None))
+
+    def _write(self, record: Record, duplicate: bool) -> None:
+        """In the writer's thread, which Ctrl-C does not interrupt: what is written is counted."""
+        self._output.write(record)
+        self._known[record.image] = record
+        if duplicate:
+            self._summary.duplicates += 1
+        else:
+            self._summary.captioned += 1
 
     def _written(self) -> None:
         """Wait until the record on its way is on the disk. Raises _Stop."""
@@ -233,14 +242,11 @@ class _Run:
                 raise _Stop(words) from e
             return
         self._writing = None
-        self._known[record.image] = record
         event: dict[str, Any] = {"event": "caption", "image": record.image, "caption": record.caption}
         event["tokens"] = record.tokens
         if caption is None:
-            self._summary.duplicates += 1
             self._report({**event, "duplicate_of": record.duplicate_of})
         else:
-            self._summary.captioned += 1
             self._report({**event, "seconds": dict(caption.seconds)})
 
     def _await(self, future: Future[Prepared]) -> Prepared:
