@@ -169,13 +169,9 @@ def time_images(ours: Ours, prompt: Prompt, n: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     slots: dict[int, int] = {}
     rates: dict[int, list[float]] = {tiles: [] for tiles in TILES}
-    before = ours.context.memory().cross_kv
     for tiles in TILES:
         slots[tiles], figures[f"fill {tiles}"] = ours.fill(tiles)
-        figures[f"cache {tiles}"], before = (
-            ours.context.memory().cross_kv - before,
-            ours.context.memory().cross_kv,
-        )
+        figures[f"cache {tiles}"] = ours.context.image_size(slots[tiles], 0)
     for turn in range(TURNS):
         for tiles in TILES if turn % 2 == 0 else TILES[::-1]:
             with ours.seen(slots[tiles]):

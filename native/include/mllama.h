@@ -291,8 +291,9 @@ mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t d
 
 // Attention, linear layers and GELU of a vision encoder on the CPU are our own, and so are the text's attention to F32 and F16
 // caches there and its products with Q4_K and Q6_K weights, with flash_attn. The environment variable MLLAMA_CPU_KERNEL, read at
-// every mllama_encode and mllama_image_fill and whenever a call of mllama_decode has another shape than the one before it, names one
-// ("avx512bf16", "avx512", "avx2", "portable") or leaves all to ggml ("off"). Unset: the best of the processor.
+// mllama_context_new (for the type of V), at every mllama_encode and mllama_image_fill and whenever a call of mllama_decode has another
+// shape than the one before it, names one ("avx512bf16", "avx512", "avx2", "portable") or leaves all to ggml ("off"). Unset: the best of
+// the processor.
 const char *  mllama_cpu_kernel(void);                                     // its name, or "off"; NULL: no such kernel
 mllama_status mllama_erf(const float * x, float * y, int64_t n);           // what GELU uses, for tests
 
