@@ -25,9 +25,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .embedding import ImageEmbedding
     from .model import Mllama
-    from .preprocess import TiledImage, preprocess_image
+    from .vision.embedding import ImageEmbedding
+    from .vision.preprocess import TiledImage, preprocess_image
 
 __version__ = "0.1.0"
 
@@ -50,10 +50,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ImageEmbedding": "embedding",
+    "ImageEmbedding": "vision.embedding",
     "Mllama": "model",
-    "TiledImage": "preprocess",
-    "preprocess_image": "preprocess",
+    "TiledImage": "vision.preprocess",
+    "preprocess_image": "vision.preprocess",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
-        from .cli import run
+        from .cli.main import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:

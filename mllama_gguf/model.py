@@ -16,24 +16,34 @@ from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 from weakref import WeakSet, ref
 
-from . import openai
-from ._native import Callbacks
-from ._native import load as load_native
-from .chat import ChatTemplate
-from .embedding import EmbeddingStore, Encoding, ImageEmbedding
-from .encoder import ImageEncoder
-from .engine import Engine, parse_workers
+from .backend.isolated import Engine, parse_workers
+from .backend.library import Callbacks
+from .backend.library import load as load_native
+from .backend.local import (
+    KV_TYPES,
+    Floats,
+    HParams,
+    KvType,
+    Memory,
+    NativeContext,
+    NativeModel,
+    Tap,
+    open_model,
+)
+from .backend.plan import device_limits, largest_fitting, measuring
+from .cache.disk import ImageCache, code_identity, files_identity
+from .decode import openai
+from .decode.reply import Reply, ReplyOptions
+from .decode.session import Session
 from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
-from .generate import Reply, ReplyOptions
-from .image_cache import ImageCache, code_identity, files_identity
-from .models import resolve
-from .plan import device_limits, largest_fitting, measuring
-from .preprocess import PREPROCESS_VERSION, ImageSource, TiledImage, preprocess_image
-from .runtime import KV_TYPES, Floats, HParams, KvType, Memory, NativeContext, NativeModel, Tap, open_model
-from .sampling import SamplingOptions, grammar_of
-from .session import Session
-from .stream import stop_list
-from .vocab import Vocab
+from .store.resolve import resolve
+from .text.chat import ChatTemplate
+from .text.sampling import SamplingOptions, grammar_of
+from .text.stream import stop_list
+from .text.vocab import Vocab
+from .vision.embedding import EmbeddingStore, Encoding, ImageEmbedding
+from .vision.encoder import ImageEncoder
+from .vision.preprocess import PREPROCESS_VERSION, ImageSource, TiledImage, preprocess_image
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +130,7 @@ class Mllama:
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
         chat_template:  Jinja source in place of the file's
         image_cache:    keep what is computed of pictures on disk, where the environment says or the platform
-                        keeps caches; a path: there; False: in memory only. See image_cache.py
+                        keeps caches; a path: there; False: in memory only. See cache/disk.py
         verbose:        the log to stderr
         progress:       called with "load", "encode" or "prompt", how much is done, and of how much
         abort:          called every 50 ms while something computes; True stops it with Aborted
@@ -266,7 +276,7 @@ class Mllama:
         """
         files = resolve(name, mmproj_path)
         if verify:
-            from .verify import require_verified
+            from .store.verify import require_verified
 
             require_verified(files)
         return cls(files.text, files.mmproj, **{**files.parameters, **kwargs})

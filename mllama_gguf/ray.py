@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from .captions import CaptionOptions, caption_picture
+from .batch.captions import CaptionOptions, caption_picture
 from .errors import BackendError, ImageError, MllamaError
 from .model import Mllama, usable_cpus
-from .models import resolve
+from .store.resolve import resolve
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ import report
 from PIL import Image, ImageDraw, ImageFilter
 
 from mllama_gguf import Mllama
-from mllama_gguf.batch import caption_pictures
-from mllama_gguf.captions import CaptionOptions
-from mllama_gguf.records import ErrorLog, RecordFile
+from mllama_gguf.batch.captions import CaptionOptions
+from mllama_gguf.batch.outputs import ErrorLog, RecordFile
+from mllama_gguf.batch.run import caption_pictures
 
 SETS = {"web": ((640, 480), (800, 600), (1024, 768)), "camera": ((2048, 1536), (3000, 2000), (4000, 3000))}
 AHEAD = {"off": (False,), "on": (True,), "auto": (None,), "both": (False, True)}

@@ -28,8 +28,8 @@ import report
 from PIL import Image
 
 from mllama_gguf import Mllama
-from mllama_gguf.models import resolve
-from mllama_gguf.points import run_point
+from mllama_gguf.store.resolve import resolve
+from mllama_gguf.tune.process import run_point
 
 SIZES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # tiles: width and height in tiles
 QUESTIONS = ("Describe this image.", "What colour is it?")

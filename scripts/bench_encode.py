@@ -32,9 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 
-from mllama_gguf._native import Callbacks, load  # noqa: E402
-from mllama_gguf.convert import convert  # noqa: E402
-from mllama_gguf.runtime import NativeContext, NativeModel  # noqa: E402
+from mllama_gguf.backend.library import Callbacks, load  # noqa: E402
+from mllama_gguf.backend.local import NativeContext, NativeModel  # noqa: E402
+from mllama_gguf.convert.huggingface import convert  # noqa: E402
 
 PICTURES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # tiles: (rows, columns)
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mllama_gguf.compare import N_TOP, N_VISION, Answer, compare
+from mllama_gguf.backend.plan import make_plan
 from mllama_gguf.files import write_whole
-from mllama_gguf.models import resolve
-from mllama_gguf.plan import make_plan
+from mllama_gguf.store.resolve import resolve
+from mllama_gguf.tune.compare import N_TOP, N_VISION, Answer, compare
 
 MARK = "bold red"
 

@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import tiny
 
-from mllama_gguf.quantize import TARGETS, block, is_text_matrix, mix, quantize_rows
+from mllama_gguf.convert.quantize import TARGETS, block, is_text_matrix, mix, quantize_rows
 
 N_LAYER = 40
 CROSS = (3, 8, 13, 18, 23, 28, 33, 38)

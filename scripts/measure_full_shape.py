@@ -18,9 +18,9 @@ import numpy as np
 import psutil
 from full_shape import mllama_keys, text_tensors, vision_tensors, write_gguf
 
-from mllama_gguf._native import Callbacks, load
+from mllama_gguf.backend.library import Callbacks, load
+from mllama_gguf.backend.local import NativeContext, NativeModel
 from mllama_gguf.errors import Aborted
-from mllama_gguf.runtime import NativeContext, NativeModel
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import full_shape
 import numpy as np
 
 from mllama_gguf import Mllama
-from mllama_gguf.image_cache import DIRECTORY_VARIABLE
+from mllama_gguf.cache.disk import DIRECTORY_VARIABLE
 
 QUESTIONS = ("describe this image", "what is to the left of it")
 SIZES = {1: (560, 560), 2: (560, 1120), 4: (1120, 1120)}  # tiles: height, width

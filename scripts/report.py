@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllama_gguf import __version__
-from mllama_gguf._native import load
+from mllama_gguf.backend.library import load
 from mllama_gguf.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]

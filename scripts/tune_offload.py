@@ -6,7 +6,7 @@ python scripts/tune_offload.py IMAGE -m MODEL --out DIR
 
 import sys
 
-from mllama_gguf.cli import run
+from mllama_gguf.cli.main import run
 
 if __name__ == "__main__":
     sys.exit(run(["tune", *sys.argv[1:]]))

@@ -11,8 +11,8 @@ import pytest
 import tiny
 from helpers import TinyFiles
 
-from mllama_gguf.convert import convert
-from mllama_gguf.image_cache import DIRECTORY_VARIABLE, SIZE_VARIABLE
+from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, SIZE_VARIABLE
+from mllama_gguf.convert.huggingface import convert
 
 # Tests, and the processes that they start, neither find nor leave pictures on disk; those of the image cache
 # turn it on.

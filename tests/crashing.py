@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mllama_gguf import compare, tune
+from mllama_gguf.tune import compare
+from mllama_gguf.tune import search as tune
 
 
 def measure(**request: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from golden_cases import (
 )
 
 from mllama_gguf import ImageEmbedding, Mllama, TiledImage
-from mllama_gguf.convert import convert
+from mllama_gguf.convert.huggingface import convert
 
 Open = Callable[..., Mllama]
 

@@ -25,7 +25,7 @@ from golden_cases import (
 )
 from reference import Reference
 
-from mllama_gguf.convert import convert
+from mllama_gguf.convert.huggingface import convert
 
 # Half the cases: the numpy model is slow, and prompts differ little for it. test_golden.py has the runtime do
 # all.

@@ -10,8 +10,8 @@
 #include "gguf_mutate.h"
 #include "mllama.h"
 
-#include "hparams.h"
-#include "weights.h"
+#include "file/hparams.h"
+#include "model/weights.h"
 
 #include <errno.h>
 #include <fcntl.h>

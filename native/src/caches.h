@@ -1,7 +1,7 @@
 // The two key/value caches of a conversation: self-attention (all tokens) and cross-attention (one slot an image group).
 #pragma once
 
-#include "model.h"
+#include "model/model.h"
 
 typedef struct kv_types {
     enum ggml_type k, v;

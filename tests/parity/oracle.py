@@ -24,8 +24,8 @@ import transformers
 from tiny import new_name
 from transformers import MllamaForConditionalGeneration
 
-from mllama_gguf.checkpoint import Checkpoint, read_shape
-from mllama_gguf.convert import FloatType, plan
+from mllama_gguf.convert.checkpoint import Checkpoint, read_shape
+from mllama_gguf.convert.huggingface import FloatType, plan
 
 F32 = npt.NDArray[np.float32]
 

@@ -27,8 +27,8 @@ from reference import Reference
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
-from mllama_gguf.checkpoint import Checkpoint, read_shape, rope_factors
-from mllama_gguf.convert import FloatType, convert
+from mllama_gguf.convert.checkpoint import Checkpoint, read_shape, rope_factors
+from mllama_gguf.convert.huggingface import FloatType, convert
 
 IMAGE = 9
 

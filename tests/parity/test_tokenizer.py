@@ -8,8 +8,8 @@ import pytest
 import tiny
 import tokenizers  # type: ignore[import-untyped]
 
-from mllama_gguf.convert import convert
-from mllama_gguf.vocab import Vocab
+from mllama_gguf.convert.huggingface import convert
+from mllama_gguf.text.vocab import Vocab
 
 TEXTS = (
     "",

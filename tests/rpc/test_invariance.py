@@ -19,8 +19,8 @@ from golden_cases import Case, case, relative_error, tiled
 from helpers import TinyFiles
 
 from mllama_gguf import Mllama
-from mllama_gguf.gguf_file import read_gguf
-from mllama_gguf.models import BUNDLED
+from mllama_gguf.gguf.reader import read_gguf
+from mllama_gguf.store.resolve import BUNDLED
 
 ROUNDS = 3
 N_GREEDY = 12

@@ -10,9 +10,9 @@ import pytest
 from helpers import TinyFiles, picture
 
 from mllama_gguf import Mllama
-from mllama_gguf.cli import run
-from mllama_gguf.models import BUNDLED
-from mllama_gguf.plan import device_limits, make_plan
+from mllama_gguf.backend.plan import device_limits, make_plan
+from mllama_gguf.cli.main import run
+from mllama_gguf.store.resolve import BUNDLED
 
 Files = Callable[[str], TinyFiles]
 DEMO = BUNDLED["demo"]
@@ -75,8 +75,8 @@ def test_auto_is_the_plan_s_best(workers: tuple[str, str], monkeypatch: pytest.M
 # A worker that may take 64 MiB more than it has when it begins.
 LITTLE = """
 import resource, sys
-from mllama_gguf.runtime import devices
-from mllama_gguf.worker import serve
+from mllama_gguf.backend.local import devices
+from mllama_gguf.backend.rpc import serve
 devices()
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), -1))

@@ -20,8 +20,8 @@ from golden_cases import case, tiled
 from helpers import TinyFiles, elsewhere
 
 from mllama_gguf import Aborted, BackendError, Mllama
-from mllama_gguf.cli import run
-from mllama_gguf.runtime import Floats
+from mllama_gguf.backend.local import Floats
+from mllama_gguf.cli.main import run
 
 ARCH = tiny.ARCHS["gqa"]
 PROMPT = case(ARCH, "text_before_image")
@@ -218,8 +218,8 @@ def test_another_protocol_version(impostor: str, tiny_files: Files) -> None:
 # A worker that may take 48 MiB more than it has when it begins.
 SMALL_WORKER = """
 import resource, sys
-from mllama_gguf.runtime import devices
-from mllama_gguf.worker import serve
+from mllama_gguf.backend.local import devices
+from mllama_gguf.backend.rpc import serve
 devices()
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (48 << 20), -1))

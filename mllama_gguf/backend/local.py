@@ -1,0 +1,516 @@
+"""The C API's model and context as two Python classes: numpy in, numpy out, errors as exceptions.
+
+One method for one C function and no decisions; those are in `session` and `model`. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RequestError
+from . import library
+from .library import Callbacks, Native
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+KvType = Literal["f32", "f16", "q8_0"]
+Tap = Callable[[str, Floats | None], bool]
+
+KV_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}
+_DEVICE_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
+
+
+@dataclass(frozen=True)
+class HParams:
+    """The shape of a model, as its file says. Lengths in values unless a unit is given; see mllama.h."""
+
+    n_layer: int
+    n_ctx_train: int  # tokens
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    rope_dim: int
+    rope_freq_base: float
+    rms_eps: float
+    vocab_size: int  # logits a token
+    n_token_embd: int  # rows of the embedding: the image token has one, and no logit
+    image_token_id: int
+    n_cross_layers: int
+    # vision; all 0 without a projector
+    n_vision_layer: int
+    n_vision_global_layer: int
+    vision_embd: int
+    vision_ff: int
+    vision_head: int
+    vision_eps: float
+    image_size: int  # pixels, side of a tile
+    patch_size: int  # pixels
+    max_tiles: int
+    n_positions: int
+    n_positions_padded: int
+    n_aspect_ratios: int
+    n_intermediate: int
+    cross_layers: tuple[int, ...]
+
+    @property
+    def has_vision(self) -> bool:
+        return self.n_vision_layer > 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """A ggml device."""
+
+    name: str
+    description: str
+    type: str  # cpu, gpu, igpu or accel
+    memory_free: int  # bytes
+    memory_total: int  # bytes
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A weight and where it was put."""
+
+    name: str
+    type: str
+    ne: tuple[int, int, int, int]  # fastest first
+    n_bytes: int
+    device: str
+    is_vision: bool
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes that a model and its context hold on one device, or would hold.
+
+    mapped:   weights read in place from the file's pages, which the system may drop and read again
+    weights:  weights copied into the device's memory
+    self_kv:  the self-attention cache
+    cross_kv: of all pictures in the cache
+    compute:  the text compute buffers, which stay
+    vision:   the most that encoding a picture, or filling its cache, takes while it runs
+    staging:  this machine's memory while weights are copied, before any cache exists
+    """
+
+    device: str
+    mapped: int
+    weights: int
+    self_kv: int
+    cross_kv: int
+    compute: int
+    vision: int
+    staging: int
+
+    @property
+    def peak(self) -> int:
+        """The most at one time, without the mapped weights."""
+        running = self.self_kv + self.cross_kv + self.compute + self.vision
+        return self.weights + max(running, self.staging)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a model and its context hold; of all devices together by the names of `DeviceMemory`."""
+
+    devices: tuple[DeviceMemory, ...]  # the CPU is the first
+
+    @property
+    def self_kv(self) -> int:
+        return sum(device.self_kv for device in self.devices)
+
+    @property
+    def cross_kv(self) -> int:
+        return sum(device.cross_kv for device in self.devices)
+
+    @property
+    def compute(self) -> int:
+        return sum(device.compute for device in self.devices)
+
+
+def devices() -> list[Device]:
+    """All ggml devices of the process, in the order that indices count. Raises BackendError."""
+    native = library.load()
+    info = native.ffi.new("mllama_device_info *")
+    found = []
+    for index in range(native.lib.mllama_device_count()):
+        native.check(native.lib.mllama_device_get(index, info))
+        found.append(
+            Device(
+                native.text(info.name),
+                native.text(info.description),
+                _DEVICE_TYPES.get(info.type, "other"),
+                info.memory_free,
+                info.memory_total,
+            )
+        )
+    return found
+
+
+def device_index(name: str) -> int:
+    """The index of a device by its name, whatever the case. Raises RequestError naming those that exist."""
+    names = [device.name for device in devices()]
+    for index, known in enumerate(names):
+        if known.lower() == name.lower():
+            return index
+    raise RequestError(f"no device {name!r}; there are: {', '.join(names)}")
+
+
+class NativeModel:
+    """`mllama_model`: the weights. Close it after every context made from it."""
+
+    def __init__(
+        self,
+        text_path: str | os.PathLike[str],
+        mmproj_path: str | os.PathLike[str] | None,
+        callbacks: Callbacks,
+        *,
+        n_gpu_layers: int = 0,
+        vision_device: int = -1,
+        devices: Sequence[int] | None = None,
+        tensor_split: Sequence[float] | None = None,
+        main_gpu: int = -1,
+        use_mmap: bool = True,
+        repack: bool = False,
+        allow_quantized_vision: bool = False,
+        check_only: bool = False,
+        no_alloc: bool = False,
+    ) -> None:
+        """Load, or with check_only read and validate. no_alloc: for contexts that only `reserve`.
+
+        Raises ModelError for a file that is not right, BackendError for memory and devices, and what the
+        callbacks raised.
+        """
+        self.native = library.load()
+        ffi, lib = self.native.ffi, self.native.lib
+        params = ffi.new("mllama_model_params *", lib.mllama_model_default_params())
+        params.n_gpu_layers = n_gpu_layers
+        params.vision_device = vision_device
+        # NULL is "every GPU"; no devices are an array of none.
+        c_devices = ffi.NULL if devices is None else ffi.new("int32_t[]", [*devices, -1])
+        c_split = ffi.NULL if tensor_split is None else ffi.new("float[]", [*tensor_split, 0.0])
+        params.devices, params.n_devices = c_devices, len(devices or ())
+        params.tensor_split, params.n_tensor_split = c_split, len(tensor_split or ())
+        params.main_gpu = main_gpu
+        params.use_mmap = use_mmap
+        params.repack = repack
+        params.allow_quantized_vision = allow_quantized_vision
+        params.check_only = check_only
+        params.no_alloc = no_alloc
+        params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
+
+        out = ffi.new("mllama_model **")
+        mmproj = ffi.NULL if mmproj_path is None else ffi.new("char[]", os.fsencode(mmproj_path))
+        status = lib.mllama_model_load(os.fsencode(text_path), mmproj, params, out)
+        if status == library.OK:
+            self.pointer = out[0]
+            # Runs at exit too, before Python takes the callbacks away.
+            self.close = weakref.finalize(self, lib.mllama_model_free, self.pointer)
+            # C holds the callbacks as long as the model lives.
+            self._callbacks = callbacks
+        _raise(self.native, callbacks, status)
+
+        hparams = lib.mllama_model_hparams(self.pointer)
+        values = {f.name: getattr(hparams, f.name) for f in fields(HParams) if f.name != "cross_layers"}
+        layers = lib.mllama_model_cross_layers(self.pointer)
+        self.hparams = HParams(**values, cross_layers=tuple(layers[i] for i in range(hparams.n_cross_layers)))
+
+    @property
+    def layout(self) -> str:
+        """How the files are laid out: canonical, A, B, text only or unknown, see mllama.h."""
+        return self.native.text(self.native.lib.mllama_model_layout(self.pointer))
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What loading puts right or fills in, a line each."""
+        repairs: list[str] = []
+        while line := self.native.text(self.native.lib.mllama_model_repair(self.pointer, len(repairs))):
+            repairs.append(line)
+        return tuple(repairs)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return int(self.native.lib.mllama_model_size(self.pointer))
+
+    def devices(self) -> list[Device]:
+        """All devices of the process."""
+        return devices()
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """All weights."""
+        info = self.native.ffi.new("mllama_tensor_info *")
+        for index in range(self.native.lib.mllama_model_n_tensors(self.pointer)):
+            self.native.check(self.native.lib.mllama_model_tensor(self.pointer, index, info))
+            yield TensorInfo(
+                self.native.text(info.name),
+                self.native.text(info.type),
+                tuple(info.ne),
+                info.n_bytes,
+                self.native.text(info.device),
+                info.is_vision,
+            )
+
+
+def open_model(
+    text_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None,
+    *,
+    callbacks: Callbacks,
+    vision_device: str = "auto",
+    devices: Sequence[str] | None = None,
+    **settings: Any,
+) -> NativeModel:
+    """A NativeModel whose devices are given by name; vision_device "auto" and "cpu" too. Raises RequestError
+    for a name that does not exist, and what NativeModel raises."""
+    special = {"auto": -1, "cpu": -2}
+    vision = special.get(vision_device.lower())
+    return NativeModel(
+        text_path,
+        mmproj_path,
+        callbacks,
+        vision_device=device_index(vision_device) if vision is None else vision,
+        devices=None if devices is None else [device_index(name) for name in devices],
+        **settings,
+    )
+
+
+class NativeContext:
+    """`mllama_context`: the caches and the computation.
+
+    epoch: another number once the caches were lost with their process; never, here (see `engine`)
+    """
+
+    epoch = 0
+
+    def __init__(
+        self,
+        model: NativeModel,
+        callbacks: Callbacks,
+        *,
+        n_ctx: int,
+        n_batch: int = 512,
+        n_threads: int = 0,
+        type_k: KvType = "f16",
+        type_v: KvType = "f16",
+        flash_attn: bool = True,
+        offload_kqv: bool = True,
+    ) -> None:
+        """n_ctx, n_batch in tokens; n_threads 0: ggml's default. Raises RequestError, BackendError."""
+        self.native = model.native
+        self.hparams = model.hparams
+        self._callbacks = callbacks
+        ffi, lib = self.native.ffi, self.native.lib
+        params = ffi.new("mllama_context_params *", lib.mllama_context_default_params())
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_threads = n_threads
+        params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
+        params.flash_attn = flash_attn
+        params.offload_kqv = offload_kqv
+        params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
+        out = ffi.new("mllama_context **")
+        status = lib.mllama_context_new(model.pointer, params, out)
+        if status == library.OK:
+            self.pointer = out[0]
+            self.close = weakref.finalize(self, lib.mllama_context_free, self.pointer)
+        _raise(self.native, callbacks, status)
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens."""
+        return int(self.native.lib.mllama_n_ctx(self.pointer))
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the self-attention cache."""
+        return int(self.native.lib.mllama_n_past(self.pointer))
+
+    def memory(self) -> Memory:
+        """Bytes in use now."""
+        memory = self.native.ffi.new("mllama_memory *")
+        names = [f.name for f in fields(DeviceMemory) if f.name != "device"]
+        devices = []
+        for index in range(self.native.lib.mllama_memory_count(self.pointer)):
+            self.native.check(self.native.lib.mllama_memory_usage(self.pointer, index, memory))
+            sizes = {name: getattr(memory, name) for name in names}
+            devices.append(DeviceMemory(self.native.text(memory.device), **sizes))
+        return Memory(tuple(devices))
+
+    def reserve(self, n_tiles: Sequence[int]) -> None:
+        """Make room for a full context and one group of pictures with these tiles; of a model opened with
+        no_alloc, measure it. Raises OutOfMemoryError."""
+        tiles = self.native.ffi.new("int32_t[]", list(n_tiles) or 1)
+        status = self.native.lib.mllama_reserve(self.pointer, len(n_tiles), tiles)
+        _raise(self.native, self._callbacks, status)
+
+    def encode(self, pixels: Floats, aspect_ratio_id: int) -> Floats:
+        """pixels float32 [n_tiles, 3, image_size, image_size] -> states float32 [n_tiles, n_positions,
+        n_embd]."""
+        h = self.hparams
+        n_tiles = len(pixels)
+        pixels = np.ascontiguousarray(pixels, np.float32)
+        states = np.empty((n_tiles, h.n_positions, h.n_embd), np.float32)
+        status = self.native.lib.mllama_encode(
+            self.pointer, self._floats(pixels), n_tiles, aspect_ratio_id, self._floats(states)
+        )
+        _raise(self.native, self._callbacks, status)
+        return states
+
+    def image_fill(self, states: Sequence[Floats | int]) -> int:
+        """Put one picture, or a group of adjacent ones, into a new slot; each states [n_tiles, P, D], or
+        n_tiles: `image_set` brings the picture."""
+        ffi = self.native.ffi
+        arrays = [None if isinstance(s, int) else np.ascontiguousarray(s, np.float32) for s in states]
+        pointers = ffi.new("float *[]", [ffi.NULL if a is None else self._floats(a) for a in arrays])
+        n_tiles = ffi.new("int32_t[]", [s if isinstance(s, int) else len(s) for s in states])
+        slot = ffi.new("int32_t *")
+        status = self.native.lib.mllama_image_fill(self.pointer, len(arrays), pointers, n_tiles, slot)
+        try:
+            _raise(self.native, self._callbacks, status)
+        except BaseException:
+            if status == library.OK:  # a callback failed: nobody will hear of the slot
+                self.image_free(slot[0])
+            raise
+        return int(slot[0])
+
+    def image_mapped_size(self, n_tiles: int) -> int:
+        """How many bytes `image_map` wants of a picture with so many tiles; 0: it cannot be."""
+        return int(self.native.lib.mllama_image_mapped_size(self.pointer, n_tiles))
+
+    def image_map(self, n_tiles: int, path: Path, offset: int) -> int:
+        """Put one picture into a new slot that has the bytes of a file, as `image_get` gives them, from there
+        on. Raises ModelError for a file that is not there or too short."""
+        slot = self.native.ffi.new("int32_t *")
+        status = self.native.lib.mllama_image_map(self.pointer, n_tiles, os.fsencode(path), offset, slot)
+        self.native.check(status)
+        return int(slot[0])
+
+    def image_free(self, slot: int) -> None:
+        """Give a slot back."""
+        self.native.check(self.native.lib.mllama_image_free(self.pointer, slot))
+
+    def image_size(self, slot: int, image: int) -> int:
+        """How many bytes `image_get` gives of a slot's picture, counted from 0 in its group."""
+        n_bytes = self.native.ffi.new("uint64_t *")
+        self.native.check(self.native.lib.mllama_image_size(self.pointer, slot, image, n_bytes))
+        return int(n_bytes[0])
+
+    def image_get(self, slot: int, image: int, offset: int, n_bytes: int) -> Bytes:
+        """Some bytes of what a slot holds of a picture: uint8 [n_bytes]."""
+        data = np.empty(n_bytes, np.uint8)
+        status = self.native.lib.mllama_image_get(
+            self.pointer, slot, image, offset, n_bytes, self.native.ffi.from_buffer(data)
+        )
+        self.native.check(status)
+        return data
+
+    def image_set(self, slot: int, image: int, offset: int, data: Bytes) -> None:
+        """Put them into another slot."""
+        status = self.native.lib.mllama_image_set(
+            self.pointer, slot, image, offset, data.nbytes, self.native.ffi.from_buffer(data)
+        )
+        self.native.check(status)
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        slot: int,
+        n_visible: int,
+        logits: Literal["none", "last", "all"] = "last",
+    ) -> Floats:
+        """Append tokens that all see the first n_visible pictures of a slot (-1: no picture yet).
+
+        Returns float32 [0, 1 or n_tokens, vocab_size].
+        """
+        rows = {"none": 0, "last": 1, "all": len(tokens)}[logits]
+        mode = {"none": 0, "last": 1, "all": 2}[logits]
+        out = np.empty((rows, self.hparams.vocab_size), np.float32)
+        status = self.native.lib.mllama_decode(
+            self.pointer,
+            self.native.ffi.new("int32_t[]", list(tokens)),
+            len(tokens),
+            slot,
+            n_visible,
+            mode,
+            self._floats(out) if rows else self.native.ffi.NULL,
+            out.size,
+        )
+        _raise(self.native, self._callbacks, status)
+        return out
+
+    def truncate(self, n_past: int) -> None:
+        """Keep the first n_past tokens."""
+        self.native.check(self.native.lib.mllama_truncate(self.pointer, n_past))
+
+    def past_size(self, n_tokens: int) -> int:
+        """How many bytes `past_get` gives."""
+        return int(self.native.lib.mllama_past_size(self.pointer, n_tokens))
+
+    def past_get(self, n_tokens: int) -> Bytes:
+        """What the first tokens left in the self-attention cache: uint8 [past_size]."""
+        data = np.empty(self.past_size(n_tokens), np.uint8)
+        from_buffer = self.native.ffi.from_buffer
+        status = self.native.lib.mllama_past_get(self.pointer, n_tokens, data.nbytes, from_buffer(data))
+        self.native.check(status)
+        return data
+
+    def past_set(self, n_tokens: int, data: Bytes) -> None:
+        """Let the self-attention cache hold these tokens, and no others."""
+        from_buffer = self.native.ffi.from_buffer
+        status = self.native.lib.mllama_past_set(self.pointer, n_tokens, data.nbytes, from_buffer(data))
+        self.native.check(status)
+
+    def clear(self) -> None:
+        """Forget tokens and pictures."""
+        self.native.lib.mllama_clear(self.pointer)
+
+    @contextmanager
+    def tap(self, callback: Tap) -> Iterator[None]:
+        """Inside the block callback(name, None) is asked for every intermediate tensor whether its values are
+        wanted, and if so callback(name, values) gets them: float32, slowest dimension first, valid during the
+        call.
+        """
+        ffi, lib = self.native.ffi, self.native.lib
+
+        def on_tensor(name: Any, ne: Any, data: Any, _: Any) -> bool:
+            text = self.native.text(name)
+            if data == ffi.NULL:
+                return bool(callback(text, None))
+            shape = [ne[i] for i in range(4)]
+            while len(shape) > 1 and shape[-1] == 1:
+                shape.pop()
+            n = int(np.prod(shape, dtype=np.int64))
+            values = np.frombuffer(ffi.buffer(data, n * 4), np.float32)
+            callback(text, values.reshape(shape[::-1]))
+            return False
+
+        c_callback = ffi.callback("mllama_tap_callback", on_tensor, onerror=self._callbacks.on_error)
+        lib.mllama_set_tap(self.pointer, c_callback, ffi.NULL)
+        try:
+            yield
+        finally:
+            lib.mllama_set_tap(self.pointer, ffi.NULL, ffi.NULL)
+
+    def _floats(self, array: Floats) -> Any:
+        """float * to a C-contiguous array, which must outlive it."""
+        return self.native.ffi.cast("float *", array.ctypes.data)
+
+
+def _raise(native: Native, callbacks: Callbacks, status: int) -> None:
+    """What a callback raised first, for that is why the status is what it is."""
+    error = native.error(status) if status != library.OK else None
+    callbacks.raise_pending()
+    if error is not None:
+        raise error

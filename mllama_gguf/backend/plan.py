@@ -1,0 +1,241 @@
+"""What every number of offloaded layers costs on every device, before anything is loaded.
+
+Nothing here is estimated: the model is opened without memory (`no_alloc`), ggml lays out the caches and the
+largest graphs as it would for real, and says how large its buffers would be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import RequestError
+from .library import Callbacks
+from .library import load as load_native
+from .local import Device, DeviceMemory, HParams, Memory, NativeContext, open_model
+
+# What "auto" leaves free on a device: for the driver, other programs, and what kernels take at run time.
+MARGIN_BYTES = 256 * 1024 * 1024
+MARGIN_SHARE = 0.05
+
+# (n_gpu_layers) -> what that takes, and the model's shape
+Measure = Callable[[int], tuple[Memory, HParams]]
+_CONTEXT_SETTINGS = ("n_batch", "n_threads", "type_k", "type_v", "flash_attn", "offload_kqv")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One n_gpu_layers. lacking: the devices that have too little memory for it."""
+
+    n_gpu_layers: int
+    devices: tuple[DeviceMemory, ...]
+    lacking: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.lacking
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All settings, from no layer to all. n_tiles: of each picture; limits: most bytes on a device."""
+
+    n_layer: int
+    n_ctx: int
+    n_tiles: tuple[int, ...]
+    limits: dict[str, int]
+    settings: tuple[Setting, ...]
+
+    @property
+    def best(self) -> int | None:
+        """The largest n_gpu_layers that fits; None: not even 0 does."""
+        return max((s.n_gpu_layers for s in self.settings if s.fits), default=None)
+
+
+def measure(
+    model_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None,
+    *,
+    callbacks: Callbacks,
+    n_ctx: int | None,
+    n_tiles: Sequence[int] | None = None,
+    **settings: Any,
+) -> tuple[Memory, HParams]:
+    """What a model with a full context takes, in this process.
+
+    n_tiles:  of each picture in the cache; None: one picture with all its tiles
+    settings: those of `runtime.open_model` and `NativeContext`; without n_threads, what all CPUs take
+
+    Raises ModelError, RequestError, BackendError.
+    """
+    context_settings = {name: settings.pop(name) for name in _CONTEXT_SETTINGS if name in settings}
+    model = open_model(model_path, mmproj_path, callbacks=callbacks, no_alloc=True, **settings)
+    try:
+        h = model.hparams
+        n_ctx = min(n_ctx or h.n_ctx_train, h.n_ctx_train)
+        context = NativeContext(model, callbacks, n_ctx=n_ctx, **context_settings)
+        try:
+            if n_tiles is None:
+                n_tiles = [h.max_tiles] if h.has_vision else []
+            context.reserve(n_tiles)
+            return context.memory(), h
+        finally:
+            context.close()
+    finally:
+        model.close()
+
+
+@contextmanager
+def measuring(
+    model_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None = None,
+    *,
+    workers: Sequence[str] = (),
+    rpc_timeout: float = 300.0,
+    isolate: bool = False,
+    **settings: Any,
+) -> Iterator[tuple[Measure, list[Device]]]:
+    """A function that measures one n_gpu_layers, and the devices; with workers in a child process, which can
+    be lost. settings: those of `measure`."""
+    from .isolated import Engine
+
+    callbacks = Callbacks(load_native())
+    if not workers and not isolate:
+        from .local import devices
+
+        yield (
+            lambda n: measure(model_path, mmproj_path, callbacks=callbacks, n_gpu_layers=n, **settings),
+            devices(),
+        )
+        return
+    engine = Engine(workers, rpc_timeout, callbacks)
+    try:
+        yield (
+            lambda n: engine.measure(model_path, mmproj_path, n_gpu_layers=n, **settings),
+            engine.devices(),
+        )
+    finally:
+        engine.close()
+
+
+def make_plan(
+    model_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None = None,
+    *,
+    budget: str | Sequence[str | int] | None = None,
+    n_gpu_layers: int | None = None,
+    **settings: Any,
+) -> Plan:
+    """What every n_gpu_layers takes, and which is the largest that fits.
+
+    budget:       most bytes on each device to offload to, in order, as "8GiB,4GiB" or numbers; "NAME=8GiB"
+                  names any device, "CPU=16GiB" too. None: what is free there, less a margin
+    n_gpu_layers: only this one
+    settings:     those of `measuring`
+
+    Raises ModelError, RequestError, BackendError.
+    """
+    with measuring(model_path, mmproj_path, **settings) as (measure_one, devices):
+        limits = device_limits(devices, settings, budget)
+        first, h = measure_one(n_gpu_layers or 0)
+        found = {n_gpu_layers or 0: first}
+        if n_gpu_layers is None and offload_devices(devices, settings):
+            found |= {n: measure_one(n)[0] for n in range(1, h.n_layer + 2)}
+    n_tiles = settings.get("n_tiles")
+    if n_tiles is None:
+        n_tiles = [h.max_tiles] if h.has_vision else []
+    n_ctx = min(settings.get("n_ctx") or h.n_ctx_train, h.n_ctx_train)
+    rows = tuple(Setting(n, m.devices, lacking(m, limits)) for n, m in found.items())
+    return Plan(h.n_layer, n_ctx, tuple(n_tiles), limits, rows)
+
+
+def largest_fitting(measure_one: Measure, limits: Mapping[str, int]) -> int:
+    """The largest n_gpu_layers within the limits, in few measurements: more layers take more on every device.
+
+    0 where nothing fits, for the CPU then pages.
+    """
+    memory, h = measure_one(-1)
+    most = h.n_layer + 1
+    if not lacking(memory, limits):
+        return most
+    least = 0
+    while most - least > 1:
+        middle = (least + most) // 2
+        if lacking(measure_one(middle)[0], limits):
+            most = middle
+        else:
+            least = middle
+    return least
+
+
+def lacking(memory: Memory, limits: Mapping[str, int]) -> tuple[str, ...]:
+    """The devices on which more is wanted than there is."""
+    return tuple(d.device for d in memory.devices if d.device in limits and d.peak > limits[d.device])
+
+
+def offload_devices(devices: Sequence[Device], settings: Mapping[str, Any]) -> list[Device]:
+    """Those that layers go to, in the order that tensor_split and main_gpu count: workers first."""
+    gpus = [device for device in devices if device.type in ("gpu", "igpu")]
+    gpus.sort(key=lambda device: not device.name.startswith("RPC"))
+    if settings.get("devices") is not None:
+        wanted = [name.lower() for name in settings["devices"]]
+        gpus = sorted(
+            (device for device in gpus if device.name.lower() in wanted),
+            key=lambda device: wanted.index(device.name.lower()),
+        )
+    main_gpu = settings.get("main_gpu", -1)
+    return gpus if main_gpu < 0 else gpus[main_gpu : main_gpu + 1]
+
+
+def device_limits(
+    devices: Sequence[Device],
+    settings: Mapping[str, Any],
+    budget: str | Sequence[str | int] | None = None,
+) -> dict[str, int]:
+    """Most bytes on each device by name. Without a budget what is free there less a margin; the CPU, and a
+    device that does not say what it has, have no limit. Raises RequestError."""
+    targets = offload_devices(devices, settings)
+    limits = {
+        device.name: max(0, device.memory_free - max(MARGIN_BYTES, int(MARGIN_SHARE * device.memory_free)))
+        for device in devices
+        if device.type in ("gpu", "igpu") and device.memory_total > 0
+    }
+    if budget is None:
+        return limits
+    names = {device.name.lower(): device.name for device in devices}
+    place = 0
+    for item in budget.split(",") if isinstance(budget, str) else budget:
+        name, _, amount = str(item).rpartition("=")
+        if name:
+            if name.strip().lower() not in names:
+                known = ", ".join(names.values())
+                raise RequestError(f"budget: no device {name.strip()!r}; there are: {known}")
+            limits[names[name.strip().lower()]] = parse_size(amount)
+        elif place == len(targets):
+            raise RequestError(
+                f"budget: {place + 1} or more amounts for {len(targets)} devices to offload to; "
+                "NAME=AMOUNT names one, CPU too"
+            )
+        else:
+            limits[targets[place].name] = parse_size(amount)
+            place += 1
+    return limits
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8GiB", "500 MB" or a number; a bare letter (8G) means powers of 1024. Raises RequestError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if not match:
+        raise RequestError(f"budget: {text!r} is no size, as in 8GiB")
+    number, unit, suffix = match.groups()
+    base = 1000 if suffix == "b" else 1024
+    return int(float(number) * base ** " kmgt".index(unit or " "))
+
+
+def with_tiles(memory: DeviceMemory, from_tiles: int, to_tiles: int) -> DeviceMemory:
+    """The same for pictures of another number of tiles in all: their cache is one row a position."""
+    return replace(memory, cross_kv=memory.cross_kv * to_tiles // from_tiles if from_tiles else 0)

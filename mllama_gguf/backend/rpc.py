@@ -1,0 +1,80 @@
+"""An RPC worker: this machine's devices for Mllama objects elsewhere, served by ggml's RPC backend."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
+
+from ..errors import BackendError, RequestError
+from .library import load
+from .local import device_index, devices
+
+
+def default_devices() -> list[str]:
+    """The GPUs, or the CPU where there is none."""
+    known = devices()
+    gpus = [device.name for device in known if device.type in ("gpu", "igpu")]
+    return gpus or [device.name for device in known if device.type == "cpu"]
+
+
+def resolve(host: str) -> str:
+    """The IPv4 address of a host name. Raises RequestError."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as e:
+        raise RequestError(f"host {host!r}: {e.strerror or e}; give an IPv4 address of this machine") from e
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    return ip_address(address).is_loopback
+
+
+def serve(
+    address: str,
+    port: int,
+    *,
+    names: Sequence[str] | None = None,
+    n_threads: int = 1,
+    cache_dir: Path | None = None,
+) -> None:
+    """Serve devices at an IPv4 address, to one client after the other, until the process ends.
+
+    names:     of the devices; None: `default_devices`
+    n_threads: for the CPU
+    cache_dir: where weights of more than 10 MiB are kept for the next client; None: nowhere
+
+    Never returns: raises BackendError if it cannot start, RequestError for a wrong device, and
+    KeyboardInterrupt.
+    """
+    native = load()
+    indices = [device_index(name) for name in (default_devices() if names is None else names)]
+    try:
+        with socket.socket() as trial:  # for words that say why not
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((address, port))
+    except OSError as e:
+        raise BackendError(f"{address}:{port}: cannot be listened at: {e.strerror or e}") from e
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    failed: list[Exception] = []
+
+    def run() -> None:
+        status = native.lib.mllama_rpc_serve(
+            f"{address}:{port}".encode(),
+            native.ffi.NULL if cache_dir is None else str(cache_dir).encode(),
+            n_threads,
+            len(indices),
+            indices,
+        )
+        failed.append(native.error(status))
+
+    # In a thread, so that Ctrl-C is heard.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    raise failed[0]

@@ -1,0 +1,127 @@
+"""One picture of many: its caption, as a batch or a cluster's worker asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import RequestError
+from ..model import DEFAULT_PROMPT, Mllama, Picture
+from ..text.sampling import SamplingOptions, grammar_of
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How every picture is captioned.
+
+    max_tokens:     most tokens of a caption
+    temperature, seed: as in `create_chat_completion`
+    schema:         a JSON schema; every caption is JSON of that schema
+    prefix, suffix: put around every caption; not around JSON
+
+    Raises RequestError for values that cannot be used.
+    """
+
+    prompt: str = DEFAULT_PROMPT
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+    schema: Mapping[str, Any] | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.schema is not None and (self.prefix or self.suffix):
+            raise RequestError("a JSON schema leaves no room for prefix and suffix")
+        SamplingOptions(self.temperature, seed=self.seed, grammar=self.grammar)
+
+    @cached_property
+    def grammar(self) -> str | None:
+        """GBNF of the schema, made once."""
+        if self.schema is None:
+            return None
+        return grammar_of({"type": "json_schema", "json_schema": {"schema": self.schema}}, None)
+
+    @cached_property
+    def _validator(self) -> Any:
+        from jsonschema.validators import validator_for
+
+        assert self.schema is not None
+        return validator_for(self.schema)(self.schema)
+
+    def check(self, text: str, finish_reason: str) -> None:
+        """Raise RequestError if a schema is wanted and the text is not JSON of it."""
+        if self.schema is None:
+            return
+        if finish_reason == "length":
+            raise RequestError(
+                f"the caption was cut off before its JSON was complete ({self.max_tokens} tokens, or n_ctx); "
+                "raise max_tokens or n_ctx"
+            )
+        try:
+            wrong = next(self._validator.iter_errors(json.loads(text)), None)
+        except ValueError as e:
+            raise RequestError(f"the caption is not JSON: {e}") from e
+        if wrong is not None:
+            raise RequestError(f"the caption does not fit the JSON schema: {' '.join(wrong.message.split())}")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """seconds: encode, prompt and decode, as in `Stats`."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    seconds: Mapping[str, float]
+
+
+def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> Caption:
+    """The caption of a picture. Raises what `create_chat_completion` raises, and RequestError for a reply
+    that does not fit the schema."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": options.prompt}]
+    reply = model.create_chat_completion(
+        [{"role": "user", "content": content}],
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        grammar=options.grammar,
+    )
+    choice, usage = reply["choices"][0], reply["usage"]
+    text, finish_reason = choice["message"]["content"], choice["finish_reason"]
+    options.check(text, finish_reason)
+    return Caption(
+        options.prefix + text + options.suffix,
+        finish_reason,
+        usage["prompt_tokens"],
+        usage["prompt_tokens_details"]["cached_tokens"],
+        usage["completion_tokens"],
+        reply["timings"]["seconds"],
+    )
+
+
+def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON schema from a file. Raises RequestError for a file that is none."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            schema = json.load(file)
+    except OSError as e:
+        raise RequestError(f"{os.fspath(path)}: cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise RequestError(f"{os.fspath(path)}: is not JSON: {' '.join(str(e).split())}") from e
+    if not isinstance(schema, dict):
+        raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {type(schema).__name__}, not an object")
+    try:
+        validator_for(schema).check_schema(schema)
+    except SchemaError as e:
+        raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {' '.join(e.message.split())}") from e
+    return schema

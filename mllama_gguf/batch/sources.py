@@ -1,0 +1,115 @@
+"""Which pictures a batch is about: files, folders, patterns and lists to paths, in order."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..errors import RequestError
+
+# What a folder is searched for; a file that is named is tried whatever its name.
+SUFFIXES = frozenset((
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe",
+    ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+))  # fmt: skip
+
+
+def list_pictures(
+    sources: Sequence[str],
+    *,
+    recursive: bool = False,
+    sidecar: str | None = None,
+    exclude: Iterable[str] = (),
+    stdin: bytes = b"",
+) -> list[str]:
+    """The paths of the pictures that sources name, each once.
+
+    sources:   files; folders (their pictures, hidden files left out); patterns for `glob`, `**` included;
+               lists, which are files called *.txt; "-", a list on standard input. Lists have a path a line,
+               or separated by NUL, relative to the current folder.
+    recursive: search the folders in the folders too; links to folders are not followed
+    sidecar:   suffix of caption files: photos/a.txt is no list if photos/a.png is named beside it
+    exclude:   files that are no pictures, the batch's own outputs
+
+    Natural order (2.png before 10.png), except that what lists hold follows in the lists' own order.
+    Raises RequestError for a list that cannot be read, a pattern that fits nothing, and no picture at all.
+    """
+    from natsort import natsorted, ns
+
+    own = {os.path.basename(path): os.path.realpath(path) for path in exclude}
+    stems = {os.path.splitext(path)[0] for path in sources if os.path.splitext(path)[1].lower() in SUFFIXES}
+    named: list[str] = []
+    listed: list[str] = []
+    for source in sources:
+        stem, suffix = os.path.splitext(source)
+        if source == "-":
+            listed += _lines(stdin)
+        elif os.path.isdir(source):
+            named += _in_folder(source, recursive)
+        elif sidecar is not None and suffix == sidecar and stem in stems:
+            continue  # `DIR/*` names the captions of the last run too
+        elif suffix.lower() == ".txt":
+            listed += _lines(_read_list(source))
+        elif not os.path.lexists(source) and glob.has_magic(source):
+            named += _matches(source)
+        else:
+            named.append(source)
+    ordered = [*natsorted(named, alg=ns.PATH | ns.IGNORECASE), *listed]
+    pictures = [
+        path
+        for path in dict.fromkeys(ordered)
+        if (name := os.path.basename(path)) not in own or os.path.realpath(path) != own[name]
+    ]
+    if not pictures:
+        hint = "" if recursive else "; --recursive looks in the folders below too"
+        raise RequestError(f"{', '.join(sources)}: no pictures there{hint}")
+    return pictures
+
+
+def home_of(source: str) -> str:
+    """The folder that a source is about: itself, a list's, what of a pattern is fixed, or the current one."""
+    if source == "-":
+        return "."
+    if os.path.isdir(source):
+        return source
+    folder = os.path.dirname(source)
+    while glob.has_magic(folder) and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder or "."
+
+
+def _is_picture(path: str) -> bool:
+    name = os.path.basename(path)
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _in_folder(folder: str, recursive: bool) -> Iterator[str]:
+    def fail(error: OSError) -> None:
+        raise RequestError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        yield from (path for path in (os.path.join(parent, name) for name in files) if _is_picture(path))
+
+
+def _matches(pattern: str) -> list[str]:
+    found = [
+        path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and _is_picture(path)
+    ]
+    if not found:
+        raise RequestError(f"{pattern}: no picture fits this pattern")
+    return found
+
+
+def _read_list(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as e:
+        raise RequestError(f"{path}: this list of pictures cannot be read: {e.strerror}") from e
+
+
+def _lines(data: bytes) -> list[str]:
+    parts = data.split(b"\0") if b"\0" in data else data.splitlines()
+    return [os.fsdecode(part) for part in parts if part.strip()]

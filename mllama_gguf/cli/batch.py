@@ -1,0 +1,239 @@
+"""`mllama caption --out FILE` and `--sidecar .txt`: thousands of pictures, as batch.py does them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .main import F, open_model
+
+if TYPE_CHECKING:
+    from ..batch.captions import CaptionOptions
+    from ..batch.outputs import Output
+    from ..batch.run import Report, Summary
+    from ..model import Mllama
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """The values of `batch_options`."""
+
+    out: str | None
+    sidecar: str | None
+    recursive: bool
+    prefix: str
+    suffix: str
+    overwrite: bool
+    limit: int | None
+    encode_ahead: bool | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this is a batch. Raises UsageError for options that only one would heed."""
+        if self.out is not None and self.sidecar is not None:
+            raise click.UsageError("--out and --sidecar exclude each other")
+        if self.out is not None or self.sidecar is not None:
+            return True
+        for name in ("recursive", "prefix", "suffix", "overwrite", "limit"):
+            if getattr(self, name):
+                raise click.UsageError(f"--{name} needs --out or --sidecar")
+        if self.encode_ahead is not None:
+            raise click.UsageError("--encode-ahead needs --out or --sidecar")
+        return False
+
+
+def batch_options(command: F) -> F:
+    """The options of a batch, for BatchSettings."""
+    for option in reversed(
+        (
+            click.option("--out", metavar="FILE", help="Write the captions to FILE.jsonl or FILE.csv."),
+            click.option(
+                "--sidecar", metavar=".txt", help="Write each caption beside its picture, with this suffix."
+            ),
+            click.option("--recursive", is_flag=True, help="Search folders in folders too."),
+            click.option("--prefix", default="", metavar="TEXT", help="Put before every caption."),
+            click.option("--suffix", default="", metavar="TEXT", help="Put after every caption."),
+            click.option("--overwrite", is_flag=True, help="Make the captions that are there anew."),
+            click.option(
+                "--limit", metavar="N", type=click.IntRange(min=1), help="Only the first N pictures."
+            ),
+            click.option(
+                "--encode-ahead/--no-encode-ahead",
+                default=None,
+                help="Encode the next picture while a caption is written.  [default: if a CPU is free]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def run_batch(
+    sources: Sequence[str],
+    settings: BatchSettings,
+    options: CaptionOptions,
+    as_json: bool,
+    model_settings: dict[str, Any],
+) -> int:
+    """Caption what the sources name. Returns the exit code."""
+    from ..batch.outputs import ErrorLog
+    from ..batch.run import caption_pictures
+    from ..batch.sources import home_of, list_pictures
+
+    home = Path(settings.out).parent if settings.out is not None else Path(home_of(sources[0]))
+    errors = ErrorLog(home / "errors.jsonl")
+    pictures = list_pictures(
+        sources,
+        recursive=settings.recursive,
+        sidecar=settings.sidecar,
+        exclude=[str(errors.path), *([settings.out] if settings.out else [])],
+        stdin=sys.stdin.buffer.read() if "-" in sources else b"",
+    )[: settings.limit]
+    output = _open_output(settings, options, pictures, home, model_settings)
+    try:
+        with ExitStack() as stack, _reporter(as_json) as report:
+
+            def opened() -> Mllama:
+                stack.close()  # a model that lost its device
+                return stack.enter_context(open_model(**model_settings, bar=False))
+
+            summary = caption_pictures(
+                pictures,
+                output,
+                opened,
+                options,
+                errors=errors,
+                report=report,
+                encode_ahead=settings.encode_ahead,
+            )
+    finally:
+        output.close()
+    if not as_json:
+        click.echo(_in_words(summary, errors.path), err=True)
+    if summary.interrupted:
+        return 130
+    return 3 if summary.failed or summary.stopped else 0
+
+
+def _open_output(
+    settings: BatchSettings,
+    options: CaptionOptions,
+    pictures: Sequence[str],
+    home: Path,
+    model_settings: dict[str, Any],
+) -> Output:
+    """Where the captions go.
+
+    --overwrite collects them in a hidden file until all are there, which a killed run finds again. The
+    file's name has a digest of what shapes the captions, so that it never mixes two kinds.
+    """
+    from ..batch.outputs import RecordFile, Sidecars
+
+    partial = None
+    if settings.overwrite:
+        model = [model_settings[name] for name in ("model", "mmproj", "n_ctx")]
+        words = json.dumps([settings.out, settings.sidecar, repr(options), model])
+        digest = hashlib.sha256(words.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+        partial = home / f".{Path(settings.out).name if settings.out else 'sidecars'}.{digest}.partial"
+        for other in home.glob(f"{partial.name.removesuffix(f'.{digest}.partial')}.{'?' * 12}.partial"):
+            if other != partial:
+                other.unlink()
+    if settings.out is not None:
+        path = Path(settings.out)
+        return RecordFile(partial or path, replaces=path if partial else None)
+    assert settings.sidecar is not None
+    journal = RecordFile(partial, replaces=Path("journal.jsonl")) if partial else None
+    return Sidecars(settings.sidecar, pictures, journal)
+
+
+# ---- what is shown -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reporter(as_json: bool) -> Iterator[Report]:
+    """What takes the events: JSON lines on stderr, a bar if that is a terminal, or failures alone."""
+    if as_json:
+        yield lambda event: click.echo(json.dumps(event), err=True)
+    elif sys.stderr.isatty():
+        with _bar() as report:
+            yield report
+    else:
+        yield lambda event: _show_failure(event, lambda line: click.echo(line, err=True))
+
+
+def _show_failure(event: dict[str, Any], show: Callable[[str], None]) -> None:
+    if event["event"] == "error":
+        name = "" if event["image"] in event["message"] else f"{event['image']}: "
+        show(f"Error: {name}{event['message']}")
+        if "unrecorded" in event:
+            show(f"Error: not even that could be written: {event['unrecorded']}")
+
+
+@contextmanager
+def _bar() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None, rate="", failed="")
+        failed = 0
+
+        def report(event: dict[str, Any]) -> None:
+            nonlocal failed
+            if event["event"] == "start":
+                done = event["done_before"]
+                progress.update(task, total=event["pictures"], completed=done)
+                progress.reset(task, total=event["pictures"], completed=done)
+            elif event["event"] in ("caption", "error"):
+                failed += event["event"] == "error"
+                speed = progress.tasks[0].speed
+                progress.update(
+                    task,
+                    advance=1,
+                    rate="" if speed is None else f"{speed * 60:.0f} a minute",
+                    failed=f"[red]{failed} failed" if failed else "",
+                )
+            _show_failure(event, lambda line: console.print(line, markup=False, highlight=False))
+
+        yield report
+
+
+def _in_words(summary: Summary, errors: Path) -> str:
+    s, seconds = summary, summary.seconds
+    parts = [f"{s.captioned} captioned"]
+    for count, words in ((s.duplicates, "duplicates"), (s.done_before, "done before")):
+        parts += [f"{count} {words}"] if count else []
+    parts += [f"{s.failed} failed, see {os.fspath(errors)}"] if s.failed else []
+    left = s.pictures - s.captioned - s.duplicates - s.done_before - s.failed
+    parts += [f"{left} left"] if left else []
+    lines = [f"{s.pictures} pictures: {', '.join(parts)}"]
+    if s.captioned:
+        phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("encode", "prompt", "decode", "wait"))
+        lines.append(
+            f"{s.tokens} tokens, {s.cached_tokens} of {s.prompt_tokens} prompt tokens from the cache; "
+            f"{seconds['total']:.1f} s: {phases}; "
+            f"{(s.captioned + s.duplicates) / seconds['total'] * 60:.0f} pictures a minute, "
+            f"the model busy {s.utilisation:.1%}"
+        )
+    if s.stopped:
+        lines.append(f"Error: stopped: {s.stopped}; the same command goes on")
+    if s.interrupted:
+        lines.append("Interrupted; the same command goes on")
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""`mllama cache`: what was computed of pictures, on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from ..errors import MllamaError
+from .main import size, verbose_option
+
+
+@click.command(
+    "cache", epilog="\b\nExamples:\n  mllama cache\n  mllama cache info --json\n  mllama cache clear"
+)
+@click.argument("action", metavar="[info|clear]", type=click.Choice(["info", "clear"]), default="info")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@verbose_option
+def cache_command(action: str, as_json: bool) -> None:
+    """Show what is in the cache of encoded pictures, or clear it.
+
+    `mllama caption` keeps there what the vision encoder made of a picture, and what the text model made of
+    that (its filling), so that the next question about it is answered without computing either again; and
+    what it made of the tokens before the picture (the prefix).
+    MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE another size than 4 GB (0: no cache).
+    """
+    from ..cache.disk import ImageCache
+
+    cache = ImageCache()
+    try:
+        info = cache.clear() if action == "clear" else cache.info()
+    except OSError as e:
+        words = f"{e.filename or cache.directory}: the image cache cannot be cleared: {e.strerror or e}"
+        raise MllamaError(words) from e
+    if as_json:
+        facts = asdict(info) | {"directory": str(info.directory)}
+        click.echo(json.dumps(facts if action == "info" else facts | {"cleared": True}))
+    else:
+        counts = {"picture": info.n_states, "filling": info.n_fillings, "prefix": info.n_prefixes}
+        plural = {"picture": "pictures", "filling": "fillings", "prefix": "prefixes"}
+        numbers = [f"{n} {name if n == 1 else plural[name]}" for name, n in counts.items()]
+        pictures = f"{', '.join(numbers)}, {size(info.n_bytes)}"
+        if action == "clear":
+            click.echo(f"{info.directory}: removed {pictures}")
+        else:
+            click.echo(f"{info.directory}: {pictures} of at most {size(info.max_bytes)}")

@@ -1,0 +1,166 @@
+"""`mllama caption`: what is in a picture, or in thousands (cli_batch.py)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ImageError, RequestError
+from .batch import BatchSettings, batch_options, run_batch
+from .main import model_options, open_model, with_tuned
+
+
+@click.command(
+    "caption",
+    epilog="\b\nExamples:\n"
+    "  mllama caption photo.jpg\n"
+    "  mllama caption photo.jpg -p 'What colour is the car?' -n 50\n"
+    "  mllama caption *.jpg --json > captions.jsonl\n"
+    "  mllama caption photo.jpg -m text.gguf --mmproj mmproj.gguf -ngl -1\n"
+    "  curl -s https://example.com/photo.jpg | mllama caption -\n"
+    "  mllama caption photos --recursive --out captions.jsonl\n"
+    "  mllama caption photos --sidecar .txt --prefix 'a photo of '\n"
+    "  find photos -name '*.jpg' | mllama caption - --out captions.csv --json-schema schema.json",
+)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("-p", "--prompt", help="What to ask about the picture.  [default: Describe this image.]")
+@click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Take the prompt from a file.")
+@click.option(
+    "--json-schema", metavar="FILE", type=click.Path(), help="Every caption is JSON of the schema in FILE."
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    metavar="MAX",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Most tokens of a reply.",
+)
+@click.option(
+    "--temp",
+    "temperature",
+    metavar="T",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: always the likeliest word; higher: more variety.",
+)
+@click.option("--seed", metavar="S", type=int, help="Of the random choice, for --temp above 0.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
+@batch_options
+@click.option("--no-tuned", is_flag=True, help="Ignore what `mllama tune` found for this model.")
+@model_options
+def caption_command(
+    images: tuple[str, ...],
+    prompt: str | None,
+    prompt_file: str | None,
+    json_schema: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
+    no_cache: bool,
+    out: str | None,
+    sidecar: str | None,
+    recursive: bool,
+    prefix: str,
+    suffix: str,
+    overwrite: bool,
+    limit: int | None,
+    encode_ahead: bool | None,
+    no_tuned: bool,
+    **model_settings: Any,
+) -> int:
+    """Say what is in each IMAGE: a file, a data URI, or - for standard input.
+
+    The text appears as it is written. A picture that cannot be read is reported and left out; the exit code
+    is then 1.
+
+    With --out or --sidecar for thousands: an IMAGE may also be a folder, a pattern, a list (.txt, a path a
+    line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
+    Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
+    """
+    from ..batch.captions import CaptionOptions, load_schema
+
+    if not no_tuned:
+        model_settings = with_tuned(model_settings)
+    prompt = _prompt(prompt, prompt_file)
+    schema = None if json_schema is None else load_schema(json_schema)
+    batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit, encode_ahead)
+    is_batch = batch.wanted
+    options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
+    if is_batch:
+        return run_batch(images, batch, options, as_json, model_settings)
+
+    start = time.perf_counter()
+    failed = False
+    # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
+    with open_model(**model_settings, image_cache=not no_cache) as model:
+        load_seconds = time.perf_counter() - start
+        for image in images:
+            name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs
+            source = sys.stdin.buffer.read() if image == "-" else image
+            content = [{"type": "image", "image": source}, {"type": "text", "text": prompt}]
+            try:
+                chunks = model.create_chat_completion(
+                    [{"role": "user", "content": content}],
+                    stream=True,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    grammar=options.grammar,
+                )
+            except ImageError as e:
+                click.echo(f"Error: {e}", err=True)
+                failed = True
+                continue
+            if len(images) > 1 and not as_json:
+                click.echo(f"{name}: ", nl=False)
+            text, last = "", {}
+            for last in chunks:
+                piece = last["choices"][0]["delta"].get("content", "")
+                text += piece
+                if not as_json:
+                    click.echo(piece, nl=False)
+                    sys.stdout.flush()
+            click.echo(json.dumps(_as_dict(name, text, last, load_seconds)) if as_json else "")
+    return int(failed)
+
+
+def _prompt(prompt: str | None, path: str | None) -> str:
+    from ..model import DEFAULT_PROMPT
+
+    if prompt is not None and path is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if path is None:
+        return DEFAULT_PROMPT if prompt is None else prompt
+    try:
+        return Path(path).read_text("utf-8").rstrip("\n")
+    except OSError as e:
+        raise RequestError(f"{path}: the prompt cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{path}: the prompt is not UTF-8") from e
+
+
+def _as_dict(image: str, text: str, last: dict[str, Any], load_seconds: float) -> dict[str, Any]:
+    def rounded(values: dict[str, float | None]) -> dict[str, float | None]:
+        return {name: None if value is None else round(value, 4) for name, value in values.items()}
+
+    usage, timings = last["usage"], last["timings"]
+    return {
+        "image": image,
+        "caption": text,
+        "finish_reason": last["choices"][0]["finish_reason"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "seconds": rounded({"load": load_seconds, **timings["seconds"]}),
+        "tokens_per_second": rounded(timings["tokens_per_second"]),
+    }

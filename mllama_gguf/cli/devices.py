@@ -1,0 +1,32 @@
+"""`mllama devices`: what can compute."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from .main import comma_list, size, verbose_option
+
+
+@click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each device.")
+@click.option(
+    "--rpc", metavar="HOST:PORT,...", callback=comma_list, help="List the devices of these workers too."
+)
+@verbose_option
+def devices_command(as_json: bool, rpc: list[str] | None) -> None:
+    """List the devices of the installed ggml, which is llama-cpp-python's.
+
+    The names are those that --device and --vision-device take.
+    """
+    from ..backend.isolated import parse_workers, remote_devices
+    from ..backend.local import devices
+
+    for device in remote_devices(parse_workers(rpc)) if rpc else devices():
+        if as_json:
+            click.echo(json.dumps(asdict(device)))
+        else:
+            memory = f"{size(device.memory_free)} of {size(device.memory_total)} free"
+            click.echo(f"{device.name:10}  {device.type:5}  {device.description}, {memory}")

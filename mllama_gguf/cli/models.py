@@ -1,0 +1,45 @@
+"""`mllama models`: what this machine has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from .main import size, verbose_option
+
+if TYPE_CHECKING:
+    from ..inspect.inventory import Found
+
+
+@click.command("models", epilog="\b\nExamples:\n  mllama models\n  mllama models --json")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each model.")
+@verbose_option
+def models_command(as_json: bool) -> None:
+    """List the models that -m can open by name: bundled, downloaded, in Ollama's store, in the
+    Hugging Face hub's cache. Models of other architectures are left out.
+
+    Memory is what the weights and the caches of 4096 tokens and one picture take on the CPU, against what is
+    available now.
+    """
+    from ..inspect.inventory import closed_stores, inventory
+
+    for found in inventory():
+        if as_json:
+            click.echo(json.dumps({**asdict(found), "files": [str(path) for path in found.files]}))
+        else:
+            click.echo("  ".join((f"{found.name:24}", f"{found.place:10}", *_facts(found))))
+    for store in closed_stores():
+        click.echo(f"{store}: this user may not read it (permission denied)", err=True)
+
+
+def _facts(found: Found) -> list[str]:
+    facts = [f"{size(found.size):>9}"] if found.files else []
+    if found.layout:
+        facts.append(f"layout {found.layout}")
+    if found.problem:
+        return [*facts, f"cannot be used: {found.problem}"]
+    verdict = "fits in memory" if found.fits else "more than the available memory"
+    return [*facts, f"needs {size(found.memory or 0)}: {verdict}"]

@@ -1,0 +1,131 @@
+"""`mllama plan`: what fits where, before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .main import given, model_options, size
+
+if TYPE_CHECKING:
+    from ..backend.plan import Plan
+
+COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "staging", "peak")
+
+
+@click.command(
+    "plan",
+    epilog="\b\nExamples:\n"
+    "  mllama plan demo\n"
+    "  mllama plan text.gguf --mmproj mmproj.gguf -c 8192\n"
+    "  mllama plan all.gguf --budget 8GiB,4GiB --json\n"
+    "  mllama plan all.gguf --rpc 127.0.0.1:50052 -ngl 12",
+)
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@click.option(
+    "--budget",
+    metavar="SIZE,...",
+    help="Most memory on each device to offload to, or NAME=SIZE.  [default: what is free, less a margin]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@model_options
+def plan_command(
+    model_argument: str | None, budget: str | None, as_json: bool, **model_settings: Any
+) -> None:
+    """Say what every number of offloaded layers takes on every device, and which is the largest that fits.
+
+    MODEL is a path or a name, as -m takes. Nothing is loaded: ggml lays everything out for a full context and
+    one picture of all tiles. Peak is what a device needs at one time; mapped weights are pages of the file
+    and come on top. -ngl shows that number alone.
+    """
+    from ..backend.isolated import parse_workers
+    from ..backend.plan import make_plan
+    from ..store.resolve import resolve
+
+    s = model_settings
+    layers = s["n_gpu_layers"] if given("n_gpu_layers") and s["n_gpu_layers"] != "auto" else None
+    files = resolve(model_argument or s["model"], s["mmproj"])
+    allowed = s["allow_quantized_vision"] or files.parameters.get("allow_quantized_vision", False)
+    plan = make_plan(
+        files.text,
+        files.mmproj,
+        budget=budget,
+        n_gpu_layers=layers,
+        workers=parse_workers(s["rpc_servers"]) if s["rpc_servers"] else (),
+        rpc_timeout=s["rpc_timeout"],
+        n_ctx=s["n_ctx"],
+        n_batch=s["n_batch"],
+        flash_attn=s["flash_attn"],
+        repack=s["repack"],
+        offload_kqv=s["offload_kqv"],
+        vision_device=s["vision_device"],
+        devices=s["devices"],
+        tensor_split=s["tensor_split"],
+        main_gpu=-1 if s["main_gpu"] is None else s["main_gpu"],
+        allow_quantized_vision=allowed,
+    )
+    if as_json:
+        click.echo(json.dumps(_as_dict(plan)))
+    else:
+        _print(plan)
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
+    from ..backend.plan import with_tiles
+
+    total = sum(plan.n_tiles)
+    return {
+        "n_ctx": plan.n_ctx,
+        "n_tiles": list(plan.n_tiles),
+        "limits": plan.limits,
+        "best": plan.best,
+        "settings": [
+            {
+                "n_gpu_layers": setting.n_gpu_layers,
+                "fits": setting.fits,
+                "lacking": list(setting.lacking),
+                "devices": [
+                    {
+                        **asdict(memory),
+                        "peak": memory.peak,
+                        "cross_kv_by_tiles": [
+                            with_tiles(memory, total, n).cross_kv for n in range(1, total + 1)
+                        ],
+                    }
+                    for memory in setting.devices
+                ],
+            }
+            for setting in plan.settings
+        ],
+    }
+
+
+def _print(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    tiles = f", one picture of {plan.n_tiles[0]} tiles" if plan.n_tiles else ""
+    table = Table(title=f"n_ctx {plan.n_ctx}{tiles}", title_justify="left")
+    for name in ("layers", "device", *COLUMNS, "fits"):
+        table.add_column(name.replace("_", " "), justify="left" if name in ("device", "fits") else "right")
+    for setting in plan.settings:
+        for index, memory in enumerate(setting.devices):
+            table.add_row(
+                "" if index else str(setting.n_gpu_layers),
+                memory.device,
+                *(size(getattr(memory, name)) if getattr(memory, name) else "-" for name in COLUMNS),
+                "no" if memory.device in setting.lacking else "yes",
+                style="bold" if setting.n_gpu_layers == plan.best else None,
+            )
+    # A pipe has no width; what is cut off there helps nobody.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    if plan.best is None:
+        click.echo("Nothing fits; lower n_ctx or n_batch.")
+    elif len(plan.settings) == 1 and not plan.settings[0].n_gpu_layers and not plan.limits:
+        click.echo("There is no device to offload to: everything runs on the CPU.")
+    else:
+        click.echo(f"The largest that fits: -ngl {plan.best}")

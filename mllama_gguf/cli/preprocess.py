@@ -1,0 +1,213 @@
+"""`mllama preprocess`: what the vision encoder gets of a picture, to compare by eye and by hash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+import numpy as np
+
+from ..errors import MllamaError, ModelError
+from ..files import replacing
+from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
+
+FIRST_VALUES = 10
+MOST_TILE_SIZE, MOST_TILES = 4096, 64  # beyond any model, within memory
+
+
+@click.command(
+    "preprocess",
+    epilog="\b\nExamples:\n"
+    "  mllama preprocess cat.jpg\n"
+    "  mllama preprocess --json *.png | jq .sha256\n"
+    "  mllama preprocess cat.jpg -m mmproj.gguf --out cat.npy --png tiles/",
+)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.npy",
+    help="Write the pixels, float32 [tiles, 3, size, size], for NumPy. One picture only.",
+)
+@click.option(
+    "--png",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write every tile as DIR/NAME_row_column.png. The folder is made if it is missing.",
+)
+@click.option(
+    "--tile-size",
+    type=click.IntRange(1, MOST_TILE_SIZE),
+    help=f"Side of a tile in pixels.  [default: the model's, or {TILE_SIZE}]",
+)
+@click.option(
+    "--max-tiles",
+    type=click.IntRange(1, MOST_TILES),
+    help=f"Most tiles for a picture.  [default: the model's, or {MAX_TILES}]",
+)
+@click.option(
+    "-m",
+    "--model",
+    metavar="NAME|PATH",
+    help="Take both from a model: the GGUF file that holds the vision encoder, or a bundled model's name.",
+)
+def preprocess_command(
+    images: tuple[str, ...],
+    as_json: bool,
+    out: Path | None,
+    png: Path | None,
+    tile_size: int | None,
+    max_tiles: int | None,
+    model: str | None,
+) -> None:
+    """Show what the vision encoder gets of each IMAGE (a file or a data URI).
+
+    Prints the sizes, the tile grid, the first ten values of every tile in use (red channel, top row, from the
+    left) and the sha256 of all pixels (float32, unused tiles included).
+    """
+    if out and len(images) > 1:
+        raise click.UsageError("--out takes one picture; run the command once for each")
+    try:
+        sizes = _sizes_of(model) if model else (TILE_SIZE, MAX_TILES)
+    except MllamaError as e:
+        raise click.ClickException(str(e)) from e
+    tile_size, max_tiles = tile_size or sizes[0], max_tiles or sizes[1]
+    used_names: set[str] = set()
+    for index, image in enumerate(images):
+        try:
+            tiled = preprocess_image(image, tile_size=tile_size, max_tiles=max_tiles)
+        except MllamaError as e:
+            raise click.ClickException(str(e)) from e
+        if out:
+            _write_pixels(out, tiled)
+        if png:
+            _write_tiles(png, _unused_stem(image, used_names), tiled)
+        shown = _shortened(image)
+        if as_json:
+            click.echo(json.dumps(_as_dict(shown, tiled)))
+        else:
+            if index:
+                click.echo()
+            _print(shown, tiled)
+
+
+def _sizes_of(model: str) -> tuple[int, int]:
+    """(tile size, most tiles) of a model. Raises ModelError."""
+    from ..gguf.reader import read_gguf
+    from ..store.resolve import resolve
+
+    file = read_gguf(resolve(model).paths[-1])
+    found = [file.keys.get(f"mllama.vision.{key}") for key in ("image_size", "max_num_tiles")]
+    if found == [None, None]:
+        raise ModelError(f"{file.path}: holds no vision encoder of an mllama model; give its mmproj file")
+    tile_size, max_tiles = found
+    if not (isinstance(tile_size, int) and isinstance(max_tiles, int)) or not (
+        1 <= tile_size <= MOST_TILE_SIZE and 1 <= max_tiles <= MOST_TILES
+    ):
+        raise ModelError(f"{file.path}: unusable image_size {tile_size!r} or max_num_tiles {max_tiles!r}")
+    return tile_size, max_tiles
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` with a binary file that becomes `path` only once it is complete.
+
+    Raises click.ClickException naming `path`, the reason in one line.
+    """
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            write(file)
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+
+
+def _cannot_write(path: Path, error: OSError) -> click.ClickException:
+    return click.ClickException(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _write_pixels(path: Path, tiled: TiledImage) -> None:
+    write_atomically(path, lambda file: np.save(file, tiled.pixels))
+
+
+def _write_tiles(folder: Path, stem: str, tiled: TiledImage) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _cannot_write(folder, e) from e
+    for index in range(tiled.n_tiles):
+        row, column = divmod(index, tiled.columns)
+        picture = tiled.tile_picture(index)
+        write_atomically(folder / f"{stem}_{row}_{column}.png", partial(picture.save, format="PNG"))
+
+
+def _unused_stem(image: str, used: set[str]) -> str:
+    """A file name for the tiles of `image` that no earlier picture of this run has."""
+    stem = "image" if image[:5].lower() == "data:" else Path(image).stem or "image"
+    name, n = stem, 1
+    while name in used:
+        n += 1
+        name = f"{stem}-{n}"
+    used.add(name)
+    return name
+
+
+def _shortened(image: str) -> str:
+    return image if image[:5].lower() != "data:" or len(image) <= 60 else f"{image[:57]}..."
+
+
+def _first_values(tiled: TiledImage) -> list[list[float]]:
+    return [[float(v) for v in tile.ravel()[:FIRST_VALUES]] for tile in tiled.pixels[: tiled.n_tiles]]
+
+
+def _as_dict(name: str, tiled: TiledImage) -> dict[str, Any]:
+    return {
+        "image": name,
+        "image_size": list(tiled.image_size),
+        "resized_size": list(tiled.resized_size),
+        "canvas_size": list(tiled.canvas_size),
+        "rows": tiled.rows,
+        "columns": tiled.columns,
+        "n_tiles": tiled.n_tiles,
+        "aspect_ratio_id": tiled.aspect_ratio_id,
+        "tile_size": tiled.tile_size,
+        "max_tiles": tiled.max_tiles,
+        "shape": list(tiled.pixels.shape),
+        "first_values": _first_values(tiled),
+        "sha256": tiled.sha256,
+    }
+
+
+def _print(name: str, tiled: TiledImage) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def size(pair: tuple[int, int]) -> str:
+        return f"{pair[0]} x {pair[1]}"
+
+    facts = {
+        "image": name,
+        "image size": f"{size(tiled.image_size)} (width x height)",
+        "resized to": size(tiled.resized_size),
+        "canvas": size(tiled.canvas_size),
+        "grid": f"{tiled.rows} x {tiled.columns} (rows x columns) of {tiled.tile_size} x {tiled.tile_size}",
+        "aspect_ratio_id": str(tiled.aspect_ratio_id),
+    }
+    for index, values in enumerate(_first_values(tiled)):
+        row, column = divmod(index, tiled.columns)
+        facts[f"tile {index} ({row},{column})"] = " ".join(f"{v:9.6f}" for v in values)
+    facts["sha256"] = tiled.sha256
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # another program reads it: nothing wrapped, nothing padded
+        for title, words in facts.items():
+            click.echo(f"{title:15}  {words}")
+        return
+    table = Table.grid(padding=(0, 2))
+    for title, words in facts.items():
+        table.add_row(Text(title), Text(words, overflow="fold"))
+    console.print(table)

@@ -1,0 +1,70 @@
+"""`mllama pull` and `mllama lock`: fetch a model; pin what it must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .main import size, transfer_bar, verbose_option
+
+
+@click.command(
+    "pull",
+    epilog="\b\nExamples:\n"
+    "  mllama pull llama3.2-vision-11b\n"
+    "  mllama pull ollama:llama3.2-vision\n"
+    "  mllama pull hf:leafspark/Llama-3.2-11B-Vision-Instruct-GGUF/Llama-3.2-11B-Vision-Instruct.Q4_K_M.gguf",
+)
+@click.argument("name", metavar="NAME")
+@verbose_option
+def pull_command(name: str) -> None:
+    """Download a model: ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in models.lock.
+
+    An interrupted download is resumed by the same command. What comes is checked against its sha256. Models
+    from a registry go to $MLLAMA_DOWNLOADS (a folder in the user's cache), those from the Hugging Face hub to
+    its own cache. What Ollama has already is used where it is.
+    """
+    from ..store.lockfile import find_locked
+    from ..store.pull import pull
+
+    locked = None if name.startswith(("ollama:", "hf:")) else find_locked(name)
+    if locked and locked.licence:
+        click.echo(f"{locked.licence.name}: {locked.licence.url}\n{locked.licence.notice}", err=True)
+    with transfer_bar() as progress:
+        files = pull(name, progress)
+    for path in files.paths:
+        click.echo(f"{path}  {size(path.stat().st_size)}")
+
+
+@click.command(
+    "lock",
+    epilog="\b\nExamples:\n"
+    "  mllama lock ollama:llama3.2-vision:11b --name my-model\n"
+    "  mllama lock llama3.2-vision-11b",
+)
+@click.argument("reference", metavar="NAME")
+@click.option(
+    "--file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("models.lock"),
+    show_default=True,
+    help="The lock file to write to.",
+)
+@click.option("--name", metavar="NAME", help="What to call the model in it.  [default: from the reference]")
+@click.option("--mmproj", metavar="hf:OWNER/REPO/FILE", help="The vision encoder, for a file of the hub.")
+@click.option("--update", is_flag=True, help="Take what the source has now, if that is another file.")
+@verbose_option
+def lock_command(reference: str, file: Path, name: str | None, mmproj: str | None, update: bool) -> None:
+    """Ask a model's source for its files' sha256 and sizes, and write them into models.lock.
+
+    NAME is ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in a lock file: its digests stay, its exact sizes
+    are filled in. Names are read from ./models.lock ($MLLAMA_LOCK), then from the one in the package.
+    """
+    from ..store.lockfile import write_locked
+    from ..store.pull import lock
+
+    locked = lock(reference, name=name, mmproj=mmproj, update=update)
+    write_locked(file, locked)
+    for part in locked.files:
+        click.echo(f"{locked.name}  {part.role}  sha256:{part.sha256}  {part.size} bytes")

@@ -1,0 +1,60 @@
+"""`mllama quantize`: a smaller copy of a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+
+from .main import size, transfer_bar, verbose_option
+
+TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
+
+
+@click.command(
+    "quantize",
+    epilog="\b\nExamples:\n"
+    "  mllama quantize text-bf16.gguf text-q4_k_m.gguf --type q4_k_m\n"
+    "  mllama quantize all.gguf smaller.gguf --type q8_0 --json | jq .size",
+)
+@click.argument("source", metavar="IN.gguf", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--type",
+    "target",
+    type=click.Choice(TYPES),
+    required=True,
+    help="Type of the text matrices; q4_k_m and q5_k_m give more bits to the tensors that need them.",
+)
+@click.option("-t", "--threads", metavar="N", type=click.IntRange(min=1), help="[default: all usable CPUs]")
+@click.option("--allow-requantize", is_flag=True, help="Take a model that is quantized already; loses more.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@verbose_option
+def quantize_command(
+    source: Path, out: Path, target: str, threads: int | None, allow_requantize: bool, as_json: bool
+) -> None:
+    """Write a copy of the model IN.gguf with the matrices of its text quantized.
+
+    The mixes are llama.cpp's. The vision encoder, norms and gates are copied as they are: quantized vision
+    gives wrong captions. All metadata is kept.
+    """
+    from ..convert.quantize import quantize
+
+    with transfer_bar() as bar:
+        done = quantize(
+            source,
+            out,
+            target,
+            progress=bar and partial(bar, "quantize"),
+            n_threads=threads,
+            allow_requantize=allow_requantize,
+            warn=lambda words: click.echo(f"Note: {words}", err=True),
+        )
+    if as_json:
+        click.echo(json.dumps({**asdict(done), "path": str(done.path)}))
+        return
+    types = ", ".join(f"{n} {kind}" for kind, n in sorted(done.types.items()))
+    click.echo(f"{done.path}  {size(done.size)} (before: {size(done.size_before)}); tensors: {types}")

@@ -1,0 +1,80 @@
+"""`mllama trace`: intermediate tensors by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .main import model_options, open_model
+
+if TYPE_CHECKING:
+    from ..inspect.trace import TracedTensor
+
+FIRST_VALUES = 5
+
+
+@click.command(
+    "trace",
+    epilog="\b\nExamples:\n"
+    "  mllama trace photo.jpg --tensors 'v.*'\n"
+    "  mllama trace photo.jpg --tensors '*ffn_out*' --out tensors/\n"
+    "  mllama trace photo.jpg --json > trace.jsonl",
+)
+@click.argument("image", metavar="IMAGE")
+@click.option(
+    "--tensors", metavar="GLOB", default="*", show_default=True, help="Names to show, as in a shell."
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. DIR is made if missing.",
+)
+@click.option(
+    "-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask about the picture."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each tensor.")
+@model_options
+def trace_command(
+    image: str, tensors: str, out: Path | None, prompt: str, as_json: bool, **model_settings: Any
+) -> None:
+    """Encode IMAGE and run the prompt, and show the tensors on the way: name, shape, first values, sha256.
+
+    Shapes are as in NumPy, slowest dimension first. The number after a name counts how often it came before:
+    the text graph is run once for each batch of tokens. Two traces are compared with diff.
+    """
+    import numpy as np
+
+    from ..inspect.trace import trace
+    from .preprocess import write_atomically
+
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise click.ClickException(f"{out}: cannot be made: {e.strerror or e}") from e
+    n_shown = 0
+
+    def show(tensor: TracedTensor) -> None:
+        nonlocal n_shown
+        n_shown += 1
+        first = [float(value) for value in tensor.values.ravel()[:FIRST_VALUES]]
+        if as_json:
+            facts = {"name": tensor.name, "number": tensor.number, "shape": list(tensor.values.shape)}
+            click.echo(json.dumps({**facts, "first_values": first, "sha256": tensor.sha256}))
+        else:
+            shape = "x".join(map(str, tensor.values.shape))
+            numbers = " ".join(f"{value:10.6f}" for value in first)
+            click.echo(f"{tensor.name}.{tensor.number}  {shape}  {numbers}  {tensor.sha256[:16]}")
+        if out is not None:
+            stem = re.sub(r"[^\w.-]", "_", tensor.name)
+            write_atomically(out / f"{stem}.{tensor.number}.npy", lambda file: np.save(file, tensor.values))
+
+    with open_model(**model_settings) as model:
+        trace(model, image, show, prompt=prompt, pattern=tensors)
+    if not n_shown:
+        raise click.ClickException(f"no tensor is called {tensors!r}; run without --tensors to see the names")

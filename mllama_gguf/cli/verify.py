@@ -1,0 +1,31 @@
+"""`mllama verify`: whether a model's files are what they should be."""
+
+from __future__ import annotations
+
+import click
+
+from .main import transfer_bar, verbose_option
+
+
+@click.command("verify", epilog="\b\nExamples:\n  mllama verify demo\n  mllama verify ollama:llama3.2-vision")
+@click.argument("name", metavar="NAME|FILE")
+@verbose_option
+def verify_command(name: str) -> int:
+    """Hash the files of a model and compare with what its manifest, its name in a store, or models.lock says.
+
+    The exit code is 1 if a file differs, or if nothing says what it should be.
+    """
+    from ..store.resolve import resolve
+    from ..store.verify import verify
+
+    with transfer_bar() as progress:
+        results = verify(resolve(name), progress)
+    for result in results:
+        if result.ok:
+            words = f"ok  sha256:{result.actual}"
+        elif result.expected is None:
+            words = f"unknown  sha256:{result.actual}"
+        else:
+            words = f"MISMATCH  sha256:{result.actual}, must be {result.expected}"
+        click.echo(f"{result.path}: {words}")
+    return int(not all(result.ok for result in results))

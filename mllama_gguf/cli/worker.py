@@ -1,0 +1,54 @@
+"""`mllama worker`: this machine's devices for others."""
+
+from __future__ import annotations
+
+import click
+
+from .main import comma_list, verbose_option
+
+
+@click.command(
+    "worker",
+    epilog="\b\nExamples:\n"
+    "  mllama worker\n"
+    "  mllama worker --host 192.168.1.5 --device CUDA0 --cache\n"
+    "  mllama caption photo.jpg --rpc 192.168.1.5:50052 -ngl -1",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="IPv4 address to listen at.")
+@click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True)
+@click.option(
+    "--device",
+    "devices",
+    metavar="NAME,...",
+    callback=comma_list,
+    help="Devices to serve, named as in `mllama devices`.  [default: the GPUs, else the CPU]",
+)
+@click.option(
+    "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="CPU threads.  [default: all CPUs]"
+)
+@click.option("--cache", is_flag=True, help="Keep large weights on this disk, for the next load.")
+@verbose_option
+def worker_command(host: str, port: int, devices: list[str] | None, threads: int | None, cache: bool) -> None:
+    """Serve this machine's devices over ggml's RPC protocol, until Ctrl-C.
+
+    One client at a time. The protocol has no authentication and no encryption.
+    """
+    from platformdirs import user_cache_path
+
+    from ..backend.rpc import is_loopback, resolve, serve
+    from ..model import usable_cpus
+
+    address = resolve(host)
+    if not is_loopback(address):
+        click.echo(
+            f"Warning: {address} is not loopback, and the protocol has no authentication: whoever reaches "
+            "the port can use this process. Never open it to a network that you do not trust.",
+            err=True,
+        )
+    serve(
+        address,
+        port,
+        names=devices,
+        n_threads=threads or usable_cpus(),
+        cache_dir=user_cache_path("mllama_gguf") / "rpc" if cache else None,
+    )

@@ -1,0 +1,1 @@
+"""Tokens to replies: what runs the model."""

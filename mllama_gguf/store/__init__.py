@@ -1,0 +1,1 @@
+"""Model files on this machine and elsewhere: find, download, lock, verify."""

@@ -1,0 +1,221 @@
+"""One file from a web server, whole or not at all: resumed, hashed on the way, renamed at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ..errors import DownloadError
+from .ollama import Blob
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]  # "download" or "verify", bytes done, bytes in all (0: not known)
+
+CHUNK = 1 << 20  # bytes
+ATTEMPTS = 5  # in a row without a byte won
+FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
+TIMEOUT = 30.0  # seconds for a connection, and between two pieces
+SPARE = 64 << 20  # bytes that a download leaves free on the disk
+_RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+def client() -> httpx.Client:
+    """An HTTP client with our time limits. Redirects are followed, to plain HTTP only on this machine."""
+    import httpx
+
+    def check(request: httpx.Request) -> None:
+        host = request.url.host
+        if request.url.scheme != "https" and host != "localhost" and not host.startswith("127."):
+            raise DownloadError(
+                f"{request.url.copy_with(query=None)}: refused: the connection is not encrypted"
+            )
+
+    return httpx.Client(follow_redirects=True, timeout=TIMEOUT, event_hooks={"request": [check]})
+
+
+def check_space(folder: Path, n_bytes: int, variable: str = "MLLAMA_DOWNLOADS") -> None:
+    """Raises DownloadError if `folder`'s disk has not that many bytes free, and some to spare.
+
+    variable: the one that says where the folder is
+    """
+    free = shutil.disk_usage(folder).free
+    if n_bytes and n_bytes + SPARE > free:
+        raise DownloadError(
+            f"{folder}: not enough room: {n_bytes / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free; "
+            f"set {variable} to a folder on another disk"
+        )
+
+
+class Dropped(Exception):
+    """The transfer failed in a way that may be gone next time."""
+
+
+def patiently(attempt: Callable[[], None], what: str) -> None:
+    """Call `attempt` until it does not raise Dropped. It raises DownloadError after ATTEMPTS in a row that
+    got no further. `Dropped.args`: the reason, and how many bytes are there now."""
+    best, failures = 0, 0
+    while True:
+        try:
+            attempt()
+            return
+        except Dropped as e:
+            reason, done = e.args
+            failures = failures + 1 if done <= best else 1
+            best = max(best, done)
+            if failures >= ATTEMPTS:
+                raise DownloadError(
+                    f"{what}: {reason}, {ATTEMPTS} times; what came is kept: run the command again to resume"
+                ) from e
+            pause = FIRST_PAUSE * 2 ** (failures - 1)
+            logger.info("%s: %s; again in %g s", what, reason, pause)
+            time.sleep(pause)
+
+
+def download(
+    http: httpx.Client, url: str, target: Path, blob: Blob, partial: Path, progress: Progress | None = None
+) -> None:
+    """Fetch `blob` from `url` to `target`; what comes first goes to `partial`, where a later call resumes.
+
+    Only one process at a time fetches to `partial`; another waits, and finds the file there. `target` is on
+    the same disk. Raises DownloadError; `target` then does not exist.
+    """
+    import httpx
+    from filelock import FileLock, Timeout
+
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{partial}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("%s is being fetched by another mllama; waiting for it", target.name)
+            lock.acquire()
+        try:
+            if not target.exists():
+                _Transfer(http, url, blob, partial, progress).run()
+                os.replace(partial, target)
+        finally:
+            lock.release()
+    except httpx.HTTPError as e:  # no TransportError: too many redirects and the like
+        raise DownloadError(f"{url}: {e}") from e
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise DownloadError(
+                f"{partial}: the disk is full; free some room and run the command again to resume"
+            ) from e
+        raise DownloadError(f"{e.filename or partial}: {e.strerror or e}") from e
+
+
+class _Transfer:
+    """The bytes of one blob on their way into `partial`, with the hash of what is there."""
+
+    def __init__(
+        self, http: httpx.Client, url: str, blob: Blob, partial: Path, progress: Progress | None
+    ) -> None:
+        self._http, self._url, self._blob, self._partial = http, url, blob, partial
+        self._progress = progress or (lambda phase, done, total: None)
+        self._hash = hashlib.sha256()
+        self._done = 0  # bytes in the file and in the hash
+
+    def run(self) -> None:
+        with self._partial.open("ab+") as file:
+            self._take_up(file)
+            if self._hash.hexdigest() != self._blob.sha256:
+                patiently(lambda: self._attempt(file), self._url)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._hash.hexdigest() != self._blob.sha256:
+            self._partial.unlink()
+            raise DownloadError(
+                f"{self._url}: what came has the sha256 {self._hash.hexdigest()} instead of "
+                f"{self._blob.sha256}; it was thrown away: try again, or report it to the publisher"
+            )
+
+    def _take_up(self, file: BinaryIO) -> None:
+        """Hash what an earlier call left."""
+        there = os.fstat(file.fileno()).st_size
+        if self._blob.size is not None and there > self._blob.size:
+            self._start_over(file)
+            return
+        file.seek(0)
+        while chunk := file.read(CHUNK):
+            self._hash.update(chunk)
+            self._done += len(chunk)
+            self._progress("verify", self._done, there)
+
+    def _start_over(self, file: BinaryIO) -> None:
+        file.truncate(0)
+        self._hash, self._done = hashlib.sha256(), 0
+
+    def _attempt(self, file: BinaryIO) -> None:
+        """Ask for what is missing and take what comes. Raises Dropped, DownloadError."""
+        import httpx
+
+        # Compressed, a range would count other bytes.
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={self._done}-"} if self._done else {})}
+        try:
+            with self._http.stream("GET", self._url, headers=headers) as response:
+                if (
+                    response.status_code == 416
+                ):  # there is nothing after what we have, so it is not of this blob
+                    self._start_over(file)
+                    raise Dropped("it has less than what was there", 0)
+                check_status(response, self._url)
+                if response.status_code == 206 and self._range_start(response) != self._done:
+                    raise DownloadError(f"{self._url}: the server sends another range than was asked for")
+                if response.status_code != 206:  # it knows no ranges, or none was asked for
+                    self._start_over(file)
+                total = self._total(response)
+                check_space(self._partial.parent, total - self._done)
+                for chunk in response.iter_raw():
+                    file.write(chunk)
+                    self._hash.update(chunk)
+                    self._done += len(chunk)
+                    if total and self._done > total:
+                        self._start_over(file)
+                        raise DownloadError(f"{self._url}: sends more than {total} bytes")
+                    self._progress("download", self._done, total)
+        except httpx.TransportError as e:
+            raise Dropped(f"the connection failed ({e or type(e).__name__})", self._done) from e
+        if self._done < total:
+            raise Dropped(f"the connection ended after {self._done} of {total} bytes", self._done)
+
+    @staticmethod
+    def _range_start(response: httpx.Response) -> int | None:
+        found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        return int(found[1]) if found else None
+
+    def _total(self, response: httpx.Response) -> int:
+        """Bytes of the whole blob; 0 if nobody says."""
+        words = response.headers.get("Content-Length", "")
+        said = self._done + int(words) if words.isdecimal() else 0
+        wanted = self._blob.size
+        if wanted is not None and said and said != wanted:
+            raise DownloadError(f"{self._url}: the server has {said} bytes, it must be {wanted}")
+        return wanted or said
+
+
+def check_status(response: httpx.Response, what: str) -> None:
+    """Raises Dropped for a server in passing trouble, DownloadError for another refusal."""
+    code = response.status_code
+    if code in _RETRIED:
+        raise Dropped(f"the server answers {code} {response.reason_phrase}", 0)
+    if code in (401, 403):
+        raise DownloadError(f"{what}: the server answers {code}: it is not public, or not for everyone")
+    if code == 404:
+        raise DownloadError(f"{what}: the server has no such thing (404)")
+    if not response.is_success:
+        raise DownloadError(f"{what}: the server answers {code} {response.reason_phrase}")

@@ -1,0 +1,272 @@
+"""`models.lock`: published models by name, with their source and the sha256 of each file (TOML).
+
+Names are looked up in the user's file ($MLLAMA_LOCK, or models.lock in the current folder), then in the one
+that comes with the package. Nothing in such a file can point outside the folders that models live in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ModelError
+from ..files import replacing
+from .ollama import Blob
+from .references import HubRef, OllamaRef, is_sha256
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+VERSION = 1
+DATA = Path(__file__).parents[1] / "data"
+SHIPPED = DATA / "models.lock"
+# What a model may need to be opened with: arguments of `Mllama`.
+PARAMETERS = {"chat_template": str, "allow_quantized_vision": bool}
+
+
+@dataclass(frozen=True)
+class Licence:
+    name: str
+    url: str
+    notice: str
+
+    @property
+    def key(self) -> str:
+        """Its name in a lock file."""
+        return "-".join(self.name.lower().replace(".", " ").split())
+
+
+@dataclass(frozen=True)
+class LockedFile:
+    """One file. size: bytes, None if not known; size_about: rounded, where there is no size."""
+
+    role: Literal["model", "mmproj"]
+    sha256: str
+    size: int | None = None
+    size_about: int | None = None
+    file: str | None = None  # in the hub's repository, or in the package
+
+    @property
+    def blob(self) -> Blob:
+        return Blob(self.sha256, self.size)
+
+    @property
+    def likely_size(self) -> int:
+        """Bytes, exact or not; 0 if nothing is known."""
+        return self.size or self.size_about or 0
+
+
+@dataclass(frozen=True)
+class LockedModel:
+    """One model of a lock file. parameters: arguments that it must be opened with, of PARAMETERS."""
+
+    name: str
+    source: str  # "bundled", "ollama:NAME:TAG", or "hf:OWNER/REPO[@REVISION]"
+    files: tuple[LockedFile, ...]
+    lock: Path
+    title: str = ""
+    layout: str | None = None
+    licence: Licence | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> LockedFile:
+        return next(file for file in self.files if file.role == "model")
+
+    @property
+    def mmproj(self) -> LockedFile | None:
+        return next((file for file in self.files if file.role == "mmproj"), None)
+
+    def ollama_ref(self) -> OllamaRef:
+        return OllamaRef.parse(self.source)
+
+    def hub_ref(self, file: LockedFile) -> HubRef:
+        return HubRef.parse(f"{self.source}/{file.file}")
+
+
+def lock_paths() -> list[Path]:
+    """The lock files that exist, first the one that wins."""
+    chosen = os.environ.get("MLLAMA_LOCK")
+    user = Path(chosen).expanduser() if chosen else Path("models.lock")
+    own = chosen or (user.is_file() and not user.samefile(SHIPPED))
+    return [user, SHIPPED] if own else [SHIPPED]
+
+
+def locked_models() -> dict[str, LockedModel]:
+    """All models by name. Raises ModelError for a lock file that is no good."""
+    found: dict[str, LockedModel] = {}
+    for path in reversed(lock_paths()):
+        found.update(read_lock(path))
+    return found
+
+
+def find_locked(name: str) -> LockedModel | None:
+    """The model of that name, if any lock file has it. Raises ModelError."""
+    return locked_models().get(name)
+
+
+def find_locked_file(ref: HubRef) -> LockedModel | None:
+    """The model whose text file is this one of the hub, if any lock file has it. Raises ModelError."""
+    for model in locked_models().values():
+        if model.source.startswith("hf:") and ref == model.hub_ref(model.model):
+            return model
+    return None
+
+
+def read_lock(path: Path) -> dict[str, LockedModel]:
+    """The models of one lock file, checked. Raises ModelError naming the file and the entry."""
+    try:
+        words = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror or e}") from e
+    except ValueError as e:
+        raise ModelError(f"{path}: not TOML: {e}") from e
+    if words.get("version") != VERSION:
+        raise ModelError(
+            f"{path}: version {words.get('version')!r} of a lock file is not supported ({VERSION} is)"
+        )
+    return {
+        name: _model(path, name, entry, words.get("licences"))
+        for name, entry in _table(path, "models", words.get("models", {})).items()
+    }
+
+
+def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: {where} is no table")
+    return value
+
+
+def _model(path: Path, name: str, entry: Any, licences: Any) -> LockedModel:
+    where = f"models.{name}"
+    entry = _table(path, where, entry)
+    files = entry.get("files")
+    if not isinstance(files, list):
+        raise ModelError(f"{path}: {where} has no files")
+    model = LockedModel(
+        name=name,
+        source=_value(path, where, entry, "source", str),
+        files=tuple(_file(path, f"{where}.files[{i}]", file) for i, file in enumerate(files)),
+        lock=path,
+        title=_value(path, where, entry, "title", str, ""),
+        layout=_value(path, where, entry, "layout", str, None),
+        licence=_licence(path, where, entry, licences),
+        parameters=_table(path, f"{where}.parameters", entry.get("parameters", {})),
+    )
+    roles = [file.role for file in model.files]
+    if roles.count("model") != 1 or roles.count("mmproj") != len(roles) - 1 or len(roles) > 2:
+        raise ModelError(f"{path}: {where} must have one file of role model and at most one of role mmproj")
+    for key, value in model.parameters.items():
+        if key not in PARAMETERS or not isinstance(value, PARAMETERS[key]):
+            raise ModelError(f"{path}: {where}.parameters.{key} = {value!r:.60} is not supported")
+    _check_source(path, model)
+    return model
+
+
+def _check_source(path: Path, model: LockedModel) -> None:
+    """That every file of it has a place which the names cannot leave."""
+    try:
+        if model.source.startswith("ollama:"):
+            model.ollama_ref()
+        elif model.source.startswith("hf:"):
+            for file in model.files:
+                if file.file is None:
+                    raise ModelError("a file of the hub needs its name in the repository: file = ...")
+                model.hub_ref(file)
+        elif not (model.source == "bundled" and (path == SHIPPED or _is_shipped(model))):
+            raise ModelError(f"{model.source!r} is no source; write ollama:NAME:TAG or hf:OWNER/REPO")
+    except ModelError as e:
+        raise ModelError(f"{path}: models.{model.name}: {e}") from e
+
+
+def _is_shipped(model: LockedModel) -> bool:
+    """Whether it is the package's own entry: a user's file may have begun as a copy of ours."""
+    shipped = read_lock(SHIPPED).get(model.name)
+    return shipped is not None and (shipped.source, shipped.files) == (model.source, model.files)
+
+
+def _file(path: Path, where: str, entry: Any) -> LockedFile:
+    entry = _table(path, where, entry)
+    file = LockedFile(
+        role=_value(path, where, entry, "role", str),
+        sha256=_value(path, where, entry, "sha256", str),
+        size=_value(path, where, entry, "size", int, None),
+        size_about=_value(path, where, entry, "size_about", int, None),
+        file=_value(path, where, entry, "file", str, None),
+    )
+    if not is_sha256(file.sha256):
+        raise ModelError(f"{path}: {where}.sha256 = {file.sha256!r:.100} is not 64 hexadecimal digits")
+    return file
+
+
+def _licence(path: Path, where: str, entry: dict[str, Any], licences: Any) -> Licence | None:
+    name = _value(path, where, entry, "licence", str, None)
+    if name is None:
+        return None
+    at = f"licences.{name}"
+    words = _table(path, at, _table(path, "licences", licences).get(name))
+    return Licence(*(_value(path, at, words, key, str) for key in ("name", "url", "notice")))
+
+
+_REQUIRED = object()
+
+
+def _value(
+    path: Path, where: str, entry: dict[str, Any], key: str, kind: Any, default: Any = _REQUIRED
+) -> Any:
+    value = entry.get(key, default)
+    if value is _REQUIRED:
+        raise ModelError(f"{path}: {where} has no {key}")
+    if key in entry and (
+        not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0))
+    ):
+        raise ModelError(f"{path}: {where}.{key} = {value!r:.60} is no {kind.__name__} that could be used")
+    return value
+
+
+def write_locked(path: Path, model: LockedModel) -> None:
+    """Put a model into a lock file, in place of an entry of its name; the rest stays as it is, comments too.
+
+    The file is made if there is none. Raises ModelError.
+    """
+    import tomlkit
+    from tomlkit import TOMLDocument
+
+    try:
+        old = tomlkit.parse(path.read_text(encoding="utf-8")) if path.is_file() else TOMLDocument()
+        if not old:
+            old.add("version", tomlkit.item(VERSION))
+        if model.licence:
+            licences = old.setdefault("licences", tomlkit.table(is_super_table=True))
+            licences[model.licence.key] = {
+                "name": model.licence.name,
+                "url": model.licence.url,
+                "notice": model.licence.notice,
+            }
+        old.setdefault("models", tomlkit.table(is_super_table=True))[model.name] = _entry(model)
+        with replacing(path) as temporary:
+            temporary.write_text(tomlkit.dumps(old), encoding="utf-8")
+            read_lock(temporary)  # what is written can be read
+    except OSError as e:
+        raise ModelError(f"{path}: cannot be written: {e.strerror or e}") from e
+
+
+def _entry(model: LockedModel) -> dict[str, Any]:
+    licence = model.licence and model.licence.key
+    entry = {"title": model.title, "source": model.source, "layout": model.layout, "licence": licence}
+    files = [
+        {
+            key: value
+            for key in ("role", "file", "sha256", "size", "size_about")
+            if (value := getattr(file, key)) is not None and not (key == "size_about" and file.size)
+        }
+        for file in model.files
+    ]
+    kept = {key: value for key, value in entry.items() if value}
+    return {**kept, **({"parameters": dict(model.parameters)} if model.parameters else {}), "files": files}

@@ -1,0 +1,218 @@
+"""Fetching models: from a registry of Ollama's kind into our own store, from the hub into its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DownloadError, ModelError
+from ..files import replacing
+from . import hub, ollama
+from .download import Dropped, Progress, check_space, check_status, client, download, patiently
+from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
+from .ollama import Blob, Manifest
+from .references import HubRef, OllamaRef
+from .resolve import BUNDLED, ModelFiles, resolve
+
+if TYPE_CHECKING:
+    import httpx
+
+
+def pull(name: str, progress: Progress | None = None) -> ModelFiles:
+    """Fetch what is missing of a model and say where its files are.
+
+    name: as `resolve` takes, but no path
+
+    A file already here, in Ollama's store as well, is not fetched again. An interrupted download is resumed
+    by the next call. Every file that is fetched is checked against its sha256.
+
+    Raises DownloadError, ModelError for what is no name of a model.
+    """
+    if name.startswith("ollama:"):
+        _pull_tag(OllamaRef.parse(name), progress)
+    elif name.startswith("hf:"):
+        _pull_from_hub(HubRef.parse(name), progress)
+    elif name not in BUNDLED:
+        _pull_locked(_locked(name), progress)
+    return resolve(name)
+
+
+def _locked(name: str) -> LockedModel:
+    locked = find_locked(name)
+    if locked is None:
+        raise ModelError(
+            f"no model is called {name!r}; there are {', '.join(sorted(locked_models()))}, "
+            "ollama:NAME[:TAG], hf:OWNER/REPO/FILE"
+        )
+    return locked
+
+
+def _pull_locked(locked: LockedModel, progress: Progress | None) -> None:
+    if locked.source.startswith("ollama:"):
+        _pull_blobs(locked.ollama_ref(), locked.files, progress)
+        return
+    for file in locked.files:
+        hub.fetch(locked.hub_ref(file), file.blob, progress)
+
+
+def _pull_from_hub(ref: HubRef, progress: Progress | None) -> None:
+    locked = find_locked_file(ref)
+    if locked is not None:
+        _pull_locked(locked, progress)
+    else:
+        hub.fetch(ref, progress=progress)
+
+
+def _pull_tag(ref: OllamaRef, progress: Progress | None) -> None:
+    with client() as http:
+        words = _manifest(http, ref)
+    _pull_blobs(ref, _files(ollama.parse_manifest(words, _manifest_url(ref))), progress)
+    # Last: a manifest in the store says that its blobs are there.
+    path = ollama.downloads() / "manifests" / ref.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(words)
+    except OSError as e:
+        raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
+
+
+def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: Progress | None) -> None:
+    """Fetch to our store those blobs that are in none."""
+    store = ollama.downloads()
+    missing = [file for file in files if _find(file.blob) is None]
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DownloadError(f"{store}: cannot be made: {e.strerror or e}") from e
+    partials = [store / "partial" / file.blob.file_name for file in missing]
+    here = sum(partial.stat().st_size for partial in partials if partial.is_file())
+    check_space(store, max(0, sum(file.likely_size for file in missing) - here))
+    with client() as http:
+        for file, partial in zip(missing, partials, strict=True):
+            url, blob = f"{ref.url}/blobs/sha256:{file.sha256}", file.blob
+            download(http, url, store / "blobs" / blob.file_name, blob, partial, progress)
+
+
+def _find(blob: Blob) -> Path | None:
+    try:
+        return ollama.find_blob(blob)
+    except ModelError:  # in a store that is closed to us, if at all
+        return None
+
+
+def _manifest_url(ref: OllamaRef) -> str:
+    return f"{ref.url}/manifests/{ref.tag}"
+
+
+def _files(manifest: Manifest) -> tuple[LockedFile, ...]:
+    files = [LockedFile("model", manifest.model.sha256, manifest.model.size)]
+    if manifest.projector:
+        files.append(LockedFile("mmproj", manifest.projector.sha256, manifest.projector.size))
+    return tuple(files)
+
+
+def _manifest(http: httpx.Client, ref: OllamaRef) -> bytes:
+    """The JSON of a tag as the registry gives it. Raises DownloadError."""
+    url = _manifest_url(ref)
+    accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
+    return _ask(http, "GET", url, f"{ref} ({url})", accept).content
+
+
+def _ask(
+    http: httpx.Client, method: str, url: str, what: str, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    import httpx
+
+    found: list[httpx.Response] = []
+
+    def attempt() -> None:
+        try:
+            response = http.request(method, url, headers=headers)
+        except httpx.TransportError as e:
+            raise Dropped(f"the connection failed ({e or type(e).__name__})", 0) from e
+        except httpx.HTTPError as e:
+            raise DownloadError(f"{what}: {e}") from e
+        check_status(response, what)
+        found.append(response)
+
+    patiently(attempt, what)
+    return found[0]
+
+
+# ---- lock --------------------------------------------------------------------------------------------------
+
+
+def lock(
+    reference: str, *, name: str | None = None, mmproj: str | None = None, update: bool = False
+) -> LockedModel:
+    """What a source has now, as an entry for a lock file; no model is fetched.
+
+    reference: `ollama:...`, `hf:...`, or a name in a lock file, whose digests stay and whose sizes are filled
+               in
+    name:      of the entry; None: made from the reference
+    mmproj:    `hf:...` of the same repository, the vision encoder
+    update:    take other digests for a name that is in a lock file, if its source has them
+
+    Raises DownloadError, ModelError.
+    """
+    if reference.startswith("ollama:"):
+        ref = OllamaRef.parse(reference)
+        name = name or (ref.name if ref.tag == "latest" else f"{ref.name}-{ref.tag}")
+        return LockedModel(name, str(ref), _tag_files(ref), Path())
+    if reference.startswith("hf:"):
+        text = HubRef.parse(reference)
+        vision = HubRef.parse(mmproj) if mmproj else None
+        if vision and (vision.repo, vision.revision) != (text.repo, text.revision):
+            raise ModelError(f"{mmproj} is not in the repository of {reference}; a model has one source")
+        return _hub_entry(name or Path(text.file).stem, text, vision)
+    known = _locked(reference)
+    if known.source == "bundled":
+        raise ModelError(f"{reference} comes with the package; there is nothing to lock")
+    known = replace(known, name=name or known.name)
+    if not update:
+        return replace(known, files=tuple(_with_size(known, file) for file in known.files))
+    if known.source.startswith("ollama:"):
+        return replace(known, files=_tag_files(known.ollama_ref()), layout=None)
+    refs = [replace(known.hub_ref(file), revision="main") for file in (known.model, known.mmproj) if file]
+    fresh = _hub_entry(known.name, refs[0], refs[1] if len(refs) > 1 else None)
+    return replace(known, source=fresh.source, files=fresh.files, layout=None)
+
+
+def _tag_files(ref: OllamaRef) -> tuple[LockedFile, ...]:
+    with client() as http:
+        return _files(ollama.parse_manifest(_manifest(http, ref), _manifest_url(ref)))
+
+
+def _hub_entry(name: str, text: HubRef, vision: HubRef | None) -> LockedModel:
+    commit, files = "", []
+    for role, ref in (("model", text), ("mmproj", vision)):
+        if ref is None:
+            continue
+        there = hub.ask(replace(ref, revision=commit) if commit else ref)
+        if there.sha256 is None:
+            raise ModelError(f"{ref}: the hub tells no sha256 of it; it is not stored as a large file")
+        commit = there.commit
+        files.append(LockedFile(role, there.sha256, there.size, file=ref.file))  # type: ignore[arg-type]
+    return LockedModel(name, f"hf:{text.repo}@{commit}", tuple(files), Path())
+
+
+def _with_size(locked: LockedModel, file: LockedFile) -> LockedFile:
+    """The file with the exact size that its source tells."""
+    if locked.source.startswith("hf:"):
+        there = hub.ask(locked.hub_ref(file))
+        if there.sha256 != file.sha256:
+            raise DownloadError(
+                f"{locked.hub_ref(file)}: the hub has other content now ({there.sha256}); --update takes it"
+            )
+        return replace(file, size=there.size)
+    url = f"{locked.ollama_ref().url}/blobs/sha256:{file.sha256}"
+    with client() as http:
+        words = _ask(http, "HEAD", url, url, {"Accept-Encoding": "identity"}).headers.get(
+            "Content-Length", ""
+        )
+    if not words.isdecimal():
+        raise DownloadError(f"{url}: the server does not say how large it is")
+    return replace(file, size=int(words))

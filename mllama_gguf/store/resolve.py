@@ -1,0 +1,145 @@
+"""From a model's name to its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+
+BUNDLED = {"demo": Path(__file__).parents[1] / "data" / "demo.gguf"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model.
+
+    sha256:     what they must hash to, where that is known
+    parameters: arguments of `Mllama` that the model needs
+    """
+
+    name: str
+    text: Path
+    mmproj: Path | None = None
+    sha256: Mapping[Path, str] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.text,) if self.mmproj is None else (self.text, self.mmproj)
+
+
+def default_model() -> str:
+    """What is opened when no model is named: $MLLAMA_MODEL or the bundled one."""
+    return os.environ.get("MLLAMA_MODEL") or "demo"
+
+
+def resolve(
+    name: str | os.PathLike[str] | None = None, mmproj: str | os.PathLike[str] | None = None
+) -> ModelFiles:
+    """The files of a model that is on this machine; nothing is fetched.
+
+    name:   `demo`; a path; `ollama:[[HOST/]NAMESPACE/]NAME[:TAG]`; `hf:OWNER/REPO[@REVISION]/FILE`; a name in
+            models.lock; None: `default_model()`
+    mmproj: vision encoder, a path or `hf:...`, in place of the model's own; a file of the hub that
+            models.lock knows brings its own
+
+    Raises ModelError: there is no such model, or it is not here.
+    """
+    words = os.fspath(name) if name is not None else default_model()
+    if words.startswith("ollama:"):
+        files = _from_ollama(words)
+    elif words.startswith("hf:"):
+        files = _from_hub(words)
+    elif words in BUNDLED and not Path(words).exists():
+        files = _bundled(words)
+    elif Path(words).exists():
+        files = _from_path(Path(words))
+    else:
+        files = _from_lock(words)
+    if mmproj is None:
+        return files
+    other = _from_hub(os.fspath(mmproj)) if os.fspath(mmproj).startswith("hf:") else _from_path(Path(mmproj))
+    return ModelFiles(files.name, files.text, other.text, {**files.sha256, **other.sha256}, files.parameters)
+
+
+def _from_path(path: Path) -> ModelFiles:
+    from .hub import stored_sha256
+
+    sha256 = stored_sha256(path)
+    return ModelFiles(str(path), path, sha256={path: sha256} if sha256 else {})
+
+
+def _bundled(name: str) -> ModelFiles:
+    path = BUNDLED[name]
+    if not path.is_file():
+        raise ModelError(f"the model {name!r} is missing from the installed package ({path})")
+    return ModelFiles(name, path)
+
+
+def _from_ollama(words: str) -> ModelFiles:
+    from . import ollama
+    from .references import OllamaRef
+
+    ref = OllamaRef.parse(words)
+    found = ollama.find(ref)
+    if found is None:
+        raise ModelError(f"{words} is not on this machine; fetch it: mllama pull {words}")
+    manifest, paths = found
+    sha256 = {path: blob.sha256 for path, blob in zip(paths, manifest.blobs, strict=True)}
+    return ModelFiles(str(ref), paths[0], paths[1] if len(paths) > 1 else None, sha256)
+
+
+def _from_hub(words: str) -> ModelFiles:
+    from . import hub
+    from .lockfile import find_locked_file
+    from .references import HubRef
+
+    ref = HubRef.parse(words)
+    locked = find_locked_file(ref)
+    if locked is not None:
+        return _from_lock(locked.name, words)
+    path = hub.cached(ref)
+    if path is None:
+        raise ModelError(f"{words} is not on this machine; fetch it: mllama pull {words}")
+    sha256 = hub.stored_sha256(path)
+    return ModelFiles(str(ref), path, sha256={path: sha256} if sha256 else {})
+
+
+def _from_lock(name: str, asked: str | None = None) -> ModelFiles:
+    from .lockfile import find_locked, locked_models
+
+    locked = find_locked(name)
+    if locked is None:
+        raise ModelError(
+            f"{name}: no such file, nor a model's name ({', '.join(sorted(locked_models()))}, ollama:..., "
+            "hf:...)"
+        )
+    paths = locked_paths(locked)
+    if paths is None:
+        raise ModelError(f"{asked or name} is not on this machine; fetch it: mllama pull {asked or name}")
+    by_role = {file.role: path for file, path in zip(locked.files, paths, strict=True)}
+    sha256 = {path: file.sha256 for file, path in zip(locked.files, paths, strict=True)}
+    return ModelFiles(name, by_role["model"], by_role.get("mmproj"), sha256, locked.parameters)
+
+
+def locked_paths(locked: Any) -> list[Path] | None:
+    """Where the files of a `LockedModel` are, in its order; None if one is not on this machine."""
+    from . import hub, ollama
+    from .lockfile import DATA
+
+    paths = []
+    for file in locked.files:
+        if locked.source == "bundled":
+            path: Path | None = DATA / file.file
+        elif locked.source.startswith("hf:"):
+            path = hub.cached(locked.hub_ref(file))
+        else:
+            path = ollama.find_blob(file.blob)
+        if path is None:
+            return None
+        paths.append(path)
+    return paths

@@ -1,0 +1,77 @@
+"""Whether files are what they should be, by their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ModelError
+from .download import CHUNK, Progress
+from .resolve import ModelFiles
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file's hash. expected: None if nothing says what it should be."""
+
+    path: Path
+    actual: str
+    expected: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.actual == self.expected
+
+
+def sha256_of(path: Path, progress: Progress | None = None) -> str:
+    """The sha256 of a file, in hexadecimal. Raises ModelError if it cannot be read."""
+    digest, done = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress:
+                    progress("verify", done, total)
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror or e}") from e
+    return digest.hexdigest()
+
+
+def verify(files: ModelFiles, progress: Progress | None = None) -> list[Verified]:
+    """Hash the files of a model. A file whose name tells no digest is looked for in models.lock.
+
+    Raises ModelError if one cannot be read.
+    """
+    from .lockfile import locked_models
+
+    locked = locked_models()
+    known = {file.sha256 for model in locked.values() for file in model.files}
+    if files.name in locked:
+        by_role = {file.role: file.sha256 for file in locked[files.name].files}
+        named = {files.text: by_role["model"]}
+    else:
+        named = {}
+    results = []
+    for path in files.paths:
+        actual = sha256_of(path, progress)
+        expected = files.sha256.get(path) or named.get(path) or (actual if actual in known else None)
+        results.append(Verified(path, actual, expected))
+    return results
+
+
+def require_verified(files: ModelFiles, progress: Progress | None = None) -> None:
+    """Raises ModelError, naming the file, unless every file of a model is what it should be."""
+    for result in verify(files, progress):
+        if result.expected is None:
+            raise ModelError(
+                f"{result.path}: cannot be verified: nothing says what its sha256 must be ({result.actual})"
+            )
+        if not result.ok:
+            raise ModelError(
+                f"{result.path}: damaged or not the published file: its sha256 is {result.actual} instead of "
+                f"{result.expected}; delete it and fetch it again"
+            )

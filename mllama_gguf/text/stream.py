@@ -1,0 +1,59 @@
+"""Bytes of tokens to text that can be shown at once: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from ..errors import RequestError
+
+
+def stop_list(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The stop strings of an option. Raises RequestError for empty ones and for other types."""
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(s, str) or not s for s in stops):
+        raise RequestError(f"stop must be a string, or some, none of them empty; not {stop!r}")
+    return stops
+
+
+class TextStream:
+    """Turns the bytes of one reply into text, piece by piece.
+
+    A character that is split over tokens appears once its last byte is there; of text that may be the
+    beginning of a stop string nothing appears until it is known not to be one.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False  # a stop string was met; what follows is dropped
+
+    def feed(self, data: bytes) -> str:
+        """The text that can be shown now, perhaps none."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(data)
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = self._possible_stop()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows. Bytes of an unfinished character are dropped."""
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the text that is the beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for n in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-n:]) for stop in self._stops):
+                return n
+        return 0

@@ -1,0 +1,127 @@
+"""Text to tokens and back, by llama.cpp.
+
+llama.cpp does not know the architecture "mllama", but of the same file it loads the vocabulary alone when
+told that the architecture is "llama".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..backend import library as _native
+from ..errors import ModelError, RequestError
+from ..gguf.reader import read_gguf
+
+
+class Vocab:
+    """The vocabulary of a text file. Thread-safe: nothing changes after loading.
+
+    bos, eos: token ids, -1 if the file names none
+    n_tokens: all tokens, the image token included
+    stop_ids: tokens that end the assistant's turn
+    metadata: the keys of the file, without long arrays
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ModelError for a file without a usable vocabulary, BackendError without llama_cpp."""
+        _native.load()
+        from llama_cpp import llama_cpp as llama
+
+        self._llama = llama
+        self.path = Path(path)
+        self.metadata = _read_keys(self.path)
+
+        params = llama.llama_model_default_params()
+        params.vocab_only = True
+        params.n_gpu_layers = 0
+        overrides = (llama.llama_model_kv_override * 2)()  # the second, empty, ends the list
+        overrides[0].tag = llama.LLAMA_KV_OVERRIDE_TYPE_STR
+        overrides[0].key = b"general.architecture"
+        value: Any = overrides[0].value
+        value.val_str = b"llama"
+        params.kv_overrides = overrides
+        model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        if model is None:
+            raise ModelError(f"{path}: its vocabulary cannot be read; was the file made for mllama?")
+        self._model = model
+        self.close = weakref.finalize(self, llama.llama_model_free, model)
+        self.pointer = llama.llama_model_get_vocab(model)
+
+        self.n_tokens = int(llama.llama_vocab_n_tokens(self.pointer))
+        self.bos = int(llama.llama_vocab_bos(self.pointer))
+        self.eos = int(llama.llama_vocab_eos(self.pointer))
+        named = self.metadata.get("tokenizer.ggml.eos_token_ids", [])
+        self.stop_ids = frozenset(int(i) for i in named if 0 <= i < self.n_tokens) | frozenset(
+            i for i in range(self.n_tokens) if llama.llama_vocab_is_eog(self.pointer, i)
+        )
+        if not self.stop_ids:
+            raise ModelError(
+                f"{path}: the vocabulary names no end-of-turn token (tokenizer.ggml.eos_token_id)"
+            )
+        template = self.metadata.get("tokenizer.chat_template")
+        self.chat_template = template if isinstance(template, str) and template.strip() else None
+
+    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
+        """Text to token ids.
+
+        add_bos: begin with the bos token, if the file wants one
+        special: read `<|image|>` and its like as the tokens that they name; else as plain text
+        """
+        data = text.encode("utf-8", "replace")
+        size = len(data) + 2
+        for _ in range(2):
+            buffer = (self._llama.llama_token * size)()
+            n = self._llama.llama_tokenize(self.pointer, data, len(data), buffer, size, add_bos, special)
+            if n >= 0:
+                return list(buffer[:n])
+            size = -n
+        raise RequestError(f"text of {len(data)} bytes cannot be tokenized")
+
+    def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """Token ids to text; bytes that are no UTF-8 become U+FFFD. special: show special tokens as well."""
+        return b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of one token, which may be part of a character. Raises RequestError for an unknown id."""
+        if not 0 <= token < self.n_tokens:
+            raise RequestError(f"token {token} is not in the vocabulary of {self.n_tokens}")
+        size = 64
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            n = self._llama.llama_token_to_piece(self.pointer, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+        raise RequestError(f"token {token} has no text")
+
+    def text(self, token: int) -> str:
+        """How the special token is spelled, "" for -1."""
+        return "" if token < 0 else self.piece(token, special=True).decode("utf-8", "replace")
+
+    def count(self, tokens: Sequence[int], token: int) -> int:
+        """How often a token occurs."""
+        return sum(t == token for t in tokens)
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
+    """The keys of a file whose token table llama.cpp can load: it ends the process over some of what is
+    checked here."""
+    keys = read_gguf(path, whole=("tokenizer.ggml.tokens",)).keys
+    model, tokens = keys.get("tokenizer.ggml.model"), keys.pop("tokenizer.ggml.tokens", None)
+    if model != "gpt2":
+        raise ModelError(f"{path}: tokenizer.ggml.model is {model!r}, 'gpt2' expected")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise ModelError(f"{path}: tokenizer.ggml.tokens is missing or no list of strings")
+    # llama.cpp names empty tokens in this way, and takes a NUL for the end.
+    names = [token.partition("\0")[0] or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+    if len(set(names)) != len(names):
+        raise ModelError(f"{path}: tokenizer.ggml.tokens has the same token twice")
+    bos = keys.get("tokenizer.ggml.bos_token_id")
+    if bos is not None and not (isinstance(bos, int) and 0 <= bos < len(tokens)):
+        raise ModelError(f"{path}: tokenizer.ggml.bos_token_id is {bos!r}, of {len(tokens)} tokens")
+    return keys

@@ -1,0 +1,116 @@
+"""The settings that `mllama tune` found best, kept for each model, machine and choice of devices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+HEAD_BYTES = 1024 * 1024  # a file is known by its size and beginning, which holds its keys
+# Of `Mllama`; and what a value of each must be.
+SETTINGS: dict[str, type] = {
+    "n_gpu_layers": int,
+    "vision_device": str,
+    "n_threads": int,
+    "n_batch": int,
+    "flash_attn": bool,
+}
+
+
+def config_path() -> Path:
+    """$MLLAMA_CONFIG_DIR/tuned.json, else in the user's folder for such files."""
+    import platformdirs
+
+    folder = os.environ.get("MLLAMA_CONFIG_DIR") or platformdirs.user_config_dir(
+        "mllama_gguf", appauthor=False
+    )
+    return Path(folder) / "tuned.json"
+
+
+def file_identity(path: str | os.PathLike[str]) -> str:
+    """Tells model files apart, wherever they lie: sha256 of the size and the first mebibyte."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+        return hashlib.sha256(str(os.fstat(file.fileno()).st_size).encode() + head).hexdigest()
+
+
+def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) -> str:
+    """Of a model, on this machine, offloaded to these devices.
+
+    paths:   its files
+    offload: devices, tensor_split, main_gpu, offload_kqv, rpc_servers as `Mllama` takes them; those given
+
+    Raises OSError, BackendError.
+    """
+    from ..backend.local import devices
+    from ..model import usable_cpus
+
+    words = [file_identity(path) for path in paths]
+    machine = [usable_cpus(), *([d.name, d.description, d.type] for d in devices())]
+    parts = [words, machine, sorted(offload.items())]
+    return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()
+
+
+def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
+    """The settings of `SETTINGS` kept for a key, which is asked for if there are any; {} if there are none. A
+    bad file is a warning. Raises what `key` raises."""
+    path = config_path()
+    try:
+        tuned = _read(path)
+        kept = tuned.get(key(), {}) if tuned else {}
+        return _checked(kept.get("settings", {}) if isinstance(kept, dict) else kept)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        words = " ".join(str(e).split())
+        logger.warning("%s is ignored: %s; `mllama tune` writes it anew", path, words)
+        return {}
+
+
+def write_tuned(key: str, settings: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    """Keep settings for a key; about: more for the reader of the file. Returns the file. Raises OSError."""
+    path = config_path()
+    try:
+        tuned = _read(path)
+    except (FileNotFoundError, ValueError):
+        tuned = {}
+    tuned[key] = {"settings": _checked(dict(settings)), **about}
+    write_whole(path, json.dumps({"version": VERSION, "tuned": tuned}, indent=2) + "\n")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise ValueError(f"not a file of version {VERSION}")
+    tuned = content.get("tuned")
+    if not isinstance(tuned, dict):
+        raise ValueError("'tuned' is not an object")
+    return tuned
+
+
+def _checked(settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise ValueError("settings are not an object")
+    for name, value in settings.items():
+        if type(value) is not SETTINGS.get(name) or (type(value) is int and value < (name != "n_gpu_layers")):
+            raise ValueError(f"{name} is {value!r}")
+    return settings
+
+
+def in_options(settings: Mapping[str, Any]) -> str:
+    """Settings as one would type them."""
+    options = {"n_gpu_layers": "-ngl", "vision_device": "--vision-device", "n_threads": "-t", "n_batch": "-b"}
+    words: Sequence[str] = [f"{options[n]} {settings[n]}" for n in options if n in settings]
+    if "flash_attn" in settings:
+        words = [*words, f"-fa {'on' if settings['flash_attn'] else 'off'}"]
+    return " ".join(words)

@@ -1,0 +1,1 @@
+"""A picture to the states that the text model looks at."""

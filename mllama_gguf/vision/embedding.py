@@ -1,0 +1,119 @@
+"""What the vision encoder makes of a picture, and a small store of it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ImageError
+
+if TYPE_CHECKING:
+    from ..cache.disk import ImageCache
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEmbedding:
+    """The cross-attention states of one picture, for the model that made them. Accepted wherever a picture
+    is.
+
+    states:          float32 [n_tiles, n_positions, n_embd], read-only; the tiles in use only
+    aspect_ratio_id: the tile grid, as in TiledImage
+    key:             names the content: two embeddings with one key are taken to be the same. From
+                     `encode_image` it is the sha256 of what the states were computed from, and by what; left
+                     out, the sha256 of the states.
+
+    Raises ImageError for states of another type or number of dimensions.
+    """
+
+    states: npt.NDArray[np.float32]
+    aspect_ratio_id: int
+    key: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if self.states.dtype != np.float32 or self.states.ndim != 3 or 0 in self.states.shape:
+            raise ImageError(
+                f"ImageEmbedding: states are {self.states.dtype} {list(self.states.shape)}; "
+                "expected float32 [n_tiles, n_positions, n_embd]"
+            )
+        states = np.ascontiguousarray(self.states)
+        if states is self.states and states.flags.writeable:
+            states = states.view()  # the caller's own array stays writeable
+        states.flags.writeable = False
+        object.__setattr__(self, "states", states)
+        if not self.key:
+            object.__setattr__(self, "key", hashlib.sha256(states.data).hexdigest())
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles in use."""
+        return int(self.states.shape[0])
+
+    def __repr__(self) -> str:
+        shape = list(self.states.shape)
+        return f"ImageEmbedding({shape}, aspect_ratio_id={self.aspect_ratio_id}, key={self.key[:12]})"
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """A picture of a prompt, on its way into the cache: its states are not made before they are needed.
+
+    key, n_tiles: as those of its ImageEmbedding
+    states:       finds or computes them, float32 [n_tiles, n_positions, n_embd]
+    filling_key:  names what the text model makes of the states, see `image_cache`; "": that is not kept
+    """
+
+    key: str
+    n_tiles: int
+    states: Callable[[], npt.NDArray[np.float32]]
+    filling_key: str = ""
+
+
+class EmbeddingStore:
+    """The embeddings used last, by key: in memory as many as fit max_bytes (one at least), and those on disk.
+    Several threads may use it at once."""
+
+    def __init__(self, max_bytes: int, disk: ImageCache | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._disk = disk
+        self._items: OrderedDict[str, ImageEmbedding] = OrderedDict()
+        self._lock = threading.Lock()  # of the items
+
+    def get(self, key: str) -> ImageEmbedding | None:
+        """The embedding of that key, which now counts as the last one used."""
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        known = None if self._disk is None else self._disk.get(key)
+        if known is not None:
+            self._keep(known)
+        return known
+
+    def add(self, embedding: ImageEmbedding) -> None:
+        """Keep an embedding, and drop the oldest ones that no longer fit."""
+        self._keep(embedding)
+        if self._disk is not None:
+            self._disk.add(embedding)
+
+    def _keep(self, embedding: ImageEmbedding) -> None:
+        with self._lock:
+            self._items[embedding.key] = embedding
+            self._items.move_to_end(embedding.key)
+            n_bytes = sum(e.states.nbytes for e in self._items.values())
+            while len(self._items) > 1 and n_bytes > self._max_bytes:
+                n_bytes -= self._items.popitem(last=False)[1].states.nbytes
+
+    def clear(self) -> None:
+        """Drop all, except those on disk."""
+        with self._lock:
+            self._items.clear()
+
+    def __len__(self) -> int:
+        return len(self._items)

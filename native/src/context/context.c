@@ -1,0 +1,885 @@
+// A conversation: its backends, its caches, and the running of graphs on them.
+#include "graphs/text_graph.h"
+#include "graphs/vision_graph.h"
+#include "model/weights.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+    MAX_BACKENDS = MAX_DEVICES + 4,
+    KV_STEP      = 256,   // the attended part of the cache grows in such steps, so that a graph serves many tokens
+    ABORT_EVERY  = 50000, // microseconds between two looks at the caller's abort callback
+};
+
+struct mllama_context {
+    const mllama_model *  model;
+    mllama_context_params params;
+    kv_types              types, cross_types;         // of the caches for self- and cross-attention
+
+    ggml_backend_t        backends[MAX_BACKENDS];     // the CPU is the last
+    int32_t               n_backends;
+    ggml_backend_sched_t  sched;                      // for text graphs; keeps the last one allocated
+    text_graph            text;
+
+    kv_cache              cache;
+    int32_t               n_past;
+    image_slot *          slots;
+    int32_t               n_slots;
+    uint64_t              generation;
+
+    // bytes on the CPU, then on each of model->plan.gpus
+    uint64_t              compute[MAX_DEVICES + 1];   // of sched, whose buffers never shrink
+    uint64_t              vision[MAX_DEVICES + 1];    // the most so far
+
+    // of the call that runs
+    bool                  aborted;
+    int64_t               looked_at;                  // when the abort callback was last asked, microseconds
+    int32_t               phase;
+    int64_t               nodes_done, nodes_total;    // progress of an encode
+
+    mllama_tap_callback   tap;
+    void *                tap_user_data;
+    float *               tap_values;
+    size_t                tap_capacity;
+};
+
+// ---- aborting, progress, taps -------------------------------------------------------------------------------------
+
+static void report(const mllama_context * ctx, int32_t phase, int64_t done, int64_t total) {
+    if (ctx->params.progress) {
+        ctx->params.progress(phase, done, total, ctx->params.user_data);
+    }
+}
+
+// Our own kernels ask this while they work, on the calling thread.
+static bool look(void * user_data) {
+    mllama_context * ctx = user_data;
+    if (ctx->aborted) {
+        return true;
+    }
+    const int64_t now = ggml_time_us();
+    if (now - ctx->looked_at < ABORT_EVERY) {
+        return false;
+    }
+    ctx->looked_at = now;
+    if (ctx->phase == MLLAMA_PHASE_ENCODE && ctx->nodes_total > 0) {
+        const int64_t done = ctx->nodes_done < ctx->nodes_total ? ctx->nodes_done : ctx->nodes_total;
+        report(ctx, MLLAMA_PHASE_ENCODE, done, ctx->nodes_total);
+    }
+    ctx->aborted = ctx->params.abort && ctx->params.abort(ctx->params.user_data);
+    return ctx->aborted;
+}
+
+// ggml's CPU backend asks this before every node, on the calling thread.
+static bool should_abort(void * user_data) {
+    mllama_context * ctx = user_data;
+    ctx->nodes_done++;
+    return look(ctx);
+}
+
+static void begin(mllama_context * ctx, int32_t phase) {
+    ctx->aborted    = false;
+    ctx->looked_at  = ggml_time_us();
+    ctx->phase      = phase;
+    ctx->nodes_done = ctx->nodes_total = 0;
+}
+
+static void to_floats(const struct ggml_tensor * t, const char * raw, float * out) {
+    const ggml_to_float_t to_float = ggml_get_type_traits(t->type)->to_float;
+    for (int64_t i3 = 0; i3 < t->ne[3]; i3++) {
+        for (int64_t i2 = 0; i2 < t->ne[2]; i2++) {
+            for (int64_t i1 = 0; i1 < t->ne[1]; i1++, out += t->ne[0]) {
+                const char * row = raw + (size_t) i1 * t->nb[1] + (size_t) i2 * t->nb[2] + (size_t) i3 * t->nb[3];
+                if (t->type != GGML_TYPE_F32) {
+                    to_float(row, out, t->ne[0]);
+                    continue;
+                }
+                for (int64_t i0 = 0; i0 < t->ne[0]; i0++) {
+                    memcpy(out + i0, row + (size_t) i0 * t->nb[0], sizeof(float));
+                }
+            }
+        }
+    }
+}
+
+static bool show_tensor(struct ggml_tensor * t, bool ask, void * user_data) {
+    mllama_context * ctx = user_data;
+    if (ask) {
+        const bool readable = t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float;
+        return readable && ctx->tap(t->name, t->ne, NULL, ctx->tap_user_data);
+    }
+    const size_t raw_size = ggml_nbytes(t), n = (size_t) ggml_nelements(t), need = n * sizeof(float) + raw_size;
+    if (need > ctx->tap_capacity) {
+        float * values = realloc(ctx->tap_values, need);
+        if (!values) {
+            return true;
+        }
+        ctx->tap_values   = values;
+        ctx->tap_capacity = need;
+    }
+    char * raw = (char *) (ctx->tap_values + n);
+    ggml_backend_tensor_get(t, raw, 0, raw_size);
+    to_floats(t, raw, ctx->tap_values);
+    ctx->tap(t->name, t->ne, ctx->tap_values, ctx->tap_user_data);
+    return true;
+}
+
+void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data) {
+    ctx->tap           = callback;
+    ctx->tap_user_data = user_data;
+    if (ctx->sched) {
+        ggml_backend_sched_set_eval_callback(ctx->sched, callback ? show_tensor : NULL, ctx);
+    }
+}
+
+// ---- running a graph ----------------------------------------------------------------------------------------------
+
+static mllama_status new_sched(mllama_context * ctx, size_t n_nodes, ggml_backend_sched_t * sched) {
+    *sched = ggml_backend_sched_new(ctx->backends, NULL, ctx->n_backends, n_nodes, false, false);
+    if (!*sched) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    if (ctx->tap) {
+        ggml_backend_sched_set_eval_callback(*sched, show_tensor, ctx);
+    }
+    return MLLAMA_OK;
+}
+
+static bool reads_cache(const struct ggml_tensor * node) {
+    for (int32_t i = 0; i < GGML_MAX_SRC && node->src[i]; i++) {
+        const struct ggml_tensor * src = node->src[i]->view_src ? node->src[i]->view_src : node->src[i];
+        if (strstr(src->name, "cache_") && src->buffer) return true;
+    }
+    return false;
+}
+
+// What reads the caches is computed where they are. Without this ggml would copy the caches to where the weights are.
+static void keep_attention_on_cpu(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        struct ggml_tensor * node = ggml_graph_node(gf, i);
+        if (reads_cache(node)) {
+            ggml_backend_sched_set_tensor_backend(sched, node, ctx->backends[ctx->n_backends - 1]);
+        }
+    }
+}
+
+// The place of a backend's device in the arrays of bytes. Devices that help the CPU use its memory.
+static int32_t place_of(const mllama_context * ctx, ggml_backend_t backend) {
+    for (int32_t i = 0; i < ctx->model->plan.n_gpus; i++) {
+        if (ctx->model->plan.gpus[i] == ggml_backend_get_device(backend)) return i + 1;
+    }
+    return 0;
+}
+
+// Raises `most` to what a scheduler's buffers take. sizes: of each backend, NULL: of the allocated buffers.
+static void note_sizes(const mllama_context * ctx, ggml_backend_sched_t sched, const size_t * sizes, uint64_t * most) {
+    uint64_t now[MAX_DEVICES + 1] = { 0 };
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        bool counted = false; // with a backend that has the same memory
+        for (int32_t j = 0; j < i && sizes; j++) {
+            counted |= ggml_backend_sched_get_buffer_type(sched, ctx->backends[j]) == ggml_backend_sched_get_buffer_type(sched, ctx->backends[i]);
+        }
+        if (!counted) {
+            now[place_of(ctx, ctx->backends[i])] += sizes ? sizes[i] : ggml_backend_sched_get_buffer_size(sched, ctx->backends[i]);
+        }
+    }
+    for (int32_t i = 0; i <= MAX_DEVICES; i++) {
+        most[i] = now[i] > most[i] ? now[i] : most[i];
+    }
+}
+
+// most: raised to what the buffers take. Without memory nothing but that is done.
+static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, uint64_t * most,
+                                 const char * what, const char * remedy) {
+    ggml_backend_sched_reset(sched);
+    log_forget();
+    if (ctx->model->no_alloc && ctx->params.offload_kqv) {
+        size_t sizes[MAX_BACKENDS];
+        ggml_backend_sched_reserve_size(sched, gf, sizes);
+        note_sizes(ctx, sched, sizes, most);
+        return MLLAMA_OK;
+    }
+    if (!ctx->params.offload_kqv) {
+        keep_attention_on_cpu(ctx, sched, gf);
+    }
+    // ggml_backend_sched_reserve_size forgets what was said about the attention, so buffers are made and given back.
+    const bool ok = ctx->model->no_alloc ? ggml_backend_sched_reserve(sched, gf) : ggml_backend_sched_alloc_graph(sched, gf);
+    if (!ok) {
+        return fail(MLLAMA_ERR_MEMORY, "no room for the compute buffers of %s%s%s; %s", what, log_last_error()[0] ? ": " : "",
+                    log_last_error(), remedy);
+    }
+    note_sizes(ctx, sched, NULL, most);
+    return MLLAMA_OK;
+}
+
+static mllama_status compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what) {
+    log_forget();
+    const enum ggml_status status = ggml_backend_sched_graph_compute(sched, gf);
+    if (ctx->aborted || status == GGML_STATUS_ABORTED) {
+        return fail(MLLAMA_ERR_ABORTED, "%s was stopped", what);
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        return fail(MLLAMA_ERR_BACKEND, "%s failed: %s%s%s", what, ggml_status_to_string(status), log_last_error()[0] ? ": " : "",
+                    log_last_error());
+    }
+    return MLLAMA_OK;
+}
+
+// ---- context ------------------------------------------------------------------------------------------------------
+
+mllama_context_params mllama_context_default_params(void) {
+    return (mllama_context_params) {
+        .n_ctx = 4096, .n_batch = 512, .type_k = MLLAMA_KV_F16, .type_v = MLLAMA_KV_F16, .flash_attn = true, .offload_kqv = true,
+    };
+}
+
+static mllama_status ggml_type_of(int32_t kv_type, enum ggml_type * type) {
+    switch (kv_type) {
+        case MLLAMA_KV_F32:  *type = GGML_TYPE_F32; return MLLAMA_OK;
+        case MLLAMA_KV_F16:  *type = GGML_TYPE_F16; return MLLAMA_OK;
+        case MLLAMA_KV_Q8_0: *type = GGML_TYPE_Q8_0; return MLLAMA_OK;
+        default: return fail(MLLAMA_ERR_ARGUMENT, "%d is not a cache type: F32, F16 or Q8_0", kv_type);
+    }
+}
+
+static mllama_status add_backend(mllama_context * ctx, ggml_backend_dev_t device) {
+    if (ctx->n_backends == MAX_BACKENDS) {
+        return fail(MLLAMA_ERR_BACKEND, "too many devices");
+    }
+    ggml_backend_t backend = ggml_backend_dev_init(device, NULL);
+    if (!backend) {
+        return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started", device_label(device));
+    }
+    ctx->backends[ctx->n_backends++] = backend;
+
+    const ggml_backend_reg_t                reg       = ggml_backend_dev_backend_reg(device);
+    const ggml_backend_set_abort_callback_t set_abort =
+        (ggml_backend_set_abort_callback_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_abort_callback");
+    if (set_abort) {
+        set_abort(backend, should_abort, ctx);
+    }
+    return MLLAMA_OK;
+}
+
+// Of the text's products and its attention; NULL: ggml's own.
+static mllama_status text_kernel(const mllama_context * ctx, const cpu_kernel ** kernel) {
+    *kernel = NULL;
+    return ctx->params.flash_attn ? cpu_kernel_choose(kernel) : MLLAMA_OK;
+}
+
+// ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow (seen: values
+// of 2000). So values on the CPU are F16 only where our kernel reads them; it sums in F32.
+static enum ggml_type cpu_values(const mllama_hparams * p, const cpu_kernel * kernel, const kv_types * types) {
+    const cpu_cache_attention attention = { .kernel = kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim };
+    return types->v == GGML_TYPE_F16 && !cpu_cache_attention_has(&attention, types->k, types->v) ? GGML_TYPE_F32 : types->v;
+}
+
+static mllama_status check_params(mllama_context * ctx) {
+    const mllama_hparams * p      = &ctx->model->hp.pub;
+    const cpu_kernel *     kernel = NULL;
+    kv_types *             self = &ctx->types, * cross = &ctx->cross_types;
+    TRY(ggml_type_of(ctx->params.type_k, &self->k));
+    TRY(ggml_type_of(ctx->params.type_v, &self->v));
+    cross->k = ggml_is_quantized(self->k) ? GGML_TYPE_F16 : self->k;
+    cross->v = ggml_is_quantized(self->v) ? GGML_TYPE_F16 : self->v;
+    TRY(text_kernel(ctx, &kernel));
+    self->v_cpu  = cpu_values(p, kernel, self);
+    cross->v_cpu = cpu_values(p, kernel, cross);
+    if (ctx->params.n_ctx == 0) {
+        ctx->params.n_ctx = p->n_ctx_train;
+    }
+    if (ctx->params.n_ctx < 1 || ctx->params.n_ctx > p->n_ctx_train) {
+        return fail(MLLAMA_ERR_ARGUMENT, "n_ctx is %d; this model takes 1 to %d", ctx->params.n_ctx, p->n_ctx_train);
+    }
+    if (ctx->params.n_batch < 1) {
+        return fail(MLLAMA_ERR_ARGUMENT, "n_batch is %d; it must be at least 1", ctx->params.n_batch);
+    }
+    if (ctx->params.n_batch > ctx->params.n_ctx) {
+        ctx->params.n_batch = ctx->params.n_ctx;
+    }
+    if ((ggml_is_quantized(ctx->types.k) || ggml_is_quantized(ctx->types.v)) && p->head_dim % 32 != 0) {
+        return fail(MLLAMA_ERR_ARGUMENT, "a Q8_0 cache needs heads of a multiple of 32 values, this model's have %d; use F16", p->head_dim);
+    }
+    if (ggml_is_quantized(ctx->types.v) && !ctx->params.flash_attn) {
+        return fail(MLLAMA_ERR_ARGUMENT, "a Q8_0 cache of values needs flash_attn");
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status init(mllama_context * ctx) {
+    const mllama_model * model = ctx->model;
+    TRY(check_params(ctx));
+    if (!model->token_embd) {
+        return fail(MLLAMA_ERR_ARGUMENT, "the model was opened for checking only");
+    }
+    for (int32_t i = 0; i < model->plan.n_gpus; i++) {
+        TRY(add_backend(ctx, model->plan.gpus[i]));
+    }
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        if (device_is_accel(ggml_backend_dev_get(i))) {
+            TRY(add_backend(ctx, ggml_backend_dev_get(i)));
+        }
+    }
+    TRY(add_backend(ctx, model->plan.cpu));
+    mllama_set_n_threads(ctx, ctx->params.n_threads);
+    const size_t n_nodes = 256 + (size_t) model->hp.pub.n_layer * (128 + (size_t) ctx->params.n_batch);
+    TRY(new_sched(ctx, n_nodes, &ctx->sched));
+
+    // what is attended is rounded up, so the cache is too
+    const int32_t rows = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP;
+    return kv_cache_init(&ctx->cache, model, ctx->params.offload_kqv, rows, ctx->types);
+}
+
+mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** out) {
+    if (!model || !params || !out) {
+        return fail(MLLAMA_ERR_ARGUMENT, "mllama_context_new: NULL argument");
+    }
+    *out = NULL;
+    mllama_context * ctx = calloc(1, sizeof(*ctx));
+    if (!ctx) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    ctx->model  = model;
+    ctx->params = *params;
+    const mllama_status status = init(ctx);
+    if (status != MLLAMA_OK) {
+        mllama_context_free(ctx);
+        return status;
+    }
+    *out = ctx;
+    return MLLAMA_OK;
+}
+
+void mllama_context_free(mllama_context * ctx) {
+    if (!ctx) {
+        return;
+    }
+    text_graph_free(&ctx->text);
+    ggml_backend_sched_free(ctx->sched);
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        image_slot_free(&ctx->slots[i]);
+    }
+    free(ctx->slots);
+    if (ctx->cache.k || ctx->cache.n_buffers) {
+        kv_cache_free(&ctx->cache);
+    }
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        ggml_backend_free(ctx->backends[i]);
+    }
+    free(ctx->tap_values);
+    free(ctx);
+}
+
+int32_t mllama_n_ctx(const mllama_context * ctx) {
+    return ctx->params.n_ctx;
+}
+
+void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
+    if (n_threads <= 0) {
+        const long n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+        n_threads = n_cpus > 0 ? (int32_t) n_cpus : 1;
+    }
+    ctx->params.n_threads = n_threads;
+    for (int32_t i = 0; i < ctx->n_backends; i++) {
+        const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx->backends[i]));
+        const ggml_backend_set_n_threads_t set =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+        if (set) {
+            set(ctx->backends[i], n_threads);
+        }
+    }
+}
+
+int32_t mllama_memory_count(const mllama_context * ctx) {
+    return 1 + ctx->model->plan.n_gpus;
+}
+
+mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mllama_memory * memory) {
+    if (index < 0 || index >= mllama_memory_count(ctx)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no device %d; this context uses %d", index, mllama_memory_count(ctx));
+    }
+    const device_plan *      plan   = &ctx->model->plan;
+    const ggml_backend_dev_t device = index == 0 ? plan->cpu : plan->gpus[index - 1];
+    memset(memory, 0, sizeof(*memory));
+    memory->device = ggml_backend_dev_name(device);
+    weights_memory(ctx->model->weights, device, memory);
+    memory->self_kv = ctx->cache.sizes[index];
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        memory->cross_kv += ctx->slots[i].used ? ctx->slots[i].kv.sizes[index] : 0;
+    }
+    memory->compute = ctx->compute[index];
+    memory->vision  = ctx->vision[index];
+    return MLLAMA_OK;
+}
+
+// ---- images -------------------------------------------------------------------------------------------------------
+
+// patches NULL: only the buffers are made.
+static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched, vision_graph * vg, const float * patches,
+                                int32_t aspect_ratio_id, float * states) {
+    TRY(alloc_graph(ctx, sched, vg->g.gf, ctx->vision, "the vision encoder", "free some memory, or put the encoder on the CPU"));
+    if (!patches) {
+        return MLLAMA_OK;
+    }
+    ggml_backend_tensor_set(vg->patches, patches, 0, ggml_nbytes(vg->patches));
+    ggml_backend_tensor_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id));
+    ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
+    TRY(compute(ctx, sched, vg->g.gf, "encoding the image"));
+    report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
+    ggml_backend_tensor_get(vg->states, states, 0, ggml_nbytes(vg->states));
+    return MLLAMA_OK;
+}
+
+// The scheduler lives for this call only: its buffers are large, and text needs the memory next.
+// pixels NULL: only the buffers are made, for any picture with n_tiles.
+static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
+    const mllama_model *   model  = ctx->model;
+    const mllama_hparams * p      = &model->hp.pub;
+    const cpu_kernel *     kernel = NULL;
+    if (model->plan.vision == model->plan.cpu && ctx->params.flash_attn && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head)) {
+        TRY(cpu_kernel_choose(&kernel));
+    }
+    vision_graph         vg;
+    ggml_backend_sched_t sched   = NULL;
+    float *              patches = NULL;
+    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, ctx->params.flash_attn, kernel,
+                                                       ctx->params.n_threads, look, ctx, &vg);
+    if (status == MLLAMA_OK) {
+        status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
+    }
+    if (status == MLLAMA_OK && pixels) {
+        patches = malloc(ggml_nbytes(vg.patches));
+        status  = patches ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    if (status == MLLAMA_OK) {
+        if (patches) {
+            vision_patches(p, pixels, n_tiles, vg.n_tiles, patches);
+        }
+        status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
+    }
+    free(patches);
+    ggml_backend_sched_free(sched);
+    vision_graph_free(&vg);
+    return status;
+}
+
+static mllama_status check_memory(const mllama_context * ctx) {
+    return ctx->model->no_alloc ? fail(MLLAMA_ERR_ARGUMENT, "the model was opened for measuring only") : MLLAMA_OK;
+}
+
+mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    TRY(check_memory(ctx));
+    if (!hparams_has_vision(&ctx->model->hp)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images; give the mmproj file",
+                    ctx->model->text_file->path);
+    }
+    if (n_tiles < 1 || n_tiles > p->max_tiles) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d tiles; this model takes 1 to %d", n_tiles, p->max_tiles);
+    }
+    if (aspect_ratio_id < 1 || aspect_ratio_id > p->n_aspect_ratios) {
+        return fail(MLLAMA_ERR_ARGUMENT, "aspect_ratio_id %d; this model knows 1 to %d", aspect_ratio_id, p->n_aspect_ratios);
+    }
+    text_graph_free(&ctx->text); // see free_slot
+    begin(ctx, MLLAMA_PHASE_ENCODE);
+    return encode(ctx, pixels, n_tiles, aspect_ratio_id, states);
+}
+
+// states NULL: only the buffers are made.
+static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows, const float * states) {
+    fill_graph           fg;
+    ggml_backend_sched_t sched  = NULL;
+    const cpu_kernel *   kernel = NULL;
+    TRY(text_kernel(ctx, &kernel));
+    mllama_status status = fill_graph_build(ctx->model, slot, first, n_rows, kernel, look, ctx, &fg);
+    if (status == MLLAMA_OK) {
+        status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
+    }
+    if (status == MLLAMA_OK) {
+        status = alloc_graph(ctx, sched, fg.g.gf, ctx->vision, "the cross-attention cache", "free some memory");
+    }
+    if (status == MLLAMA_OK && states) {
+        ggml_backend_tensor_set(fg.states, states, 0, ggml_nbytes(fg.states));
+        status = compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
+    }
+    ggml_backend_sched_free(sched);
+    fill_graph_free(&fg);
+    return status;
+}
+
+// With a buffer, ggml's RPC server forgets the graph that it computed last; its client may then ask it to compute that graph
+// again, and both give up. So the text graph does not outlive a slot, nor the buffers of an encode or a fill.
+static void free_slot(mllama_context * ctx, image_slot * slot) {
+    if (slot->used) {
+        text_graph_free(&ctx->text);
+        image_slot_free(slot);
+    }
+}
+
+// Without rows yet; free_slot gives it back.
+static mllama_status new_slot(mllama_context * ctx, int32_t * index) {
+    int32_t i = 0;
+    while (i < ctx->n_slots && ctx->slots[i].used) {
+        i++;
+    }
+    if (i == ctx->n_slots) {
+        image_slot * slots = realloc(ctx->slots, ((size_t) i + 1) * sizeof(*slots));
+        if (!slots) {
+            return fail(MLLAMA_ERR_MEMORY, "out of memory");
+        }
+        ctx->slots = slots;
+        memset(&slots[i], 0, sizeof(*slots));
+        ctx->n_slots++;
+    }
+    ctx->slots[i].used       = true;
+    ctx->slots[i].generation = ++ctx->generation;
+    *index = i;
+    return MLLAMA_OK;
+}
+
+// Names a new slot if that which gave it its rows went well, else gives it back.
+static mllama_status name_slot(mllama_context * ctx, int32_t index, mllama_status status, int32_t * slot) {
+    if (status == MLLAMA_OK) {
+        *slot = index;
+    } else {
+        free_slot(ctx, &ctx->slots[index]);
+    }
+    return status;
+}
+
+static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t n_images, const float * const * states,
+                               const int32_t * n_tiles) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_types));
+    int64_t row = 0;
+    for (int32_t i = 0; i < n_images; i++) {
+        for (int32_t tile = 0; tile < n_tiles[i] && states[i]; tile++) {
+            const float * from = states[i] + (size_t) tile * (size_t) p->n_positions * (size_t) p->n_embd;
+            TRY(fill_rows(ctx, slot, row + (int64_t) tile * p->n_positions, p->n_positions, from));
+        }
+        row += (int64_t) n_tiles[i] * p->n_positions;
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status check_images(const mllama_context * ctx, int32_t n_images, const int32_t * n_tiles) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    if (!hparams_has_vision(&ctx->model->hp)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images", ctx->model->text_file->path);
+    }
+    if (n_images < 1 || n_images > 4096) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d adjacent images; 1 to 4096 are possible", n_images);
+    }
+    for (int32_t i = 0; i < n_images; i++) {
+        if (n_tiles[i] < 1 || n_tiles[i] > p->max_tiles) {
+            return fail(MLLAMA_ERR_ARGUMENT, "image %d has %d tiles; this model takes 1 to %d", i, n_tiles[i], p->max_tiles);
+        }
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states, const int32_t * n_tiles,
+                                int32_t * slot) {
+    TRY(check_memory(ctx));
+    TRY(check_images(ctx, n_images, n_tiles));
+    text_graph_free(&ctx->text); // see free_slot
+    begin(ctx, MLLAMA_PHASE_PROMPT);
+    int32_t index = 0;
+    TRY(new_slot(ctx, &index));
+    return name_slot(ctx, index, fill_slot(ctx, &ctx->slots[index], n_images, states, n_tiles), slot);
+}
+
+uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles) {
+    if (n_tiles < 1 || n_tiles > ctx->model->hp.pub.max_tiles || !hparams_has_vision(&ctx->model->hp)) {
+        return 0;
+    }
+    return image_slot_mapped_size(ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_types);
+}
+
+mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset, int32_t * slot) {
+    TRY(check_memory(ctx));
+    TRY(check_images(ctx, 1, &n_tiles));
+    text_graph_free(&ctx->text); // see free_slot
+    int32_t index = 0;
+    TRY(new_slot(ctx, &index));
+    const mllama_status status = image_slot_map(&ctx->slots[index], ctx->model, ctx->params.offload_kqv, n_tiles, ctx->cross_types,
+                                                path, offset);
+    return name_slot(ctx, index, status, slot);
+}
+
+static bool is_slot(const mllama_context * ctx, int32_t slot) {
+    return slot >= 0 && slot < ctx->n_slots && ctx->slots[slot].used;
+}
+
+mllama_status mllama_image_free(mllama_context * ctx, int32_t slot) {
+    if (!is_slot(ctx, slot)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
+    }
+    free_slot(ctx, &ctx->slots[slot]);
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t * n_bytes) {
+    if (!is_slot(ctx, slot) || image < 0 || image >= ctx->slots[slot].n_images) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no image %d in slot %d", image, slot);
+    }
+    *n_bytes = image_slot_size(&ctx->slots[slot], ctx->model, image);
+    return MLLAMA_OK;
+}
+
+static mllama_status copy_image(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, char * get,
+                                const char * set) {
+    uint64_t size = 0;
+    TRY(check_memory(ctx));
+    TRY(mllama_image_size(ctx, slot, image, &size));
+    if (offset > size || n_bytes > size - offset || (n_bytes > 0 && !get && !set)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes at %llu of the %llu of an image", (unsigned long long) n_bytes,
+                    (unsigned long long) offset, (unsigned long long) size);
+    }
+    if (set && ctx->slots[slot].map) {
+        return fail(MLLAMA_ERR_ARGUMENT, "the image in slot %d is in a file, which is only read", slot);
+    }
+    image_slot_copy(&ctx->slots[slot], ctx->model, image, offset, n_bytes, get, set);
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_image_get(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, void * data) {
+    return copy_image(ctx, slot, image, offset, n_bytes, data, NULL);
+}
+
+mllama_status mllama_image_set(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes,
+                               const void * data) {
+    return copy_image(ctx, slot, image, offset, n_bytes, NULL, data);
+}
+
+// ---- text ---------------------------------------------------------------------------------------------------------
+
+static bool same_shape(const text_shape * a, const text_shape * b) {
+    return a->n_tokens == b->n_tokens && a->n_kv == b->n_kv && a->n_rows == b->n_rows && a->slot == b->slot &&
+           a->generation == b->generation && a->logits == b->logits;
+}
+
+// Makes ctx->text an allocated graph of this shape; most tokens find it there already.
+static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shape) {
+    if (ctx->text.g.ctx && same_shape(&ctx->text.shape, shape)) {
+        return MLLAMA_OK;
+    }
+    text_graph_free(&ctx->text);
+    const cpu_kernel * kernel = NULL;
+    TRY(text_kernel(ctx, &kernel));
+    const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
+    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, kernel, look, ctx, &ctx->text);
+    if (status == MLLAMA_OK) {
+        status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
+    }
+    if (status != MLLAMA_OK) {
+        text_graph_free(&ctx->text);
+    }
+    return status;
+}
+
+static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
+    const text_graph * tg = &ctx->text;
+    const int64_t      n = tg->shape.n_tokens, n_kv = tg->shape.n_kv;
+    int32_t *          positions = malloc((size_t) n * sizeof(*positions));
+    int64_t *          cells     = malloc((size_t) n * sizeof(*cells));
+    ggml_fp16_t *      mask      = malloc((size_t) (n * n_kv) * sizeof(*mask));
+    const bool         ok        = positions && cells && mask;
+    if (ok) {
+        const ggml_fp16_t seen = ggml_fp32_to_fp16(0.0f), unseen = 0xfc00; // -inf
+        for (int64_t i = 0; i < n; i++) {
+            positions[i] = (int32_t) (ctx->n_past + i);
+            cells[i]     = ctx->n_past + i;
+            for (int64_t j = 0; j < n_kv; j++) {
+                mask[i * n_kv + j] = j <= ctx->n_past + i ? seen : unseen;
+            }
+        }
+        ggml_backend_tensor_set(tg->tokens, tokens, 0, (size_t) n * sizeof(*tokens));
+        // a model of cross-attention layers only reads neither positions nor mask
+        if (tg->positions->buffer) ggml_backend_tensor_set(tg->positions, positions, 0, (size_t) n * sizeof(*positions));
+        if (tg->cells->buffer) ggml_backend_tensor_set(tg->cells, cells, 0, (size_t) n * sizeof(*cells));
+        if (tg->mask->buffer) ggml_backend_tensor_set(tg->mask, mask, 0, (size_t) (n * n_kv) * sizeof(*mask));
+    }
+    free(positions);
+    free(cells);
+    free(mask);
+    return ok ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+}
+
+static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
+                                  int32_t logits_mode, float * logits) {
+    const int32_t    end   = ctx->n_past + n_tokens;
+    const text_shape shape = {
+        .n_tokens   = n_tokens,
+        .n_kv       = (end + KV_STEP - 1) / KV_STEP * KV_STEP,
+        .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[n_visible - 1] : 0,
+        .slot       = slot,
+        .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
+        .logits     = logits_mode,
+    };
+    TRY(prepare_graph(ctx, &shape));
+    TRY(set_inputs(ctx, tokens));
+    text_graph_begin(&ctx->text, ctx->model);
+    TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
+    if (ctx->text.logits) {
+        ggml_backend_tensor_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits));
+    }
+    ctx->n_past = end;
+    return MLLAMA_OK;
+}
+
+static mllama_status check_decode(const mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
+                                  int32_t logits_mode, const float * logits, int64_t capacity) {
+    const mllama_hparams * p = &ctx->model->hp.pub;
+    if (n_tokens < 1 || !tokens) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no tokens to decode");
+    }
+    if (n_tokens > ctx->params.n_ctx - ctx->n_past) {
+        return fail(MLLAMA_ERR_CONTEXT_FULL, "%d tokens after %d do not fit n_ctx %d", n_tokens, ctx->n_past, ctx->params.n_ctx);
+    }
+    for (int32_t i = 0; i < n_tokens; i++) {
+        if (tokens[i] < 0 || tokens[i] >= p->n_token_embd) {
+            return fail(MLLAMA_ERR_ARGUMENT, "token %d is not in the vocabulary of %d", tokens[i], p->n_token_embd);
+        }
+    }
+    if (slot != -1 && !is_slot(ctx, slot)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
+    }
+    if (slot >= 0 && (n_visible < 1 || n_visible > ctx->slots[slot].n_images)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d visible images of the %d in slot %d", n_visible, ctx->slots[slot].n_images, slot);
+    }
+    const int64_t rows = logits_mode == MLLAMA_LOGITS_ALL ? n_tokens : logits_mode == MLLAMA_LOGITS_LAST ? 1 : 0;
+    if (logits_mode < MLLAMA_LOGITS_NONE || logits_mode > MLLAMA_LOGITS_ALL || (rows > 0 && (!logits || capacity < rows * p->vocab_size))) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no room for %lld rows of %d logits", (long long) rows, p->vocab_size);
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
+                            int32_t logits_mode, float * logits, int64_t logits_capacity) {
+    TRY(check_memory(ctx));
+    TRY(check_decode(ctx, tokens, n_tokens, slot, n_visible, logits_mode, logits, logits_capacity));
+    begin(ctx, MLLAMA_PHASE_PROMPT);
+    const int32_t n_past = ctx->n_past;
+    for (int32_t at = 0; at < n_tokens;) {
+        const int32_t n    = n_tokens - at < ctx->params.n_batch ? n_tokens - at : ctx->params.n_batch;
+        const bool    last = at + n == n_tokens;
+        const int32_t mode = logits_mode == MLLAMA_LOGITS_LAST && !last ? MLLAMA_LOGITS_NONE : logits_mode;
+        const mllama_status status = decode_batch(ctx, tokens + at, n, slot, n_visible, mode, logits);
+        if (status != MLLAMA_OK) {
+            ctx->n_past = n_past; // what was written beyond is masked from now on
+            return status;
+        }
+        at += n;
+        if (mode == MLLAMA_LOGITS_ALL) {
+            logits += (int64_t) n * ctx->model->hp.pub.vocab_size;
+        }
+        if (n_tokens > 1) {
+            report(ctx, MLLAMA_PHASE_PROMPT, at, n_tokens);
+        }
+    }
+    return MLLAMA_OK;
+}
+
+int32_t mllama_n_past(const mllama_context * ctx) {
+    return ctx->n_past;
+}
+
+mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past) {
+    if (n_past < 0 || n_past > ctx->n_past) {
+        return fail(MLLAMA_ERR_ARGUMENT, "cannot keep %d of %d tokens", n_past, ctx->n_past);
+    }
+    ctx->n_past = n_past;
+    return MLLAMA_OK;
+}
+
+static mllama_status check_past(const mllama_context * ctx, int32_t n_tokens, int32_t most, uint64_t n_bytes, const void * data) {
+    const uint64_t size = n_tokens >= 0 && n_tokens <= most ? mllama_past_size(ctx, n_tokens) : 0;
+    if (n_tokens < 0 || n_tokens > most || n_bytes != size || !data) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes for %d tokens; %d tokens at most, and %llu bytes are possible",
+                    (unsigned long long) n_bytes, n_tokens, most, (unsigned long long) size);
+    }
+    return check_memory(ctx);
+}
+
+uint64_t mllama_past_size(const mllama_context * ctx, int32_t n_tokens) {
+    return n_tokens > 0 ? kv_cache_size(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens) : 0;
+}
+
+mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
+    TRY(check_past(ctx, n_tokens, ctx->n_past, n_bytes, data));
+    kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, data, NULL);
+    return MLLAMA_OK;
+}
+
+mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {
+    TRY(check_past(ctx, n_tokens, ctx->params.n_ctx, n_bytes, data));
+    kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, NULL, data);
+    ctx->n_past = n_tokens;
+    return MLLAMA_OK;
+}
+
+void mllama_clear(mllama_context * ctx) {
+    ctx->n_past = 0;
+    for (int32_t i = 0; i < ctx->n_slots; i++) {
+        free_slot(ctx, &ctx->slots[i]);
+    }
+}
+
+// ---- reserving ----------------------------------------------------------------------------------------------------
+
+// The text graphs of a full context, for whole batches and single tokens, that see a slot (-1: no image).
+static mllama_status reserve_text(mllama_context * ctx, int32_t slot) {
+    // With logits the last layer computes one column only, without them all.
+    const int32_t n_tokens[] = { ctx->params.n_batch, ctx->params.n_batch, 1 };
+    const int32_t logits[]   = { MLLAMA_LOGITS_NONE, MLLAMA_LOGITS_LAST, MLLAMA_LOGITS_LAST };
+    for (int32_t i = 0; i < 3; i++) {
+        const text_shape shape = {
+            .n_tokens   = n_tokens[i],
+            .n_kv       = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP,
+            .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[ctx->slots[slot].n_images - 1] : 0,
+            .slot       = slot,
+            .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
+            .logits     = logits[i],
+        };
+        const mllama_status status = prepare_graph(ctx, &shape);
+        text_graph_free(&ctx->text); // it is of no use, and must not outlive the slot
+        TRY(status);
+    }
+    return MLLAMA_OK;
+}
+
+static mllama_status reserve_images(mllama_context * ctx, int32_t index, int32_t n_images, const int32_t * n_tiles) {
+    image_slot * slot = &ctx->slots[index];
+    TRY(image_slot_init(slot, ctx->model, ctx->params.offload_kqv, n_images, n_tiles, ctx->cross_types));
+    TRY(reserve_text(ctx, index));
+    for (int32_t i = 0; i < n_images; i++) {
+        TRY(encode(ctx, NULL, n_tiles[i], 0, NULL));
+    }
+    return fill_rows(ctx, slot, 0, ctx->model->hp.pub.n_positions, NULL);
+}
+
+mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32_t * n_tiles) {
+    if (n_images != 0) {
+        TRY(check_images(ctx, n_images, n_tiles));
+    }
+    text_graph_free(&ctx->text);
+    if (ctx->model->no_alloc) {
+        mllama_clear(ctx);
+        memset(ctx->compute, 0, sizeof(ctx->compute));
+        memset(ctx->vision, 0, sizeof(ctx->vision));
+    }
+    TRY(reserve_text(ctx, -1));
+    if (n_images == 0) {
+        return MLLAMA_OK;
+    }
+    int32_t index = 0;
+    TRY(new_slot(ctx, &index));
+    const mllama_status status = reserve_images(ctx, index, n_images, n_tiles);
+    if (status != MLLAMA_OK || !ctx->model->no_alloc) {
+        free_slot(ctx, &ctx->slots[index]);
+    }
+    return status;
+}

@@ -1,0 +1,176 @@
+#include "graphs/graph.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// At the 60 GFLOPS of two old CPU cores a node of this size takes a third of a second.
+static const double NODE_FLOP = 2e10;
+
+mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn) {
+    struct ggml_init_params params = {
+        .mem_size = ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false),
+        .no_alloc = true,
+    };
+    g->ctx = ggml_init(params);
+    if (!g->ctx) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
+    g->flash_attn = flash_attn;
+    g->kernel     = NULL;
+    g->products   = NULL;
+    g->n_products = g->max_products = 0;
+    g->x          = NULL;
+    return MLLAMA_OK;
+}
+
+mllama_status graph_use_products(graph * g, const cpu_kernel * kernel, size_t max_products, bool (* stop)(void *), void * stop_data) {
+    g->products = calloc(max_products, sizeof(*g->products));
+    if (!g->products) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    g->kernel       = kernel;
+    g->max_products = max_products;
+    for (size_t i = 0; i < max_products; i++) {
+        g->products[i] = (cpu_product) { .stop = stop, .stop_data = stop_data };
+    }
+    return MLLAMA_OK;
+}
+
+void graph_begin(graph * g) {
+    for (size_t i = 0; i < g->n_products; i++) {
+        cpu_product_reset(&g->products[i]);
+    }
+}
+
+void graph_free(graph * g) {
+    free(g->products);
+    g->products = NULL;
+    ggml_free(g->ctx);
+    g->ctx = NULL;
+    g->gf  = NULL;
+}
+
+struct ggml_tensor * named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name) {
+    if (layer >= 0) {
+        ggml_format_name(t, "%s.%d.%s", prefix, layer, name);
+    } else {
+        ggml_format_name(t, "%s.%s", prefix, name);
+    }
+    return t;
+}
+
+int64_t block_columns(double flop_per_column) {
+    const double n = NODE_FLOP / flop_per_column;
+    return n < 16.0 ? 16 : n > 1e9 ? (int64_t) 1e9 : (int64_t) n;
+}
+
+// dst = [left, right]. ggml_concat copies value by value, on one thread.
+static void join(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    (void) userdata;
+    const struct ggml_tensor * left = dst->src[0], * right = dst->src[1];
+    const int64_t              n    = dst->ne[1];
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const bool   is_left = i < left->ne[1];
+        const char * column  = is_left ? (const char *) left->data + (size_t) i * left->nb[1] :
+                                         (const char *) right->data + (size_t) (i - left->ne[1]) * right->nb[1];
+        memcpy((char *) dst->data + (size_t) i * dst->nb[1], column, (size_t) dst->ne[0] * sizeof(float));
+    }
+}
+
+struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, block_fn fn, void * arg) {
+    const int64_t n = x->ne[1];
+    if (n <= n_max) {
+        return fn(g, x, arg);
+    }
+    const int64_t        half  = n / 2;
+    struct ggml_tensor * left  = ggml_view_2d(g->ctx, x, x->ne[0], half, x->nb[1], 0);
+    struct ggml_tensor * right = ggml_view_2d(g->ctx, x, x->ne[0], n - half, x->nb[1], x->nb[1] * (size_t) half);
+    left  = in_blocks(g, left, n_max, on_cpu, fn, arg);
+    right = in_blocks(g, right, n_max, on_cpu, fn, arg);
+    if (!on_cpu) {
+        return ggml_concat(g->ctx, left, right, 1);
+    }
+    return ggml_custom_4d(g->ctx, GGML_TYPE_F32, left->ne[0], n, 1, 1, (struct ggml_tensor *[]) { left, right }, 2, join, GGML_N_TASKS_MAX,
+                          NULL);
+}
+
+static struct ggml_tensor * multiply(graph * g, struct ggml_tensor * x, void * w) {
+    return ggml_mul_mat(g->ctx, w, x);
+}
+
+// Mapped or copied, or in a layout of its own, which is no host memory to ggml.
+bool is_on_cpu(const struct ggml_tensor * t) {
+    const ggml_backend_dev_t device = t->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer)) : NULL;
+    return t->buffer && (ggml_backend_buffer_is_host(t->buffer) || (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU));
+}
+
+struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
+    if (!is_on_cpu(w) || x->ne[2] > 1) {
+        return ggml_mul_mat(g->ctx, w, x);
+    }
+    if (g->n_products < g->max_products && cpu_product_supported(g->kernel, w)) {
+        if (g->x != x) { // else another weight of the same input
+            g->x         = x;
+            g->quantized = cpu_quantize_node(g->ctx, x);
+        }
+        return cpu_product_node(g->ctx, &g->products[g->n_products++], w, g->quantized, x->ne[1]);
+    }
+    return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), true, multiply, w);
+}
+
+struct ggml_tensor * linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x) {
+    return ggml_add(g->ctx, linear(g, w, x), b);
+}
+
+struct ggml_tensor * rms_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, float eps) {
+    return ggml_mul(g->ctx, ggml_rms_norm(g->ctx, x, eps), w);
+}
+
+struct ggml_tensor * layer_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, struct ggml_tensor * b, float eps) {
+    return ggml_add(g->ctx, ggml_mul(g->ctx, ggml_norm(g->ctx, x, eps), w), b);
+}
+
+struct ggml_tensor * split_heads(graph * g, struct ggml_tensor * x, int64_t n_head) {
+    x = ggml_reshape_3d(g->ctx, x, x->ne[0] / n_head, n_head, x->ne[1]);
+    return ggml_permute(g->ctx, x, 0, 2, 1, 3);
+}
+
+typedef struct attention_args {
+    struct ggml_tensor * k;
+    struct ggml_tensor * v;
+    struct ggml_tensor * mask;
+    int64_t              n_head;
+} attention_args;
+
+static struct ggml_tensor * attend(graph * g, struct ggml_tensor * q, void * arg) {
+    const attention_args * a       = arg;
+    const int64_t          n_embd  = q->ne[0], n = q->ne[1];
+    const float            scale   = 1.0f / sqrtf((float) (n_embd / a->n_head));
+    struct ggml_tensor *   heads   = ggml_view_3d(g->ctx, q, n_embd / a->n_head, a->n_head, n,
+                                                  ggml_row_size(q->type, n_embd / a->n_head), q->nb[1], 0);
+    heads = ggml_permute(g->ctx, heads, 0, 2, 1, 3); // [head_dim, n, n_head]
+
+    if (g->flash_attn) {
+        struct ggml_tensor * out = ggml_flash_attn_ext(g->ctx, heads, a->k, a->v, a->mask, scale, 0.0f, 0.0f);
+        ggml_prec_set_acc(out, GGML_PREC_F32);
+        return ggml_reshape_2d(g->ctx, out, n_embd, n);
+    }
+    struct ggml_tensor * scores = ggml_mul_mat(g->ctx, a->k, heads); // [n_kv, n, n_head]
+    ggml_prec_set_acc(scores, GGML_PREC_F32);
+    scores = ggml_soft_max_ext(g->ctx, scores, a->mask, scale, 0.0f);
+    struct ggml_tensor * v   = ggml_cont(g->ctx, ggml_permute(g->ctx, a->v, 1, 0, 2, 3)); // [n_kv, head_dim, n_head_kv]
+    struct ggml_tensor * out = ggml_mul_mat(g->ctx, v, scores);                          // [head_dim, n, n_head]
+    return ggml_cont_2d(g->ctx, ggml_permute(g->ctx, out, 0, 2, 1, 3), n_embd, n);
+}
+
+struct ggml_tensor * attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
+                               struct ggml_tensor * mask, int64_t n_head) {
+    attention_args args = { .k = k, .v = v, .mask = mask, .n_head = n_head };
+    if (mask) { // text: batches are small, and the mask has a row for each query
+        return attend(g, q, &args);
+    }
+    return in_blocks(g, q, block_columns(4.0 * (double) q->ne[0] * (double) k->ne[1]), false, attend, &args);
+}

@@ -1,0 +1,423 @@
+"""The image cache on disk: what is found again, what is not, and all that may go wrong with its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TinyFiles, elsewhere, picture
+from PIL import Image
+
+from mllama_gguf import ImageEmbedding, Mllama, RequestError
+from mllama_gguf.cache.disk import (
+    DEFAULT_MAX_BYTES,
+    DIRECTORY_VARIABLE,
+    SIZE_VARIABLE,
+    ImageCache,
+    default_max_bytes,
+    weights_sha256,
+)
+from mllama_gguf.cli.main import run
+
+Files = Callable[[str], TinyFiles]
+Captured = pytest.CaptureFixture[str]
+
+HEADER = 64
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.states"))
+
+
+def embedding(seed: int, n_values: int = 1000) -> ImageEmbedding:
+    return ImageEmbedding(np.random.default_rng(seed).random((1, 10, n_values // 10), np.float32), 1)
+
+
+class Encoded:
+    """Opens models and counts what their encoders do."""
+
+    def __init__(self) -> None:
+        self.pictures = 0
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self.pictures += phase == "encode" and done == total
+
+    def open(self, *paths: Path, **options: object) -> Mllama:
+        return Mllama(*paths, n_ctx=512, progress=self.progress, **options)  # type: ignore[arg-type]
+
+
+# ---- a model with the cache --------------------------------------------------------------------------------
+
+
+def test_another_object_encodes_nothing_and_says_the_same(folder: Path, tiny_files: Files) -> None:
+    files, encoded = tiny_files("gqa"), Encoded()
+    with encoded.open(files.text, files.mmproj, image_cache=False) as model:
+        expected = model.caption(picture(1, 30, 100), max_tokens=20)
+        states = model.encode_image(picture(1, 30, 100)).states
+    assert not folder.exists()
+    for n_pictures in (2, 2, 2):
+        with encoded.open(files.text, files.mmproj) as model:
+            assert model.caption(picture(1, 30, 100), max_tokens=20) == expected
+            found = model.encode_image(picture(1, 30, 100))
+            assert np.array_equal(found.states, states)
+            assert not found.states.flags.writeable
+        assert encoded.pictures == n_pictures
+        assert len(entries(folder)) == 1
+    assert folder.stat().st_mode & 0o077 == 0
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_reset_keeps_what_is_on_disk(folder: Path, tiny_files: Files) -> None:
+    encoded = Encoded()
+    with encoded.open(tiny_files("gqa").one) as model:
+        first = model.encode_image(picture(1))
+        model.reset()
+        again = model.encode_image(picture(1))
+        assert again is not first
+        assert again.key == first.key
+        assert np.array_equal(again.states, first.states)
+    assert encoded.pictures == 1
+
+
+def test_a_path_and_no_cache(folder: Path, tmp_path: Path, tiny_files: Files) -> None:
+    encoded = Encoded()
+    for n in (1, 1):
+        with encoded.open(tiny_files("gqa").one, image_cache=tmp_path / "mine") as model:
+            model.encode_image(picture(1))
+        assert encoded.pictures == n
+    with encoded.open(tiny_files("gqa").one, image_cache=False) as model:
+        model.encode_image(picture(1))
+    assert encoded.pictures == 2
+    assert not folder.exists()
+
+
+def test_size_zero_is_no_cache(folder: Path, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIZE_VARIABLE, "0")
+    with Mllama(tiny_files("gqa").one) as model:
+        model.encode_image(picture(1))
+    assert not folder.exists()
+
+
+def test_what_makes_a_key(folder: Path, tmp_path: Path, tiny_files: Files) -> None:
+    """The pixels, the projector's content wherever it lies, and how it is computed."""
+    files, encoded = tiny_files("gqa"), Encoded()
+    with encoded.open(files.text, files.mmproj) as model:
+        first = model.encode_image(picture(1)).key
+        assert model.encode_image(picture(2)).key != first
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(files.mmproj, copy)
+    os.utime(copy, (1, 1))
+    with encoded.open(files.text, copy) as model:
+        assert model.encode_image(picture(1)).key == first
+        assert encoded.pictures == 2
+    with encoded.open(files.text, copy, flash_attn=False) as model:
+        assert model.encode_image(picture(1)).key != first
+    with encoded.open(files.text, copy) as model, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLLAMA_CPU_KERNEL", "off")
+        assert model.encode_image(picture(1)).key != first
+        patch.delenv("MLLAMA_CPU_KERNEL")
+        assert model.encode_image(picture(1)).key == first
+    keys = {first}
+    for at in (-1, -100_000):  # bytes of two weights
+        data = bytearray(files.mmproj.read_bytes())
+        data[at] ^= 1
+        copy.write_bytes(data)  # the same path, size and inode
+        with encoded.open(files.text, copy) as model:
+            keys.add(model.encode_image(picture(1)).key)
+    assert len(keys) == 3
+
+
+def test_the_projector_is_named_by_its_type_and_not_by_the_text(tiny_files: Files, tmp_path: Path) -> None:
+    import tiny
+
+    from mllama_gguf.convert.huggingface import convert
+    from mllama_gguf.gguf.reader import read_gguf
+
+    def named(path: Path) -> str:
+        file = read_gguf(path)
+        return weights_sha256(file, [t.name for t in file.tensors if t.name.startswith(("v.", "mm."))])
+
+    checkpoint = tiny.make_checkpoint(tiny.ARCHS["gqa"], tmp_path / "hf")
+    digests = [named(convert(checkpoint, tmp_path / f"{t}.gguf", type=t)[1]) for t in ("f32", "f16", "bf16")]
+    assert len(set(digests)) == 3
+    assert digests[0] == named(tiny_files("gqa").mmproj)
+
+
+def test_the_projector_is_read_once(
+    folder: Path, tmp_path: Path, tiny_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "one.gguf"
+    shutil.copy(tiny_files("gqa").one, path)
+    reads = []
+
+    def counted(*args: object) -> str:
+        reads.append(args)
+        return weights_sha256(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mllama_gguf.cache.disk.weights_sha256", counted)
+    cache = ImageCache()
+    for seconds, n_reads in ((0.0, 1), (0.0, 2), (60.0, 3), (60.0, 3), (61.0, 4)):
+        # A file of this moment may change again without its time telling, so it is not remembered yet.
+        changed = time.time() - seconds if seconds == 0 else 1e9 + seconds
+        os.utime(path, (changed, changed))
+        cache.weights_sha256(path, ["mm.0.weight"])
+        assert len(reads) == n_reads
+
+
+def test_a_tap_sees_the_encoder_although_the_picture_is_known(folder: Path, tiny_files: Files) -> None:
+    names: list[str] = []
+
+    def tap(name: str, values: object) -> bool:
+        names.append(name)
+        return False
+
+    with Mllama(tiny_files("gqa").one) as model:
+        model.encode_image(picture(1))
+        with model.tap(tap):
+            model.encode_image(picture(1))
+        assert any(name.startswith("v.") for name in names)
+        names.clear()
+        model.encode_image(picture(1))
+        assert not names
+
+
+# ---- damage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:HEADER],
+        lambda data: data[:10],
+        lambda data: b"",
+        lambda data: data + b"\0",
+        lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+        *(
+            lambda data, at=at: data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+            for at in (0, 20, 40, 44, 48, 52, 56, 60, HEADER)
+        ),
+    ],
+)
+def test_a_damaged_entry_is_dropped_and_computed_again(
+    folder: Path, tiny_files: Files, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded = Encoded()
+    with encoded.open(tiny_files("gqa").one) as model:
+        expected = model.encode_image(picture(1)).states
+        (path,) = entries(folder)
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole))
+        model.reset()
+        found = model.encode_image(picture(1)).states
+    assert np.array_equal(found, expected)
+    assert encoded.pictures == 2
+    assert path.read_bytes() == whole
+    (record,) = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
+    assert "the entry is dropped" in record.getMessage()
+
+
+def test_an_entry_under_another_name_is_not_taken(tmp_path: Path) -> None:
+    cache, one, other = ImageCache(tmp_path, 10**6), embedding(1), embedding(2)
+    cache.add(one)
+    os.rename(tmp_path / f"{one.key}.states", tmp_path / f"{other.key}.states")
+    assert cache.get(other.key) is None
+    assert cache.get(one.key) is None
+    assert not entries(tmp_path)
+
+
+# ---- size --------------------------------------------------------------------------------------------------
+
+
+def test_the_entries_used_longest_ago_go_first(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path, 3 * 4100)
+    items = [embedding(seed) for seed in range(5)]
+    for age, item in zip((90, 80, 70), items, strict=False):
+        cache.add(item)
+        changed = time.time() - age
+        os.utime(tmp_path / f"{item.key}.states", (changed, changed))
+    assert cache.get(items[0].key) is not None  # used now: the second is the oldest
+    for item, gone in ((items[3], {1}), (items[4], {1, 2})):
+        cache.add(item)
+        present = {i for i, it in enumerate(items) if (tmp_path / f"{it.key}.states").exists()}
+        assert not present & gone
+        assert len(present) == 3
+        assert cache.info().n_bytes <= cache.max_bytes
+    cache.add(embedding(9, 5000))  # more than the whole cache
+    assert cache.info().n_states == 3
+
+
+def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path, 10**6)
+    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    cache.add(embedding(1))
+    assert not old.exists()
+    assert new.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "n_bytes"),
+    [("", DEFAULT_MAX_BYTES), ("0", 0), ("1000", 1000), ("500 MB", 500 * 10**6), ("1.5gb", 1500 * 10**6)],
+)
+def test_size_of_the_environment(words: str, n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIZE_VARIABLE, words)
+    assert default_max_bytes() == n_bytes
+
+
+@pytest.mark.parametrize("words", ["lots", "-1", "5 parsecs", "1e9", "5 G"])
+def test_a_size_that_is_none(words: str, monkeypatch: pytest.MonkeyPatch, tiny_files: Files) -> None:
+    monkeypatch.setenv(SIZE_VARIABLE, words)
+    with pytest.raises(RequestError, match=SIZE_VARIABLE):
+        Mllama(tiny_files("gqa").one)
+
+
+# ---- a disk that will not --------------------------------------------------------------------------------
+
+
+def test_a_directory_that_cannot_be_is_one_warning(
+    folder: Path, tmp_path: Path, tiny_files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with Mllama(tiny_files("gqa").one, image_cache=blocker / "images") as model:
+        expected = model.caption(picture(1), max_tokens=5)
+        model.reset()
+        assert model.caption(picture(1), max_tokens=5) == expected
+        model.encode_image(picture(2))
+    records = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
+    assert [r.levelno for r in records] == [logging.WARNING]
+    assert "cannot be used: Not a directory" in records[0].getMessage()
+
+
+@pytest.mark.parametrize("name", ["tempfile.mkstemp", "os.replace"])
+def test_a_full_or_read_only_disk_is_one_warning(
+    folder: Path,
+    tiny_files: Files,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Root may write everywhere, so the failures are made up; what was there before is still found."""
+    with Mllama(tiny_files("gqa").one) as model:
+        known = model.encode_image(picture(1)).states
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(f"mllama_gguf.cache.disk.{name}", fails)
+    monkeypatch.setattr("mllama_gguf.cache.disk.os.utime", fails)
+    encoded = Encoded()
+    with encoded.open(tiny_files("gqa").one) as model:
+        assert np.array_equal(model.encode_image(picture(1)).states, known)
+        assert encoded.pictures == 0
+        for seed in (2, 3):
+            model.encode_image(picture(seed))
+    assert encoded.pictures == 2
+    records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
+    assert records == [f"{folder}: the image cache cannot be used: No space left on device"]
+    assert len(entries(folder)) == 1
+    assert not list(folder.glob("*.tmp"))
+
+
+# ---- several processes -------------------------------------------------------------------------------------
+
+WORK = """
+import sys
+import numpy as np
+from mllama_gguf.vision.embedding import ImageEmbedding
+from mllama_gguf.cache.disk import ImageCache
+
+def embedding(seed):
+    return ImageEmbedding(np.random.default_rng(seed).random((1, 10, 100), np.float32), 1)
+
+cache, items, hits = ImageCache(sys.argv[1], 6 * 4100), [embedding(i) for i in range(10)], 0
+rng = np.random.default_rng(int(sys.argv[2]))
+for i in rng.integers(0, 10, 400):
+    found = cache.get(items[i].key)
+    if found is None:
+        cache.add(items[i])
+    else:
+        assert np.array_equal(found.states, items[i].states)
+        hits += 1
+assert not cache._warned
+print(hits)
+"""
+
+
+def test_processes_at_once(tmp_path: Path) -> None:
+    """They write, read and remove the same entries; nobody sees a half of one, or fails."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORK, str(tmp_path), str(seed)],
+            **elsewhere(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(3)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert int(out) > 50
+    assert not list(tmp_path.glob("*.tmp"))
+    assert 1 <= len(entries(tmp_path)) <= 8  # each may add one beside the others
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: Captured) -> None:
+    photo, one = str(tmp_path / "photo.png"), str(tiny_files("gqa").one)
+    Image.fromarray(picture(1)).save(photo)
+
+    def info(*args: str) -> dict[str, object]:
+        assert run(["cache", *args, "--json"]) == 0
+        out = capsys.readouterr().out
+        return dict(json.loads(out))
+
+    assert run(["caption", photo, "-m", one, "-n", "5", "--no-cache"]) == 0
+    expected = capsys.readouterr()
+    assert not folder.exists()
+    assert info()["n_states"] == info()["n_fillings"] == info()["n_prefixes"] == 0
+    for _ in range(2):
+        assert run(["caption", photo, "-m", one, "-n", "5"]) == 0
+        assert capsys.readouterr() == expected
+        n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".weights")
+        assert info("info") == {
+            "directory": str(folder), "n_states": 1, "n_fillings": 1, "n_prefixes": 1,
+            "n_bytes": n_bytes, "max_bytes": DEFAULT_MAX_BYTES,
+        }  # fmt: skip
+    assert run(["cache"]) == 0
+    shown = f"1 picture, 1 filling, 1 prefix, {n_bytes / 1e3:.1f} kB"
+    assert capsys.readouterr().out == f"{folder}: {shown} of at most 4.0 GB\n"
+    assert info("clear")["n_bytes"] == n_bytes
+    assert not list(folder.iterdir())
+    assert run(["cache", "clear"]) == 0
+    assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 fillings, 0 prefixes, 0 bytes\n"
+    assert run(["cache", "burn"]) == 2
+
+
+def test_a_cache_that_cannot_be_is_one_line(
+    folder: Path, tmp_path: Path, tiny_files: Files, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo, one = str(tmp_path / "photo.png"), str(tiny_files("gqa").one)
+    Image.fromarray(picture(1)).save(photo)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "file" / "images"))
+    assert run(["caption", photo, photo, "-m", one, "-n", "5"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Warning: ")
+    assert line.endswith("the image cache cannot be used: Not a directory")

@@ -1,0 +1,249 @@
+"""Choosing tokens. The samplers are llama.cpp's; tested is that they are used rightly."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers import TinyFiles
+
+from mllama_gguf.errors import MllamaError, ModelError, RequestError
+from mllama_gguf.text.sampling import Sampler, SamplingOptions, grammar_of
+from mllama_gguf.text.vocab import Vocab
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "fruit": {"enum": ["apple", "pear"]},
+        "count": {"type": "integer"},  # llama_cpp's grammars know no bounds of numbers
+        "ripe": {"type": "boolean"},
+    },
+    "required": ["fruit", "count", "ripe"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def vocab(tiny_files: Callable[[str], TinyFiles]) -> Vocab:
+    return Vocab(tiny_files("gqa").text)
+
+
+SIZE = 333  # logits of "gqa"; the vocabulary has the image token more
+
+
+def noise(seed: int, scale: float = 2.0) -> npt.NDArray[np.float32]:
+    return (np.random.default_rng(seed).normal(size=SIZE) * scale).astype(np.float32)
+
+
+def sampler(vocab: Vocab, prompt: tuple[int, ...] = (), **options: Any) -> Sampler:
+    return Sampler(vocab, SIZE, SamplingOptions(**options), prompt)
+
+
+def test_greedy_takes_the_likeliest(vocab: Vocab) -> None:
+    greedy = sampler(vocab)
+    for seed in range(20):
+        assert greedy.sample(noise(seed)) == noise(seed).argmax()
+
+
+def test_a_seed_repeats_and_seeds_differ(vocab: Vocab) -> None:
+    def tokens(seed: int | None) -> list[int]:
+        one = sampler(vocab, temperature=1.0, seed=seed)
+        return [one.sample(noise(i)) for i in range(30)]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+    assert tokens(None) != tokens(None)
+    assert tokens(-1) == tokens(-1)
+    assert tokens(2**40) == tokens(2**40)
+
+
+def test_top_k_top_p_min_p_keep_the_likeliest(vocab: Vocab) -> None:
+    logits = noise(3)
+    order = np.argsort(-logits)
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    p /= p.sum()
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+    def drawn(**options: Any) -> set[int]:
+        one = sampler(vocab, **{**off, "seed": 1, **options})
+        return {one.sample(logits) for _ in range(600)}
+
+    assert drawn(top_k=3) == set(order[:3])
+    n = int(np.searchsorted(np.cumsum(p[order]), 0.3)) + 1
+    assert drawn(top_p=0.3) == set(order[:n])
+    assert drawn(min_p=0.5) == set(np.flatnonzero(p >= 0.5 * p.max()))
+    assert len(drawn()) > 50
+
+
+def test_temperature_is_the_softmax_temperature(vocab: Vocab) -> None:
+    logits = np.full(SIZE, -1e9, np.float32)
+    logits[[5, 6]] = [1.0, 0.0]
+    one = sampler(vocab, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    share = np.mean([one.sample(logits) == 5 for _ in range(4000)])
+    assert abs(share - 1 / (1 + np.exp(-0.5))) < 0.03
+
+
+def test_repeat_penalty_counts_prompt_and_reply(vocab: Vocab) -> None:
+    logits = np.full(SIZE, -5.0, np.float32)
+    logits[[5, 6, 7]] = [3.0, 2.9, 2.8]
+    one = sampler(vocab, (SIZE, 5), repeat_penalty=1.5)  # the image token has no logit, and no part in this
+    assert [one.sample(logits) for _ in range(3)] == [6, 7, 5]
+
+
+def test_options_out_of_range() -> None:
+    for wrong in (
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_p": 1.1},
+        {"min_p": True},
+        {"repeat_penalty": 0},
+        {"seed": 1.5},
+    ):
+        with pytest.raises(RequestError, match=next(iter(wrong))):
+            SamplingOptions(**wrong)  # type: ignore[arg-type]
+
+
+def constrained(vocab: Vocab, grammar: str | None, **options: Any) -> str:
+    """What comes of noise under a grammar."""
+    one = sampler(vocab, grammar=grammar, **options)
+    tokens: list[int] = []
+    for seed in range(200):
+        token = one.sample(noise(seed))
+        if token in vocab.stop_ids:
+            return vocab.detokenize(tokens)
+        tokens.append(token)
+    raise AssertionError(f"no end: {vocab.detokenize(tokens)}")
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 4}, {"repeat_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+        {"type": "json_object", "schema": SCHEMA},
+    ],
+)
+def test_json_schema(vocab: Vocab, response_format: dict[str, Any], options: dict[str, Any]) -> None:
+    text = constrained(vocab, grammar_of(response_format, None), **options)
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_grammar(vocab: Vocab) -> None:
+    assert constrained(vocab, 'root ::= "a" ("b" | "c") "d"') in ("abd", "acd")
+
+
+@pytest.mark.parametrize("grammar", ["root ::= (", "root ::= other", 'x ::= "a"', 'root ::= root "a"'])
+def test_a_grammar_that_is_not_gbnf(vocab: Vocab, grammar: str) -> None:
+    with pytest.raises(RequestError, match="GBNF"):
+        sampler(vocab, grammar=grammar)
+
+
+def test_response_format() -> None:
+    assert grammar_of(None, None) is None
+    assert grammar_of(None, "root ::= x") == "root ::= x"
+    assert grammar_of({"type": "text"}, "root ::= x") == "root ::= x"
+    assert "root" in (grammar_of({"type": "json_object"}, None) or "")
+    for wrong, words in (
+        ({"type": "xml"}, "xml"),
+        ({}, "type"),
+        ("json", "dict"),
+        ({"type": "json_schema"}, "needs json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}, "schema"),
+    ):
+        with pytest.raises(RequestError, match=words) as raised:
+            grammar_of(wrong, None)  # type: ignore[arg-type]
+        assert "\n" not in str(raised.value)
+    with pytest.raises(RequestError, match="exclude"):
+        grammar_of({"type": "json_object"}, "root ::= x")
+    with pytest.raises(RequestError, match="grammar"):
+        grammar_of(None, " ")
+
+
+class TestVocab:
+    def test_special_tokens(self, vocab: Vocab) -> None:
+        text = "<|start_header_id|>user<|end_header_id|>\n\n<|image|>the cat<|eot_id|>"
+        tokens = vocab.tokenize(text)
+        assert tokens[0] == vocab.bos
+        assert tokens.count(SIZE) == 1
+        assert tokens[-1] in vocab.stop_ids
+        assert vocab.detokenize(tokens[1:], special=True) == text
+        assert vocab.detokenize(tokens) == "user\n\nthe cat"
+
+    def test_special_tokens_as_words(self, vocab: Vocab) -> None:
+        tokens = vocab.tokenize("<|image|>", add_bos=False, special=False)
+        assert SIZE not in tokens
+        assert vocab.detokenize(tokens) == "<|image|>"
+
+    @pytest.mark.parametrize("text", ["", "a", "Grüße ☃ 😀", "\x00 \n\t", "x" * 5000])
+    def test_round_trip(self, vocab: Vocab, text: str) -> None:
+        assert vocab.detokenize(vocab.tokenize(text, add_bos=False)) == text
+
+    def test_facts(self, vocab: Vocab) -> None:
+        assert vocab.n_tokens == SIZE + 1
+        assert {vocab.text(i) for i in vocab.stop_ids} == {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}
+        assert vocab.text(vocab.bos) == "<|begin_of_text|>"
+        assert vocab.text(-1) == ""
+        assert vocab.metadata["mllama.vocab_size"] == SIZE
+
+    @pytest.mark.parametrize("token", [-1, SIZE + 1, 2**31])
+    def test_unknown_tokens(self, vocab: Vocab, token: int) -> None:
+        with pytest.raises(RequestError, match="not in the vocabulary"):
+            vocab.detokenize([token])
+
+
+def test_damaged_token_tables_are_errors(tiny_files: Callable[[str], TinyFiles], tmp_path: Path) -> None:
+    """llama.cpp, left to itself, ends the process over some of these."""
+    data = tiny_files("gqa").text.read_bytes()
+    bos = b"tokenizer.ggml.bos_token_id" + struct.pack("<I", 4)  # the type, uint32, and then the value
+    for old, new in (
+        (b"<|step_id|>", b"<|eom_id|>\0"),  # the same token twice, to llama.cpp
+        (b"gpt2", b"none"),
+        (b"gpt2", b"bert"),
+        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"),
+        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"),
+        (bos + struct.pack("<I", 322), bos + struct.pack("<I", 334)),
+        (b"llama-bpe", b"llama-xyz"),
+    ):
+        assert old in data
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(ModelError, match=r"damaged\.gguf: ") as raised:
+            Vocab(path)
+        assert "\n" not in str(raised.value)
+
+
+def test_mutated_token_tables_never_end_the_process(
+    tiny_files: Callable[[str], TinyFiles], tmp_path: Path
+) -> None:
+    data = tiny_files("square").text.read_bytes()
+    begin, end = data.index(b"tokenizer.ggml.model") - 8, data.index(b"token_embd.weight")
+    rng = random.Random(0)
+    path = tmp_path / "mutated.gguf"
+    outcomes = set()
+    for _ in range(500):
+        mutated = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(begin, end - 8)
+            value = rng.choice(
+                [b"\0" * 4, rng.randbytes(1), rng.randbytes(8), struct.pack("<I", rng.randrange(13))]
+            )
+            mutated[at : at + len(value)] = value
+        path.write_bytes(mutated)
+        try:
+            vocab = Vocab(path)
+            vocab.detokenize(vocab.tokenize("the <|image|> cat"), special=True)
+            outcomes.add("loaded")
+        except MllamaError as e:
+            assert "\n" not in str(e)
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
