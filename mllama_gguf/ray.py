@@ -30,6 +30,7 @@ from .batch.captions import CaptionOptions, caption_picture
 from .errors import BackendError, ImageError, MllamaError
 from .model import Mllama, usable_cpus
 from .store.resolve import resolve
+from .words import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -123,4 +124,4 @@ def _source(image: Any) -> Any:
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error, 2000)}"

@@ -32,6 +32,7 @@ from ..errors import (
     OutOfMemoryError,
     RequestError,
 )
+from ..words import one_line
 
 logger = logging.getLogger("mllama_gguf.native")
 # Silent unless the program sets logging up.
@@ -104,7 +105,7 @@ def _load() -> Native:
         raise BackendError(f"llama-cpp-python is missing ({e}); run: pip install llama-cpp-python") from e
     except (OSError, RuntimeError) as e:
         raise BackendError(
-            f"llama-cpp-python does not load ({_one_line(e)}); "
+            f"llama-cpp-python does not load ({one_line(e)}); "
             "run: pip install --force-reinstall --no-cache-dir llama-cpp-python"
         ) from e
 
@@ -118,7 +119,7 @@ def _load() -> Native:
             for version in (lib.mllama_ggml_version_built, lib.mllama_ggml_version_loaded)
         )
     except (OSError, AttributeError) as e:
-        raise BackendError(f"{path.name} does not load ({_one_line(e)}); run: {_REINSTALL}") from e
+        raise BackendError(f"{path.name} does not load ({one_line(e)}); run: {_REINSTALL}") from e
     if built != found:
         raise BackendError(
             f"libmllama was built for ggml {built}, but the installed llama-cpp-python brings ggml {found}; "
@@ -243,7 +244,3 @@ class Callbacks:
         error, self._pending = self._pending, None
         if error is not None:
             raise error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -7,13 +7,13 @@ largest graphs as it would for real, and says how large its buffers would be.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError
+from ..words import parse_size
 from .library import Callbacks
 from .library import load as load_native
 from .local import Device, DeviceMemory, HParams, Memory, NativeContext, open_model
@@ -214,26 +214,16 @@ def device_limits(
             if name.strip().lower() not in names:
                 known = ", ".join(names.values())
                 raise RequestError(f"budget: no device {name.strip()!r}; there are: {known}")
-            limits[names[name.strip().lower()]] = parse_size(amount)
+            limits[names[name.strip().lower()]] = parse_size(amount, "budget")
         elif place == len(targets):
             raise RequestError(
                 f"budget: {place + 1} or more amounts for {len(targets)} devices to offload to; "
                 "NAME=AMOUNT names one, CPU too"
             )
         else:
-            limits[targets[place].name] = parse_size(amount)
+            limits[targets[place].name] = parse_size(amount, "budget")
             place += 1
     return limits
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB" or a number; a bare letter (8G) means powers of 1024. Raises RequestError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
-    if not match:
-        raise RequestError(f"budget: {text!r} is no size, as in 8GiB")
-    number, unit, suffix = match.groups()
-    base = 1000 if suffix == "b" else 1024
-    return int(float(number) * base ** " kmgt".index(unit or " "))
 
 
 def with_tiles(memory: DeviceMemory, from_tiles: int, to_tiles: int) -> DeviceMemory:

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import RequestError
 from ..model import DEFAULT_PROMPT, Mllama, Picture
 from ..text.sampling import SamplingOptions, grammar_of
+from ..words import one_line
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class CaptionOptions:
         except ValueError as e:
             raise RequestError(f"the caption is not JSON: {e}") from e
         if wrong is not None:
-            raise RequestError(f"the caption does not fit the JSON schema: {' '.join(wrong.message.split())}")
+            raise RequestError(f"the caption does not fit the JSON schema: {one_line(wrong.message)}")
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,11 @@ def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as e:
         raise RequestError(f"{os.fspath(path)}: cannot be read: {e.strerror}") from e
     except ValueError as e:
-        raise RequestError(f"{os.fspath(path)}: is not JSON: {' '.join(str(e).split())}") from e
+        raise RequestError(f"{os.fspath(path)}: is not JSON: {one_line(e)}") from e
     if not isinstance(schema, dict):
         raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {type(schema).__name__}, not an object")
     try:
         validator_for(schema).check_schema(schema)
     except SchemaError as e:
-        raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {' '.join(e.message.split())}") from e
+        raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {one_line(e.message)}") from e
     return schema

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RequestError
+from ..words import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class RecordFile:
         try:
             records = self._format.read(data[:whole].decode("utf-8", "surrogateescape"))
         except (ValueError, TypeError, KeyError, csv.Error) as e:
-            words = " ".join(str(e).split())
-            raise RequestError(f"{self._path}: is no file of captions ({words}); give another --out") from e
+            reason = one_line(e)
+            raise RequestError(f"{self._path}: is no file of captions ({reason}); give another --out") from e
         if whole < len(data):
             self._file.truncate(whole)
         if not whole and self._format.head:

@@ -23,6 +23,7 @@ from ..errors import Aborted, BackendError, ImageError, MllamaError, ModelError,
 from ..model import Mllama
 from ..vision.encoder import ImageEncoder
 from ..vision.preprocess import load_image, preprocess_image
+from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead
 from .captions import Caption, CaptionOptions, caption_picture
 from .outputs import ErrorLog, Output, Record
@@ -295,7 +296,7 @@ class _Run:
     def _fail(self, path: str, error: Exception) -> None:
         self._summary.failed += 1
         message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        entry = {"image": path, "error": type(error).__name__, "message": " ".join(message.split())}
+        entry = {"image": path, "error": type(error).__name__, "message": one_line(message, 2000)}
         try:
             self._errors.add(entry)
         except OSError as e:

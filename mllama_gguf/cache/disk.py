@@ -53,9 +53,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backend.local import Device
-from ..errors import Aborted, ImageError, RequestError
+from ..errors import Aborted, ImageError
 from ..gguf.reader import GGUFFile, read_gguf
 from ..vision.embedding import ImageEmbedding
+from ..words import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,6 @@ _FILLING_HEADER = struct.Struct("<8s32sQ16x")
 _FILLING_CRC = struct.Struct("<I")
 _FILLING_MAGIC = b"mllama\x00\x03"
 _KINDS = ("*.states", "*.filling", "*.prefix")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CHUNK = 16 << 20
 # Of a filling. What is above 10 MB ggml's RPC client asks the worker for by its hash first, and the worker
 # may keep it in a cache of its own.
@@ -108,13 +108,7 @@ def default_directory() -> Path:
 def default_max_bytes() -> int:
     """Most bytes that the cache takes. Raises RequestError if the environment's size is none."""
     words = os.environ.get(SIZE_VARIABLE, "").strip()
-    if not words:
-        return DEFAULT_MAX_BYTES
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", words, re.IGNORECASE | re.ASCII)
-    unit = match[2].upper() if match else ""
-    if match is None or (unit and not unit.endswith("B")):
-        raise RequestError(f"{SIZE_VARIABLE} is {words!r}; give bytes, or a size like '500 MB' (0: no cache)")
-    return int(float(match[1]) * _UNITS[unit])
+    return parse_size(words, SIZE_VARIABLE) if words else DEFAULT_MAX_BYTES
 
 
 class ImageCache:

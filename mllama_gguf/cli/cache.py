@@ -8,7 +8,8 @@ from dataclasses import asdict
 import click
 
 from ..errors import MllamaError
-from .main import size, verbose_option
+from ..words import show_size
+from .main import verbose_option
 
 
 @click.command(
@@ -40,8 +41,8 @@ def cache_command(action: str, as_json: bool) -> None:
         counts = {"picture": info.n_states, "filling": info.n_fillings, "prefix": info.n_prefixes}
         plural = {"picture": "pictures", "filling": "fillings", "prefix": "prefixes"}
         numbers = [f"{n} {name if n == 1 else plural[name]}" for name, n in counts.items()]
-        pictures = f"{', '.join(numbers)}, {size(info.n_bytes)}"
+        pictures = f"{', '.join(numbers)}, {show_size(info.n_bytes)}"
         if action == "clear":
             click.echo(f"{info.directory}: removed {pictures}")
         else:
-            click.echo(f"{info.directory}: {pictures} of at most {size(info.max_bytes)}")
+            click.echo(f"{info.directory}: {pictures} of at most {show_size(info.max_bytes)}")

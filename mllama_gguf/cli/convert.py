@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from ..errors import MllamaError
-from .main import size, transfer_bar
+from ..words import show_size
+from .main import transfer_bar
 
 VISION_TYPES = ("f32", "f16", "bf16")
 TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
@@ -88,4 +89,4 @@ def convert_command(
     except MllamaError as e:
         raise click.ClickException(str(e)) from e
     for file in files:
-        click.echo(f"{file}  {size(file.stat().st_size)}")
+        click.echo(f"{file}  {show_size(file.stat().st_size)}")

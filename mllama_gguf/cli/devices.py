@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from .main import comma_list, size, verbose_option
+from ..words import show_size
+from .main import comma_list, verbose_option
 
 
 @click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")
@@ -28,5 +29,5 @@ def devices_command(as_json: bool, rpc: list[str] | None) -> None:
         if as_json:
             click.echo(json.dumps(asdict(device)))
         else:
-            memory = f"{size(device.memory_free)} of {size(device.memory_total)} free"
+            memory = f"{show_size(device.memory_free)} of {show_size(device.memory_total)} free"
             click.echo(f"{device.name:10}  {device.type:5}  {device.description}, {memory}")

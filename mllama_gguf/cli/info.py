@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import size, verbose_option
+from ..words import show_size
+from .main import verbose_option
 
 if TYPE_CHECKING:
     from ..backend.local import HParams
@@ -68,14 +69,14 @@ def _as_dict(model: ModelInfo) -> dict[str, Any]:
 def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
     for file in model.files:
         more = f" and {file.n_files - 1} more" if file.n_files > 1 else ""
-        yield "file", f"{file.path}{more} ({size(file.size)})"
+        yield "file", f"{file.path}{more} ({show_size(file.size)})"
         yield "  holds", f"{file.part}, {file.n_tensors} tensors"
         if file.name:
             yield "  name", file.name
         yield "  written by", file.converter or "another program"
         for part, types in (("text", file.text_types), ("vision", file.vision_types)):
             if types:
-                yield f"  {part} types", ", ".join(f"{kind} {size(n)}" for kind, n in types.items())
+                yield f"  {part} types", ", ".join(f"{kind} {show_size(n)}" for kind, n in types.items())
         yield "  quantized", "yes" if file.quantized else "no"
     if model.layout is None or model.hparams is None:
         yield "layout", "projector alone; give the text file too to see the whole model"
@@ -87,7 +88,7 @@ def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
     yield "memory", "weights + self-attention cache + one picture of all tiles + buffers, on the CPU"
     for need in model.memory:
         parts = (need.weights, need.self_kv, need.cross_kv, need.compute + need.vision)
-        yield f"  n_ctx {need.n_ctx}", f"{size(need.total)} = {' + '.join(map(size, parts))}"
+        yield f"  n_ctx {need.n_ctx}", f"{show_size(need.total)} = {' + '.join(map(show_size, parts))}"
 
 
 def _shape(h: HParams) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from click.core import ParameterSource
 
 from .. import __version__
 from ..errors import Aborted, MllamaError
+from ..words import one_line
 
 if TYPE_CHECKING:
     from ..model import Mllama
@@ -142,9 +143,8 @@ def run(args: Sequence[str]) -> int:
         return 1
     except Exception as e:  # a bug, or a machine in trouble
         _traceback()
-        words = " ".join(str(e).split())
         hint = "" if Failure.show_traceback else " (--verbose shows where)"
-        click.echo(f"Error: unexpected {type(e).__name__}: {words}{hint}", err=True)
+        click.echo(f"Error: unexpected {type(e).__name__}: {one_line(e)}{hint}", err=True)
         return 1
     return code if isinstance(code, int) else 0
 
@@ -487,11 +487,3 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
                 bar.remove_task(tasks.pop(phase))  # the next file gets a bar of its own
 
         yield progress
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in words."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.1f} {unit}"
-    return f"{n_bytes} bytes"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .main import size, verbose_option
+from ..words import show_size
+from .main import verbose_option
 
 if TYPE_CHECKING:
     from ..inspect.inventory import Found
@@ -36,10 +37,10 @@ def models_command(as_json: bool) -> None:
 
 
 def _facts(found: Found) -> list[str]:
-    facts = [f"{size(found.size):>9}"] if found.files else []
+    facts = [f"{show_size(found.size):>9}"] if found.files else []
     if found.layout:
         facts.append(f"layout {found.layout}")
     if found.problem:
         return [*facts, f"cannot be used: {found.problem}"]
     verdict = "fits in memory" if found.fits else "more than the available memory"
-    return [*facts, f"needs {size(found.memory or 0)}: {verdict}"]
+    return [*facts, f"needs {show_size(found.memory or 0)}: {verdict}"]

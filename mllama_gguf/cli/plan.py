@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import given, model_options, size
+from ..words import show_size
+from .main import given, model_options
 
 if TYPE_CHECKING:
     from ..backend.plan import Plan
@@ -117,7 +118,7 @@ def _print(plan: Plan) -> None:
             table.add_row(
                 "" if index else str(setting.n_gpu_layers),
                 memory.device,
-                *(size(getattr(memory, name)) if getattr(memory, name) else "-" for name in COLUMNS),
+                *(show_size(getattr(memory, name)) if getattr(memory, name) else "-" for name in COLUMNS),
                 "no" if memory.device in setting.lacking else "yes",
                 style="bold" if setting.n_gpu_layers == plan.best else None,
             )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .main import size, transfer_bar, verbose_option
+from ..words import show_size
+from .main import transfer_bar, verbose_option
 
 
 @click.command(
@@ -34,7 +35,7 @@ def pull_command(name: str) -> None:
     with transfer_bar() as progress:
         files = pull(name, progress)
     for path in files.paths:
-        click.echo(f"{path}  {size(path.stat().st_size)}")
+        click.echo(f"{path}  {show_size(path.stat().st_size)}")
 
 
 @click.command(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from .main import size, transfer_bar, verbose_option
+from ..words import show_size
+from .main import transfer_bar, verbose_option
 
 TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
 
@@ -57,4 +58,5 @@ def quantize_command(
         click.echo(json.dumps({**asdict(done), "path": str(done.path)}))
         return
     types = ", ".join(f"{n} {kind}" for kind, n in sorted(done.types.items()))
-    click.echo(f"{done.path}  {size(done.size)} (before: {size(done.size_before)}); tensors: {types}")
+    sizes = f"{show_size(done.size)} (before: {show_size(done.size_before)})"
+    click.echo(f"{done.path}  {sizes}; tensors: {types}")

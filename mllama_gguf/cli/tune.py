@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import given, model_options, offload_settings, size
+from ..words import show_size
+from .main import given, model_options, offload_settings
 
 if TYPE_CHECKING:
     from ..tune.search import Point, Range, Task
@@ -219,8 +220,8 @@ def _print(points: list[Point], best: Point) -> None:
         if not point.error:
             row += [f"{point.seconds[name]:.3f}" for name in SECONDS]
             row += [f"{point.tokens_per_second[name]:.1f}" for name in ("prompt", "decode")]
-            row += [size(point.memory[device]) if device in point.memory else "-" for device in devices]
-            row += [size(point.rss)]
+            row += [show_size(point.memory[device]) if device in point.memory else "-" for device in devices]
+            row += [show_size(point.rss)]
         table.add_row(*map(str, row), style="bold" if point is best else "red" if point.error else None)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)

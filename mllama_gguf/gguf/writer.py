@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MllamaError
+from ..words import show_size
 from .reader import TensorEntry
 
 Array = npt.NDArray[Any]
@@ -137,5 +138,5 @@ def check_outputs(outputs: Iterable[tuple[Path, int]]) -> None:
             raise cannot_write(path, e) from e
         need[device] = need.get(device, 0) + n_bytes
         if need[device] > free:
-            needed = f"{need[device] / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on the disk"
+            needed = f"{show_size(need[device])} needed, {show_size(free)} free on the disk"
             raise MllamaError(f"cannot write {path}: {needed}")

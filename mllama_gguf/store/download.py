@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError
+from ..words import show_size
 from .ollama import Blob
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def check_space(folder: Path, n_bytes: int, variable: str = "MLLAMA_DOWNLOADS") 
     free = shutil.disk_usage(folder).free
     if n_bytes and n_bytes + SPARE > free:
         raise DownloadError(
-            f"{folder}: not enough room: {n_bytes / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free; "
+            f"{folder}: not enough room: {show_size(n_bytes)} to fetch, {show_size(free)} free; "
             f"set {variable} to a folder on another disk"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import DownloadError, MllamaError, ModelError
+from ..words import one_line
 from .download import Dropped, Progress, check_space, patiently
 from .ollama import Blob
 from .references import HubRef, is_sha256
@@ -124,7 +125,7 @@ def _heed(ref: HubRef, call: Callable[[], T]) -> T:
                 "then set HF_TOKEN to a token of that account"
             ) from e
         except errors.LocalEntryNotFoundError as e:  # how hf_hub_download says that it could not ask
-            raise Dropped(f"{endpoint()} cannot be reached ({_short(e.__cause__ or e)})", 0) from e
+            raise Dropped(f"{endpoint()} cannot be reached ({one_line(e.__cause__ or e)})", 0) from e
         except (errors.RevisionNotFoundError, errors.EntryNotFoundError, errors.RepositoryNotFoundError) as e:
             hint = "; if it is private or gated, set HF_TOKEN to a token that may read it"
             hint = hint if isinstance(e, errors.RepositoryNotFoundError) else ""
@@ -140,16 +141,12 @@ def _heed(ref: HubRef, call: Callable[[], T]) -> T:
                 raise DownloadError(f"{ref}: the hub answers {code}, each time; try again later") from e
             if isinstance(e, OSError) and e.errno is not None:
                 raise DownloadError(f"{ref}: {e.strerror or e}") from e
-            raise Dropped(_short(e), 0) from e
+            raise Dropped(one_line(e), 0) from e
         except ValueError as e:  # a name or an answer that the library does not accept
-            raise DownloadError(f"{ref}: {_short(e)}") from e
+            raise DownloadError(f"{ref}: {one_line(e)}") from e
 
     patiently(attempt, str(ref))
     return found[0]
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def scan() -> list[tuple[HubRef, Path]]:

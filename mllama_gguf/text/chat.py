@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ..errors import RequestError
+from ..words import one_line
 
 # What Llama 3.2 Vision was trained on, without the date that the published template adds to the system
 # message.
@@ -68,7 +69,7 @@ class ChatTemplate:
                 template or LLAMA_3_2_TEMPLATE, eos_token=eos, bos_token=bos
             )
         except TemplateError as e:
-            raise RequestError(f"the chat template is not valid: {_one_line(e)}") from e
+            raise RequestError(f"the chat template is not valid: {one_line(e)}") from e
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> RenderedChat:
         """Messages to a prompt that ends where the assistant's reply begins.
@@ -100,7 +101,7 @@ class ChatTemplate:
         try:
             return str(self._formatter(messages=cast(Any, messages)).prompt)
         except Exception as e:  # the template's own raise_exception, or any error of the code in it
-            raise RequestError(f"the chat template refuses the messages: {_one_line(e)}") from e
+            raise RequestError(f"the chat template refuses the messages: {one_line(e)}") from e
 
     def _as_text(self, message: dict[str, Any]) -> dict[str, Any]:
         parts = message["content"]
@@ -164,7 +165,3 @@ def _sequence(messages: Any) -> Sequence[Any]:
 def _short(value: object) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

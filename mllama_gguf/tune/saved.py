@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
+from ..words import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,7 @@ def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
-        words = " ".join(str(e).split())
-        logger.warning("%s is ignored: %s; `mllama tune` writes it anew", path, words)
+        logger.warning("%s is ignored: %s; `mllama tune` writes it anew", path, one_line(e))
         return {}
 
 

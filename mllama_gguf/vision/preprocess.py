@@ -38,6 +38,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import ImageError
+from ..words import one_line, show_name
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[Any]"
@@ -279,7 +280,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     if isinstance(source, Image.Image):
         filename = getattr(source, "filename", "")
-        name = _shown(filename) if isinstance(filename, str) and filename else "PIL image"
+        name = show_name(filename) if isinstance(filename, str) and filename else "PIL image"
         with _decoding(name):
             return _finish(source, name, max_pixels)
     if isinstance(source, np.ndarray):
@@ -301,7 +302,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 def _from_path(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     path = os.fspath(source)
-    name = _shown(path)
+    name = show_name(path)
     if isinstance(path, str) and path.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name}: pictures are not fetched from the web; download it and give the file")
     try:
@@ -314,20 +315,20 @@ def _from_path(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     except IsADirectoryError:
         raise ImageError(f"{name}: is a directory, not a picture") from None
     except OSError as e:
-        raise ImageError(f"{name}: cannot be opened: {_one_line(e.strerror or e)}") from e
+        raise ImageError(f"{name}: cannot be opened: {one_line(e.strerror or e)}") from e
     except ValueError as e:  # a NUL in the path
-        raise ImageError(f"{name}: not a usable path: {_one_line(e)}") from e
+        raise ImageError(f"{name}: not a usable path: {one_line(e)}") from e
 
 
 def _from_file(file: BinaryIO, max_pixels: int) -> Image.Image:
     filename = getattr(file, "name", None)
-    name = _shown(filename) if isinstance(filename, str) else "file object"
+    name = show_name(filename) if isinstance(filename, str) else "file object"
     try:
         if file.seekable():
             file.seek(0)
         data = file.read()
     except Exception as e:  # whatever the caller's object raises
-        raise ImageError(f"{name}: cannot be read: {_one_line(e)}") from e
+        raise ImageError(f"{name}: cannot be read: {one_line(e)}") from e
     if not isinstance(data, bytes):
         raise ImageError(f"{name}: gave {type(data).__name__}, not bytes; open it in binary mode ('rb')")
     return _decode(io.BytesIO(data), name, max_pixels)
@@ -359,7 +360,7 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
 def _parse_data_uri(uri: str) -> tuple[str, bytes]:
     header, comma, body = uri[5:].partition(",")
     media_type, *parameters = header.split(";")
-    name = _shown(f"data URI ({media_type.strip() or 'no type'})")
+    name = show_name(f"data URI ({media_type.strip() or 'no type'})")
     if not comma:
         raise ImageError(f"{name}: no comma, so no data; expected data:image/png;base64,...")
     data = unquote_to_bytes(body)
@@ -369,7 +370,7 @@ def _parse_data_uri(uri: str) -> tuple[str, bytes]:
             # Padded anew, since browsers accept URIs without padding.
             data = base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
         except binascii.Error as e:
-            raise ImageError(f"{name}: damaged base64: {_one_line(e)}") from e
+            raise ImageError(f"{name}: damaged base64: {one_line(e)}") from e
     return name, data
 
 
@@ -405,12 +406,12 @@ def _decoding(name: str) -> Iterator[None]:
         except ImageError:
             raise
         except Image.DecompressionBombError as e:
-            raise ImageError(f"{name}: too large: {_one_line(e)}; make it smaller first") from e
+            raise ImageError(f"{name}: too large: {one_line(e)}; make it smaller first") from e
         except MemoryError as e:
             raise ImageError(f"{name}: not enough memory to decode it; make it smaller first") from e
         except Exception as e:  # a damaged file makes the decoders raise nearly anything
             raise ImageError(
-                f"{name}: corrupt or truncated: {_one_line(e)}; get a fresh copy or save it again"
+                f"{name}: corrupt or truncated: {one_line(e)}; get a fresh copy or save it again"
             ) from e
 
 
@@ -464,14 +465,3 @@ def _grey16_to_rgb(image: Image.Image, name: str) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
-
-
-def _one_line(words: object) -> str:
-    return _shown(" ".join(str(words).split()).rstrip(".")) or type(words).__name__
-
-
-def _shown(text: str | bytes) -> str:
-    """A path or a foreign message, fit for a one-line message."""
-    text = os.fsdecode(text)
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= 300 else f"{text[:120]}...{text[-60:]}"

@@ -22,7 +22,6 @@ from mllama_gguf.backend.plan import (
     make_plan,
     measure,
     offload_devices,
-    parse_size,
 )
 from mllama_gguf.cli.main import run
 from mllama_gguf.convert.quantize import quantize
@@ -159,20 +158,6 @@ def test_limits() -> None:
         device_limits(devices, {}, "1,1,1,1")
     with pytest.raises(RequestError, match="no device 'B'; there are: CPU, A"):
         device_limits(devices, {}, "B=1")
-
-
-@pytest.mark.parametrize(
-    ("text", "n"),
-    [("8GiB", 8 * GIB), ("8g", 8 * GIB), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("77", 77), ("5b", 5)],
-)
-def test_sizes(text: str, n: int) -> None:
-    assert parse_size(text) == n
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "8 Gigs", "1e9", "8GiB8"])
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(RequestError, match="is no size"):
-        parse_size(text)
 
 
 def test_the_largest_that_fits_is_found_in_few_steps(tiny_files: Files) -> None:

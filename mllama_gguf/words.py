@@ -1,0 +1,57 @@
+"""Names, foreign messages and sizes as words for a person, and sizes back from words."""
+
+from __future__ import annotations
+
+import os
+import re
+from fractions import Fraction
+
+from .errors import RequestError
+
+_MOST_BYTES = 1 << 63
+
+
+def show_name(name: str | bytes | os.PathLike[str], longest: int = 300) -> str:
+    """A path or another foreign text, fit for a line: printable, and cut in the middle if it has more than
+    `longest` characters (at least 3)."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))
+    if len(text) <= longest:
+        return text
+    end = (longest - 3) // 3
+    return f"{text[: longest - 3 - end]}...{text[len(text) - end :]}"
+
+
+def one_line(words: object, longest: int = 300) -> str:
+    """An error or another object in one line, without a dot at its end; the name of its type if it says
+    nothing."""
+    return show_name(" ".join(str(words).split()).rstrip("."), longest) or type(words).__name__
+
+
+def os_reason(error: OSError) -> str:
+    """Why the system refused something, without the file's name."""
+    return one_line(error.strerror or error)
+
+
+def parse_size(words: str, what: str) -> int:
+    """Bytes of "500 MB" (powers of 1000), "8GiB" or "8G" (powers of 1024), or a number.
+
+    what: the option or variable, for the error
+
+    Raises RequestError.
+    """
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]?)(i?b)?\s*", words.lower(), re.ASCII)
+    if match:
+        number, unit, suffix = match.groups()
+        base = 1000 if suffix == "b" else 1024
+        n_bytes = int(Fraction(number) * base ** " kmgt".index(unit or " "))
+        if n_bytes < _MOST_BYTES:
+            return n_bytes
+    raise RequestError(f"{what}: {show_name(words)!r} is no size; write bytes, or a size like 500MB or 8GiB")
+
+
+def show_size(n_bytes: float) -> str:
+    """Bytes in words, with powers of 1000."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.1f} {unit}"
+    return f"{n_bytes:.0f} bytes"
