@@ -43,7 +43,8 @@ from .text.stream import stop_list
 from .text.vocab import Vocab
 from .vision.embedding import EmbeddingStore, Encoding, ImageEmbedding
 from .vision.encoder import ImageEncoder
-from .vision.preprocess import PREPROCESS_VERSION, ImageSource, TiledImage, preprocess_image
+from .vision.load import ImageSource
+from .vision.preprocess import PREPROCESS_VERSION, TiledImage, preprocess_image
 
 logger = logging.getLogger(__name__)
 

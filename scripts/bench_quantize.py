@@ -38,8 +38,9 @@ import numpy as np
 import report
 import tiny  # full_shape knows where it is
 
-from mllama_gguf.convert.huggingface import convert, f32_to_bf16
+from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.convert.quantize import TARGETS, quantize
+from mllama_gguf.convert.values import f32_to_bf16
 
 BLOCK = 32 << 20  # values
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tiny import Arch, Stream, make_pixels
 
-from mllama_gguf.convert.huggingface import FloatType
+from mllama_gguf.convert.tensors import FloatType
 from mllama_gguf.vision.preprocess import TiledImage
 
 F32 = npt.NDArray[np.float32]

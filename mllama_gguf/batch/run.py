@@ -22,7 +22,8 @@ from typing import Any, TypeAlias
 from ..errors import Aborted, BackendError, ImageError, MllamaError, ModelError, RequestError
 from ..model import Mllama
 from ..vision.encoder import ImageEncoder
-from ..vision.preprocess import load_image, preprocess_image
+from ..vision.load import load_image
+from ..vision.preprocess import preprocess_image
 from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead
 from .captions import Caption, CaptionOptions, caption_picture

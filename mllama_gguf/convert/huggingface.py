@@ -1,19 +1,12 @@
 """Convert a Hugging Face Mllama checkpoint (Llama 3.2 Vision) to GGUF, in our canonical layout.
 
-The canonical layout is described in the documentation of the file formats: text tensors named as llama.cpp
-names them for Llama, vision tensors under ``v.`` and ``mm.``, cross-attention and vision rows left as they
-are in the checkpoint, the rows of the text's self-attention q and k reordered for ggml's interleaved RoPE,
-vision gates stored with tanh already applied. Every file that is written here says so in the key
-``mllama.converter``.
+The canonical layout (docs/formats.md):
 
-Tensors are streamed in pieces of rows, so memory stays small whatever the size of the model, and converted
-with numpy alone, bfloat16 included; only quantized types need the native library.
-
-Types. Matrices take the type asked for (``type`` for the text, ``vision_type`` for the vision part, the
-projector included); the quantized types of the text are the mixes of `quantize`. These are always F32: 1-D
-tensors (norms, biases, gates, class embedding, RoPE factors) and the small position tables
-``v.position_embd``, ``v.pre_tile_position_embd`` and ``v.post_tile_position_embd``. The large table
-``v.tile_position_embd`` (74 M values at 11B) takes the vision type. `plan` lists every tensor with its type.
+- Text tensors have the names that llama.cpp gives a Llama. Vision tensors begin with ``v.`` or ``mm.``.
+- The rows of q and k of the text's self-attention are reordered for ggml's interleaved RoPE.
+- The rows of cross-attention and of the vision encoder keep the order of the checkpoint.
+- Vision gates are stored with tanh applied.
+- The key ``mllama.converter`` names this converter, in every file.
 
 GGUF itself: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -21,330 +14,28 @@ GGUF itself: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..errors import MllamaError, ModelError
-from ..gguf.writer import Job, Progress, cannot_write, check_outputs, counter, replacing, write_data
-from .checkpoint import (
-    SAFETENSORS_TYPES,
-    Checkpoint,
-    Shape,
-    Source,
-    Tokenizer,
-    check_preprocessor,
-    read_shape,
-    read_tokenizer,
-    rope_factors,
-)
-from .quantize import (
-    QUANTIZATION_VERSION,
-    TARGETS,
-    Warn,
-    block,
-    fallback_words,
-    fitting,
-    is_text_matrix,
-    mix,
-    quantize_rows,
-)
-
-Array = npt.NDArray[Any]
-FloatType = Literal["f32", "f16", "bf16"]
-
-FLOAT_TYPES: tuple[FloatType, ...] = ("f32", "f16", "bf16")
-TYPES: tuple[str, ...] = ("f32", *TARGETS)
+from ..errors import MllamaError
+from ..gguf.writer import Progress, cannot_write, check_outputs, counter, replacing, write_data
+from .checkpoint import Checkpoint
+from .quantize import QUANTIZATION_VERSION, TARGETS, Warn, fallback_words, is_text_matrix, mix
+from .shape import Shape, check_preprocessor, read_shape
+from .tensors import FLOAT_TYPES, TYPES, FloatType, Tensor, plan
+from .tokenizer import Tokenizer, read_tokenizer
+from .values import piece_jobs
 
 logger = logging.getLogger(__name__)
 
-# How many values a thread has in memory at a time: 4 MB as float32, and copies.
-_CHUNK_VALUES = 1 << 20
 _ALL_F32 = 0  # llama_ftype of llama.h
 _ALIGNMENT = 32
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The plan: every tensor of the output
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of the output and where it comes from. Shapes are in the order of numpy, slowest dimension
-    first."""
-
-    name: str
-    shape: tuple[int, ...]
-    part: Literal["text", "vision"]
-    type: str  # of ggml, in lower case
-    source: Source | None = None
-    rope_head_dim: int = 0  # > 0: reorder the rows of each head for interleaved RoPE
-    gate: Literal["", "tanh", "1-tanh"] = ""
-    value: Array | None = None  # instead of a source
-
-    @property
-    def n_bytes(self) -> int:
-        n_values, n_bytes = block(self.type.upper())
-        return math.prod(self.shape) // n_values * n_bytes
-
-
-def plan(
-    checkpoint: Checkpoint, shape: Shape, type: str = "bf16", vision_type: FloatType = "bf16"
-) -> list[Tensor]:
-    """Every tensor of the output, in the order of the file, with sources checked for presence, shape and
-    type. type: one of `TYPES`."""
-    tensors: list[Tensor] = []
-    used: set[str] = set()
-
-    def add(
-        name: str,
-        old: str,
-        *dims: int,
-        matrix: bool = False,
-        out: tuple[int, ...] | None = None,
-        rope: bool = False,
-        gate: Literal["", "tanh", "1-tanh"] = "",
-    ) -> None:
-        source = checkpoint.sources.get(old)
-        if source is None:
-            raise ModelError(f"{checkpoint.directory}: tensor {old} is missing")
-        used.add(old)
-        stored = tuple(n for n in source.shape) if source.shape else (1,)
-        if stored != dims:
-            raise ModelError(
-                f"{source.file}: tensor {source.name} has shape {list(stored)}, {list(dims)} expected"
-            )
-        if source.dtype not in SAFETENSORS_TYPES:
-            raise ModelError(
-                f"{source.file}: tensor {source.name} has type {source.dtype}, a float type is expected"
-            )
-        part: Literal["text", "vision"] = "vision" if name.startswith(("v.", "mm.")) else "text"
-        kind: str = (vision_type if part == "vision" else type) if matrix else "f32"
-        if kind not in FLOAT_TYPES:
-            asked = mix(name, TARGETS[kind], shape.n_layer, shape.n_head // shape.n_head_kv)
-            kind = fitting(asked, dims[-1], name).lower()
-        tensors.append(Tensor(name, out or dims, part, kind, source, shape.head_dim if rope else 0, gate))
-
-    def matrix(name: str, old: str, rows: int, columns: int, rope: bool = False) -> None:
-        add(f"{name}.weight", f"{old}.weight", rows, columns, matrix=True, rope=rope)
-
-    def layer_norm(name: str, old: str) -> None:
-        add(f"{name}.weight", f"{old}.weight", shape.vision_embd)
-        add(f"{name}.bias", f"{old}.bias", shape.vision_embd)
-
-    # Text
-    d, q, kv = shape.n_embd, shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
-    embed = checkpoint.sources.get("language_model.model.embed_tokens.weight")
-    # Some extra rows follow the vocabulary (8 in transformers); the image token uses the first of them.
-    n_rows = embed.shape[0] if embed is not None and embed.shape else 0
-    matrix(
-        "token_embd",
-        "language_model.model.embed_tokens",
-        max(n_rows, shape.vocab_size, shape.image_token_id + 1),
-        d,
-    )
-    factors = rope_factors(shape, checkpoint.config_file)
-    if factors is not None:
-        tensors.append(Tensor("rope_freqs.weight", factors.shape, "text", "f32", value=factors))
-    for i in range(shape.n_layer):
-        out, old = f"blk.{i}", f"language_model.model.layers.{i}"
-        add(f"{out}.attn_norm.weight", f"{old}.input_layernorm.weight", d)
-        if i in shape.cross_layers:
-            matrix(f"{out}.cross_attn_q_proj", f"{old}.cross_attn.q_proj", q, d)
-            matrix(f"{out}.cross_attn_k_proj", f"{old}.cross_attn.k_proj", kv, d)
-            matrix(f"{out}.cross_attn_v_proj", f"{old}.cross_attn.v_proj", kv, d)
-            matrix(f"{out}.cross_attn_o_proj", f"{old}.cross_attn.o_proj", d, q)
-            add(f"{out}.cross_attn_q_norm.weight", f"{old}.cross_attn.q_norm.weight", shape.head_dim)
-            add(f"{out}.cross_attn_k_norm.weight", f"{old}.cross_attn.k_norm.weight", shape.head_dim)
-            add(f"{out}.cross_attn_attn_gate", f"{old}.cross_attn_attn_gate", 1)
-            add(f"{out}.cross_attn_mlp_gate", f"{old}.cross_attn_mlp_gate", 1)
-        else:
-            matrix(f"{out}.attn_q", f"{old}.self_attn.q_proj", q, d, rope=True)
-            matrix(f"{out}.attn_k", f"{old}.self_attn.k_proj", kv, d, rope=True)
-            matrix(f"{out}.attn_v", f"{old}.self_attn.v_proj", kv, d)
-            matrix(f"{out}.attn_output", f"{old}.self_attn.o_proj", d, q)
-        add(f"{out}.ffn_norm.weight", f"{old}.post_attention_layernorm.weight", d)
-        matrix(f"{out}.ffn_gate", f"{old}.mlp.gate_proj", shape.n_ff, d)
-        matrix(f"{out}.ffn_up", f"{old}.mlp.up_proj", shape.n_ff, d)
-        matrix(f"{out}.ffn_down", f"{old}.mlp.down_proj", d, shape.n_ff)
-    add("output_norm.weight", "language_model.model.norm.weight", d)
-    matrix("output", "language_model.lm_head", shape.vocab_size, d)
-
-    # Vision
-    w, p, tiles = shape.vision_embd, shape.patch_size, shape.max_tiles
-    ids = shape.n_ratios + 1  # id 0 means no image
-    v = "vision_model"
-    add("v.class_embd", f"{v}.class_embedding", w)
-    add("v.patch_embd.weight", f"{v}.patch_embedding.weight", w, shape.channels, p, p, matrix=True)
-    table = f"{v}.gated_positional_embedding"
-    add("v.position_embd.weight", f"{table}.embedding", shape.n_positions, w)
-    add("v.position_embd.gate", f"{table}.gate", 1, gate="1-tanh")
-    add(
-        "v.tile_position_embd.weight",
-        f"{table}.tile_embedding.weight",
-        ids,
-        tiles * shape.n_positions * w,
-        matrix=True,
-    )
-    add("v.tile_position_embd.gate", f"{table}.gate", 1, gate="tanh")
-    for which in ("pre", "post"):
-        table = f"{v}.{which}_tile_positional_embedding"
-        add(f"v.{which}_tile_position_embd.weight", f"{table}.embedding.weight", ids, tiles * w)
-        add(f"v.{which}_tile_position_embd.gate", f"{table}.gate", 1, gate="tanh")
-    layer_norm("v.pre_ln", f"{v}.layernorm_pre")
-    layer_norm("v.post_ln", f"{v}.layernorm_post")
-    for prefix, group, n_layers in (
-        ("v.blk", "transformer", shape.vision_layers),
-        ("v.global.blk", "global_transformer", shape.vision_global_layers),
-    ):
-        for i in range(n_layers):
-            out, old = f"{prefix}.{i}", f"{v}.{group}.layers.{i}"
-            layer_norm(f"{out}.attn_norm", f"{old}.input_layernorm")
-            matrix(f"{out}.attn_q", f"{old}.self_attn.q_proj", w, w)
-            matrix(f"{out}.attn_k", f"{old}.self_attn.k_proj", w, w)
-            matrix(f"{out}.attn_v", f"{old}.self_attn.v_proj", w, w)
-            matrix(f"{out}.attn_output", f"{old}.self_attn.o_proj", w, w)
-            layer_norm(f"{out}.ffn_norm", f"{old}.post_attention_layernorm")
-            matrix(f"{out}.ffn_up", f"{old}.mlp.fc1", shape.vision_ff, w)
-            add(f"{out}.ffn_up.bias", f"{old}.mlp.fc1.bias", shape.vision_ff)
-            matrix(f"{out}.ffn_down", f"{old}.mlp.fc2", w, shape.vision_ff)
-            add(f"{out}.ffn_down.bias", f"{old}.mlp.fc2.bias", w)
-            if group == "global_transformer":
-                add(f"{out}.attn_gate", f"{old}.gate_attn", 1, gate="tanh")
-                add(f"{out}.ffn_gate", f"{old}.gate_ffn", 1, gate="tanh")
-    matrix("mm.0", "multi_modal_projector", d, w * (1 + len(shape.intermediate)))
-    add("mm.0.bias", "multi_modal_projector.bias", d)
-
-    unknown = sorted(set(checkpoint.sources) - used)
-    if unknown:
-        source = checkpoint.sources[unknown[0]]
-        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise ModelError(
-            f"{source.file}: tensor {source.name}{more} does not belong to the model of config.json"
-        )
-    return tensors
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading and converting values
-
-
-def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """Widen bfloat16, given as its bits: exact, a bfloat16 is the upper half of a float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def f32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round finite float32 values to bfloat16 bits, to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    even = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + (np.uint32(0x7FFF) + even)) >> np.uint32(16)).astype(np.uint16)
-
-
-def permute_rope_rows(rows: Array, head_dim: int) -> Array:
-    """Reorder the rows of q or k of each head from halves (HF: rotate i with i + d/2) to pairs (ggml: 2i with
-    2i + 1)."""
-    n = rows.shape[0]
-    return rows.reshape(n // head_dim, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(n, -1)
-
-
-def apply_gate(value: Array, gate: str) -> npt.NDArray[np.float32]:
-    """The gate as it multiplies: tanh(g) or 1 - tanh(g), computed in double precision."""
-    t = np.tanh(value.astype(np.float64))
-    return (1.0 - t if gate == "1-tanh" else t).astype(np.float32)
-
-
-def _encode(raw: Array, dtype: str, type: str, where: str) -> Array:
-    """Values as stored in safetensors (bfloat16 as its bits) to the output type (likewise). Checks for NaN
-    and infinity."""
-    if dtype == "BF16":
-        if np.any((raw & 0x7F80) == 0x7F80):
-            raise ModelError(f"{where}: holds a value that is not finite")
-        if type == "bf16":
-            return raw
-        values = bf16_to_f32(raw)
-    else:
-        if not np.isfinite(raw).all():
-            raise ModelError(f"{where}: holds a value that is not finite")
-        if (dtype, type) == ("F16", "f16"):
-            return raw
-        with np.errstate(over="ignore"):
-            values = raw.astype(np.float32)
-    if type == "f32":
-        converted: Array = values
-        finite = bool(np.isfinite(values).all())
-    elif type == "f16":
-        with np.errstate(over="ignore"):
-            converted = values.astype(np.float16)
-        finite = bool(np.isfinite(converted).all())
-    else:
-        converted = f32_to_bf16(values)
-        finite = not bool(np.any((converted & 0x7F80) == 0x7F80))
-    if not finite:
-        raise ModelError(f"{where}: the value {np.abs(values).max():g} is too large for {type}")
-    return converted
-
-
-def piece_jobs(tensor: Tensor) -> Iterator[Job]:
-    """What makes the data of a tensor in its output type, in pieces of whole rows."""
-    value = tensor.value
-    if value is not None:
-        yield lambda: value
-        return
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
-    unit = tensor.rope_head_dim or 1
-    step = max(unit, _CHUNK_VALUES // max(columns, 1) // unit * unit)
-    for first in range(0, rows, step):
-        yield partial(_read_piece, tensor, first, min(step, rows - first))
-
-
-def read_pieces(tensor: Tensor) -> Iterator[Array]:
-    """The values of a tensor in its output type, in pieces of whole rows (bfloat16 as uint16, quantized rows
-    as uint8)."""
-    for job in piece_jobs(tensor):
-        yield job()
-
-
-def _read_piece(tensor: Tensor, first: int, n: int) -> Array:
-    """Rows first to first + n."""
-    source = tensor.source
-    assert source is not None
-    columns, dtype = math.prod(tensor.shape[1:]), np.dtype(SAFETENSORS_TYPES[source.dtype])
-    where = f"{source.file}: tensor {source.name}"
-    try:
-        with source.file.open("rb", buffering=0) as f:
-            f.seek(source.offset + first * columns * dtype.itemsize)
-            raw = np.fromfile(f, dtype=dtype, count=n * columns)
-    except OSError as e:
-        raise ModelError(f"{where}: cannot be read: {e}") from e
-    if raw.size != n * columns:
-        raise ModelError(f"{where}: the file is truncated")
-    if tensor.rope_head_dim:
-        raw = permute_rope_rows(raw.reshape(n, columns), tensor.rope_head_dim)
-    if tensor.gate:
-        return apply_gate(_encode(raw, source.dtype, "f32", where), tensor.gate)
-    if tensor.type in FLOAT_TYPES:
-        return _encode(raw, source.dtype, tensor.type, where)
-    stored = source.dtype
-    if stored == "F64":
-        raw, stored = _encode(raw, stored, "f32", where), "F32"
-    try:
-        return quantize_rows(raw, stored, tensor.type.upper(), columns)
-    except ModelError as e:
-        raise ModelError(f"{where}: {e}") from e
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 def _version() -> str:

@@ -24,8 +24,9 @@ import transformers
 from tiny import new_name
 from transformers import MllamaForConditionalGeneration
 
-from mllama_gguf.convert.checkpoint import Checkpoint, read_shape
-from mllama_gguf.convert.huggingface import FloatType, plan
+from mllama_gguf.convert.checkpoint import Checkpoint
+from mllama_gguf.convert.shape import read_shape
+from mllama_gguf.convert.tensors import FloatType, plan
 
 F32 = npt.NDArray[np.float32]
 

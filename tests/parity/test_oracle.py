@@ -27,8 +27,10 @@ from reference import Reference
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
-from mllama_gguf.convert.checkpoint import Checkpoint, read_shape, rope_factors
-from mllama_gguf.convert.huggingface import FloatType, convert
+from mllama_gguf.convert.checkpoint import Checkpoint
+from mllama_gguf.convert.huggingface import convert
+from mllama_gguf.convert.shape import read_shape, rope_factors
+from mllama_gguf.convert.tensors import FloatType
 
 IMAGE = 9
 

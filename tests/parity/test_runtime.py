@@ -32,7 +32,8 @@ from golden_cases import (
 from oracle import Oracle
 
 from mllama_gguf import Mllama
-from mllama_gguf.convert.huggingface import FloatType, convert
+from mllama_gguf.convert.huggingface import convert
+from mllama_gguf.convert.tensors import FloatType
 
 SEED = 1
 EXACT: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "n_ctx": 512, "n_threads": 1}

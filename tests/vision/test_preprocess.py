@@ -30,13 +30,12 @@ from preprocess_cases import GRID_SIZES, MODES, golden_cases, make_picture, patt
 
 from mllama_gguf.cli.preprocess import preprocess_command
 from mllama_gguf.errors import ImageError, MllamaError
+from mllama_gguf.vision.load import MAX_PIXELS, load_image
 from mllama_gguf.vision.preprocess import (
     IMAGE_MEAN,
     IMAGE_STD,
-    MAX_PIXELS,
     choose_grid,
     fit_size,
-    load_image,
     preprocess_image,
     supported_grids,
 )

@@ -1,0 +1,206 @@
+"""Read tokenizer.json and the small JSON files beside it, without the tokenizers package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from .checkpoint import Checkpoint, read_json
+from .shape import Shape
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<|image|>"
+
+# Split pattern of Llama 3's tokenizer (tokenizer.json, pre_tokenizer), which llama.cpp knows as "llama-bpe".
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level BPE tokenizer as GGUF stores it."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    add_bos: bool
+    special: dict[str, int]  # bos, eos, eot, eom, padding: token ids
+    eos_ids: list[int]
+    chat_template: str | None
+
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
+
+
+def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
+    """Read tokenizer.json and the small JSON files beside it."""
+    file = checkpoint.directory / "tokenizer.json"
+    data = read_json(file)
+    model = data.get("model")
+    if (
+        not isinstance(model, dict)
+        or model.get("type", "BPE") != "BPE"
+        or not isinstance(model.get("vocab"), dict)
+    ):
+        raise ModelError(f"{file}: model.type: only a BPE vocabulary is supported")
+    n_tokens = shape.vocab_size + 1
+    tokens: list[str | None] = [None] * n_tokens
+    types = [_UNUSED] * n_tokens
+
+    def put(token: object, i: object, kind: int) -> None:
+        if (
+            not isinstance(token, str)
+            or isinstance(i, bool)
+            or not isinstance(i, int)
+            or not 0 <= i < n_tokens
+        ):
+            raise ModelError(
+                f"{file}: token {token!r} has id {i!r}: an id up to {shape.vocab_size} is expected"
+            )
+        if tokens[i] not in (None, token):
+            raise ModelError(f"{file}: tokens {tokens[i]!r} and {token!r} have the same id {i}")
+        tokens[i], types[i] = token, kind
+
+    for token, i in model["vocab"].items():
+        put(token, i, _NORMAL)
+    for entry in data.get("added_tokens") or []:
+        if not isinstance(entry, dict):
+            raise ModelError(f"{file}: added_tokens: an object is expected, not {entry!r}")
+        put(entry.get("content"), entry.get("id"), _CONTROL if entry.get("special", True) else _USER_DEFINED)
+    if tokens[shape.image_token_id] is None:
+        tokens[shape.image_token_id] = IMAGE_TOKEN
+    if tokens[shape.image_token_id] != IMAGE_TOKEN:
+        other = tokens[shape.image_token_id]
+        raise ModelError(
+            f"{file}: token {shape.image_token_id} is {other!r}: the configuration says {IMAGE_TOKEN!r}"
+        )
+    types[shape.image_token_id] = _CONTROL
+    names = [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)]
+    ids = {token: i for i, token in enumerate(names)}
+    if len(ids) != n_tokens:
+        double = next(token for i, token in enumerate(names) if ids[token] != i)
+        raise ModelError(f"{file}: token {double!r} occurs twice")
+
+    merges = []
+    for merge in model.get("merges") or []:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(s, str) and s and " " not in s for s in pair)
+        ):
+            raise ModelError(f"{file}: merge {merge!r}: a pair of byte-level tokens is expected")
+        merges.append(f"{pair[0]} {pair[1]}")
+
+    settings = checkpoint.json("tokenizer_config.json")
+    special_map = checkpoint.json("special_tokens_map.json")
+    generation = checkpoint.json("generation_config.json")
+    text_config = checkpoint.config["text_config"]
+
+    def token_id(role: str) -> int | None:
+        for section in (settings, special_map):
+            value = section.get(f"{role}_token")
+            content = value.get("content") if isinstance(value, dict) else value
+            if content is not None:
+                if content not in ids:
+                    raise ModelError(
+                        f"{checkpoint.directory}: {role}_token {content!r} is not in {file.name}"
+                    )
+                return ids[content]
+        for section in (generation, checkpoint.config, text_config):
+            value = section.get(f"{role}_token_id")
+            value = value[-1] if isinstance(value, list) and value else value
+            if isinstance(value, int) and 0 <= value < n_tokens:
+                return value
+        return None
+
+    special: dict[str, int] = {}
+    for name, found in (
+        ("bos", token_id("bos")),
+        ("eos", token_id("eos")),
+        ("eot", ids.get("<|eot_id|>")),
+        ("eom", ids.get("<|eom_id|>")),
+        ("padding", token_id("pad")),
+    ):
+        if found is not None:
+            special[name] = found
+    if "bos" not in special or "eos" not in special:
+        raise ModelError(f"{checkpoint.directory}: tokenizer_config.json: bos_token or eos_token is missing")
+    ends = generation.get("eos_token_id", text_config.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    eos_ids = {i for i in ends if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < n_tokens}
+    eos_ids.add(special["eos"])
+
+    add_bos = settings.get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        add_bos = _template_adds(data.get("post_processor"), names[special["bos"]])
+    if not model.get("ignore_merges", False):
+        logger.info(
+            "%s: model.ignore_merges is off, llama.cpp always treats llama-bpe as if it were on", file
+        )
+    return Tokenizer(
+        pre=_pre_tokenizer(file, data.get("pre_tokenizer")),
+        tokens=names,
+        types=types,
+        merges=merges,
+        add_bos=add_bos,
+        special=special,
+        eos_ids=sorted(eos_ids),
+        chat_template=_chat_template(checkpoint, settings),
+    )
+
+
+def _parts(node: object, key: str) -> list[dict[str, Any]]:
+    """The members of a tokenizers' Sequence, or the one that is there."""
+    if not isinstance(node, dict):
+        return []
+    members = node.get(key) if node.get("type") == "Sequence" else [node]
+    return [m for m in members or [] if isinstance(m, dict)]
+
+
+def _template_adds(post_processor: object, token: str) -> bool:
+    for part in _parts(post_processor, "processors"):
+        first = (part.get("single") or [None])[0] if part.get("type") == "TemplateProcessing" else None
+        if isinstance(first, dict) and isinstance(first.get("SpecialToken"), dict):
+            return bool(first["SpecialToken"].get("id") == token)
+    return False
+
+
+def _pre_tokenizer(file: Path, node: object) -> str:
+    """llama.cpp's name of the pre-tokenizer."""
+    parts = _parts(node, "pretokenizers")
+    if any(part.get("type") == "ByteLevel" for part in parts):
+        splits = [part.get("pattern") for part in parts if part.get("type") == "Split"]
+        if splits == [{"Regex": LLAMA3_SPLIT}]:
+            return "llama-bpe"
+        if not splits and any(part.get("use_regex", True) for part in parts):
+            return "gpt-2"
+    raise ModelError(f"{file}: pre_tokenizer: only Llama 3's and GPT-2's are supported")
+
+
+def _chat_template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: the processor's own file first, as transformers does."""
+    path = checkpoint.directory / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ModelError(f"{path}: cannot be read: {e}") from e
+    for template in (
+        checkpoint.json("chat_template.json").get("chat_template"),
+        settings.get("chat_template"),
+    ):
+        if isinstance(template, list):  # named templates
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default", next(iter(named.values()), None))
+        if isinstance(template, str) and template:
+            return template
+    return None
