@@ -16,21 +16,14 @@ from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 from weakref import WeakSet, ref
 
+from . import cpus
+from .backend.callbacks import Callbacks, Progress
 from .backend.isolated import Engine, parse_workers
-from .backend.library import Callbacks
 from .backend.library import load as load_native
-from .backend.local import (
-    KV_TYPES,
-    Floats,
-    HParams,
-    KvType,
-    Memory,
-    NativeContext,
-    NativeModel,
-    Tap,
-    open_model,
-)
-from .backend.plan import device_limits, largest_fitting, measuring
+from .backend.local import KV_TYPES, KvType, NativeContext, NativeModel, open_model
+from .backend.measure import measuring
+from .backend.plan import device_limits, largest_fitting
+from .backend.types import Floats, HParams, Memory, Tap
 from .cache.disk import ImageCache, code_identity, files_identity
 from .decode import openai
 from .decode.reply import Reply, ReplyOptions
@@ -41,21 +34,15 @@ from .text.chat import ChatTemplate
 from .text.sampling import SamplingOptions, grammar_of
 from .text.stream import stop_list
 from .text.vocab import Vocab
-from .vision.embedding import EmbeddingStore, Encoding, ImageEmbedding
+from .vision.embedding import EmbeddingStore, Encoding, ImageEmbedding, Picture
 from .vision.encoder import ImageEncoder
-from .vision.load import ImageSource
 from .vision.preprocess import PREPROCESS_VERSION, TiledImage, preprocess_image
 
 logger = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding"
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 DEFAULT_PROMPT = "Describe this image."
-# ggml's threads wait for each other by spinning, after every operation. With less work than this for each,
-# that costs more than it saves; beside another busy process, a hundred times more.
-WEIGHTS_PER_THREAD = 32 * 1024 * 1024
 # One four-tile picture of the 11B model takes 105 MB.
 EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
 # What makes a filling of states, in the files of all layouts.
@@ -187,7 +174,7 @@ class Mllama:
             )
             try:
                 h = model.hparams
-                self.n_threads = n_threads or default_threads(model.size)
+                self.n_threads = n_threads or cpus.default_threads(model.size)
                 open_context = engine.open_context if engine else partial(NativeContext, model, callbacks)
                 context = open_context(
                     n_ctx=min(n_ctx or h.n_ctx_train, h.n_ctx_train),
@@ -316,10 +303,10 @@ class Mllama:
         self._check_open()
         if not isinstance(self._model, NativeModel) or not self.hparams.has_vision:
             return 0
-        cpus = {device.name for device in self._model.devices() if device.type == "cpu"}
-        if any(tensor.is_vision and tensor.device not in cpus for tensor in self._model.tensors()):
+        here = {device.name for device in self._model.devices() if device.type == "cpu"}
+        if any(tensor.is_vision and tensor.device not in here for tensor in self._model.tensors()):
             return 0
-        return max(0, min(usable_cpus() - self.n_threads, self.n_threads))
+        return max(0, min(cpus.usable_cpus() - self.n_threads, self.n_threads))
 
     @property
     def vocab_size(self) -> int:
@@ -756,18 +743,6 @@ def _step_down(open_with: Callable[[int], Opened], layers: int) -> tuple[Opened,
             logger.warning("n_gpu_layers %d: %s; trying fewer", layers, e)
             layers = max(0, layers - step)
             step *= 2
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def default_threads(n_bytes: int) -> int:
-    """CPU threads for a model with weights of so many bytes."""
-    return min(usable_cpus(), 1 + n_bytes // WEIGHTS_PER_THREAD)
 
 
 def _check_whole(name: str, number: object, least: int) -> None:

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from .batch.captions import CaptionOptions, caption_picture
+from .cpus import usable_cpus
 from .errors import BackendError, ImageError, MllamaError
-from .model import Mllama, usable_cpus
+from .model import Mllama
 from .store.resolve import resolve
 from .words import one_line
 

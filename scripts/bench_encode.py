@@ -32,7 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 
-from mllama_gguf.backend.library import Callbacks, load  # noqa: E402
+from mllama_gguf.backend.callbacks import Callbacks  # noqa: E402
+from mllama_gguf.backend.library import load  # noqa: E402
 from mllama_gguf.backend.local import NativeContext, NativeModel  # noqa: E402
 from mllama_gguf.convert.huggingface import convert  # noqa: E402
 

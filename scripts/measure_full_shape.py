@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 from full_shape import mllama_keys, text_tensors, vision_tensors, write_gguf
 
-from mllama_gguf.backend.library import Callbacks, load
+from mllama_gguf.backend.callbacks import Callbacks
+from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import NativeContext, NativeModel
 from mllama_gguf.errors import Aborted
 

@@ -32,7 +32,7 @@ from mllama_gguf import (
     RequestError,
     preprocess_image,
 )
-from mllama_gguf.model import default_threads
+from mllama_gguf.cpus import default_threads
 
 Files = Callable[[str], TinyFiles]
 
@@ -89,7 +89,7 @@ def test_one_file_and_two_files_are_the_same(model: Mllama, tiny_files: Files) -
 
 
 def test_a_small_model_gets_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllama_gguf.model.usable_cpus", lambda: 16)
+    monkeypatch.setattr("mllama_gguf.cpus.usable_cpus", lambda: 16)
     assert [default_threads(n) for n in (10**6, 10**8, 8 * 10**9)] == [1, 3, 16]
 
 

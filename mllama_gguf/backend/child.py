@@ -15,7 +15,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from . import library, local
-from .local import Device, Floats, HParams, Memory, NativeContext, NativeModel
+from .callbacks import Callbacks
+from .local import NativeContext, NativeModel
+from .measure import measure
+from .types import Device, Floats, HParams, Memory
 
 ALIVE_SECONDS = 1.0  # between two signs of life while the CPU computes
 PARENT_SECONDS = 1.0  # between two looks whether the parent lives
@@ -116,9 +119,7 @@ class Child:
         return local.devices()
 
     def measure(self, *args: Any, **settings: Any) -> tuple[Memory, HParams]:
-        """As `plan.measure`."""
-        from .plan import measure
-
+        """As `measure.measure`."""
         return measure(*args, callbacks=self._callbacks, **settings)
 
     def open_model(self, *args: Any, **settings: Any) -> None:
@@ -131,7 +132,7 @@ class Child:
         self._objects["context"] = NativeContext(model, self._callbacks, **settings)
 
 
-class Forward(library.Callbacks):
+class Forward(Callbacks):
     """Progress to the parent, abort from it."""
 
     def __init__(self, native: library.Native, child: Child) -> None:

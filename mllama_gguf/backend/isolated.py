@@ -29,8 +29,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ..errors import Aborted, BackendError, MllamaError, RequestError
-from .library import Callbacks
-from .local import Device, HParams, Memory, NativeContext, NativeModel, Tap
+from .callbacks import Callbacks
+from .library import load
+from .local import NativeContext, NativeModel
+from .types import Device, HParams, Memory, Tap
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -101,7 +103,7 @@ class Engine:
         return cast("list[Device]", self.call("", "devices"))
 
     def measure(self, *args: Any, **settings: Any) -> tuple[Memory, HParams]:
-        """As `plan.measure`, without callbacks."""
+        """As `measure.measure`, without callbacks."""
         return cast("tuple[Memory, HParams]", self.call("", "measure", args, settings))
 
     def call(
@@ -399,8 +401,6 @@ def probe(worker: str) -> str:
 
 def remote_devices(workers: Sequence[str]) -> list[Device]:
     """The devices of this machine and of the workers. Raises BackendError."""
-    from .library import load
-
     engine = Engine(workers, CONNECT_SECONDS, Callbacks(load()))
     try:
         return engine.devices()

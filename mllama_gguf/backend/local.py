@@ -7,136 +7,24 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import RequestError
 from . import library
-from .library import Callbacks, Native
+from .callbacks import Callbacks
+from .library import Native
+from .types import Bytes, Device, DeviceMemory, Floats, HParams, Memory, Tap, TensorInfo
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 KvType = Literal["f32", "f16", "q8_0"]
-Tap = Callable[[str, Floats | None], bool]
 
 KV_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}
 _DEVICE_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
-
-
-@dataclass(frozen=True)
-class HParams:
-    """The shape of a model, as its file says. Lengths in values unless a unit is given; see mllama.h."""
-
-    n_layer: int
-    n_ctx_train: int  # tokens
-    n_embd: int
-    n_ff: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    rope_dim: int
-    rope_freq_base: float
-    rms_eps: float
-    vocab_size: int  # logits a token
-    n_token_embd: int  # rows of the embedding: the image token has one, and no logit
-    image_token_id: int
-    n_cross_layers: int
-    # vision; all 0 without a projector
-    n_vision_layer: int
-    n_vision_global_layer: int
-    vision_embd: int
-    vision_ff: int
-    vision_head: int
-    vision_eps: float
-    image_size: int  # pixels, side of a tile
-    patch_size: int  # pixels
-    max_tiles: int
-    n_positions: int
-    n_positions_padded: int
-    n_aspect_ratios: int
-    n_intermediate: int
-    cross_layers: tuple[int, ...]
-
-    @property
-    def has_vision(self) -> bool:
-        return self.n_vision_layer > 0
-
-
-@dataclass(frozen=True)
-class Device:
-    """A ggml device."""
-
-    name: str
-    description: str
-    type: str  # cpu, gpu, igpu or accel
-    memory_free: int  # bytes
-    memory_total: int  # bytes
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A weight and where it was put."""
-
-    name: str
-    type: str
-    ne: tuple[int, int, int, int]  # fastest first
-    n_bytes: int
-    device: str
-    is_vision: bool
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes that a model and its context hold on one device, or would hold.
-
-    mapped:   weights read in place from the file's pages, which the system may drop and read again
-    weights:  weights copied into the device's memory
-    self_kv:  the self-attention cache
-    cross_kv: of all pictures in the cache
-    compute:  the text compute buffers, which stay
-    vision:   the most that encoding a picture, or filling its cache, takes while it runs
-    staging:  this machine's memory while weights are copied, before any cache exists
-    """
-
-    device: str
-    mapped: int
-    weights: int
-    self_kv: int
-    cross_kv: int
-    compute: int
-    vision: int
-    staging: int
-
-    @property
-    def peak(self) -> int:
-        """The most at one time, without the mapped weights."""
-        running = self.self_kv + self.cross_kv + self.compute + self.vision
-        return self.weights + max(running, self.staging)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a model and its context hold; of all devices together by the names of `DeviceMemory`."""
-
-    devices: tuple[DeviceMemory, ...]  # the CPU is the first
-
-    @property
-    def self_kv(self) -> int:
-        return sum(device.self_kv for device in self.devices)
-
-    @property
-    def cross_kv(self) -> int:
-        return sum(device.cross_kv for device in self.devices)
-
-    @property
-    def compute(self) -> int:
-        return sum(device.compute for device in self.devices)
 
 
 def devices() -> list[Device]:

@@ -7,24 +7,18 @@ largest graphs as it would for real, and says how large its buffers would be.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError
 from ..words import parse_size
-from .library import Callbacks
-from .library import load as load_native
-from .local import Device, DeviceMemory, HParams, Memory, NativeContext, open_model
+from .measure import Measure, measuring
+from .types import Device, DeviceMemory, Memory
 
 # What "auto" leaves free on a device: for the driver, other programs, and what kernels take at run time.
 MARGIN_BYTES = 256 * 1024 * 1024
 MARGIN_SHARE = 0.05
-
-# (n_gpu_layers) -> what that takes, and the model's shape
-Measure = Callable[[int], tuple[Memory, HParams]]
-_CONTEXT_SETTINGS = ("n_batch", "n_threads", "type_k", "type_v", "flash_attn", "offload_kqv")
 
 
 @dataclass(frozen=True)
@@ -54,72 +48,6 @@ class Plan:
     def best(self) -> int | None:
         """The largest n_gpu_layers that fits; None: not even 0 does."""
         return max((s.n_gpu_layers for s in self.settings if s.fits), default=None)
-
-
-def measure(
-    model_path: str | os.PathLike[str],
-    mmproj_path: str | os.PathLike[str] | None,
-    *,
-    callbacks: Callbacks,
-    n_ctx: int | None,
-    n_tiles: Sequence[int] | None = None,
-    **settings: Any,
-) -> tuple[Memory, HParams]:
-    """What a model with a full context takes, in this process.
-
-    n_tiles:  of each picture in the cache; None: one picture with all its tiles
-    settings: those of `runtime.open_model` and `NativeContext`; without n_threads, what all CPUs take
-
-    Raises ModelError, RequestError, BackendError.
-    """
-    context_settings = {name: settings.pop(name) for name in _CONTEXT_SETTINGS if name in settings}
-    model = open_model(model_path, mmproj_path, callbacks=callbacks, no_alloc=True, **settings)
-    try:
-        h = model.hparams
-        n_ctx = min(n_ctx or h.n_ctx_train, h.n_ctx_train)
-        context = NativeContext(model, callbacks, n_ctx=n_ctx, **context_settings)
-        try:
-            if n_tiles is None:
-                n_tiles = [h.max_tiles] if h.has_vision else []
-            context.reserve(n_tiles)
-            return context.memory(), h
-        finally:
-            context.close()
-    finally:
-        model.close()
-
-
-@contextmanager
-def measuring(
-    model_path: str | os.PathLike[str],
-    mmproj_path: str | os.PathLike[str] | None = None,
-    *,
-    workers: Sequence[str] = (),
-    rpc_timeout: float = 300.0,
-    isolate: bool = False,
-    **settings: Any,
-) -> Iterator[tuple[Measure, list[Device]]]:
-    """A function that measures one n_gpu_layers, and the devices; with workers in a child process, which can
-    be lost. settings: those of `measure`."""
-    from .isolated import Engine
-
-    callbacks = Callbacks(load_native())
-    if not workers and not isolate:
-        from .local import devices
-
-        yield (
-            lambda n: measure(model_path, mmproj_path, callbacks=callbacks, n_gpu_layers=n, **settings),
-            devices(),
-        )
-        return
-    engine = Engine(workers, rpc_timeout, callbacks)
-    try:
-        yield (
-            lambda n: engine.measure(model_path, mmproj_path, n_gpu_layers=n, **settings),
-            engine.devices(),
-        )
-    finally:
-        engine.close()
 
 
 def make_plan(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeAlias, TypeVar
 
+from ..cpus import usable_cpus
 from ..errors import Aborted, BackendError, OutOfMemoryError
-from ..model import usable_cpus
 from ..vision.embedding import ImageEmbedding
 from ..vision.encoder import ImageEncoder
 from ..vision.preprocess import TiledImage

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import RequestError
-from ..model import DEFAULT_PROMPT, Mllama, Picture
+from ..model import DEFAULT_PROMPT, Mllama
 from ..text.sampling import SamplingOptions, grammar_of
+from ..vision.embedding import Picture
 from ..words import one_line
 
 

@@ -52,7 +52,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..backend.local import Device
+from ..backend.types import Device
 from ..errors import Aborted, ImageError
 from ..gguf.reader import GGUFFile, read_gguf
 from ..vision.embedding import ImageEmbedding

@@ -13,7 +13,7 @@ from ..words import show_size
 from .main import verbose_option
 
 if TYPE_CHECKING:
-    from ..backend.local import HParams
+    from ..backend.types import HParams
     from ..inspect.info import ModelInfo
 
 

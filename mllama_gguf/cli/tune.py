@@ -122,7 +122,7 @@ def _range(task: Task, s: dict[str, Any]) -> Range:
     from ..backend.isolated import parse_workers, remote_devices
     from ..backend.local import devices
     from ..backend.plan import make_plan, offload_devices
-    from ..model import default_threads, usable_cpus
+    from ..cpus import default_threads, usable_cpus
     from ..tune.search import BATCHES, Range
 
     workers = parse_workers(s["rpc_servers"]) if s["rpc_servers"] else ()

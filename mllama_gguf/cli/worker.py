@@ -36,7 +36,7 @@ def worker_command(host: str, port: int, devices: list[str] | None, threads: int
     from platformdirs import user_cache_path
 
     from ..backend.rpc import is_loopback, resolve, serve
-    from ..model import usable_cpus
+    from ..cpus import usable_cpus
 
     address = resolve(host)
     if not is_loopback(address):

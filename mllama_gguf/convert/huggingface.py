@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cpus import usable_cpus
 from ..errors import MllamaError
 from ..gguf.writer import Progress, cannot_write, check_outputs, counter, replacing, write_data
 from .checkpoint import Checkpoint
@@ -156,8 +157,6 @@ def convert(
     Files appear under their names only when all are complete. Raises `ModelError` for a checkpoint that is
     damaged or not supported, `MllamaError` when the output cannot be written.
     """
-    from ..model import usable_cpus
-
     floats: FloatType = next((t for t in FLOAT_TYPES if t == type), "bf16")
     vision = floats if vision_type is None else vision_type
     for given, known in ((type, TYPES), (vision, FLOAT_TYPES)):

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cpus import usable_cpus
 from ..errors import MllamaError, ModelError
 from ..gguf.reader import GGUFFile, TensorEntry, read_gguf
 from ..gguf.writer import (
@@ -224,8 +225,6 @@ def quantize(
         raise ValueError(f"type {type!r}: one of {', '.join(TARGETS)} is expected")
     if n_threads is not None and n_threads < 1:
         raise ValueError(f"n_threads is {n_threads}, expected 1 or more")
-    from ..model import usable_cpus
-
     path = Path(out_path)
     file = read_gguf(in_path)
     _check_input(file)

@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..backend.library import Callbacks
-from ..backend.local import Bytes, Floats, NativeContext
+from ..backend.callbacks import Callbacks
+from ..backend.local import NativeContext
+from ..backend.types import Bytes, Floats
 from ..cache.disk import PIECE, ImageCache
 from ..errors import Aborted, BackendError, ContextFullError, ImageError, ModelError, RequestError
 from ..vision.embedding import Encoding

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..backend import library as _native
-from ..backend.library import Callbacks
-from ..backend.local import HParams, NativeModel
-from ..backend.plan import measure
+from ..backend.callbacks import Callbacks
+from ..backend.local import NativeModel
+from ..backend.measure import measure
+from ..backend.types import HParams
 from ..errors import ModelError
 from ..gguf.reader import GGUFFile, read_gguf
 

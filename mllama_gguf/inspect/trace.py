@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ..backend.local import Floats
-from ..model import DEFAULT_PROMPT, Mllama, Picture
+from ..backend.types import Floats
+from ..model import DEFAULT_PROMPT, Mllama
+from ..vision.embedding import Picture
 
 # What ggml calls tensors that nobody named, and views of tensors that are shown already.
 _NAMELESS = re.compile(r"(node|leaf)_\d+$|.* \(")

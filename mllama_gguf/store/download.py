@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError
 from ..words import show_size
-from .ollama import Blob
+from .digests import CHUNK, Blob, TransferProgress
 
 if TYPE_CHECKING:
     import httpx
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # "download" or "verify", bytes done, bytes in all (0: not known)
-
-CHUNK = 1 << 20  # bytes
 ATTEMPTS = 5  # in a row without a byte won
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
 TIMEOUT = 30.0  # seconds for a connection, and between two pieces
@@ -85,7 +82,12 @@ def patiently(attempt: Callable[[], None], what: str) -> None:
 
 
 def download(
-    http: httpx.Client, url: str, target: Path, blob: Blob, partial: Path, progress: Progress | None = None
+    http: httpx.Client,
+    url: str,
+    target: Path,
+    blob: Blob,
+    partial: Path,
+    progress: TransferProgress | None = None,
 ) -> None:
     """Fetch `blob` from `url` to `target`; what comes first goes to `partial`, where a later call resumes.
 
@@ -124,7 +126,7 @@ class _Transfer:
     """The bytes of one blob on their way into `partial`, with the hash of what is there."""
 
     def __init__(
-        self, http: httpx.Client, url: str, blob: Blob, partial: Path, progress: Progress | None
+        self, http: httpx.Client, url: str, blob: Blob, partial: Path, progress: TransferProgress | None
     ) -> None:
         self._http, self._url, self._blob, self._partial = http, url, blob, partial
         self._progress = progress or (lambda phase, done, total: None)

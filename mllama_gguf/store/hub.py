@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import DownloadError, MllamaError, ModelError
 from ..words import one_line
-from .download import Dropped, Progress, check_space, patiently
-from .ollama import Blob
-from .references import HubRef, is_sha256
+from .digests import Blob, TransferProgress, is_sha256, sha256_of, stored_sha256
+from .download import Dropped, check_space, patiently
+from .references import HubRef
 
 if TYPE_CHECKING:
     import types
@@ -54,12 +54,6 @@ def cached(ref: HubRef) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def stored_sha256(path: Path) -> str | None:
-    """The digest that a path names: a blob of the hub's cache, or of Ollama's store, is called after it."""
-    name = path.resolve().name.removeprefix("sha256-")
-    return name if is_sha256(name) else None
-
-
 def ask(ref: HubRef) -> HubFile:
     """What the hub has under that name now. Raises DownloadError."""
     hub = _hub()
@@ -70,15 +64,13 @@ def ask(ref: HubRef) -> HubFile:
     return HubFile(found.commit_hash, found.size, found.etag if is_sha256(found.etag) else None)
 
 
-def fetch(ref: HubRef, blob: Blob | None = None, progress: Progress | None = None) -> Path:
+def fetch(ref: HubRef, blob: Blob | None = None, progress: TransferProgress | None = None) -> Path:
     """Download a file to the hub's cache and check its hash.
 
     blob: what it must be; None: what the hub says it is
 
     A file of another hash does not stay in the cache. Raises DownloadError.
     """
-    from .verify import sha256_of
-
     there = ask(ref)
     if blob is not None and there.sha256 not in (None, blob.sha256):
         raise DownloadError(

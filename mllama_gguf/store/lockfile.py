@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ..errors import ModelError
 from ..files import replacing
-from .ollama import Blob
-from .references import HubRef, OllamaRef, is_sha256
+from .digests import Blob, is_sha256
+from .references import HubRef, OllamaRef
 
 if sys.version_info >= (3, 11):
     import tomllib

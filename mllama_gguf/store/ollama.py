@@ -17,22 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllamaError, ModelError
-from .references import OllamaRef, is_sha256
+from .digests import Blob, is_sha256
+from .references import OllamaRef
 
 MEDIA_TYPE = "application/vnd.ollama.image."
 LARGEST_MANIFEST = 1 << 20  # bytes; real ones take one or two thousand
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file known by its content. size: bytes; None: not known."""
-
-    sha256: str
-    size: int | None
-
-    @property
-    def file_name(self) -> str:
-        return f"sha256-{self.sha256}"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from ..errors import DownloadError, ModelError
 from ..files import replacing
 from . import hub, ollama
-from .download import Dropped, Progress, check_space, check_status, client, download, patiently
+from .digests import Blob, TransferProgress
+from .download import Dropped, check_space, check_status, client, download, patiently
 from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
-from .ollama import Blob, Manifest
+from .ollama import Manifest
 from .references import HubRef, OllamaRef
 from .resolve import BUNDLED, ModelFiles, resolve
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import httpx
 
 
-def pull(name: str, progress: Progress | None = None) -> ModelFiles:
+def pull(name: str, progress: TransferProgress | None = None) -> ModelFiles:
     """Fetch what is missing of a model and say where its files are.
 
     name: as `resolve` takes, but no path
@@ -49,7 +50,7 @@ def _locked(name: str) -> LockedModel:
     return locked
 
 
-def _pull_locked(locked: LockedModel, progress: Progress | None) -> None:
+def _pull_locked(locked: LockedModel, progress: TransferProgress | None) -> None:
     if locked.source.startswith("ollama:"):
         _pull_blobs(locked.ollama_ref(), locked.files, progress)
         return
@@ -57,7 +58,7 @@ def _pull_locked(locked: LockedModel, progress: Progress | None) -> None:
         hub.fetch(locked.hub_ref(file), file.blob, progress)
 
 
-def _pull_from_hub(ref: HubRef, progress: Progress | None) -> None:
+def _pull_from_hub(ref: HubRef, progress: TransferProgress | None) -> None:
     locked = find_locked_file(ref)
     if locked is not None:
         _pull_locked(locked, progress)
@@ -65,7 +66,7 @@ def _pull_from_hub(ref: HubRef, progress: Progress | None) -> None:
         hub.fetch(ref, progress=progress)
 
 
-def _pull_tag(ref: OllamaRef, progress: Progress | None) -> None:
+def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     with client() as http:
         words = _manifest(http, ref)
     _pull_blobs(ref, _files(ollama.parse_manifest(words, _manifest_url(ref))), progress)
@@ -79,7 +80,7 @@ def _pull_tag(ref: OllamaRef, progress: Progress | None) -> None:
         raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
-def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: Progress | None) -> None:
+def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: TransferProgress | None) -> None:
     """Fetch to our store those blobs that are in none."""
     store = ollama.downloads()
     missing = [file for file in files if _find(file.blob) is None]

@@ -16,12 +16,6 @@ DEFAULT_TAG = "latest"
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}(:[0-9]{1,5})?")
 _LOOPBACK = re.compile(r"(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3})(:\d+)?")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def is_sha256(words: object) -> bool:
-    """64 lower-case hexadecimal digits."""
-    return isinstance(words, str) and _SHA256.fullmatch(words) is not None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .digests import stored_sha256
 
 BUNDLED = {"demo": Path(__file__).parents[1] / "data" / "demo.gguf"}
 
@@ -67,8 +68,6 @@ def resolve(
 
 
 def _from_path(path: Path) -> ModelFiles:
-    from .hub import stored_sha256
-
     sha256 = stored_sha256(path)
     return ModelFiles(str(path), path, sha256={path: sha256} if sha256 else {})
 
@@ -105,7 +104,7 @@ def _from_hub(words: str) -> ModelFiles:
     path = hub.cached(ref)
     if path is None:
         raise ModelError(f"{words} is not on this machine; fetch it: mllama pull {words}")
-    sha256 = hub.stored_sha256(path)
+    sha256 = stored_sha256(path)
     return ModelFiles(str(ref), path, sha256={path: sha256} if sha256 else {})
 
 

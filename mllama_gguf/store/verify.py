@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
-from .download import CHUNK, Progress
+from .digests import TransferProgress, sha256_of
 from .resolve import ModelFiles
 
 
@@ -25,23 +23,7 @@ class Verified:
         return self.actual == self.expected
 
 
-def sha256_of(path: Path, progress: Progress | None = None) -> str:
-    """The sha256 of a file, in hexadecimal. Raises ModelError if it cannot be read."""
-    digest, done = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress:
-                    progress("verify", done, total)
-    except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}") from e
-    return digest.hexdigest()
-
-
-def verify(files: ModelFiles, progress: Progress | None = None) -> list[Verified]:
+def verify(files: ModelFiles, progress: TransferProgress | None = None) -> list[Verified]:
     """Hash the files of a model. A file whose name tells no digest is looked for in models.lock.
 
     Raises ModelError if one cannot be read.
@@ -63,7 +45,7 @@ def verify(files: ModelFiles, progress: Progress | None = None) -> list[Verified
     return results
 
 
-def require_verified(files: ModelFiles, progress: Progress | None = None) -> None:
+def require_verified(files: ModelFiles, progress: TransferProgress | None = None) -> None:
     """Raises ModelError, naming the file, unless every file of a model is what it should be."""
     for result in verify(files, progress):
         if result.expected is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cpus import usable_cpus
 from ..files import write_whole
 from ..words import one_line
 
@@ -53,7 +54,6 @@ def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) 
     Raises OSError, BackendError.
     """
     from ..backend.local import devices
-    from ..model import usable_cpus
 
     words = [file_identity(path) for path in paths]
     machine = [usable_cpus(), *([d.name, d.description, d.type] for d in devices())]

@@ -7,12 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ImageError
+from .load import ImageSource
+from .preprocess import TiledImage
 
 if TYPE_CHECKING:
     from ..cache.disk import ImageCache
@@ -58,6 +60,10 @@ class ImageEmbedding:
     def __repr__(self) -> str:
         shape = list(self.states.shape)
         return f"ImageEmbedding({shape}, aspect_ratio_id={self.aspect_ratio_id}, key={self.key[:12]})"
+
+
+# A picture wherever one is taken.
+Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding"
 
 
 @dataclass(frozen=True, eq=False)

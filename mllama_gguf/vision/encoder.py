@@ -5,16 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-from ..backend.library import Callbacks
+from ..backend.callbacks import Callbacks
 from ..backend.local import NativeContext, NativeModel
 from ..errors import Aborted
-from .embedding import ImageEmbedding
+from .embedding import ImageEmbedding, Picture
 from .preprocess import TiledImage
-
-if TYPE_CHECKING:
-    from ..model import Picture
 
 
 class ImageEncoder:

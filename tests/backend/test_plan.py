@@ -13,16 +13,18 @@ import pytest
 from helpers import TinyFiles, picture
 
 from mllama_gguf import BackendError, Mllama, OutOfMemoryError, RequestError
-from mllama_gguf.backend.library import Callbacks, load
-from mllama_gguf.backend.local import Device, DeviceMemory, Memory, NativeContext, open_model
+from mllama_gguf.backend.callbacks import Callbacks
+from mllama_gguf.backend.library import load
+from mllama_gguf.backend.local import NativeContext, open_model
+from mllama_gguf.backend.measure import measure
 from mllama_gguf.backend.plan import (
     MARGIN_BYTES,
     device_limits,
     largest_fitting,
     make_plan,
-    measure,
     offload_devices,
 )
+from mllama_gguf.backend.types import Device, DeviceMemory, Memory
 from mllama_gguf.cli.main import run
 from mllama_gguf.convert.quantize import quantize
 from mllama_gguf.model import _step_down

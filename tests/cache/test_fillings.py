@@ -16,7 +16,8 @@ from golden_cases import case, tiled
 from helpers import TinyFiles, picture
 
 from mllama_gguf import Aborted, ImageEmbedding, Mllama, ModelError, RequestError
-from mllama_gguf.backend.library import Callbacks, load
+from mllama_gguf.backend.callbacks import Callbacks
+from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import NativeContext, NativeModel
 from mllama_gguf.cache.disk import ImageCache
 from mllama_gguf.convert.huggingface import convert

@@ -13,7 +13,7 @@ from golden_cases import case, tiled
 from helpers import TinyFiles, picture
 
 from mllama_gguf import BackendError, Mllama
-from mllama_gguf.backend.local import Floats
+from mllama_gguf.backend.types import Floats
 
 Files = Callable[[str], TinyFiles]
 

@@ -20,7 +20,7 @@ from golden_cases import case, tiled
 from helpers import TinyFiles, elsewhere
 
 from mllama_gguf import Aborted, BackendError, Mllama
-from mllama_gguf.backend.local import Floats
+from mllama_gguf.backend.types import Floats
 from mllama_gguf.cli.main import run
 
 ARCH = tiny.ARCHS["gqa"]

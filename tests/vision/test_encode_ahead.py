@@ -147,7 +147,7 @@ def test_threads_that_are_left(tiny_files: Files, monkeypatch: pytest.MonkeyPatc
         with Mllama(tiny_files("gqa").one, n_threads=n_threads) as model:
             assert model.n_threads == (n_threads or 1)  # a small model
             for cpus in (1, 2, 3, 16):
-                monkeypatch.setattr("mllama_gguf.model.usable_cpus", lambda cpus=cpus: cpus)
+                monkeypatch.setattr("mllama_gguf.cpus.usable_cpus", lambda cpus=cpus: cpus)
                 found[n_threads, cpus] = model.encoder_threads
                 with model.image_encoder() as encoder:
                     assert encoder.n_threads == max(1, model.encoder_threads)
@@ -276,7 +276,7 @@ def batch(tmp_path: Path, tiny_files: Files) -> Batch:
 
 
 def cpus(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    monkeypatch.setattr("mllama_gguf.model.usable_cpus", lambda: n)
+    monkeypatch.setattr("mllama_gguf.cpus.usable_cpus", lambda: n)
 
 
 def test_records_are_the_same(photos: list[str], batch: Batch, calls: list[str]) -> None:
