@@ -42,3 +42,7 @@ class RequestError(MllamaError, ValueError):
 class BusyError(MllamaError, RuntimeError):
     """One object used from two threads at once, or while one of its own callbacks runs; open one for each
     thread."""
+
+
+class CopyError(MllamaError, TypeError):
+    """An object that holds memory, threads or devices of its process was to be copied or pickled."""

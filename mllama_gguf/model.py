@@ -29,6 +29,7 @@ from .decode import openai
 from .decode.reply import Reply, ReplyOptions
 from .decode.session import Session
 from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
+from .handles import OneProcess
 from .store.resolve import resolve
 from .text.chat import ChatTemplate
 from .text.sampling import SamplingOptions, grammar_of
@@ -49,7 +50,7 @@ EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
 _FILLER = re.compile(r"blk\.\d+\.cross_attn_(k_proj|v_proj|k_norm)\.weight")
 
 
-class Mllama:
+class Mllama(OneProcess):
     """A Llama 3.2 Vision model that answers about pictures.
 
         with Mllama("text.gguf", "mmproj.gguf") as model:
@@ -678,8 +679,9 @@ class Mllama:
 
     def close(self) -> None:
         """Free the model and its caches. Closing twice is fine. Raises BusyError while another thread
-        computes."""
-        if self._closed:
+        computes. In a forked process nothing is freed."""
+        if self._closed or self.is_inherited:
+            self._closed = True
             return
         with self._exclusive():
             with suppress(MllamaError):  # a device was lost
@@ -703,6 +705,7 @@ class Mllama:
         return f"Mllama({str(self.model_path)!r}{', closed' if self._closed else ''})"
 
     def _check_open(self) -> None:
+        self.check_process()
         if self._closed:
             raise MllamaError(f"{self.model_path.name}: this Mllama is closed")
 
@@ -713,6 +716,7 @@ class Mllama:
         changes: the conversation in the caches becomes another one
         turn:    the conversation that must still be the one in the caches
         """
+        self.check_process()
         if not self._lock.acquire(blocking=False):
             raise BusyError(
                 "this Mllama is in use, by another thread or a callback; open one for each thread"

@@ -66,7 +66,6 @@ def ours(files: tuple[Path, Path], threads: int) -> Callable[[np.ndarray[Any, An
     context = NativeContext(model, callbacks, n_ctx=64, n_threads=threads)
 
     def encode(pixels: np.ndarray[Any, Any], ratio: int, tiles: int) -> np.ndarray[Any, Any]:
-        assert model.pointer  # the context needs the model, and does not hold it
         return context.encode(pixels[:tiles], ratio)
 
     return encode

@@ -23,12 +23,12 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ..errors import Aborted, BackendError, MllamaError, RequestError
+from ..handles import OneProcess, finalize
 from .callbacks import Callbacks
 from .library import load
 from .local import NativeContext, NativeModel
@@ -63,7 +63,7 @@ def parse_workers(servers: str | Sequence[str]) -> tuple[str, ...]:
     return workers
 
 
-class Engine:
+class Engine(OneProcess):
     """Opens a model and a context in a child process, and again in a new one after a loss.
 
     epoch: counts the processes; another number means that all caches are gone
@@ -127,13 +127,14 @@ class Engine:
         self._end()
 
     def _running(self) -> _Process:
+        self.check_process()
         if self._closed:
             raise MllamaError("this engine is closed")
         if self._process is not None:
             return self._process
         self.epoch += 1
         process = self._process = _Process()
-        weakref.finalize(self, process.kill)
+        finalize(self, process.kill)
         try:
             level = logging.getLogger("mllama_gguf").getEffectiveLevel()
             self._ask(process, "", "start", (self._workers, level), {})
@@ -168,7 +169,7 @@ class Engine:
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and not self.is_inherited:
             process.kill()
 
     def _blame(self, words: str) -> NoReturn:
@@ -183,7 +184,7 @@ class Engine:
         raise BackendError(f"{words}; the next call starts anew") from None
 
 
-class IsolatedModel:
+class IsolatedModel(OneProcess):
     """`NativeModel` of an engine."""
 
     def __init__(self, engine: Engine) -> None:
@@ -198,7 +199,7 @@ class IsolatedModel:
         return _forward(self._engine, "model", NativeModel, name)
 
 
-class IsolatedContext:
+class IsolatedContext(OneProcess):
     """`NativeContext` of an engine."""
 
     def __init__(self, engine: Engine) -> None:

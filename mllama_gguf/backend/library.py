@@ -12,6 +12,7 @@ process-wide log callback that llama_cpp sets when it is imported.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -82,6 +83,14 @@ _loaded: Native | None = None
 _loading = threading.Lock()
 
 
+def _unlock_in_child() -> None:
+    global _loading
+    _loading = threading.Lock()  # the thread that held it is not in the forked process
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
 def load() -> Native:
     """Load llama.cpp's libraries and libmllama; at once after the first time.
 
@@ -124,12 +133,25 @@ def _load() -> Native:
             f"run: {_REINSTALL}"
         )
 
+    _end_pool_before_fork(path)
     log = _Log()
     llama_callback = llama.llama_log_callback(lambda level, text, _: log(level, text))
     llama.llama_log_set(llama_callback, None)
     callback = ffi.callback("mllama_log_callback", lambda level, text, _: log(level, ffi.string(text)))
     lib.mllama_log_set(callback, ffi.NULL)  # after llama.cpp's, which sets ggml's callback too
     return Native(ffi, lib, path, (llama_callback, callback))
+
+
+def _end_pool_before_fork(library: Path) -> None:
+    """Let a forked process compute with objects of its own. OpenMP, by which ggml may start its threads,
+    keeps them for the next computation of the same thread. In the forked process it would wait for them for
+    ever: they stay in the parent."""
+    try:
+        end_pool = ctypes.CDLL(str(library)).omp_pause_resource_all  # found in what libmllama is linked with
+    except (OSError, AttributeError):
+        return
+    soft = 1  # omp_pause_soft: settings stay
+    os.register_at_fork(before=lambda: end_pool(soft))
 
 
 def declarations(header: str) -> str:

@@ -6,7 +6,6 @@ One method for one C function and no decisions; those are in `session` and `mode
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import RequestError
+from ..handles import Handle, OneProcess
 from . import library
 from .callbacks import Callbacks
 from .library import Native
@@ -55,8 +55,8 @@ def device_index(name: str) -> int:
     raise RequestError(f"no device {name!r}; there are: {', '.join(names)}")
 
 
-class NativeModel:
-    """`mllama_model`: the weights. Close it after every context made from it."""
+class NativeModel(OneProcess):
+    """`mllama_model`: the weights. Contexts made from it keep them in memory until they are closed too."""
 
     def __init__(
         self,
@@ -102,35 +102,40 @@ class NativeModel:
         mmproj = ffi.NULL if mmproj_path is None else ffi.new("char[]", os.fsencode(mmproj_path))
         status = lib.mllama_model_load(os.fsencode(text_path), mmproj, params, out)
         if status == library.OK:
-            self.pointer = out[0]
-            # Runs at exit too, before Python takes the callbacks away.
-            self.close = weakref.finalize(self, lib.mllama_model_free, self.pointer)
+            self.handle = Handle("this model", out[0], lib.mllama_model_free)
             # C holds the callbacks as long as the model lives.
             self._callbacks = callbacks
         _raise(self.native, callbacks, status)
 
-        hparams = lib.mllama_model_hparams(self.pointer)
+        hparams = lib.mllama_model_hparams(out[0])
         values = {f.name: getattr(hparams, f.name) for f in fields(HParams) if f.name != "cross_layers"}
-        layers = lib.mllama_model_cross_layers(self.pointer)
+        layers = lib.mllama_model_cross_layers(out[0])
         self.hparams = HParams(**values, cross_layers=tuple(layers[i] for i in range(hparams.n_cross_layers)))
 
     @property
     def layout(self) -> str:
         """How the files are laid out: canonical, A, B, text only or unknown, see mllama.h."""
-        return self.native.text(self.native.lib.mllama_model_layout(self.pointer))
+        with self.handle as pointer:
+            return self.native.text(self.native.lib.mllama_model_layout(pointer))
 
     @property
     def repairs(self) -> tuple[str, ...]:
         """What loading puts right or fills in, a line each."""
         repairs: list[str] = []
-        while line := self.native.text(self.native.lib.mllama_model_repair(self.pointer, len(repairs))):
-            repairs.append(line)
+        with self.handle as pointer:
+            while line := self.native.text(self.native.lib.mllama_model_repair(pointer, len(repairs))):
+                repairs.append(line)
         return tuple(repairs)
 
     @property
     def size(self) -> int:
         """Bytes of all weights."""
-        return int(self.native.lib.mllama_model_size(self.pointer))
+        with self.handle as pointer:
+            return int(self.native.lib.mllama_model_size(pointer))
+
+    def close(self) -> None:
+        """Free it, or let the last of its contexts do so. Twice is fine."""
+        self.handle.close()
 
     def devices(self) -> list[Device]:
         """All devices of the process."""
@@ -139,16 +144,17 @@ class NativeModel:
     def tensors(self) -> Iterator[TensorInfo]:
         """All weights."""
         info = self.native.ffi.new("mllama_tensor_info *")
-        for index in range(self.native.lib.mllama_model_n_tensors(self.pointer)):
-            self.native.check(self.native.lib.mllama_model_tensor(self.pointer, index, info))
-            yield TensorInfo(
-                self.native.text(info.name),
-                self.native.text(info.type),
-                tuple(info.ne),
-                info.n_bytes,
-                self.native.text(info.device),
-                info.is_vision,
-            )
+        with self.handle as pointer:
+            for index in range(self.native.lib.mllama_model_n_tensors(pointer)):
+                self.native.check(self.native.lib.mllama_model_tensor(pointer, index, info))
+                yield TensorInfo(
+                    self.native.text(info.name),
+                    self.native.text(info.type),
+                    tuple(info.ne),
+                    info.n_bytes,
+                    self.native.text(info.device),
+                    info.is_vision,
+                )
 
 
 def open_model(
@@ -174,7 +180,7 @@ def open_model(
     )
 
 
-class NativeContext:
+class NativeContext(OneProcess):
     """`mllama_context`: the caches and the computation.
 
     epoch: another number once the caches were lost with their process; never, here (see `engine`)
@@ -209,39 +215,47 @@ class NativeContext:
         params.offload_kqv = offload_kqv
         params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
         out = ffi.new("mllama_context **")
-        status = lib.mllama_context_new(model.pointer, params, out)
-        if status == library.OK:
-            self.pointer = out[0]
-            self.close = weakref.finalize(self, lib.mllama_context_free, self.pointer)
+        with model.handle as pointer:
+            status = lib.mllama_context_new(pointer, params, out)
+            if status == library.OK:
+                self.handle = Handle("this model", out[0], lib.mllama_context_free, needs=model.handle)
         _raise(self.native, callbacks, status)
 
     @property
     def n_ctx(self) -> int:
         """Most tokens."""
-        return int(self.native.lib.mllama_n_ctx(self.pointer))
+        with self.handle as pointer:
+            return int(self.native.lib.mllama_n_ctx(pointer))
+
+    def close(self) -> None:
+        """Free it, or let the thread that uses it do so when it is done. Twice is fine."""
+        self.handle.close()
 
     @property
     def n_past(self) -> int:
         """Tokens in the self-attention cache."""
-        return int(self.native.lib.mllama_n_past(self.pointer))
+        with self.handle as pointer:
+            return int(self.native.lib.mllama_n_past(pointer))
 
     def memory(self) -> Memory:
         """Bytes in use now."""
         memory = self.native.ffi.new("mllama_memory *")
         names = [f.name for f in fields(DeviceMemory) if f.name != "device"]
         devices = []
-        for index in range(self.native.lib.mllama_memory_count(self.pointer)):
-            self.native.check(self.native.lib.mllama_memory_usage(self.pointer, index, memory))
-            sizes = {name: getattr(memory, name) for name in names}
-            devices.append(DeviceMemory(self.native.text(memory.device), **sizes))
+        with self.handle as pointer:
+            for index in range(self.native.lib.mllama_memory_count(pointer)):
+                self.native.check(self.native.lib.mllama_memory_usage(pointer, index, memory))
+                sizes = {name: getattr(memory, name) for name in names}
+                devices.append(DeviceMemory(self.native.text(memory.device), **sizes))
         return Memory(tuple(devices))
 
     def reserve(self, n_tiles: Sequence[int]) -> None:
         """Make room for a full context and one group of pictures with these tiles; of a model opened with
         no_alloc, measure it. Raises OutOfMemoryError."""
         tiles = self.native.ffi.new("int32_t[]", list(n_tiles) or 1)
-        status = self.native.lib.mllama_reserve(self.pointer, len(n_tiles), tiles)
-        _raise(self.native, self._callbacks, status)
+        with self.handle as pointer:
+            status = self.native.lib.mllama_reserve(pointer, len(n_tiles), tiles)
+            _raise(self.native, self._callbacks, status)
 
     def encode(self, pixels: Floats, aspect_ratio_id: int) -> Floats:
         """pixels float32 [n_tiles, 3, image_size, image_size] -> states float32 [n_tiles, n_positions,
@@ -250,10 +264,11 @@ class NativeContext:
         n_tiles = len(pixels)
         pixels = np.ascontiguousarray(pixels, np.float32)
         states = np.empty((n_tiles, h.n_positions, h.n_embd), np.float32)
-        status = self.native.lib.mllama_encode(
-            self.pointer, self._floats(pixels), n_tiles, aspect_ratio_id, self._floats(states)
-        )
-        _raise(self.native, self._callbacks, status)
+        with self.handle as pointer:
+            status = self.native.lib.mllama_encode(
+                pointer, self._floats(pixels), n_tiles, aspect_ratio_id, self._floats(states)
+            )
+            _raise(self.native, self._callbacks, status)
         return states
 
     def image_fill(self, states: Sequence[Floats | int]) -> int:
@@ -264,52 +279,58 @@ class NativeContext:
         pointers = ffi.new("float *[]", [ffi.NULL if a is None else self._floats(a) for a in arrays])
         n_tiles = ffi.new("int32_t[]", [s if isinstance(s, int) else len(s) for s in states])
         slot = ffi.new("int32_t *")
-        status = self.native.lib.mllama_image_fill(self.pointer, len(arrays), pointers, n_tiles, slot)
-        try:
-            _raise(self.native, self._callbacks, status)
-        except BaseException:
-            if status == library.OK:  # a callback failed: nobody will hear of the slot
-                self.image_free(slot[0])
-            raise
+        with self.handle as pointer:
+            status = self.native.lib.mllama_image_fill(pointer, len(arrays), pointers, n_tiles, slot)
+            try:
+                _raise(self.native, self._callbacks, status)
+            except BaseException:
+                if status == library.OK:  # a callback failed: nobody will hear of the slot
+                    self.image_free(slot[0])
+                raise
         return int(slot[0])
 
     def image_mapped_size(self, n_tiles: int) -> int:
         """How many bytes `image_map` wants of a picture with so many tiles; 0: it cannot be."""
-        return int(self.native.lib.mllama_image_mapped_size(self.pointer, n_tiles))
+        with self.handle as pointer:
+            return int(self.native.lib.mllama_image_mapped_size(pointer, n_tiles))
 
     def image_map(self, n_tiles: int, path: Path, offset: int) -> int:
         """Put one picture into a new slot that has the bytes of a file, as `image_get` gives them, from there
         on. Raises ModelError for a file that is not there or too short."""
         slot = self.native.ffi.new("int32_t *")
-        status = self.native.lib.mllama_image_map(self.pointer, n_tiles, os.fsencode(path), offset, slot)
-        self.native.check(status)
+        with self.handle as pointer:
+            self.native.check(
+                self.native.lib.mllama_image_map(pointer, n_tiles, os.fsencode(path), offset, slot)
+            )
         return int(slot[0])
 
     def image_free(self, slot: int) -> None:
         """Give a slot back."""
-        self.native.check(self.native.lib.mllama_image_free(self.pointer, slot))
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_image_free(pointer, slot))
 
     def image_size(self, slot: int, image: int) -> int:
         """How many bytes `image_get` gives of a slot's picture, counted from 0 in its group."""
         n_bytes = self.native.ffi.new("uint64_t *")
-        self.native.check(self.native.lib.mllama_image_size(self.pointer, slot, image, n_bytes))
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_image_size(pointer, slot, image, n_bytes))
         return int(n_bytes[0])
 
     def image_get(self, slot: int, image: int, offset: int, n_bytes: int) -> Bytes:
         """Some bytes of what a slot holds of a picture: uint8 [n_bytes]."""
         data = np.empty(n_bytes, np.uint8)
-        status = self.native.lib.mllama_image_get(
-            self.pointer, slot, image, offset, n_bytes, self.native.ffi.from_buffer(data)
-        )
-        self.native.check(status)
+        buffer = self.native.ffi.from_buffer(data)
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_image_get(pointer, slot, image, offset, n_bytes, buffer))
         return data
 
     def image_set(self, slot: int, image: int, offset: int, data: Bytes) -> None:
         """Put them into another slot."""
-        status = self.native.lib.mllama_image_set(
-            self.pointer, slot, image, offset, data.nbytes, self.native.ffi.from_buffer(data)
-        )
-        self.native.check(status)
+        buffer = self.native.ffi.from_buffer(data)
+        with self.handle as pointer:
+            self.native.check(
+                self.native.lib.mllama_image_set(pointer, slot, image, offset, data.nbytes, buffer)
+            )
 
     def decode(
         self,
@@ -325,44 +346,48 @@ class NativeContext:
         rows = {"none": 0, "last": 1, "all": len(tokens)}[logits]
         mode = {"none": 0, "last": 1, "all": 2}[logits]
         out = np.empty((rows, self.hparams.vocab_size), np.float32)
-        status = self.native.lib.mllama_decode(
-            self.pointer,
-            self.native.ffi.new("int32_t[]", list(tokens)),
-            len(tokens),
-            slot,
-            n_visible,
-            mode,
-            self._floats(out) if rows else self.native.ffi.NULL,
-            out.size,
-        )
-        _raise(self.native, self._callbacks, status)
+        with self.handle as pointer:
+            status = self.native.lib.mllama_decode(
+                pointer,
+                self.native.ffi.new("int32_t[]", list(tokens)),
+                len(tokens),
+                slot,
+                n_visible,
+                mode,
+                self._floats(out) if rows else self.native.ffi.NULL,
+                out.size,
+            )
+            _raise(self.native, self._callbacks, status)
         return out
 
     def truncate(self, n_past: int) -> None:
         """Keep the first n_past tokens."""
-        self.native.check(self.native.lib.mllama_truncate(self.pointer, n_past))
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_truncate(pointer, n_past))
 
     def past_size(self, n_tokens: int) -> int:
         """How many bytes `past_get` gives."""
-        return int(self.native.lib.mllama_past_size(self.pointer, n_tokens))
+        with self.handle as pointer:
+            return int(self.native.lib.mllama_past_size(pointer, n_tokens))
 
     def past_get(self, n_tokens: int) -> Bytes:
         """What the first tokens left in the self-attention cache: uint8 [past_size]."""
         data = np.empty(self.past_size(n_tokens), np.uint8)
-        from_buffer = self.native.ffi.from_buffer
-        status = self.native.lib.mllama_past_get(self.pointer, n_tokens, data.nbytes, from_buffer(data))
-        self.native.check(status)
+        buffer = self.native.ffi.from_buffer(data)
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_past_get(pointer, n_tokens, data.nbytes, buffer))
         return data
 
     def past_set(self, n_tokens: int, data: Bytes) -> None:
         """Let the self-attention cache hold these tokens, and no others."""
-        from_buffer = self.native.ffi.from_buffer
-        status = self.native.lib.mllama_past_set(self.pointer, n_tokens, data.nbytes, from_buffer(data))
-        self.native.check(status)
+        buffer = self.native.ffi.from_buffer(data)
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_past_set(pointer, n_tokens, data.nbytes, buffer))
 
     def clear(self) -> None:
         """Forget tokens and pictures."""
-        self.native.lib.mllama_clear(self.pointer)
+        with self.handle as pointer:
+            self.native.lib.mllama_clear(pointer)
 
     @contextmanager
     def tap(self, callback: Tap) -> Iterator[None]:
@@ -385,11 +410,12 @@ class NativeContext:
             return False
 
         c_callback = ffi.callback("mllama_tap_callback", on_tensor, onerror=self._callbacks.on_error)
-        lib.mllama_set_tap(self.pointer, c_callback, ffi.NULL)
-        try:
-            yield
-        finally:
-            lib.mllama_set_tap(self.pointer, ffi.NULL, ffi.NULL)
+        with self.handle as pointer:
+            lib.mllama_set_tap(pointer, c_callback, ffi.NULL)
+            try:
+                yield
+            finally:
+                lib.mllama_set_tap(pointer, ffi.NULL, ffi.NULL)
 
     def _floats(self, array: Floats) -> Any:
         """float * to a C-contiguous array, which must outlive it."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..handles import OneProcess
 from ..text.sampling import Sampler, SamplingOptions
 from ..text.stream import TextStream
 from ..text.vocab import Vocab
@@ -54,7 +55,7 @@ class ReplyOptions:
     stops: tuple[str, ...]
 
 
-class Reply:
+class Reply(OneProcess):
     """One reply: an iterator of pieces of text, of which `stats` tells the rest.
 
     exclusive: gives the sole use of the session for one step; its argument says whether the step begins a new

@@ -19,6 +19,7 @@ from ..backend.local import NativeContext
 from ..backend.types import Bytes, Floats
 from ..cache.disk import PIECE, ImageCache
 from ..errors import Aborted, BackendError, ContextFullError, ImageError, ModelError, RequestError
+from ..handles import OneProcess
 from ..vision.embedding import Encoding
 from .runs import Run, common_prefix, drop_first, split_runs, visible_keys
 
@@ -30,7 +31,7 @@ UNFINISHED = ()
 POLL_SECONDS = 0.05  # how often it is asked whether to stop
 
 
-class Session:
+class Session(OneProcess):
     """Feeds prompts and single tokens to a context. Not thread-safe."""
 
     def __init__(

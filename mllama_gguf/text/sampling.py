@@ -6,7 +6,6 @@ import ctypes
 import json
 import math
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError
+from ..handles import OneProcess, finalize
 from .vocab import Vocab
 
 REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on, as in llama.cpp
@@ -102,7 +102,7 @@ def grammar_of(response_format: Mapping[str, Any] | None, grammar: str | None) -
         ) from e
 
 
-class Sampler:
+class Sampler(OneProcess):
     """Chooses the tokens of one reply. Not thread-safe."""
 
     def __init__(
@@ -122,16 +122,17 @@ class Sampler:
 
         self._grammar = None
         if options.grammar is not None:
-            self._grammar = llama.llama_sampler_init_grammar(
-                vocab.pointer, options.grammar.encode("utf-8"), b"root"
-            )
+            with vocab.handle as pointer:
+                self._grammar = llama.llama_sampler_init_grammar(
+                    pointer, options.grammar.encode("utf-8"), b"root"
+                )
             if not self._grammar:
                 raise RequestError("the grammar is not valid GBNF")
-            weakref.finalize(self, llama.llama_sampler_free, self._grammar)
+            finalize(self, llama.llama_sampler_free, self._grammar)
             self._vocab = vocab  # the grammar holds a pointer to it
 
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        weakref.finalize(self, llama.llama_sampler_free, self._chain)
+        finalize(self, llama.llama_sampler_free, self._chain)
         for part in self._parts(vocab_size):
             llama.llama_sampler_chain_add(self._chain, part)
         for token in prompt[-REPEAT_WINDOW:]:

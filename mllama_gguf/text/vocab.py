@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 from ..backend import library as _native
 from ..errors import ModelError, RequestError
 from ..gguf.reader import read_gguf
+from ..handles import Handle, OneProcess
 
 
-class Vocab:
+class Vocab(OneProcess):
     """The vocabulary of a text file. Thread-safe: nothing changes after loading.
 
     bos, eos: token ids, -1 if the file names none
@@ -48,16 +48,15 @@ class Vocab:
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if model is None:
             raise ModelError(f"{path}: its vocabulary cannot be read; was the file made for mllama?")
-        self._model = model
-        self.close = weakref.finalize(self, llama.llama_model_free, model)
-        self.pointer = llama.llama_model_get_vocab(model)
+        pointer = llama.llama_model_get_vocab(model)
+        self.handle = Handle("this vocabulary", pointer, lambda _: llama.llama_model_free(model))
 
-        self.n_tokens = int(llama.llama_vocab_n_tokens(self.pointer))
-        self.bos = int(llama.llama_vocab_bos(self.pointer))
-        self.eos = int(llama.llama_vocab_eos(self.pointer))
+        self.n_tokens = int(llama.llama_vocab_n_tokens(pointer))
+        self.bos = int(llama.llama_vocab_bos(pointer))
+        self.eos = int(llama.llama_vocab_eos(pointer))
         named = self.metadata.get("tokenizer.ggml.eos_token_ids", [])
         self.stop_ids = frozenset(int(i) for i in named if 0 <= i < self.n_tokens) | frozenset(
-            i for i in range(self.n_tokens) if llama.llama_vocab_is_eog(self.pointer, i)
+            i for i in range(self.n_tokens) if llama.llama_vocab_is_eog(pointer, i)
         )
         if not self.stop_ids:
             raise ModelError(
@@ -65,6 +64,10 @@ class Vocab:
             )
         template = self.metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) and template.strip() else None
+
+    def close(self) -> None:
+        """Free it, or let the last thread that uses it do so. Twice is fine."""
+        self.handle.close()
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
         """Text to token ids.
@@ -76,7 +79,8 @@ class Vocab:
         size = len(data) + 2
         for _ in range(2):
             buffer = (self._llama.llama_token * size)()
-            n = self._llama.llama_tokenize(self.pointer, data, len(data), buffer, size, add_bos, special)
+            with self.handle as pointer:
+                n = self._llama.llama_tokenize(pointer, data, len(data), buffer, size, add_bos, special)
             if n >= 0:
                 return list(buffer[:n])
             size = -n
@@ -93,7 +97,8 @@ class Vocab:
         size = 64
         for _ in range(2):
             buffer = ctypes.create_string_buffer(size)
-            n = self._llama.llama_token_to_piece(self.pointer, token, buffer, size, 0, special)
+            with self.handle as pointer:
+                n = self._llama.llama_token_to_piece(pointer, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n

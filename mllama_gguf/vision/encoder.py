@@ -9,11 +9,12 @@ from types import TracebackType
 from ..backend.callbacks import Callbacks
 from ..backend.local import NativeContext, NativeModel
 from ..errors import Aborted
+from ..handles import OneProcess
 from .embedding import ImageEmbedding, Picture
 from .preprocess import TiledImage
 
 
-class ImageEncoder:
+class ImageEncoder(OneProcess):
     """Encodes pictures in one thread while the `Mllama` that made it answers in another.
 
         with model.image_encoder() as encoder:
@@ -55,6 +56,7 @@ class ImageEncoder:
     def encode(self, image: Picture) -> ImageEmbedding:
         """As `Mllama.encode_image`, without its progress. Raises what that raises; Aborted after `stop`
         too."""
+        self.check_process()
         with self._lock:
             if self.stopped:
                 raise Aborted("this image encoder was stopped")
@@ -63,6 +65,7 @@ class ImageEncoder:
     def needs(self, image: TiledImage) -> bool:
         """Whether an answer about the picture takes its states: not if what the text model makes of them is
         on disk."""
+        self.check_process()
         return self._needs(image)
 
     @property
@@ -77,6 +80,8 @@ class ImageEncoder:
     def close(self) -> None:
         """Stop, wait for what runs, and free the context. Closing twice is fine."""
         self.stop()
+        if self.is_inherited:
+            return
         with self._lock:
             self._context.close()
 

@@ -449,10 +449,10 @@ def test_bytes_that_are_none(
     buffer = ffi.new("char[]", size)
     at, n = (size if value == "size" else value for value in (offset, n_bytes))
     for copy in (lib.mllama_image_get, lib.mllama_image_set):
-        with pytest.raises(RequestError):
-            context.native.check(copy(context.pointer, slot, image, at, n, buffer))
-        with pytest.raises(RequestError):
-            context.native.check(copy(context.pointer, 0, 0, 0, 1, ffi.NULL))
+        with pytest.raises(RequestError), context.handle as pointer:
+            context.native.check(copy(pointer, slot, image, at, n, buffer))
+        with pytest.raises(RequestError), context.handle as pointer:
+            context.native.check(copy(pointer, 0, 0, 0, 1, ffi.NULL))
     context.image_free(0)
     with pytest.raises(RequestError, match="no image 0 in slot 0"):
         context.image_size(0, 0)
