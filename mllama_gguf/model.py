@@ -32,7 +32,8 @@ from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryE
 from .handles import OneProcess
 from .store.resolve import resolve
 from .text.chat import ChatTemplate
-from .text.sampling import SamplingOptions, grammar_of
+from .text.grammar import grammar_of
+from .text.sampling import SamplingOptions
 from .text.stream import stop_list
 from .text.vocab import Vocab
 from .vision.embedding import EmbeddingStore, Encoding, ImageEmbedding, Picture
@@ -556,9 +557,9 @@ class Mllama(OneProcess):
           max_tokens:      most tokens of the reply; None: until n_ctx is full (the default)
           temperature:     0 (the default): always the likeliest token
           top_k, top_p, min_p, repeat_penalty, seed: as in `SamplingOptions`
-          stop:            a string, or some, that end the reply and are not shown
-          response_format: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema":
-                           {...}}}
+          stop:            a string, or some, that end the reply and are not shown; they do not end JSON
+          response_format: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}},
+                           {"type": "regex", "regex": ...} and others: see `text.grammar.grammar_of`
           grammar:         GBNF that the reply must follow
 
         What the caches hold already, of this conversation or the last one, is not computed again. Everything

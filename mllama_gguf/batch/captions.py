@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import RequestError
 from ..model import DEFAULT_PROMPT, Mllama
-from ..text.sampling import SamplingOptions, grammar_of
+from ..text.grammar import grammar_of
+from ..text.sampling import SamplingOptions
 from ..vision.embedding import Picture
 from ..words import one_line
 
@@ -39,14 +40,14 @@ class CaptionOptions:
     def __post_init__(self) -> None:
         if self.schema is not None and (self.prefix or self.suffix):
             raise RequestError("a JSON schema leaves no room for prefix and suffix")
-        SamplingOptions(self.temperature, seed=self.seed, grammar=self.grammar)
+        SamplingOptions(self.temperature, seed=self.seed, grammar=grammar_of(self.response_format, None))
 
-    @cached_property
-    def grammar(self) -> str | None:
-        """GBNF of the schema, made once."""
+    @property
+    def response_format(self) -> dict[str, Any] | None:
+        """For `create_chat_completion`."""
         if self.schema is None:
             return None
-        return grammar_of({"type": "json_schema", "json_schema": {"schema": self.schema}}, None)
+        return {"type": "json_schema", "json_schema": {"schema": self.schema}}
 
     @cached_property
     def _validator(self) -> Any:
@@ -93,7 +94,7 @@ def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> C
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        grammar=options.grammar,
+        response_format=options.response_format,
     )
     choice, usage = reply["choices"][0], reply["usage"]
     text, finish_reason = choice["message"]["content"], choice["finish_reason"]

@@ -115,7 +115,7 @@ def caption_command(
                     max_tokens=max_tokens,
                     temperature=temperature,
                     seed=seed,
-                    grammar=options.grammar,
+                    response_format=options.response_format,
                 )
             except ImageError as e:
                 click.echo(f"Error: {e}", err=True)

@@ -22,8 +22,8 @@ FinishReason = Literal["stop", "length"]
 class Stats:
     """What a reply took. Complete once the reply has ended.
 
-    finish_reason: "stop": the model ended its turn, or a stop string came; "length": max_tokens, or n_ctx is
-                   full
+    finish_reason: "stop": the model ended its turn, the grammar lets nothing follow, or a stop string came;
+                   "length": max_tokens, or n_ctx is full
     cached_tokens: how many of the prompt's tokens were in the cache already
     seconds:       encode: pictures to states; prompt: up to the first logits; decode: everything after,
                    but for what is written to disk
@@ -85,7 +85,8 @@ class Reply(OneProcess):
 
     def __iter__(self) -> Iterator[str]:
         stats, session = self.stats, self._session
-        text = TextStream(self._options.stops)
+        grammar = self._options.sampling.grammar
+        text = TextStream(() if grammar is not None and grammar.is_json else self._options.stops)
 
         clock = time.perf_counter
         with self._exclusive(True):
@@ -112,7 +113,7 @@ class Reply(OneProcess):
                 else:
                     stats.completion_tokens += 1
                     piece = text.feed(self._vocab.piece(token))
-                    if text.stopped:
+                    if text.stopped or self._sampler.finished:
                         stats.finish_reason = "stop"
                     elif (
                         stats.completion_tokens == self._options.max_tokens or session.n_past >= session.n_ctx

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from ..errors import RequestError
 from ..handles import OneProcess, finalize
+from .grammar import Grammar
 from .vocab import Vocab
 
 REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on, as in llama.cpp
@@ -33,7 +33,7 @@ class SamplingOptions:
     min_p:          keep those at least this share as likely as the likeliest; 0: all
     repeat_penalty: divides positive logits of the last 64 tokens; 1: off
     seed:           of the random choice; None: a fresh one
-    grammar:        GBNF, or None
+    grammar:        what the reply must follow, or None
 
     Raises RequestError for values out of range.
     """
@@ -44,7 +44,7 @@ class SamplingOptions:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int | None = None
-    grammar: str | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -61,47 +61,6 @@ class SamplingOptions:
             raise RequestError(f"seed must be a whole number or None, not {self.seed!r}")
 
 
-def grammar_of(response_format: Mapping[str, Any] | None, grammar: str | None) -> str | None:
-    """The GBNF grammar that a reply must follow, or None.
-
-    response_format: None, {"type": "text"}, {"type": "json_object"}, {"type": "json_object", "schema": {...}}
-                     or {"type": "json_schema", "json_schema": {"schema": {...}}}
-    grammar:         GBNF text
-
-    Raises RequestError for another format, an unusable schema, or both at once.
-    """
-    if grammar is not None and not (isinstance(grammar, str) and grammar.strip()):
-        raise RequestError("grammar must be GBNF text")
-    if response_format is None:
-        return grammar
-    if not isinstance(response_format, Mapping):
-        raise RequestError(f"response_format must be a dict, not {type(response_format).__name__}")
-    kind = response_format.get("type")
-    if kind == "text":
-        return grammar
-    if grammar is not None:
-        raise RequestError("response_format and grammar exclude each other")
-    if kind == "json_object":
-        schema = response_format.get("schema")
-    elif kind == "json_schema":
-        schema = (response_format.get("json_schema") or {}).get("schema")
-        if schema is None:
-            raise RequestError('response_format "json_schema" needs json_schema.schema')
-    else:
-        raise RequestError(f'response_format type {kind!r}: expected "text", "json_object" or "json_schema"')
-
-    from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
-
-    if schema is None:
-        return str(JSON_GBNF)
-    try:
-        return str(json_schema_to_gbnf(json.dumps(schema)))
-    except Exception as e:  # the converter raises whatever a broken schema leads to
-        raise RequestError(
-            f"JSON schema cannot be used: {type(e).__name__}: {' '.join(str(e).split())}"
-        ) from e
-
-
 class Sampler(OneProcess):
     """Chooses the tokens of one reply. Not thread-safe."""
 
@@ -110,7 +69,7 @@ class Sampler(OneProcess):
     ) -> None:
         """vocab_size: logits a token; prompt: token ids, which repeat_penalty counts as said already.
 
-        Raises RequestError for a grammar that llama.cpp does not accept; it prints the reason on stderr.
+        Raises RequestError for a grammar that cannot be used.
         """
         from llama_cpp import llama_cpp as llama
 
@@ -119,17 +78,7 @@ class Sampler(OneProcess):
         self._candidates = np.zeros(vocab_size, _CANDIDATE)
         self._ids = np.arange(vocab_size, dtype=np.int32)
         self._array = llama.llama_token_data_array()
-
-        self._grammar = None
-        if options.grammar is not None:
-            with vocab.handle as pointer:
-                self._grammar = llama.llama_sampler_init_grammar(
-                    pointer, options.grammar.encode("utf-8"), b"root"
-                )
-            if not self._grammar:
-                raise RequestError("the grammar is not valid GBNF")
-            finalize(self, llama.llama_sampler_free, self._grammar)
-            self._vocab = vocab  # the grammar holds a pointer to it
+        self._matcher = None if options.grammar is None else vocab.constraints.begin(vocab, options.grammar)
 
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         finalize(self, llama.llama_sampler_free, self._chain)
@@ -166,34 +115,29 @@ class Sampler(OneProcess):
 
         Raises RequestError if the grammar leaves no token.
         """
-        token = self._choose(logits)
-        if self._grammar is not None:
-            # Testing one token is cheap, testing all of a large vocabulary is not: do that only if the first
-            # choice does not fit.
-            if not self._fits(token):
-                token = self._choose(logits, grammar_first=True)
-            self._llama.llama_sampler_accept(self._grammar, token)
+        if self._matcher is None:
+            token = self._choose(self._ids, logits)
+        else:
+            ids = self._matcher.allowed()
+            ids = ids[: np.searchsorted(ids, len(logits))]  # the image token has no logit
+            token = self._choose(ids, logits[ids])
+            self._matcher.accept(token)
         self._llama.llama_sampler_accept(self._chain, token)
         return token
 
-    def _choose(self, logits: npt.NDArray[np.float32], grammar_first: bool = False) -> int:
-        candidates = self._candidates
-        candidates["id"] = self._ids
+    @property
+    def finished(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        return self._matcher is not None and self._matcher.finished
+
+    def _choose(self, ids: npt.NDArray[Any], logits: npt.NDArray[np.float32]) -> int:
+        candidates = self._candidates[: len(ids)]
+        candidates["id"] = ids
         candidates["logit"] = logits
         array = self._fill(candidates)
-        if grammar_first:
-            self._llama.llama_sampler_apply(self._grammar, ctypes.byref(array))
-            if not np.isfinite(candidates["logit"]).any():
-                raise RequestError("the grammar allows no token of this vocabulary here")
         self._llama.llama_sampler_apply(self._chain, ctypes.byref(array))
         # The samplers may have put the candidates elsewhere.
         return int(array.data[array.selected].id)
-
-    def _fits(self, token: int) -> bool:
-        one = np.array([(token, 1.0, 0.0)], _CANDIDATE)
-        array = self._fill(one)
-        self._llama.llama_sampler_apply(self._grammar, ctypes.byref(array))
-        return bool(np.isfinite(one["logit"][0]))
 
     def _fill(self, candidates: npt.NDArray[Any]) -> Any:
         array: Any = self._array

@@ -16,6 +16,7 @@ from ..backend import library as _native
 from ..errors import ModelError, RequestError
 from ..gguf.reader import read_gguf
 from ..handles import Handle, OneProcess
+from .constraint import Constraints
 
 
 class Vocab(OneProcess):
@@ -25,6 +26,7 @@ class Vocab(OneProcess):
     n_tokens: all tokens, the image token included
     stop_ids: tokens that end the assistant's turn
     metadata: the keys of the file, without long arrays
+    constraints: replies that follow a grammar
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -62,6 +64,7 @@ class Vocab(OneProcess):
             raise ModelError(
                 f"{path}: the vocabulary names no end-of-turn token (tokenizer.ggml.eos_token_id)"
             )
+        self.constraints = Constraints()
         template = self.metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) and template.strip() else None
 
