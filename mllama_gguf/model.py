@@ -110,7 +110,7 @@ class Mllama(OneProcess):
         n_ctx:          most tokens of a conversation; None or 0, or more than the model was trained with: as
                         trained
         n_batch:        most tokens that are computed at once
-        n_threads:      CPU threads; None: all usable CPUs, fewer for a small model
+        n_threads:      CPU threads, 512 at most; None: all usable CPUs, fewer for a small model
         type_k, type_v: of the caches: "f32", "f16" (values up to 65504), or "q8_0" (self-attention only; V
                         needs flash_attn)
         use_mmap:       let the CPU read weights from the file's pages instead of copying them
@@ -135,11 +135,11 @@ class Mllama(OneProcess):
         for name, number, least in (
             ("n_ctx", n_ctx or 1, 1),
             ("n_batch", n_batch, 1),
-            ("n_threads", n_threads or 1, 1),
             ("n_gpu_layers", 0 if n_gpu_layers == "auto" else n_gpu_layers, -1),
             ("main_gpu", main_gpu or 0, 0),
         ):
             _check_whole(name, number, least)
+        cpus.check_threads(n_threads or 1)
 
         self._lock = threading.Lock()
         self._turn = (
@@ -370,7 +370,7 @@ class Mllama(OneProcess):
         if not isinstance(self._model, NativeModel):
             raise RequestError("image_encoder: this model computes in another process (isolate, rpc_servers)")
         if n_threads is not None:
-            _check_whole("n_threads", n_threads, 1)
+            cpus.check_threads(n_threads)
         with self._exclusive(changes=False):
             # Found now, and remembered: the other thread only reads them.
             self._encoder_identity()

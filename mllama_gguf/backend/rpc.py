@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
+from ..cpus import check_threads
 from ..errors import BackendError, RequestError
 from .library import load
 from .local import device_index, devices
@@ -50,6 +51,7 @@ def serve(
     Never returns: raises BackendError if it cannot start, RequestError for a wrong device, and
     KeyboardInterrupt.
     """
+    check_threads(n_threads)
     native = load()
     indices = [device_index(name) for name in (default_devices() if names is None else names)]
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..cpus import MAX_THREADS
 from ..errors import MllamaError
 from ..words import show_size
 from .main import transfer_bar
@@ -52,7 +53,9 @@ TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
     type=click.Choice(VISION_TYPES),
     help="Type of the vision matrices.  [default: as --type, bf16 for a quantized type]",
 )
-@click.option("-t", "--threads", metavar="N", type=click.IntRange(min=1), help="[default: all usable CPUs]")
+@click.option(
+    "-t", "--threads", metavar="N", type=click.IntRange(1, MAX_THREADS), help="[default: all usable CPUs]"
+)
 def convert_command(
     hf_dir: Path,
     out: Path,

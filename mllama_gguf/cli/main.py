@@ -20,6 +20,7 @@ import click
 from click.core import ParameterSource
 
 from .. import __version__
+from ..cpus import MAX_THREADS
 from ..errors import Aborted, MllamaError
 from ..words import one_line
 
@@ -298,7 +299,7 @@ def model_options(command: F) -> F:
                 "-t",
                 "--threads",
                 metavar="THREADS",
-                type=click.IntRange(min=1),
+                type=click.IntRange(1, MAX_THREADS),
                 help="CPU threads.  [default: all usable CPUs, fewer for a small model]",
             ),
             click.option(

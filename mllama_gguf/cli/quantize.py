@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from ..cpus import MAX_THREADS
 from ..words import show_size
 from .main import transfer_bar, verbose_option
 
@@ -30,7 +31,9 @@ TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
     required=True,
     help="Type of the text matrices; q4_k_m and q5_k_m give more bits to the tensors that need them.",
 )
-@click.option("-t", "--threads", metavar="N", type=click.IntRange(min=1), help="[default: all usable CPUs]")
+@click.option(
+    "-t", "--threads", metavar="N", type=click.IntRange(1, MAX_THREADS), help="[default: all usable CPUs]"
+)
 @click.option("--allow-requantize", is_flag=True, help="Take a model that is quantized already; loses more.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..cpus import MAX_THREADS
 from .main import comma_list, verbose_option
 
 
@@ -24,7 +25,11 @@ from .main import comma_list, verbose_option
     help="Devices to serve, named as in `mllama devices`.  [default: the GPUs, else the CPU]",
 )
 @click.option(
-    "-t", "--threads", metavar="THREADS", type=click.IntRange(min=1), help="CPU threads.  [default: all CPUs]"
+    "-t",
+    "--threads",
+    metavar="THREADS",
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads.  [default: all CPUs]",
 )
 @click.option("--cache", is_flag=True, help="Keep large weights on this disk, for the next load.")
 @verbose_option

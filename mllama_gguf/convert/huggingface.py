@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cpus import usable_cpus
+from ..cpus import check_threads, usable_cpus
 from ..errors import MllamaError
 from ..gguf.writer import Progress, cannot_write, check_outputs, counter, replacing, write_data
 from .checkpoint import Checkpoint
@@ -162,8 +162,8 @@ def convert(
     for given, known in ((type, TYPES), (vision, FLOAT_TYPES)):
         if given not in known:
             raise ValueError(f"type {given!r}: one of {', '.join(known)} is expected")
-    if n_threads is not None and n_threads < 1:
-        raise ValueError(f"n_threads is {n_threads}, expected 1 or more")
+    if n_threads is not None:
+        check_threads(n_threads)
     if single_file and mmproj is not None:
         raise ValueError("single_file and mmproj exclude each other")
     text_path = Path(out)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cpus import usable_cpus
+from ..cpus import check_threads, usable_cpus
 from ..errors import MllamaError, ModelError
 from ..gguf.reader import GGUFFile, TensorEntry, read_gguf
 from ..gguf.writer import (
@@ -223,8 +223,8 @@ def quantize(
     """
     if type not in TARGETS:
         raise ValueError(f"type {type!r}: one of {', '.join(TARGETS)} is expected")
-    if n_threads is not None and n_threads < 1:
-        raise ValueError(f"n_threads is {n_threads}, expected 1 or more")
+    if n_threads is not None:
+        check_threads(n_threads)
     path = Path(out_path)
     file = read_gguf(in_path)
     _check_input(file)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cpus import usable_cpus
+from ..cpus import check_threads, usable_cpus
 from ..files import write_whole
 from ..words import one_line
 
@@ -104,6 +104,8 @@ def _checked(settings: Any) -> dict[str, Any]:
     for name, value in settings.items():
         if type(value) is not SETTINGS.get(name) or (type(value) is int and value < (name != "n_gpu_layers")):
             raise ValueError(f"{name} is {value!r}")
+        if name == "n_threads":
+            check_threads(value)
     return settings
 
 

@@ -188,7 +188,7 @@ typedef enum mllama_kv_type {
 typedef struct mllama_context_params {
     int32_t n_ctx;     // tokens; 0: what the model was trained with
     int32_t n_batch;   // most tokens computed at once
-    int32_t n_threads; // CPU threads; 0: ggml's default
+    int32_t n_threads; // CPU threads, 512 at most; 0: one for each CPU
     int32_t type_k;    // mllama_kv_type
     int32_t type_v;
     bool    flash_attn;

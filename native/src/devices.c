@@ -112,6 +112,9 @@ mllama_status mllama_rpc_serve(const char * endpoint, const char * cache_dir, in
     if (n_devices < 1 || n_devices > MAX_DEVICES) {
         return fail(MLLAMA_ERR_ARGUMENT, "%d devices to serve; 1 to %d are possible", n_devices, MAX_DEVICES);
     }
+    if (n_threads > GGML_MAX_N_THREADS) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%d threads to serve with; at most %d are possible", n_threads, GGML_MAX_N_THREADS);
+    }
     ggml_backend_dev_t served[MAX_DEVICES];
     for (int32_t i = 0; i < n_devices; i++) {
         if (devices[i] < 0 || (size_t) devices[i] >= ggml_backend_dev_count()) {

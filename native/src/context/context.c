@@ -296,6 +296,9 @@ static mllama_status check_params(mllama_context * ctx) {
     if (ctx->params.n_batch < 1) {
         return fail(MLLAMA_ERR_ARGUMENT, "n_batch is %d; it must be at least 1", ctx->params.n_batch);
     }
+    if (ctx->params.n_threads > GGML_MAX_N_THREADS) {
+        return fail(MLLAMA_ERR_ARGUMENT, "n_threads is %d; at most %d are possible", ctx->params.n_threads, GGML_MAX_N_THREADS);
+    }
     if (ctx->params.n_batch > ctx->params.n_ctx) {
         ctx->params.n_batch = ctx->params.n_ctx;
     }
@@ -381,6 +384,7 @@ void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
         const long n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
         n_threads = n_cpus > 0 ? (int32_t) n_cpus : 1;
     }
+    n_threads = n_threads > GGML_MAX_N_THREADS ? GGML_MAX_N_THREADS : n_threads;
     ctx->params.n_threads = n_threads;
     for (int32_t i = 0; i < ctx->n_backends; i++) {
         const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx->backends[i]));
