@@ -1,0 +1,281 @@
+"""Checks of single values: what a caller or the command line may give, and its plain form.
+
+NumPy's numbers are numbers. True and False are not.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import RequestError
+from .words import one_line
+
+MAX_WORKERS = 16
+_LARGEST_WHOLE = 2**31 - 1  # what C's int32_t holds
+
+
+class Check(Protocol):
+    """What the values of a setting are."""
+
+    @property
+    def words(self) -> str:
+        """What a value must be, as in "must be ..."."""
+
+    def read(self, value: Any) -> Any:
+        """The value in its plain form. Raises ValueError, with words of its own or with none."""
+
+    def parse(self, words: str) -> Any:
+        """The value that words on the command line stand for, not yet checked. Raises ValueError."""
+
+    def show(self, value: Any) -> str:
+        """A value as words on the command line."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole numbers, those of NumPy too. word: a word that may stand in place of a number."""
+
+    least: int
+    most: int = _LARGEST_WHOLE
+    word: str = ""
+
+    @property
+    def words(self) -> str:
+        most = f" and at most {self.most}" if self.most < _LARGEST_WHOLE else ""
+        word = f", or {self.word!r}" if self.word else ""
+        return f"a whole number of at least {self.least}{most}{word}"
+
+    def read(self, value: Any) -> int | str:
+        if self.word and isinstance(value, str) and value.lower() == self.word:
+            return self.word
+        number = _whole(value)
+        if not self.least <= number <= self.most:
+            raise ValueError
+        return number
+
+    def parse(self, words: str) -> int | str:
+        return words if self.word and words.lower() == self.word else int(words)
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Finite seconds above 0."""
+
+    words: str = "seconds above 0"
+
+    def read(self, value: Any) -> float:
+        seconds = _number(value)
+        if seconds <= 0:
+            raise ValueError
+        return seconds
+
+    def parse(self, words: str) -> float:
+        return float(words)
+
+    def show(self, value: Any) -> str:
+        return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or False."""
+
+    words: str = "True or False"
+
+    def read(self, value: Any) -> bool:
+        if not _is_bool(value):
+            raise ValueError
+        return bool(value)
+
+    def parse(self, words: str) -> bool:
+        if words.lower() not in ("on", "off"):
+            raise ValueError
+        return words.lower() == "on"
+
+    def show(self, value: Any) -> str:
+        return "on" if value else "off"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    choices: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        return f"one of {', '.join(self.choices)}"
+
+    def read(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.choices:
+            raise ValueError
+        return str(value)
+
+    def parse(self, words: str) -> str:
+        return words.lower()
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words that are not empty."""
+
+    words: str
+
+    def read(self, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError
+        return str(value)
+
+    def parse(self, words: str) -> str:
+        return words
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Names:
+    """A list of names."""
+
+    words: str = "a list of names, as in ['CUDA0', 'CUDA1']"
+
+    def read(self, value: Any) -> tuple[str, ...]:
+        names = _items(value)
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError
+        return tuple(str(name).strip() for name in names)
+
+    def parse(self, words: str) -> list[str]:
+        return [word for word in words.split(",") if word.strip()]
+
+    def show(self, value: Any) -> str:
+        return ",".join(value)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A list of numbers of at least 0."""
+
+    words: str = "a list of numbers of at least 0, as in (3, 1)"
+
+    def read(self, value: Any) -> tuple[float, ...]:
+        shares = tuple(_number(share) for share in _items(value))
+        if any(share < 0 for share in shares):
+            raise ValueError
+        return shares
+
+    def parse(self, words: str) -> list[float]:
+        return [float(word) for word in re.split(r"[,/]", words)]
+
+    def show(self, value: Any) -> str:
+        return ",".join(f"{share:g}" for share in value)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Addresses of workers: a list, or words with commas in between."""
+
+    words: str = 'a list of "host:port"'
+
+    def read(self, value: Any) -> tuple[str, ...]:
+        listed = self.parse(value) if isinstance(value, str) else _items(value)
+        if not all(isinstance(worker, str) for worker in listed):
+            raise ValueError
+        workers = tuple(str(worker).strip() for worker in listed)
+        for worker in workers:
+            match = re.fullmatch(r"[^\s:]+:(\d{1,5})", worker, re.ASCII)
+            if not match or not 1 <= int(match[1]) <= 65535:
+                raise ValueError(f"{one_line(repr(worker))} is not host:port, as in 127.0.0.1:50052")
+        if len(set(workers)) < len(workers):
+            raise ValueError("a worker is named twice")
+        if len(workers) > MAX_WORKERS:
+            raise ValueError(f"{len(workers)} workers; at most {MAX_WORKERS} are possible")
+        return workers
+
+    def parse(self, words: str) -> list[str]:
+        return words.split(",") if words.strip() else []
+
+    def show(self, value: Any) -> str:
+        return ",".join(value)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """True, False, or the path of a folder."""
+
+    words: str = "True, False or a folder"
+
+    def read(self, value: Any) -> bool | Path:
+        if _is_bool(value):
+            return bool(value)
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise ValueError
+        return Path(os.fsdecode(value))
+
+    def parse(self, words: str) -> str:
+        return words
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+def _is_bool(value: object) -> bool:
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
+def _whole(value: Any) -> int:
+    if _is_bool(value):
+        raise ValueError
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError from None
+
+
+def _number(value: Any) -> float:
+    if _is_bool(value) or not isinstance(value, Real):
+        raise ValueError
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError from None
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError
+    try:
+        return list(value)
+    except TypeError:  # an array without dimensions
+        raise ValueError from None
+
+
+def checked(name: str, check: Check, value: Any, *, or_none: bool = False) -> Any:
+    """A value in its plain form. or_none: None is one too, and stays. Raises RequestError that names it."""
+    if or_none and value is None:
+        return None
+    try:
+        return check.read(value)
+    except ValueError as e:
+        words = (
+            str(e) or f"must be {check.words}{', or None' if or_none else ''}, not {one_line(repr(value))}"
+        )
+        raise RequestError(f"{name}{':' if str(e) else ''} {words}") from None
