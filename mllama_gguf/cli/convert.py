@@ -30,13 +30,13 @@ TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
     "--out",
     metavar="TEXT.gguf",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False),
     help="The file to write: the text model, or the whole model with --single-file.",
 )
 @click.option(
     "--mmproj",
     metavar="MMPROJ.gguf",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False),
     help="The file for the vision encoder and projector.  [default: TEXT-mmproj.gguf]",
 )
 @click.option("--single-file", is_flag=True, help="Write text and vision into one file.")
@@ -56,20 +56,23 @@ TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
 @click.option(
     "-t", "--threads", metavar="N", type=click.IntRange(1, MAX_THREADS), help="[default: all usable CPUs]"
 )
+@click.option("--overwrite", is_flag=True, help="Replace the outputs if they are GGUF files.")
 def convert_command(
     hf_dir: Path,
-    out: Path,
-    mmproj: Path | None,
+    out: str,
+    mmproj: str | None,
     single_file: bool,
     text_type: str,
     vision_type: str | None,
     threads: int | None,
+    overwrite: bool,
 ) -> None:
     """Convert the Hugging Face checkpoint in HF_DIR (Llama 3.2 Vision) to GGUF.
 
     HF_DIR holds config.json, tokenizer.json and model.safetensors, whole or in shards. The tensors are copied
     piece by piece, so any size fits in little memory. bf16 is what the published checkpoints hold, so nothing
-    is lost; the quantized types are those of `mllama quantize`.
+    is lost; the quantized types are those of `mllama quantize`. A file that exists is not replaced without
+    --overwrite, and only if it is a GGUF file.
     """
     if mmproj is not None and single_file:
         raise click.UsageError("--mmproj and --single-file exclude each other")
@@ -86,6 +89,7 @@ def convert_command(
                 type=text_type,
                 vision_type=vision_type,  # type: ignore[arg-type]  # one of VISION_TYPES
                 n_threads=threads,
+                overwrite=overwrite,
                 progress=bar and partial(bar, "convert"),
                 warn=lambda words: click.echo(f"Note: {words}", err=True),
             )

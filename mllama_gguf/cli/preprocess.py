@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 import numpy as np
+from PIL.PngImagePlugin import PngInfo
 
 from ..errors import MllamaError, ModelError
-from ..files import replacing
+from ..files import Kind, cannot_write, check_folder, check_output, replacing
 from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
 
 FIRST_VALUES = 10
 MOST_TILE_SIZE, MOST_TILES = 4096, 64  # beyond any model, within memory
+PROGRAM = "mllama preprocess"
+TILE = Kind.png_by(f"tile of `{PROGRAM}`", PROGRAM)
+PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
 
 
 @click.command(
@@ -30,16 +34,17 @@ MOST_TILE_SIZE, MOST_TILES = 4096, 64  # beyond any model, within memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False),
     metavar="FILE.npy",
     help="Write the pixels, float32 [tiles, 3, size, size], for NumPy. One picture only.",
 )
 @click.option(
     "--png",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False),
     metavar="DIR",
     help="Write every tile as DIR/NAME_row_column.png. The folder is made if it is missing.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace FILE.npy and tiles of an earlier run.")
 @click.option(
     "--tile-size",
     type=click.IntRange(1, MOST_TILE_SIZE),
@@ -59,8 +64,9 @@ MOST_TILE_SIZE, MOST_TILES = 4096, 64  # beyond any model, within memory
 def preprocess_command(
     images: tuple[str, ...],
     as_json: bool,
-    out: Path | None,
-    png: Path | None,
+    out: str | None,
+    png: str | None,
+    overwrite: bool,
     tile_size: int | None,
     max_tiles: int | None,
     model: str | None,
@@ -68,25 +74,39 @@ def preprocess_command(
     """Show what the vision encoder gets of each IMAGE (a file or a data URI).
 
     Prints the sizes, the tile grid, the first ten values of every tile in use (red channel, top row, from the
-    left) and the sha256 of all pixels (float32, unused tiles included).
+    left) and the sha256 of all pixels (float32, unused tiles included). A file that exists is not replaced
+    without --overwrite.
     """
-    if out and len(images) > 1:
+    if out is not None and len(images) > 1:
         raise click.UsageError("--out takes one picture; run the command once for each")
     try:
-        sizes = _sizes_of(model) if model else (TILE_SIZE, MAX_TILES)
+        _run(images, as_json, out, png, overwrite, tile_size, max_tiles, model)
     except MllamaError as e:
         raise click.ClickException(str(e)) from e
-    tile_size, max_tiles = tile_size or sizes[0], max_tiles or sizes[1]
+
+
+def _run(
+    images: Sequence[str],
+    as_json: bool,
+    out: str | None,
+    png: str | None,
+    overwrite: bool,
+    tile_size: int | None,
+    max_tiles: int | None,
+    model: str | None,
+) -> None:
+    inputs = [*images, *([model] if model else [])]
+    if out is not None:
+        check_output(out, PIXELS, inputs=inputs, overwrite=overwrite)
+    folder = None if png is None else check_folder(png)
+    sizes = _sizes_of(model) if model else (TILE_SIZE, MAX_TILES)
     used_names: set[str] = set()
     for index, image in enumerate(images):
-        try:
-            tiled = preprocess_image(image, tile_size=tile_size, max_tiles=max_tiles)
-        except MllamaError as e:
-            raise click.ClickException(str(e)) from e
-        if out:
-            _write_pixels(out, tiled)
-        if png:
-            _write_tiles(png, _unused_stem(image, used_names), tiled)
+        tiled = preprocess_image(image, tile_size=tile_size or sizes[0], max_tiles=max_tiles or sizes[1])
+        if out is not None:
+            write_output(out, partial(np.save, arr=tiled.pixels), overwrite)
+        if folder is not None:
+            _write_tiles(folder, _unused_stem(image, used_names), tiled, inputs, overwrite)
         shown = _shortened(image)
         if as_json:
             click.echo(json.dumps(_as_dict(shown, tiled)))
@@ -113,35 +133,41 @@ def _sizes_of(model: str) -> tuple[int, int]:
     return tile_size, max_tiles
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` with a binary file that becomes `path` only once it is complete.
+def npy_shape(file: BinaryIO) -> tuple[int, ...]:
+    """The shape of the float32 array in a file of NumPy. Raises ValueError for another file."""
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.float32:
+        raise ValueError("another type")
+    return shape
 
-    Raises click.ClickException naming `path`, the reason in one line.
-    """
+
+def write_output(path: str | Path, write: Callable[[BinaryIO], object], overwrite: bool) -> None:
+    """Call `write` with a file that becomes `path` only when it is complete. Raises MllamaError."""
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with replacing(path, overwrite=overwrite) as file:
             write(file)
     except OSError as e:
-        raise _cannot_write(path, e) from e
+        raise cannot_write(path, e) from e
 
 
-def _cannot_write(path: Path, error: OSError) -> click.ClickException:
-    return click.ClickException(f"{path}: cannot be written: {error.strerror or error}")
-
-
-def _write_pixels(path: Path, tiled: TiledImage) -> None:
-    write_atomically(path, lambda file: np.save(file, tiled.pixels))
-
-
-def _write_tiles(folder: Path, stem: str, tiled: TiledImage) -> None:
+def _write_tiles(
+    folder: Path, stem: str, tiled: TiledImage, inputs: Sequence[str], overwrite: bool
+) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise _cannot_write(folder, e) from e
-    for index in range(tiled.n_tiles):
-        row, column = divmod(index, tiled.columns)
-        picture = tiled.tile_picture(index)
-        write_atomically(folder / f"{stem}_{row}_{column}.png", partial(picture.save, format="PNG"))
+        raise cannot_write(folder, e) from e
+    places = [divmod(index, tiled.columns) for index in range(tiled.n_tiles)]
+    paths = [folder / f"{stem}_{row}_{column}.png" for row, column in places]
+    for path in paths:
+        check_output(path, TILE, inputs=inputs, overwrite=overwrite)
+    about = PngInfo()
+    about.add_text("Software", PROGRAM)
+    for index, path in enumerate(paths):
+        tile = tiled.tile_picture(index)
+        write_output(path, partial(tile.save, format="PNG", pnginfo=about), overwrite)
 
 
 def _unused_stem(image: str, used: set[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ..words import show_size
@@ -47,8 +45,8 @@ def pull_command(name: str) -> None:
 @click.argument("reference", metavar="NAME")
 @click.option(
     "--file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("models.lock"),
+    type=click.Path(dir_okay=False),
+    default="models.lock",
     show_default=True,
     help="The lock file to write to.",
 )
@@ -56,15 +54,17 @@ def pull_command(name: str) -> None:
 @click.option("--mmproj", metavar="hf:OWNER/REPO/FILE", help="The vision encoder, for a file of the hub.")
 @click.option("--update", is_flag=True, help="Take what the source has now, if that is another file.")
 @verbose_option
-def lock_command(reference: str, file: Path, name: str | None, mmproj: str | None, update: bool) -> None:
+def lock_command(reference: str, file: str, name: str | None, mmproj: str | None, update: bool) -> None:
     """Ask a model's source for its files' sha256 and sizes, and write them into models.lock.
 
     NAME is ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in a lock file: its digests stay, its exact sizes
-    are filled in. Names are read from ./models.lock ($MLLAMA_LOCK), then from the one in the package.
+    are filled in. Names are read from ./models.lock ($MLLAMA_LOCK), then from the one in the package. A file
+    that exists keeps its other entries; it must be a lock file.
     """
-    from ..store.lockfile import write_locked
+    from ..store.lockfile import check_lock_output, write_locked
     from ..store.pull import lock
 
+    check_lock_output(file)
     locked = lock(reference, name=name, mmproj=mmproj, update=update)
     write_locked(file, locked)
     for part in locked.files:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import click
 
@@ -20,10 +19,11 @@ TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
     "quantize",
     epilog="\b\nExamples:\n"
     "  mllama quantize text-bf16.gguf text-q4_k_m.gguf --type q4_k_m\n"
-    "  mllama quantize all.gguf smaller.gguf --type q8_0 --json | jq .size",
+    "  mllama quantize all.gguf smaller.gguf --type q8_0 --json | jq .size\n"
+    "  mllama quantize ollama:llama3.2-vision smaller.gguf --type q4_0 --allow-requantize --overwrite",
 )
-@click.argument("source", metavar="IN.gguf", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT.gguf", type=click.Path(dir_okay=False))
 @click.option(
     "--type",
     "target",
@@ -35,26 +35,38 @@ TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
     "-t", "--threads", metavar="N", type=click.IntRange(1, MAX_THREADS), help="[default: all usable CPUs]"
 )
 @click.option("--allow-requantize", is_flag=True, help="Take a model that is quantized already; loses more.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.gguf if it is a GGUF file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option
 def quantize_command(
-    source: Path, out: Path, target: str, threads: int | None, allow_requantize: bool, as_json: bool
+    source: str,
+    out: str,
+    target: str,
+    threads: int | None,
+    allow_requantize: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
-    """Write a copy of the model IN.gguf with the matrices of its text quantized.
+    """Write a copy of the model IN with the matrices of its text quantized.
 
-    The mixes are llama.cpp's. The vision encoder, norms and gates are copied as they are: quantized vision
-    gives wrong captions. All metadata is kept.
+    IN is a GGUF file, or a model's name as -m takes it elsewhere: its text file is quantized. The mixes are
+    llama.cpp's. The vision encoder, norms and gates are copied as they are: quantized vision gives wrong
+    captions. All metadata is kept. A file that exists is not replaced without --overwrite, and only if it is
+    a GGUF file.
     """
     from ..convert.quantize import quantize
+    from ..store.resolve import resolve
 
+    files = resolve(source)
     with transfer_bar() as bar:
         done = quantize(
-            source,
+            files.text,
             out,
             target,
             progress=bar and partial(bar, "quantize"),
             n_threads=threads,
             allow_requantize=allow_requantize,
+            overwrite=overwrite,
             warn=lambda words: click.echo(f"Note: {words}", err=True),
         )
     if as_json:

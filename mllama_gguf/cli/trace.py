@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..files import Kind, cannot_write, check_folder, check_output
 from .main import model_options, open_model
 
 if TYPE_CHECKING:
@@ -30,33 +30,44 @@ FIRST_VALUES = 5
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False),
     metavar="DIR",
     help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. DIR is made if missing.",
 )
 @click.option(
     "-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask about the picture."
 )
+@click.option("--overwrite", is_flag=True, help="Replace files of an earlier trace in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each tensor.")
 @model_options
 def trace_command(
-    image: str, tensors: str, out: Path | None, prompt: str, as_json: bool, **model_settings: Any
+    image: str,
+    tensors: str,
+    out: str | None,
+    prompt: str,
+    overwrite: bool,
+    as_json: bool,
+    **model_settings: Any,
 ) -> None:
     """Encode IMAGE and run the prompt, and show the tensors on the way: name, shape, first values, sha256.
 
     Shapes are as in NumPy, slowest dimension first. The number after a name counts how often it came before:
-    the text graph is run once for each batch of tokens. Two traces are compared with diff.
+    the text graph is run once for each batch of tokens. Two traces are compared with diff. A file that exists
+    is not replaced without --overwrite.
     """
     import numpy as np
 
     from ..inspect.trace import trace
-    from .preprocess import write_atomically
+    from .preprocess import npy_shape, write_output
 
-    if out is not None:
+    kind = Kind("NumPy file of `mllama trace`", lambda file: len(npy_shape(file)) >= 0)
+    inputs = [image, *(model_settings[name] for name in ("model", "mmproj") if model_settings[name])]
+    folder = None if out is None else check_folder(out)
+    if folder is not None:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise click.ClickException(f"{out}: cannot be made: {e.strerror or e}") from e
+            raise cannot_write(folder, e) from e
     n_shown = 0
 
     def show(tensor: TracedTensor) -> None:
@@ -70,9 +81,11 @@ def trace_command(
             shape = "x".join(map(str, tensor.values.shape))
             numbers = " ".join(f"{value:10.6f}" for value in first)
             click.echo(f"{tensor.name}.{tensor.number}  {shape}  {numbers}  {tensor.sha256[:16]}")
-        if out is not None:
+        if folder is not None:
             stem = re.sub(r"[^\w.-]", "_", tensor.name)
-            write_atomically(out / f"{stem}.{tensor.number}.npy", lambda file: np.save(file, tensor.values))
+            path = folder / f"{stem}.{tensor.number}.npy"
+            check_output(path, kind, inputs=inputs, overwrite=overwrite)
+            write_output(path, lambda file: np.save(file, tensor.values), overwrite)
 
     with open_model(**model_settings) as model:
         trace(model, image, show, prompt=prompt, pattern=tensors)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     "-o",
     "--out",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     default="mllama-tune",
     show_default=True,
     help="Folder of tune.json, tune.csv and tune.png; an interrupted run goes on from there.",
@@ -69,7 +69,7 @@ def tune_command(
     prompt: str,
     max_tokens: int,
     repeats: int,
-    out: Path,
+    out: str,
     fresh: bool,
     timeout: float,
     no_save: bool,
@@ -82,8 +82,9 @@ def tune_command(
     is kept for `mllama caption` with this model.
     """
     from ..errors import RequestError
+    from ..files import cannot_write
     from ..store.resolve import resolve
-    from ..tune.saved import in_options, key_of, write_tuned
+    from ..tune.saved import check_tuned, config_path, in_options, key_of, write_tuned
     from ..tune.search import Results, Task, draw_plot, tune
 
     s = model_settings
@@ -101,20 +102,25 @@ def tune_command(
     task = Task(files.text, files.mmproj, image, prompt, max_tokens, repeats, fixed, timeout)
     choice = _range(task, s)
     results = Results(out, task, fresh=fresh)
+    if not no_save:
+        check_tuned()
     with _progress() as on_point:
         best = tune(task, choice, results, on_point)
 
     _print(results.points, best)
     try:
-        draw_plot(results.points, out / "tune.png", f"{files.name}, one caption of {image.name}")
-        written = f"{results.json_path}, {results.csv_path}, {out / 'tune.png'}"
+        draw_plot(results.points, results.plot_path, f"{files.name}, one caption of {image.name}")
+        written = f"{results.json_path}, {results.csv_path}, {results.plot_path}"
     except RequestError as e:
         written = f"{results.json_path}, {results.csv_path} ({e})"
     click.echo(f"Best: {in_options(best.settings)}")
     click.echo(f"Results: {written}")
     if not no_save:
         about = {"model": files.name, "seconds": best.seconds, "date": time.strftime("%Y-%m-%d")}
-        path = write_tuned(key_of(files.paths, offload), best.settings, about)
+        try:
+            path = write_tuned(key_of(files.paths, offload), best.settings, about)
+        except OSError as e:
+            raise cannot_write(e.filename or config_path(), e) from e
         click.echo(f"`mllama caption` uses it from now on for this model ({path})")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
+from ..gguf.writer import GGUF
 
 SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
 
@@ -157,6 +158,17 @@ class Checkpoint:
             yield from _read_safetensors_header(single).values()
         else:
             raise ModelError(f"{self.directory}: neither {single.name} nor {index.name}")
+
+    def files(self) -> list[Path]:
+        """All files of the directory but those that were converted before."""
+
+        def converted(path: Path) -> bool:
+            try:
+                return GGUF.fits(path)
+            except OSError:
+                return False
+
+        return [path for path in self.directory.iterdir() if not converted(path)]
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the directory, {} if it does not exist."""

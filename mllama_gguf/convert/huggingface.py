@@ -16,16 +16,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ..cpus import check_threads, usable_cpus
-from ..errors import MllamaError
-from ..gguf.writer import Progress, cannot_write, check_outputs, counter, replacing, write_data
+from ..files import check_distinct, check_output, check_room
+from ..gguf.writer import GGUF, Progress, counter, new_gguf, write_data
 from .checkpoint import Checkpoint
 from .quantize import QUANTIZATION_VERSION, TARGETS, Warn, fallback_words, is_text_matrix, mix
 from .shape import Shape, check_preprocessor, read_shape
@@ -47,7 +47,6 @@ def _version() -> str:
 
 
 def _writer(
-    path: Path,
     parts: tuple[str, ...],
     shape: Shape,
     tokenizer: Tokenizer,
@@ -113,25 +112,23 @@ def _writer(
     for t in tensors:
         kind = gguf.GGMLQuantizationType[t.type.upper()]
         w.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, raw_dtype=kind)
-    w.path = path
     return w
 
 
-def _write_file(writer: Any, tensors: list[Tensor], n_threads: int, tick: Callable[[int], None]) -> None:
+def _write_file(
+    writer: Any, out: BinaryIO, tensors: list[Tensor], n_threads: int, tick: Callable[[int], None]
+) -> None:
     """Write one GGUF. Tensor data goes past the writer's own method, which wants a whole tensor at once."""
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        out = writer.fout[0]
-        writer.write_padding(out, out.tell())
-        data = ((tensor.n_bytes, piece_jobs(tensor)) for tensor in tensors)
-        write_data(out, data, alignment=_ALIGNMENT, n_threads=n_threads, tick=tick)
-        out.flush()
-    finally:
-        for f in writer.fout or []:
-            with suppress(OSError):  # an error in closing would hide the one that led here
-                f.close()
+    from gguf.gguf_writer import WriterState
+
+    writer.fout, writer.state = [out], WriterState.EMPTY  # as if it had opened the file itself
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(out, out.tell())
+    data = ((tensor.n_bytes, piece_jobs(tensor)) for tensor in tensors)
+    write_data(out, data, alignment=_ALIGNMENT, n_threads=n_threads, tick=tick)
+    out.flush()
 
 
 def convert(
@@ -144,6 +141,7 @@ def convert(
     vision_type: FloatType | None = None,
     name: str | None = None,
     n_threads: int | None = None,
+    overwrite: bool = True,
     progress: Progress | None = None,
     warn: Warn = logger.warning,
 ) -> list[Path]:
@@ -153,9 +151,11 @@ def convert(
     beside it; with ``single_file`` all goes to ``out``. ``type`` is the type of the text matrices
     (one of `TYPES`), ``vision_type`` that of the vision matrices: by default as ``type``, bf16 if that is a
     quantized type. ``name`` is the model's name, by default that of the directory. ``n_threads``: by default
-    all usable CPUs. ``progress(done, total)`` is called with bytes written, ``warn`` with a line for people.
+    all usable CPUs. ``overwrite`` replaces outputs that are GGUF files; other files with content are never
+    replaced. ``progress(done, total)`` is called with bytes written, ``warn`` with a line for people.
     Files appear under their names only when all are complete. Raises `ModelError` for a checkpoint that is
-    damaged or not supported, `MllamaError` when the output cannot be written.
+    damaged or not supported, `RequestError` for an output that must not be written, `MllamaError` when it
+    cannot be written.
     """
     floats: FloatType = next((t for t in FLOAT_TYPES if t == type), "bf16")
     vision = floats if vision_type is None else vision_type
@@ -166,39 +166,44 @@ def convert(
         check_threads(n_threads)
     if single_file and mmproj is not None:
         raise ValueError("single_file and mmproj exclude each other")
-    text_path = Path(out)
-    if single_file:
-        layout: list[tuple[Path, tuple[str, ...]]] = [(text_path, ("text", "vision"))]
-    else:
-        stem = text_path.name.removesuffix(".gguf")
-        vision_path = text_path.with_name(f"{stem}-mmproj.gguf") if mmproj is None else Path(mmproj)
-        if vision_path.resolve() == text_path.resolve():
-            raise MllamaError(f"{text_path}: text and vision go to different files, or use single_file")
-        layout = [(text_path, ("text",)), (vision_path, ("vision",))]
+    layout = _layout(os.fspath(out), None if mmproj is None else os.fspath(mmproj), single_file)
 
     checkpoint = Checkpoint(hf_dir)
+    targets = [
+        check_output(path, GGUF, inputs=checkpoint.files(), overwrite=overwrite) for path, _ in layout
+    ]
     shape = read_shape(checkpoint)
     check_preprocessor(checkpoint, shape)
     tokenizer = read_tokenizer(checkpoint, shape)
     tensors = plan(checkpoint, shape, type, vision)
     name = name or Path(os.path.abspath(hf_dir)).name
 
-    outputs = [(path, parts, [t for t in tensors if t.part in parts]) for path, parts in layout]
-    check_outputs((path, sum(t.n_bytes for t in chosen)) for path, _, chosen in outputs)
+    outputs = [(Path(path), parts, [t for t in tensors if t.part in parts]) for path, parts in layout]
+    sizes = [sum(t.n_bytes for t in chosen) for _, _, chosen in outputs]
+    check_room(zip(targets, sizes, strict=True))
     fallbacks = _fallbacks(tensors, type, shape)
     if fallbacks:
         warn(fallback_words(fallbacks))
 
     tick = counter(progress, sum(t.n_bytes for t in tensors))
-    with replacing([path for path, _, _ in outputs]) as temporary:
-        for temp, (path, parts, chosen) in zip(temporary, outputs, strict=True):
+    with ExitStack() as files:
+        for path, parts, chosen in outputs:
             file_type = type if "text" in parts else vision
-            try:
-                writer = _writer(temp, parts, shape, tokenizer, name, file_type, chosen)
-                _write_file(writer, chosen, n_threads or usable_cpus(), tick)
-            except OSError as e:
-                raise cannot_write(path, e) from e
+            writer = _writer(parts, shape, tokenizer, name, file_type, chosen)
+            file = files.enter_context(new_gguf(path, overwrite=overwrite))
+            _write_file(writer, file, chosen, n_threads or usable_cpus(), tick)
     return [path for path, _, _ in outputs]
+
+
+def _layout(out: str, mmproj: str | None, single_file: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """The files to write, and which parts of the model go to each. Raises RequestError."""
+    if single_file:
+        return [(out, ("text", "vision"))]
+    if mmproj is None:
+        mmproj = f"{out.removesuffix('.gguf')}-mmproj.gguf"
+    if os.path.basename(out) and os.path.basename(mmproj):  # others are refused with their own words
+        check_distinct(out, mmproj)
+    return [(out, ("text",)), (mmproj, ("vision",))]
 
 
 def _fallbacks(tensors: list[Tensor], type: str, shape: Shape) -> dict[str, str]:

@@ -29,18 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cpus import check_threads, usable_cpus
-from ..errors import MllamaError, ModelError
+from ..errors import ModelError
+from ..files import check_output, check_room
 from ..gguf.reader import GGUFFile, TensorEntry, read_gguf
-from ..gguf.writer import (
-    Job,
-    Progress,
-    cannot_write,
-    check_outputs,
-    counter,
-    replacing,
-    write_data,
-    write_head,
-)
+from ..gguf.writer import GGUF, Job, Progress, counter, new_gguf, write_data, write_head
 
 Array = npt.NDArray[Any]
 Warn = Callable[[str], object]
@@ -207,6 +199,7 @@ def quantize(
     progress: Progress | None = None,
     n_threads: int | None = None,
     allow_requantize: bool = False,
+    overwrite: bool = True,
     warn: Warn = logger.warning,
 ) -> Quantized:
     """Write a copy of a GGUF model with the matrices of its text in other types.
@@ -215,11 +208,13 @@ def quantize(
     progress: called as progress(done, total) with bytes written
     n_threads: by default all usable CPUs
     allow_requantize: take matrices that are quantized already, which loses more than quantizing once
+    overwrite: replace out_path if it is a GGUF file with content; other files with content are never replaced
     warn: called with a line for people
 
     Keys are copied as they are, but for general.file_type and general.quantization_version. The output
     appears under its name only when it is whole; it is one file, also of a split model. Raises ModelError for
-    an input that is damaged or not fit, naming the tensor, MllamaError when the output cannot be written.
+    an input that is damaged or not fit, naming the tensor, RequestError for an output that must not be
+    written, MllamaError when it cannot be written.
     """
     if type not in TARGETS:
         raise ValueError(f"type {type!r}: one of {', '.join(TARGETS)} is expected")
@@ -228,8 +223,7 @@ def quantize(
     path = Path(out_path)
     file = read_gguf(in_path)
     _check_input(file)
-    if path.exists() and any(path.samefile(source) for source in file.paths):
-        raise MllamaError(f"cannot write {path}: it is the input; give another name")
+    target = check_output(out_path, GGUF, inputs=file.paths, overwrite=overwrite)
 
     kinds, fallbacks = _plan(file, TARGETS[type], allow_requantize)
     if fallbacks:
@@ -239,25 +233,21 @@ def quantize(
         entries.append(replace(entry, type=_number(kind), offset=offset, part=0))
         offset += entries[-1].n_bytes + -entries[-1].n_bytes % file.alignment
     keys = _keys(file, TARGETS[type].file_type)
-    check_outputs([(path, offset + sum(map(len, keys)))])
+    check_room([(target, offset + sum(map(len, keys)))])
 
     tick = counter(progress, sum(entry.n_bytes for entry in entries))
-    with replacing([path]) as (temp,):
-        try:
-            with temp.open("wb") as out:
-                write_head(out, keys, entries, file.alignment)
-                write_data(
-                    out,
-                    (
-                        (new.n_bytes, _jobs(file, old, kind))
-                        for old, new, kind in zip(file.tensors, entries, kinds, strict=True)
-                    ),
-                    alignment=file.alignment,
-                    n_threads=n_threads or usable_cpus(),
-                    tick=tick,
-                )
-        except OSError as e:
-            raise cannot_write(path, e) from e
+    with new_gguf(path, overwrite=overwrite) as out:
+        write_head(out, keys, entries, file.alignment)
+        write_data(
+            out,
+            (
+                (new.n_bytes, _jobs(file, old, kind))
+                for old, new, kind in zip(file.tensors, entries, kinds, strict=True)
+            ),
+            alignment=file.alignment,
+            n_threads=n_threads or usable_cpus(),
+            tick=tick,
+        )
     return Quantized(path, file.size, path.stat().st_size, dict(Counter(kinds)), fallbacks)
 
 

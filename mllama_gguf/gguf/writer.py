@@ -1,28 +1,28 @@
-"""What every writer of GGUF files here shares: pieces made by several threads and written in order, files
-that appear under their names only when whole, and errors of the disk in words.
+"""What every writer of GGUF files here shares: pieces made by several threads and written in order, to files
+that appear under their names only when whole.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import struct
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import MllamaError
-from ..words import show_size
+from ..files import Kind, cannot_write, replacing
+from ..temporary import remove_leftovers
 from .reader import TensorEntry
+
+GGUF = Kind.begins_with("GGUF file", b"GGUF")
 
 Array = npt.NDArray[Any]
 Job = Callable[[], Array]  # makes one piece of a tensor's data; run on any thread
@@ -101,42 +101,15 @@ def _in_order(jobs: Iterator[Job], n_threads: int) -> Generator[Array]:
 
 
 @contextmanager
-def replacing(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Temporary names beside the paths, to write to. They get their names when the block ends well; in any
-    case none is left behind."""
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
+def new_gguf(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file to write a GGUF to, which appears under its name when it is whole; see `files.replacing`.
+
+    Raises MllamaError if it cannot be written, if another process is writing it, and without `overwrite` also
+    if a file came into being there after `files.check_output` allowed it.
+    """
+    remove_leftovers(Path(os.path.realpath(path)).parent)  # of another output, tens of gigabytes perhaps
     try:
-        yield temporary
-        for temp, path in zip(temporary, paths, strict=True):
-            try:
-                os.replace(temp, path)
-            except OSError as e:
-                raise cannot_write(path, e) from e
-    finally:
-        for temp in temporary:
-            with suppress(OSError):
-                temp.unlink()
-
-
-def cannot_write(path: Path, e: OSError) -> MllamaError:
-    """The error to show for a failure to write."""
-    reason = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else (e.strerror or str(e))
-    return MllamaError(f"cannot write {path}: {reason}")
-
-
-def check_outputs(outputs: Iterable[tuple[Path, int]]) -> None:
-    """Fail early, before gigabytes are written, if files of these sizes cannot be written or their disks
-    cannot hold them."""
-    need: dict[int, int] = {}
-    for path, n_bytes in outputs:
-        if path.exists() and not path.is_file():
-            raise MllamaError(f"cannot write {path}: it exists and is no regular file")
-        try:
-            device = path.parent.stat().st_dev
-            free = shutil.disk_usage(path.parent).free
-        except OSError as e:
-            raise cannot_write(path, e) from e
-        need[device] = need.get(device, 0) + n_bytes
-        if need[device] > free:
-            needed = f"{show_size(need[device])} needed, {show_size(free)} free on the disk"
-            raise MllamaError(f"cannot write {path}: {needed}")
+        with replacing(path, overwrite=overwrite, wait=0) as out:
+            yield out
+    except OSError as e:
+        raise cannot_write(path, e) from e

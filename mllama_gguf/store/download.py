@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError
+from ..temporary import open_locked
 from ..words import show_size
 from .digests import CHUNK, Blob, TransferProgress
 
@@ -95,23 +97,21 @@ def download(
     the same disk. Raises DownloadError; `target` then does not exist.
     """
     import httpx
-    from filelock import FileLock, Timeout
 
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{partial}.lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            raw, _ = open_locked(partial)
+        except BlockingIOError:
             logger.warning("%s is being fetched by another mllama; waiting for it", target.name)
-            lock.acquire()
-        try:
-            if not target.exists():
-                _Transfer(http, url, blob, partial, progress).run()
-                os.replace(partial, target)
-        finally:
-            lock.release()
+            raw, _ = open_locked(partial, float("inf"))
+        with io.BufferedRandom(raw) as file:
+            if target.exists():
+                partial.unlink()
+                return
+            _Transfer(http, url, blob, partial, progress).run(file)
+            os.replace(partial, target)
     except httpx.HTTPError as e:  # no TransportError: too many redirects and the like
         raise DownloadError(f"{url}: {e}") from e
     except OSError as e:
@@ -133,13 +133,13 @@ class _Transfer:
         self._hash = hashlib.sha256()
         self._done = 0  # bytes in the file and in the hash
 
-    def run(self) -> None:
-        with self._partial.open("ab+") as file:
-            self._take_up(file)
-            if self._hash.hexdigest() != self._blob.sha256:
-                patiently(lambda: self._attempt(file), self._url)
-            file.flush()
-            os.fsync(file.fileno())
+    def run(self, file: BinaryIO) -> None:
+        """Fetch what is missing in the open partial file. Raises DownloadError, OSError."""
+        self._take_up(file)
+        if self._hash.hexdigest() != self._blob.sha256:
+            patiently(lambda: self._attempt(file), self._url)
+        file.flush()
+        os.fsync(file.fileno())
         if self._hash.hexdigest() != self._blob.sha256:
             self._partial.unlink()
             raise DownloadError(
@@ -160,7 +160,8 @@ class _Transfer:
             self._progress("verify", self._done, there)
 
     def _start_over(self, file: BinaryIO) -> None:
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         self._hash, self._done = hashlib.sha256(), 0
 
     def _attempt(self, file: BinaryIO) -> None:

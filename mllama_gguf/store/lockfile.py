@@ -11,10 +11,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from ..errors import ModelError
-from ..files import replacing
+from ..files import AnyPath, Kind, cannot_write, check_output, replacing
+from ..words import one_line
 from .digests import Blob, is_sha256
 from .references import HubRef, OllamaRef
 
@@ -122,11 +123,20 @@ def find_locked_file(ref: HubRef) -> LockedModel | None:
 def read_lock(path: Path) -> dict[str, LockedModel]:
     """The models of one lock file, checked. Raises ModelError naming the file and the entry."""
     try:
-        words = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}") from e
     except ValueError as e:
-        raise ModelError(f"{path}: not TOML: {e}") from e
+        raise ModelError(f"{path}: is no lock file: not UTF-8") from e
+    return _parse(path, text)
+
+
+def _parse(path: Path, text: str) -> dict[str, LockedModel]:
+    """The models of a lock file's text. path: for messages, and to know the package's own."""
+    try:
+        words = tomllib.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{path}: is no lock file: not TOML: {one_line(e)}") from e
     if words.get("version") != VERSION:
         raise ModelError(
             f"{path}: version {words.get('version')!r} of a lock file is not supported ({VERSION} is)"
@@ -230,31 +240,50 @@ def _value(
     return value
 
 
-def write_locked(path: Path, model: LockedModel) -> None:
+def write_locked(path: AnyPath, model: LockedModel) -> None:
     """Put a model into a lock file, in place of an entry of its name; the rest stays as it is, comments too.
 
-    The file is made if there is none. Raises ModelError.
+    The file is made if there is none. Raises ModelError, RequestError, MllamaError.
     """
     import tomlkit
-    from tomlkit import TOMLDocument
 
+    check_lock_output(path)
     try:
-        old = tomlkit.parse(path.read_text(encoding="utf-8")) if path.is_file() else TOMLDocument()
-        if not old:
-            old.add("version", tomlkit.item(VERSION))
-        if model.licence:
-            licences = old.setdefault("licences", tomlkit.table(is_super_table=True))
-            licences[model.licence.key] = {
-                "name": model.licence.name,
-                "url": model.licence.url,
-                "notice": model.licence.notice,
-            }
-        old.setdefault("models", tomlkit.table(is_super_table=True))[model.name] = _entry(model)
-        with replacing(path) as temporary:
-            temporary.write_text(tomlkit.dumps(old), encoding="utf-8")
-            read_lock(temporary)  # what is written can be read
+        with replacing(path) as file:  # another process that adds a model waits
+            old = tomlkit.parse(Path(path).read_bytes().decode() if os.path.exists(path) else "")
+            if not old:
+                old.add("version", tomlkit.item(VERSION))
+            if model.licence:
+                licences = old.setdefault("licences", tomlkit.table(is_super_table=True))
+                licences[model.licence.key] = {
+                    "name": model.licence.name,
+                    "url": model.licence.url,
+                    "notice": model.licence.notice,
+                }
+            old.setdefault("models", tomlkit.table(is_super_table=True))[model.name] = _entry(model)
+            words = tomlkit.dumps(old)
+            _parse(Path(path), words)  # what is written can be read
+            file.write(words.encode())
     except OSError as e:
-        raise ModelError(f"{path}: cannot be written: {e.strerror or e}") from e
+        raise cannot_write(path, e) from e
+
+
+def check_lock_output(path: AnyPath) -> None:
+    """That a lock file can be written here. One that is there must be good: it is kept but for one entry.
+
+    Raises RequestError, ModelError.
+    """
+    target = check_output(path, Kind("lock file of models", _is_lock), overwrite=True)
+    if target.is_file() and target.stat().st_size:
+        read_lock(Path(path))
+
+
+def _is_lock(file: BinaryIO) -> bool:
+    try:
+        words = tomllib.load(file)
+    except RecursionError:
+        return False
+    return isinstance(words.get("version"), int) and set(words) <= {"version", "models", "licences"}
 
 
 def _entry(model: LockedModel) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     path = ollama.downloads() / "manifests" / ref.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(words)
+        with replacing(path) as file:
+            file.write(words)
     except OSError as e:
         raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
 

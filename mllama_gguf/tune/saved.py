@@ -8,10 +8,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..cpus import check_threads, usable_cpus
-from ..files import write_whole
+from ..files import Kind, check_folder, check_output, replacing
 from ..words import one_line
 
 logger = logging.getLogger(__name__)
@@ -72,19 +72,37 @@ def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
-        logger.warning("%s is ignored: %s; `mllama tune` writes it anew", path, one_line(e))
+        logger.warning("%s is ignored: %s; mend it or move it away", path, one_line(e))
         return {}
 
 
-def write_tuned(key: str, settings: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Keep settings for a key; about: more for the reader of the file. Returns the file. Raises OSError."""
+def check_tuned() -> None:
+    """That `write_tuned` may write its file: no other program's is there. Raises RequestError."""
     path = config_path()
-    try:
-        tuned = _read(path)
-    except (FileNotFoundError, ValueError):
-        tuned = {}
-    tuned[key] = {"settings": _checked(dict(settings)), **about}
-    write_whole(path, json.dumps({"version": VERSION, "tuned": tuned}, indent=2) + "\n")
+    if check_folder(path.parent).is_dir():
+        check_output(path, Kind("file of settings of `mllama tune`", _is_tuned), overwrite=True)
+
+
+def _is_tuned(file: BinaryIO) -> bool:
+    content = json.load(file)
+    return isinstance(content, dict) and {"version", "tuned"} <= set(content)
+
+
+def write_tuned(key: str, settings: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    """Keep settings for a key; about: more for the reader of the file. Returns the file.
+
+    Raises RequestError if the file is another program's, OSError.
+    """
+    check_tuned()
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:  # another process that adds settings waits
+        try:
+            tuned = _read(path)
+        except (FileNotFoundError, ValueError):
+            tuned = {}
+        tuned[key] = {"settings": _checked(dict(settings)), **about}
+        file.write((json.dumps({"version": VERSION, "tuned": tuned}, indent=2) + "\n").encode())
     return path
 
 

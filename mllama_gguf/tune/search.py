@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import MllamaError, RequestError
-from ..files import replacing, write_whole
+from ..files import AnyPath, Kind, cannot_write, check_folder, check_output, replacing, write_whole
 from .process import PointFailed, run_point
 from .saved import SETTINGS, file_identity
 
@@ -152,11 +152,19 @@ def _peak_rss(who: int) -> int:
 
 
 class Results:
-    """The points of a task in a folder: tune.json, which a later run goes on from, and tune.csv."""
+    """The points of a task in a folder: tune.json, which a later run goes on from, and tune.csv. plot_path is
+    for `draw_plot`."""
 
-    def __init__(self, folder: Path, task: Task, *, fresh: bool = False) -> None:
-        """fresh: forget what is there. Raises RequestError if it is of another task or damaged."""
+    def __init__(self, folder: AnyPath, task: Task, *, fresh: bool = False) -> None:
+        """fresh: forget what is there. Raises RequestError if it is of another task or damaged, or if the
+        folder cannot be written or has other files of these names."""
+        folder = check_folder(folder)
         self.json_path, self.csv_path = folder / "tune.json", folder / "tune.csv"
+        self.plot_path = folder / "tune.png"
+        inputs = [path for path in (task.model, task.mmproj, task.image) if path]
+        if folder.is_dir():  # else they can be made
+            for path, kind in ((self.json_path, _JSON), (self.csv_path, _CSV), (self.plot_path, PLOT)):
+                check_output(path, kind, inputs=inputs, overwrite=True)
         self._key = task.key()
         self._about = {"model": str(task.model), "image": str(task.image), "prompt": task.prompt}
         self.points: list[Point] = []
@@ -181,12 +189,12 @@ class Results:
         return next((point for point in self.points if point.settings == settings), None)
 
     def add(self, point: Point) -> None:
-        """Keep a point at once."""
+        """Keep a point. Raises MllamaError."""
         self.points.append(point)
         self.save()
 
     def save(self) -> None:
-        """Write both files."""
+        """Write both files. Raises MllamaError."""
         content = {
             "version": VERSION,
             "key": self._key,
@@ -194,8 +202,12 @@ class Results:
             "recommended": self.recommended,
             "points": [asdict(point) for point in self.points],
         }
-        write_whole(self.json_path, json.dumps(content, indent=1) + "\n")
-        write_whole(self.csv_path, self._csv())
+        text = json.dumps(content, indent=1) + "\n"
+        for path, words in ((self.json_path, text), (self.csv_path, self._csv())):
+            try:
+                write_whole(path, words)
+            except OSError as e:
+                raise cannot_write(path, e) from e
 
     def _csv(self) -> str:
         devices = list(dict.fromkeys(device for point in self.points for device in point.memory))
@@ -305,8 +317,24 @@ def _layer_counts(choice: Range, results: Results, current: Mapping[str, Any]) -
         tried = sorted({*tried, *new})
 
 
+def _is_json(file: BinaryIO) -> bool:
+    """Of a run of tune."""
+    try:
+        content = json.load(file)
+    except RecursionError:
+        return False
+    return isinstance(content, dict) and {"version", "key", "points"} <= set(content)
+
+
+PROGRAM = "mllama tune"
+PLOT = Kind.png_by(f"plot of `{PROGRAM}`", PROGRAM)
+_JSON = Kind(f"file of `{PROGRAM}`", _is_json)
+_CSV = Kind.begins_with(f"table of `{PROGRAM}`", ",".join(SETTINGS).encode() + b",load_seconds,")
+
+
 def draw_plot(points: Sequence[Point], path: Path, title: str) -> None:
-    """Seconds and memory over layers, as a PNG. Raises RequestError without matplotlib."""
+    """Seconds and memory over layers, as a PNG. Raises RequestError without matplotlib, MllamaError if the
+    file cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -338,6 +366,8 @@ def draw_plot(points: Sequence[Point], path: Path, title: str) -> None:
     memory.set_ylim(bottom=0)
     if good:
         memory.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        canvas.print_figure(temporary, dpi=120, format="png")
+    try:
+        with replacing(path) as file:
+            canvas.print_figure(file, dpi=120, format="png", metadata={"Software": PROGRAM})
+    except OSError as e:
+        raise cannot_write(path, e) from e

@@ -757,7 +757,7 @@ def file_size_limit(n_bytes: int) -> Iterator[None]:
 def test_write_error_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "m.gguf").write_bytes(b"the file before")
+    (out / "m.gguf").write_bytes(b"GGUF, the file before")
     for limit in (1000, 100_000, 1_000_000):
         with (
             file_size_limit(limit),
@@ -765,7 +765,7 @@ def test_write_error_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> 
         ):
             convert(checkpoint, out / "m.gguf", type="f32")
         assert [p.name for p in out.iterdir()] == ["m.gguf"]
-        assert (out / "m.gguf").read_bytes() == b"the file before"
+        assert (out / "m.gguf").read_bytes() == b"GGUF, the file before"
 
 
 def test_full_disk_is_told_before(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -777,7 +777,7 @@ def test_full_disk_is_told_before(checkpoint: Path, tmp_path: Path, monkeypatch:
 
 
 def test_outputs_that_cannot_be(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(MllamaError, match="No such file or directory"):
+    with pytest.raises(MllamaError, match="there is no folder"):
         convert(checkpoint, tmp_path / "nowhere" / "m.gguf")
     with pytest.raises(MllamaError, match="no regular file"):
         convert(checkpoint, checkpoint, single_file=True)
@@ -821,7 +821,7 @@ def test_command(checkpoint: Path, tmp_path: Path) -> None:
     assert out in result.output and mmproj in result.output
     assert File(tmp_path / "t.gguf").type("output.weight") == "F16"
     assert File(tmp_path / "v.gguf").type("mm.0.weight") == "F32"
-    result = run.invoke(convert_command, [str(checkpoint), "-o", out, "--single-file"])
+    result = run.invoke(convert_command, [str(checkpoint), "-o", out, "--single-file", "--overwrite"])
     assert result.exit_code == 0, result.output
     assert File(tmp_path / "t.gguf").type("mm.0.weight") == "BF16"
 

@@ -508,7 +508,7 @@ def file_size_limit(n_bytes: int) -> Iterator[None]:
 
 
 def test_write_errors_leave_nothing_behind(files: TinyFiles, tmp_path: Path) -> None:
-    (tmp_path / "q.gguf").write_bytes(b"the file before")
+    (tmp_path / "q.gguf").write_bytes(b"GGUF, the file before")
     for limit in (1000, 100_000, 1_000_000):
         with (
             file_size_limit(limit),
@@ -516,7 +516,7 @@ def test_write_errors_leave_nothing_behind(files: TinyFiles, tmp_path: Path) -> 
         ):
             quantize(files.one, tmp_path / "q.gguf", "q8_0")
         assert [p.name for p in tmp_path.iterdir()] == ["q.gguf"]
-    assert (tmp_path / "q.gguf").read_bytes() == b"the file before"
+    assert (tmp_path / "q.gguf").read_bytes() == b"GGUF, the file before"
 
 
 def test_a_full_disk_is_told_before(
@@ -562,7 +562,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         text=True,
         **elsewhere(),
     )
-    while not list(tmp_path.glob(".q.gguf.*.part")):
+    while not list(tmp_path.glob(".mllama-*.tmp")):
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
@@ -605,7 +605,7 @@ def test_command(files: TinyFiles, tmp_path: Path, capsys: pytest.CaptureFixture
         "types": {"F32": 84, "Q4_K": 25, "Q6_K": 5},
         "fallbacks": {},
     }
-    assert run(["quantize", str(files.one), str(out), "--type", "q8_0"]) == 0
+    assert run(["quantize", str(files.one), str(out), "--type", "q8_0", "--overwrite"]) == 0
     assert "30 Q8_0" in capsys.readouterr().out
     assert run(["quantize", str(out), str(tmp_path / "r.gguf"), "--type", "q4_0"]) == 1
     error = capsys.readouterr().err

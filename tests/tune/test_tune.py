@@ -102,7 +102,7 @@ def test_results_of_another_task_are_not_mixed(task: Task, tmp_path: Path) -> No
     with pytest.raises(RequestError, match="another model, picture"):
         Results(tmp_path, replace(task, prompt="What?"))
     assert Results(tmp_path, replace(task, prompt="What?"), fresh=True).points == []
-    (tmp_path / "tune.json").write_text("{")
+    (tmp_path / "tune.json").write_text('{"version": 1, "key": "", "points": [3]}')
     with pytest.raises(RequestError, match=r"cannot be read.*--fresh"):
         Results(tmp_path, task)
 

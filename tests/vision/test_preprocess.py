@@ -693,7 +693,7 @@ def test_command_files(picture_file: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         rgb(Image.open(tiles / "wide [x]_0_1.png")), np.asarray(tiled.tile_picture(1))
     )
-    result = run(picture_file, picture_file, "--tile-size", 80, "--png", tiles)
+    result = run(picture_file, picture_file, "--tile-size", 80, "--png", tiles, "--overwrite")
     assert result.exit_code == 0 and len(list(tiles.iterdir())) == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "new",
@@ -705,8 +705,8 @@ def test_command_files(picture_file: Path, tmp_path: Path) -> None:
 def test_command_errors(picture_file: Path, tmp_path: Path) -> None:
     for arguments, code, words in (
         (["none.png"], 1, "none.png: no such file"),
-        ([picture_file, "--out", tmp_path / "no" / "x.npy"], 1, "x.npy: cannot be written: No such file"),
-        ([picture_file, "--png", picture_file / "x"], 1, "cannot be written"),
+        ([picture_file, "--out", tmp_path / "no" / "x.npy"], 1, "x.npy: there is no folder"),
+        ([picture_file, "--png", picture_file / "x"], 1, "is a file, not a folder"),
         ([picture_file, picture_file, "--out", "x.npy"], 2, "one picture"),
         ([picture_file, "--tile-size", "0"], 2, "0"),
         ([], 2, "Missing argument"),
@@ -723,16 +723,17 @@ def test_a_failed_write_leaves_the_old_file(
     picture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "pixels.npy"
-    out.write_bytes(b"old")
+    np.save(out, np.zeros((1, 3, 2, 2), np.float32))
+    old = out.read_bytes()
 
-    def full(file: Any, array: Any) -> None:
+    def full(file: Any, arr: Any) -> None:
         file.write(b"some")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    result = run(picture_file, "--out", out)
-    assert result.exit_code == 1 and "No space left" in result.stderr
-    assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    result = run(picture_file, "--out", out, "--overwrite")
+    assert result.exit_code == 1 and "the disk is full" in result.stderr
+    assert out.read_bytes() == old and len(list(tmp_path.iterdir())) == 2
 
 
 def gguf_head(**keys: int) -> bytes:
