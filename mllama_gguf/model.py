@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,8 @@ from .backend.local import KV_TYPES, KvType, NativeContext, NativeModel, open_mo
 from .backend.measure import measuring
 from .backend.plan import device_limits, largest_fitting
 from .backend.types import Floats, HParams, Memory, Tap
-from .cache.disk import ImageCache, code_identity, files_identity
+from .cache.disk import ImageCache
+from .cache.keys import Keys, KeySettings
 from .decode import openai
 from .decode.reply import Reply, ReplyOptions
 from .decode.session import Session
@@ -47,8 +46,6 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 DEFAULT_PROMPT = "Describe this image."
 # One four-tile picture of the 11B model takes 105 MB.
 EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
-# What makes a filling of states, in the files of all layouts.
-_FILLER = re.compile(r"blk\.\d+\.cross_attn_(k_proj|v_proj|k_norm)\.weight")
 
 
 class Mllama(OneProcess):
@@ -232,11 +229,23 @@ class Mllama(OneProcess):
         self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES, self._disk)
         self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
         self._flash_attn = flash_attn
-        self._filling_settings = (type_k, type_v, flash_attn, offload_kqv)
-        self._filler = ""  # see _filler_identity
-        self._text_settings = (*self._filling_settings, repack, n_batch, self.n_threads)
         self._stop = abort or (lambda: False)
-        self._projector = self._vision_device = ""  # see _encoder_identity
+        self._keys = Keys(
+            self._model,
+            self.model_path,
+            self.mmproj_path,
+            KeySettings(
+                PREPROCESS_VERSION,
+                flash_attn,
+                type_k,
+                type_v,
+                offload_kqv,
+                repack,
+                n_batch,
+                self.n_threads,
+            ),
+            self._disk,
+        )
         self._taps = 0  # open ones
         self._template = ChatTemplate(
             chat_template or self._vocab.chat_template,
@@ -372,17 +381,13 @@ class Mllama(OneProcess):
         if n_threads is not None:
             cpus.check_threads(n_threads)
         with self._exclusive(changes=False):
-            # Found now, and remembered: the other thread only reads them.
-            self._encoder_identity()
-            if self._disk is not None:
-                self._filler_identity(self._disk)
             encoder = ImageEncoder(
                 self._model,
                 self._stop,
                 n_threads=n_threads or self.encoder_threads or 1,
                 flash_attn=self._flash_attn,
                 embed=self._embed_elsewhere,
-                needs=lambda image: not self._has_filling(self._filling_key(self._key(image))),
+                needs=lambda image: not self._has_image_kv(self._image_kv_key(self._key(image))),
             )
             self._encoders.add(encoder)
             return encoder
@@ -449,63 +454,26 @@ class Mllama(OneProcess):
                 self._encoded.add(arrived)
         ours = not isinstance(image, ImageEmbedding) or image in self._encoded
         key = image.key if isinstance(image, ImageEmbedding) else self._key(image)
-        filling_key = self._filling_key(key) if ours else ""
-        if self._disk is not None and self._has_filling(filling_key):
-            self._disk.touch(key)
-            return Encoding(key, image.n_tiles, lambda: self._encode(image).states, filling_key)
+        image_kv_key = self._image_kv_key(key) if ours else ""
+        if self._disk is not None and self._has_image_kv(image_kv_key):
+            self._disk.touch_states(key)
+            return Encoding(key, image.n_tiles, lambda: self._encode(image).states, image_kv_key)
         states = self._encode(image).states
-        return Encoding(key, image.n_tiles, lambda: states, filling_key)
+        return Encoding(key, image.n_tiles, lambda: states, image_kv_key)
 
-    def _filling_key(self, key: str) -> str:
-        """Names what the text model makes of the states of that key; "": that is not kept."""
-        if self._disk is None or self._taps:
-            return ""
-        return hashlib.sha256(f"{self._filler_identity(self._disk)}/{key}".encode()).hexdigest()
+    def _image_kv_key(self, key: str) -> str:
+        """Names what the text model computes of the states of that key; "": that is not kept."""
+        return "" if self._disk is None or self._taps else self._keys.image_kv(key, self._stop)
 
     def _prefix_key(self, tokens: Sequence[int]) -> str:
-        """Names what the text model makes of the first tokens of a prompt, before any picture; "": that is
-        not kept. The weights are named by their files, for there are gigabytes to hash."""
-        if self._disk is None or self._taps:
-            return ""
-        places = sorted((t.name, t.device) for t in self._model.tensors() if not t.is_vision)
-        known = self._model.devices()
-        code = [code_identity(device, known) for device in sorted({"CPU", *dict(places).values()})]
-        file = (files_identity(self.model_path), self.layout, self.repairs)
-        return hashlib.sha256(
-            repr((file, places, code, self._text_settings, list(tokens))).encode()
-        ).hexdigest()
+        """Names what the text model computes of the first tokens of a prompt; "": that is not kept."""
+        return "" if self._disk is None or self._taps else self._keys.prefix_kv(tokens)
 
-    def _has_filling(self, filling_key: str) -> bool:
-        return self._disk is not None and filling_key != "" and self._disk.has_filling(filling_key)
+    def _has_image_kv(self, image_kv_key: str) -> bool:
+        return self._disk is not None and image_kv_key != "" and self._disk.has_kv(image_kv_key)
 
     def _key(self, image: TiledImage) -> str:
-        """Names a picture's states."""
-        words = f"{self._encoder_identity()}/{image.rows}x{image.columns}/{image.sha256}"
-        return hashlib.sha256(words.encode()).hexdigest()
-
-    def _encoder_identity(self) -> str:
-        """Everything but the pixels that the bits of the states depend on."""
-        if not self._projector:
-            path = self.mmproj_path or self.model_path
-            vision = [tensor for tensor in self._model.tensors() if tensor.is_vision]
-            if self._disk is None:  # its own memory needs not know a copy of the file
-                self._projector = repr(files_identity(path))
-            else:
-                self._projector = self._disk.weights_sha256(path, [t.name for t in vision], self._stop)
-            self._vision_device = vision[0].device
-        code = code_identity(self._vision_device, self._model.devices())
-        return f"{self._projector}/{PREPROCESS_VERSION}/{code}/{self._flash_attn}"
-
-    def _filler_identity(self, disk: ImageCache) -> str:
-        """Everything but the states that the bits of a filling depend on."""
-        if not self._filler:
-            places = {t.name: t.device for t in self._model.tensors() if _FILLER.fullmatch(t.name)}
-            content = disk.weights_sha256(self.model_path, places, self._stop)
-            known = self._model.devices()
-            code = [code_identity(device, known) for device in sorted({"CPU", *places.values()})]
-            file = (content, self.layout, self.repairs)
-            self._filler = repr((file, sorted(places.items()), code, self._filling_settings))
-        return self._filler
+        return self._keys.states(image, self._stop)
 
     # ---- replies -------------------------------------------------------------------------------------------
 

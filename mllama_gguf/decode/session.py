@@ -17,7 +17,8 @@ import numpy as np
 from ..backend.callbacks import Callbacks
 from ..backend.local import NativeContext
 from ..backend.types import Bytes, Floats
-from ..cache.disk import PIECE, ImageCache
+from ..cache.disk import ImageCache
+from ..cache.entries import PIECE
 from ..errors import Aborted, BackendError, ContextFullError, ImageError, ModelError, RequestError
 from ..handles import OneProcess
 from ..vision.embedding import Encoding
@@ -155,24 +156,26 @@ class Session(OneProcess):
             self._agree()
         n, key = self._unsaved_prefix
         self._unsaved_prefix = 0, ""
-        if self._disk and 0 < n <= len(self._tokens) and not self._disk.has_filling(key, "prefix"):
+        if self._disk and 0 < n <= len(self._tokens) and not self._disk.has_kv(key, "prefix_kv"):
             data = self._context.past_get(n)
-            self._disk.add_filling(key, data.nbytes, [data], "prefix")
+            self._disk.add_kv(key, data.nbytes, [data], "prefix_kv")
         while self._unsaved and self._disk is not None:
             slot, image, key = self._unsaved.pop()
-            if self._disk.has_filling(key):  # by another process, or the same picture beside itself
+            if self._disk.has_kv(key):  # by another process, or the same picture beside itself
                 continue
             n_bytes = self._context.image_size(slot, image)
-            self._disk.add_filling(key, n_bytes, self._pieces(slot, image, n_bytes))
+            self._disk.add_kv(key, n_bytes, self._pieces(slot, image, n_bytes))
 
     def _recall(self, tokens: Sequence[int], key: str) -> int:
         """Let the cache hold these tokens, a prompt's first, if they are on disk; how many it then holds."""
         assert self._disk is not None
         n = len(tokens)
-        if not key or not self._disk.has_filling(key, "prefix"):
+        if not key or not self._disk.has_kv(key, "prefix_kv"):
             return 0
         try:
-            pieces = [piece.copy() for piece in self._disk.filling(key, self._context.past_size(n), "prefix")]
+            pieces = [
+                piece.copy() for piece in self._disk.read_kv(key, self._context.past_size(n), "prefix_kv")
+            ]
         except ImageError:
             return 0
         self._context.past_set(n, np.concatenate(pieces))
@@ -217,9 +220,9 @@ class Session(OneProcess):
             slot = self._fill(group)
             self._slots[key] = self._slots.pop(UNFINISHED)
             self._unsaved += [
-                (slot, i, image.filling_key)
+                (slot, i, image.image_kv_key)
                 for i, image in enumerate(group)
-                if self._disk and image.filling_key and not self._disk.has_filling(image.filling_key)
+                if self._disk and image.image_kv_key and not self._disk.has_kv(image.image_kv_key)
             ]
         self._slots.move_to_end(key)
         return self._slots[key]
@@ -229,13 +232,13 @@ class Session(OneProcess):
         on_disk = {
             i
             for i, image in enumerate(group)
-            if self._disk and image.filling_key and self._disk.has_filling(image.filling_key)
+            if self._disk and image.image_kv_key and self._disk.has_kv(image.image_kv_key)
         }
         while True:
             slot = self._slots[UNFINISHED] = self._context.image_fill(
                 [image.n_tiles if i in on_disk else image.states() for i, image in enumerate(group)]
             )
-            damaged = next((i for i in sorted(on_disk) if not self._copy(slot, i, group[i].filling_key)), -1)
+            damaged = next((i for i in sorted(on_disk) if not self._copy(slot, i, group[i].image_kv_key)), -1)
             if damaged < 0:
                 return slot
             on_disk.remove(damaged)
@@ -245,18 +248,18 @@ class Session(OneProcess):
         """The unfinished slot, new, with the memory of a picture's file; -1 if that cannot be. Whether the
         file is as it was written is found out meanwhile: see `_settle`."""
         (image,) = group
-        if self._disk is None or not image.filling_key or not self._disk.has_filling(image.filling_key):
+        if self._disk is None or not image.image_kv_key or not self._disk.has_kv(image.image_kv_key):
             return -1
         n_bytes = self._context.image_mapped_size(image.n_tiles)
         if not n_bytes:
             return -1
         try:
-            slot = self._context.image_map(image.n_tiles, *self._disk.filling_place(image.filling_key))
+            slot = self._context.image_map(image.n_tiles, *self._disk.image_kv_place(image.image_kv_key))
         except (ModelError, RequestError):  # gone meanwhile, or not as long as it must be
             return -1
         self._slots[UNFINISHED] = slot
         reader = ThreadPoolExecutor(1, "filling")
-        self._check = key, reader.submit(self._disk.is_intact, image.filling_key, n_bytes)
+        self._check = key, reader.submit(self._disk.is_intact, image.image_kv_key, n_bytes)
         reader.shutdown(wait=False)
         return slot
 
@@ -280,7 +283,7 @@ class Session(OneProcess):
         assert self._disk is not None
         offset = 0
         try:
-            for piece in self._disk.filling(key, self._context.image_size(slot, image)):
+            for piece in self._disk.read_kv(key, self._context.image_size(slot, image)):
                 self._check_abort()
                 self._context.image_set(slot, image, offset, piece)
                 offset += piece.nbytes

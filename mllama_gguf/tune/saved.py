@@ -38,7 +38,7 @@ def config_path() -> Path:
     return Path(folder) / "tuned.json"
 
 
-def file_identity(path: str | os.PathLike[str]) -> str:
+def head_sha256(path: str | os.PathLike[str]) -> str:
     """Tells model files apart, wherever they lie: sha256 of the size and the first mebibyte."""
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
@@ -55,7 +55,7 @@ def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) 
     """
     from ..backend.local import devices
 
-    words = [file_identity(path) for path in paths]
+    words = [head_sha256(path) for path in paths]
     machine = [usable_cpus(), *([d.name, d.description, d.type] for d in devices())]
     parts = [words, machine, sorted(offload.items())]
     return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()

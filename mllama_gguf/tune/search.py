@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from ..errors import MllamaError, RequestError
 from ..files import AnyPath, Kind, cannot_write, check_folder, check_output, replacing, write_whole
 from .process import PointFailed, run_point
-from .saved import SETTINGS, file_identity
+from .saved import SETTINGS, head_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Task:
     def key(self) -> str:
         """Tells results of another task apart. Raises OSError."""
         parts = [
-            [file_identity(path) for path in (self.model, self.mmproj) if path],
+            [head_sha256(path) for path in (self.model, self.mmproj) if path],
             hashlib.sha256(self.image.read_bytes()).hexdigest(),
             [self.prompt, self.max_tokens, self.repeats, sorted(self.fixed.items())],
         ]

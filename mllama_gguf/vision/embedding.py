@@ -7,17 +7,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from ..cache.disk import ImageCache
 from ..errors import ImageError
 from .load import ImageSource
 from .preprocess import TiledImage
-
-if TYPE_CHECKING:
-    from ..cache.disk import ImageCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +66,23 @@ Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding"
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """A picture of a prompt, on its way into the cache: its states are not made before they are needed.
+    """An image of a prompt, on its way into the cache: its states are not computed before they are needed.
 
     key, n_tiles: as those of its ImageEmbedding
     states:       finds or computes them, float32 [n_tiles, n_positions, n_embd]
-    filling_key:  names what the text model makes of the states, see `image_cache`; "": that is not kept
+    image_kv_key: the key of the keys and values that the text model computes of the states, see `cache.keys`;
+                  "": they are not kept
     """
 
     key: str
     n_tiles: int
     states: Callable[[], npt.NDArray[np.float32]]
-    filling_key: str = ""
+    image_kv_key: str = ""
 
 
 class EmbeddingStore:
     """The embeddings used last, by key: in memory as many as fit max_bytes (one at least), and those on disk.
-    Several threads may use it at once."""
+    Safe from several threads."""
 
     def __init__(self, max_bytes: int, disk: ImageCache | None = None) -> None:
         self._max_bytes = max_bytes
@@ -97,16 +96,18 @@ class EmbeddingStore:
             if key in self._items:
                 self._items.move_to_end(key)
                 return self._items[key]
-        known = None if self._disk is None else self._disk.get(key)
-        if known is not None:
-            self._keep(known)
+        found = None if self._disk is None else self._disk.read_states(key)
+        if found is None:
+            return None
+        known = ImageEmbedding(*found, key)
+        self._keep(known)
         return known
 
     def add(self, embedding: ImageEmbedding) -> None:
         """Keep an embedding, and drop the oldest ones that no longer fit."""
         self._keep(embedding)
         if self._disk is not None:
-            self._disk.add(embedding)
+            self._disk.add_states(embedding.key, embedding.states, embedding.aspect_ratio_id)
 
     def _keep(self, embedding: ImageEmbedding) -> None:
         with self._lock:

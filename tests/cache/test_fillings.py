@@ -20,6 +20,7 @@ from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import NativeContext, NativeModel
 from mllama_gguf.cache.disk import ImageCache
+from mllama_gguf.cache.identity import file_stamps, weights_sha256
 from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.gguf.reader import read_gguf
 
@@ -341,15 +342,18 @@ def test_every_part_of_a_split_model_is_looked_at(folder: Path, tmp_path: Path) 
     tensor = next(t for t in read_gguf(text).tensors if t.name == "blk.3.cross_attn_k_proj.weight")
     assert tensor.part > 0
     parts = read_gguf(text).paths
-    cache, names = ImageCache(), [tensor.name]
+    names = [tensor.name]
     for part in parts:
         os.utime(part, (1e9, 1e9))
-    first = cache.weights_sha256(text, names)
-    assert cache.weights_sha256(text, names) == first
+    first, stamps = weights_sha256(read_gguf(text), names), file_stamps(text)
+    assert len(stamps) == len(parts)
+    assert weights_sha256(read_gguf(text), names) == first
+    assert file_stamps(text) == stamps
     data = bytearray(parts[tensor.part].read_bytes())
     data[read_gguf(text).data_offsets[tensor.part] + tensor.offset] ^= 1
     parts[tensor.part].write_bytes(data)
-    assert cache.weights_sha256(text, names) != first
+    assert weights_sha256(read_gguf(text), names) != first
+    assert file_stamps(text) != stamps
 
 
 # ---- room --------------------------------------------------------------------------------------------------
@@ -360,19 +364,22 @@ def test_fillings_have_half_of_the_room(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
     def add(number: int, n_bytes: int = 9_000) -> None:
-        cache.add_filling(f"{number:064x}", n_bytes, iter([rng.integers(0, 256, n_bytes, np.uint8)]))
+        cache.add_kv(f"{number:064x}", n_bytes, iter([rng.integers(0, 256, n_bytes, np.uint8)]))
+
+    def add_states() -> None:
+        cache.add_states(rng.bytes(32).hex(), rng.random((1, 10, 200), np.float32), 1)
 
     for _ in range(5):
-        cache.add(ImageEmbedding(rng.random((1, 10, 200), np.float32), 1))
+        add_states()
     assert cache.info().n_states == 5
     for number in range(20):
         add(number)
         assert cache.info().n_bytes <= cache.max_bytes
     assert (cache.info().n_states, cache.info().n_fillings) == (5, 5)
     add(99, 60_000)
-    assert not cache.has_filling(f"{99:064x}")
+    assert not cache.has_kv(f"{99:064x}")
     for _ in range(20):
-        cache.add(ImageEmbedding(rng.random((1, 10, 200), np.float32), 1))
+        add_states()
     info = cache.info()
     assert info.n_bytes <= cache.max_bytes
     assert info.n_states > 10

@@ -24,8 +24,8 @@ from mllama_gguf.cache.disk import (
     SIZE_VARIABLE,
     ImageCache,
     default_max_bytes,
-    weights_sha256,
 )
+from mllama_gguf.cache.identity import weights_sha256
 from mllama_gguf.cli.main import run
 
 Files = Callable[[str], TinyFiles]
@@ -40,6 +40,10 @@ def entries(folder: Path) -> list[Path]:
 
 def embedding(seed: int, n_values: int = 1000) -> ImageEmbedding:
     return ImageEmbedding(np.random.default_rng(seed).random((1, 10, n_values // 10), np.float32), 1)
+
+
+def add(cache: ImageCache, item: ImageEmbedding) -> None:
+    cache.add_states(item.key, item.states, item.aspect_ratio_id)
 
 
 class Encoded:
@@ -163,13 +167,14 @@ def test_the_projector_is_read_once(
         reads.append(args)
         return weights_sha256(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("mllama_gguf.cache.disk.weights_sha256", counted)
-    cache = ImageCache()
+    monkeypatch.setattr("mllama_gguf.cache.keys.weights_sha256", counted)
     for seconds, n_reads in ((0.0, 1), (0.0, 2), (60.0, 3), (60.0, 3), (61.0, 4)):
         # A file of this moment may change again without its time telling, so it is not remembered yet.
         changed = time.time() - seconds if seconds == 0 else 1e9 + seconds
         os.utime(path, (changed, changed))
-        cache.weights_sha256(path, ["mm.0.weight"])
+        with Mllama(path) as model:
+            model.encode_image(picture(1))
+            model.encode_image(picture(2))
         assert len(reads) == n_reads
 
 
@@ -228,10 +233,10 @@ def test_a_damaged_entry_is_dropped_and_computed_again(
 
 def test_an_entry_under_another_name_is_not_taken(tmp_path: Path) -> None:
     cache, one, other = ImageCache(tmp_path, 10**6), embedding(1), embedding(2)
-    cache.add(one)
+    add(cache, one)
     os.rename(tmp_path / f"{one.key}.states", tmp_path / f"{other.key}.states")
-    assert cache.get(other.key) is None
-    assert cache.get(one.key) is None
+    assert cache.read_states(other.key) is None
+    assert cache.read_states(one.key) is None
     assert not entries(tmp_path)
 
 
@@ -242,17 +247,17 @@ def test_the_entries_used_longest_ago_go_first(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, 3 * 4100)
     items = [embedding(seed) for seed in range(5)]
     for age, item in zip((90, 80, 70), items, strict=False):
-        cache.add(item)
+        add(cache, item)
         changed = time.time() - age
         os.utime(tmp_path / f"{item.key}.states", (changed, changed))
-    assert cache.get(items[0].key) is not None  # used now: the second is the oldest
+    assert cache.read_states(items[0].key) is not None  # used now: the second is the oldest
     for item, gone in ((items[3], {1}), (items[4], {1, 2})):
-        cache.add(item)
+        add(cache, item)
         present = {i for i, it in enumerate(items) if (tmp_path / f"{it.key}.states").exists()}
         assert not present & gone
         assert len(present) == 3
         assert cache.info().n_bytes <= cache.max_bytes
-    cache.add(embedding(9, 5000))  # more than the whole cache
+    add(cache, embedding(9, 5000))  # more than the whole cache
     assert cache.info().n_states == 3
 
 
@@ -262,7 +267,7 @@ def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (1, 1))
-    cache.add(embedding(1))
+    add(cache, embedding(1))
     assert not old.exists()
     assert new.exists()
 
@@ -336,20 +341,17 @@ def test_a_full_or_read_only_disk_is_one_warning(
 WORK = """
 import sys
 import numpy as np
-from mllama_gguf.vision.embedding import ImageEmbedding
 from mllama_gguf.cache.disk import ImageCache
 
-def embedding(seed):
-    return ImageEmbedding(np.random.default_rng(seed).random((1, 10, 100), np.float32), 1)
-
-cache, items, hits = ImageCache(sys.argv[1], 6 * 4100), [embedding(i) for i in range(10)], 0
+cache, hits = ImageCache(sys.argv[1], 6 * 4100), 0
+items = [np.random.default_rng(i).random((1, 10, 100), np.float32) for i in range(10)]
 rng = np.random.default_rng(int(sys.argv[2]))
 for i in rng.integers(0, 10, 400):
-    found = cache.get(items[i].key)
+    found = cache.read_states(f"{i:064x}")
     if found is None:
-        cache.add(items[i])
+        cache.add_states(f"{i:064x}", items[i], 1)
     else:
-        assert np.array_equal(found.states, items[i].states)
+        assert np.array_equal(found[0], items[i])
         hits += 1
 assert not cache._warned
 print(hits)
