@@ -49,8 +49,10 @@ class Kind:
         """PNG files with tEXt chunk "Software" of this program, near their beginning."""
         return cls(
             name,
-            lambda file: (head := file.read(512)).startswith(b"\x89PNG\r\n\x1a\n")
-            and b"tEXtSoftware\0" + program.encode() in head,
+            lambda file: (
+                (head := file.read(512)).startswith(b"\x89PNG\r\n\x1a\n")
+                and b"tEXtSoftware\0" + program.encode() in head
+            ),
         )
 
     def fits(self, path: AnyPath) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar, overload
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 from . import cpus
 from .backend.callbacks import Callbacks, Progress
@@ -27,7 +26,7 @@ from .cache.keys import Keys, KeySettings
 from .decode import openai
 from .decode.reply import Reply, ReplyOptions
 from .decode.session import Session
-from .errors import BusyError, ImageError, MllamaError, ModelError, OutOfMemoryError, RequestError
+from .errors import BusyError, MllamaError, ModelError, OutOfMemoryError, RequestError
 from .handles import OneProcess
 from .store.resolve import resolve
 from .text.chat import ChatTemplate
@@ -35,17 +34,16 @@ from .text.grammar import grammar_of
 from .text.sampling import SamplingOptions
 from .text.stream import stop_list
 from .text.vocab import Vocab
-from .vision.embedding import EmbeddingStore, Encoding, ImageEmbedding, Picture
+from .vision.embedding import Encoding, ImageEmbedding, Picture
 from .vision.encoder import ImageEncoder
-from .vision.preprocess import PREPROCESS_VERSION, TiledImage, preprocess_image
+from .vision.images import Images
+from .vision.preprocess import PREPROCESS_VERSION, TiledImage
 
 logger = logging.getLogger(__name__)
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 DEFAULT_PROMPT = "Describe this image."
-# One four-tile picture of the 11B model takes 105 MB.
-EMBEDDING_STORE_BYTES = 256 * 1024 * 1024
 
 
 class Mllama(OneProcess):
@@ -219,14 +217,11 @@ class Mllama(OneProcess):
         trained = self.hparams.n_ctx_train
         if n_ctx and n_ctx > trained:
             logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
-        self._encoded: WeakSet[ImageEmbedding] = WeakSet()  # by us, so that their keys name their content
-        self._arrived: deque[ref[ImageEmbedding]] = deque()  # by our encoders, in their threads
         self._encoders: WeakSet[ImageEncoder] = WeakSet()
         self._disk: ImageCache | None = None
         if image_cache is not False:
             disk = ImageCache(None if image_cache is True else image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
-        self._embeddings = EmbeddingStore(EMBEDDING_STORE_BYTES, self._disk)
         self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
         self._flash_attn = flash_attn
         self._stop = abort or (lambda: False)
@@ -246,6 +241,7 @@ class Mllama(OneProcess):
             ),
             self._disk,
         )
+        self._images = Images(self.hparams, self.model_path.name, self._keys, self._disk)
         self._taps = 0  # open ones
         self._template = ChatTemplate(
             chat_template or self._vocab.chat_template,
@@ -364,7 +360,8 @@ class Mllama(OneProcess):
         Raises ImageError, RequestError for a model without a vision encoder, Aborted.
         """
         with self._exclusive(changes=False):
-            return self._encode(self._prepare(image))
+            prepared = self._images.prepare(image)
+            return self._images.embed(prepared, self._context, self._stop, fresh=self._taps > 0)
 
     def image_encoder(self, n_threads: int | None = None) -> ImageEncoder:
         """The vision encoder for another thread, see `ImageEncoder`; close it before this object, which else
@@ -375,7 +372,7 @@ class Mllama(OneProcess):
         `abort` is then called in that thread too. Raises RequestError for a model without a vision encoder or
         in another process (isolate, rpc_servers), BackendError, Aborted.
         """
-        self._check_vision()
+        self._images.check_vision()
         if not isinstance(self._model, NativeModel):
             raise RequestError("image_encoder: this model computes in another process (isolate, rpc_servers)")
         if n_threads is not None:
@@ -383,97 +380,21 @@ class Mllama(OneProcess):
         with self._exclusive(changes=False):
             encoder = ImageEncoder(
                 self._model,
+                self._images,
                 self._stop,
                 n_threads=n_threads or self.encoder_threads or 1,
                 flash_attn=self._flash_attn,
-                embed=self._embed_elsewhere,
-                needs=lambda image: not self._has_image_kv(self._image_kv_key(self._key(image))),
             )
             self._encoders.add(encoder)
             return encoder
 
-    def _check_vision(self) -> None:
-        if not self.hparams.has_vision:
-            raise RequestError(
-                f"{self.model_path.name} is a text model without vision encoder; give mmproj_path"
-            )
-
-    def _prepare(self, image: Picture) -> TiledImage | ImageEmbedding:
-        """Decode and check a picture, without the costly part."""
-        h = self.hparams
-        self._check_vision()
-        if isinstance(image, ImageEmbedding):
-            wanted = (h.n_positions, h.n_embd)
-            if image.states.shape[1:] != wanted or image.n_tiles > h.max_tiles:
-                raise ImageError(
-                    f"ImageEmbedding of another model: states {list(image.states.shape)}; this model's are "
-                    f"[1 to {h.max_tiles}, {h.n_positions}, {h.n_embd}]"
-                )
-            return image
-        if not isinstance(image, TiledImage):
-            return preprocess_image(image, tile_size=h.image_size, max_tiles=h.max_tiles)
-        if (image.tile_size, image.max_tiles) != (h.image_size, h.max_tiles):
-            raise ImageError(
-                f"TiledImage of {image.max_tiles} tiles of {image.tile_size} pixels; this model takes "
-                f"{h.max_tiles} of {h.image_size}"
-            )
-        return image
-
-    def _encode(self, image: TiledImage | ImageEmbedding) -> ImageEmbedding:
-        if isinstance(image, ImageEmbedding):
-            return image
-        embedding = self._embed(image, self._context)
-        self._encoded.add(embedding)
-        return embedding
-
-    def _embed(self, image: TiledImage, context: NativeContext) -> ImageEmbedding:
-        """Find the embedding, or compute it. Threads do so at once, each in a context of its own."""
-        key = self._key(image)
-        # A tap wants to see the computation.
-        embedding = None if self._taps else self._embeddings.get(key)
-        if embedding is None:
-            states = context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
-            embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
-            self._embeddings.add(embedding)
-        return embedding
-
-    def _embed_elsewhere(self, image: Picture, context: NativeContext) -> ImageEmbedding:
-        """For an `ImageEncoder`, in its thread."""
-        prepared = self._prepare(image)
-        if isinstance(prepared, ImageEmbedding):
-            return prepared
-        embedding = self._embed(prepared, context)
-        self._arrived.append(ref(embedding))
-        return embedding
-
     def _encoding(self, image: TiledImage | ImageEmbedding) -> Encoding:
-        """A picture for the session: without its states, if what the text model makes of them is on disk."""
-        while self._arrived:
-            arrived = self._arrived.popleft()()
-            if arrived is not None:
-                self._encoded.add(arrived)
-        ours = not isinstance(image, ImageEmbedding) or image in self._encoded
-        key = image.key if isinstance(image, ImageEmbedding) else self._key(image)
-        image_kv_key = self._image_kv_key(key) if ours else ""
-        if self._disk is not None and self._has_image_kv(image_kv_key):
-            self._disk.touch_states(key)
-            return Encoding(key, image.n_tiles, lambda: self._encode(image).states, image_kv_key)
-        states = self._encode(image).states
-        return Encoding(key, image.n_tiles, lambda: states, image_kv_key)
-
-    def _image_kv_key(self, key: str) -> str:
-        """Names what the text model computes of the states of that key; "": that is not kept."""
-        return "" if self._disk is None or self._taps else self._keys.image_kv(key, self._stop)
+        """A prepared image for the session."""
+        return self._images.encode(image, self._context, self._stop, fresh=self._taps > 0)
 
     def _prefix_key(self, tokens: Sequence[int]) -> str:
         """Names what the text model computes of the first tokens of a prompt; "": that is not kept."""
         return "" if self._disk is None or self._taps else self._keys.prefix_kv(tokens)
-
-    def _has_image_kv(self, image_kv_key: str) -> bool:
-        return self._disk is not None and image_kv_key != "" and self._disk.has_kv(image_kv_key)
-
-    def _key(self, image: TiledImage) -> str:
-        return self._keys.states(image, self._stop)
 
     # ---- replies -------------------------------------------------------------------------------------------
 
@@ -572,7 +493,7 @@ class Mllama(OneProcess):
         )
         with self._exclusive(changes=False):
             prompt = self._template.render(messages)
-            images = [self._prepare(image) for image in prompt.images]
+            images = [self._images.prepare(image) for image in prompt.images]
             tokens = self._tokenize_prompt(prompt.pieces)
             if tokens.count(self.image_token_id) != len(images):
                 raise RequestError("the chat template does not give every picture one image token")
@@ -618,7 +539,7 @@ class Mllama(OneProcess):
         if wrong:
             raise RequestError(f"token {wrong[0]} is not in the vocabulary")
         with self._exclusive():
-            encodings = [self._encoding(self._prepare(image)) for image in images]
+            encodings = [self._encoding(self._images.prepare(image)) for image in images]
             rows, _ = self._session.feed(tokens, encodings, logits="all")
             return rows
 
@@ -628,7 +549,7 @@ class Mllama(OneProcess):
         """Forget the conversation and all pictures, except those on disk."""
         with self._exclusive():
             self._session.clear()
-            self._embeddings.clear()
+            self._images.clear()
 
     def tap(self, callback: Tap) -> AbstractContextManager[None]:
         """Look at intermediate tensors inside a with block; see `NativeContext.tap`. For finding mistakes.

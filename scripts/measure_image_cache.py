@@ -42,7 +42,7 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
         # the weights' pages, and ggml's own threads
         opened.create_chat_completion([{"role": "user", "content": "the"}], max_tokens=1)
         opened.reset()
-        opened._keys.image_kv(opened._keys.states(opened._prepare(picture)))  # hash the weights
+        opened._keys.image_kv(opened._keys.states(opened._images.prepare(picture)))  # hash the weights
         fill, filling = opened._session._fill, 0.0
 
         def timed_fill(group: Any) -> int:

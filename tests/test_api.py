@@ -444,7 +444,7 @@ def test_an_exception_in_a_callback_comes_out_and_the_model_lives(
     with Mllama(tiny_files("gqa").one, progress=progress, n_batch=4) as model:
         expected = model.caption(picture(1), max_tokens=10)
         model.caption(picture(2), max_tokens=10)
-        model._embeddings.clear()
+        model._images.clear()
         armed = True
         with pytest.raises(error):
             model.caption(picture(1), max_tokens=10)

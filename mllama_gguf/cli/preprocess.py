@@ -152,9 +152,7 @@ def write_output(path: str | Path, write: Callable[[BinaryIO], object], overwrit
         raise cannot_write(path, e) from e
 
 
-def _write_tiles(
-    folder: Path, stem: str, tiled: TiledImage, inputs: Sequence[str], overwrite: bool
-) -> None:
+def _write_tiles(folder: Path, stem: str, tiled: TiledImage, inputs: Sequence[str], overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -169,9 +169,7 @@ def convert(
     layout = _layout(os.fspath(out), None if mmproj is None else os.fspath(mmproj), single_file)
 
     checkpoint = Checkpoint(hf_dir)
-    targets = [
-        check_output(path, GGUF, inputs=checkpoint.files(), overwrite=overwrite) for path, _ in layout
-    ]
+    targets = [check_output(path, GGUF, inputs=checkpoint.files(), overwrite=overwrite) for path, _ in layout]
     shape = read_shape(checkpoint)
     check_preprocessor(checkpoint, shape)
     tokenizer = read_tokenizer(checkpoint, shape)

@@ -11,11 +11,12 @@ from ..backend.local import NativeContext, NativeModel
 from ..errors import Aborted
 from ..handles import OneProcess
 from .embedding import ImageEmbedding, Picture
+from .images import Images
 from .preprocess import TiledImage
 
 
 class ImageEncoder(OneProcess):
-    """Encodes pictures in one thread while the `Mllama` that made it answers in another.
+    """Encodes images in one thread while the `Mllama` that made it answers in another.
 
         with model.image_encoder() as encoder:
             embedding = encoder.encode("apple.png")  # in a thread, say
@@ -23,31 +24,24 @@ class ImageEncoder(OneProcess):
 
     Its embeddings are, to the bit, those of `Mllama.encode_image`, and are found and kept in the same places.
     Beside the weights, which it shares, it takes the memory of an encoding while it runs. Threads that use it
-    at once wait for each other.
+    at the same time wait for each other.
     """
 
     def __init__(
         self,
         model: NativeModel,
+        images: Images,
         abort: Callable[[], bool],
         *,
         n_threads: int,
         flash_attn: bool,
-        embed: Callable[[Picture, NativeContext], ImageEmbedding],
-        needs: Callable[[TiledImage], bool],
     ) -> None:
-        """For `Mllama.image_encoder`.
-
-        embed: finds or computes what a picture is in a context
-        needs: see `needs`
-        """
+        """For `Mllama.image_encoder`. Raises BackendError."""
         self.n_threads = n_threads
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._embed = embed
-        self._needs = needs
-        self._model = model  # which must outlive the context
-        callbacks = Callbacks(model.native, abort=lambda: self._stopped.is_set() or abort())
+        self._images = images
+        callbacks = self._callbacks = Callbacks(model.native, abort=lambda: self._stopped.is_set() or abort())
         # A cache of tokens cannot be left out, but be as small as can be.
         self._context = NativeContext(
             model, callbacks, n_ctx=1, n_batch=1, n_threads=n_threads, flash_attn=flash_attn
@@ -60,17 +54,17 @@ class ImageEncoder(OneProcess):
         with self._lock:
             if self.stopped:
                 raise Aborted("this image encoder was stopped")
-            return self._embed(image, self._context)
+            prepared = self._images.prepare(image)
+            return self._images.embed(prepared, self._context, self._callbacks.on_abort)
 
     def needs(self, image: TiledImage) -> bool:
-        """Whether an answer about the picture takes its states: not if what the text model makes of them is
-        on disk."""
+        """Whether an answer about the image takes its states: not if its image_kv is on disk."""
         self.check_process()
-        return self._needs(image)
+        return self._images.needs_states(image, self._callbacks.on_abort)
 
     @property
     def stopped(self) -> bool:
-        """Whether it encodes no more."""
+        """Whether it was stopped."""
         return self._stopped.is_set()
 
     def stop(self) -> None:

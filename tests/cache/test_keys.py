@@ -20,7 +20,7 @@ KEY = "ab" * 32
 
 
 def tiles(model: Mllama) -> object:
-    return model._prepare(picture(1))
+    return model._images.prepare(picture(1))
 
 
 @pytest.fixture
