@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import MllamaError, RequestError
+from .reading import kind_of_file
 from .temporary import create_locked, is_at, remove_leftovers, sync_folder, temporary_name
 from .words import os_reason, show_name, show_size
 
@@ -97,7 +98,7 @@ def check_output(
         raise refuse(f"{show_name(target.parent)} is no folder")
     if info is not None:
         if not stat.S_ISREG(info.st_mode):
-            raise refuse(f"it is {_type(info.st_mode)}, no regular file; give the name of a file")
+            raise refuse(f"it is {kind_of_file(info.st_mode)}, no regular file; give the name of a file")
         source = next((path for path in inputs if _is(info, path)), None)
         if source is not None:
             same_name = os.path.abspath(source) == os.path.abspath(name)
@@ -133,7 +134,7 @@ def check_folder(path: AnyPath) -> Path:
     except ValueError as e:  # a NUL
         raise RequestError(f"cannot write to {shown}: the name cannot be used") from e
     if not stat.S_ISDIR(mode):
-        raise RequestError(f"cannot write to {shown}: {show_name(there)} is {_type(mode)}, not a folder")
+        raise RequestError(f"cannot write to {shown}: {show_name(there)} is {kind_of_file(mode)}, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RequestError(f"cannot write to {shown}: the folder {show_name(there)} cannot be written")
     remove_leftovers(Path(name))
@@ -204,19 +205,6 @@ def _quiet_stat(path: AnyPath) -> os.stat_result | None:
         return os.stat(path)
     except (OSError, ValueError):
         return None
-
-
-def _type(mode: int) -> str:
-    """A kind of file in words."""
-    for is_type, words in (
-        (stat.S_ISREG, "a file"),
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    ):
-        if is_type(mode):
-            return words
-    return "a device"
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -108,7 +108,9 @@ class Mllama(OneProcess):
         n_threads:      CPU threads, 512 at most; None: all usable CPUs, fewer for a small model
         type_k, type_v: of the caches: "f32", "f16" (values up to 65504), or "q8_0" (self-attention only; V
                         needs flash_attn)
-        use_mmap:       let the CPU read weights from the file's pages instead of copying them
+        use_mmap:       let the CPU read weights from the file's pages instead of copying them. The file must
+                        then stay as it is: the system ends the process (SIGBUS) if another program cuts it
+                        short, and overwritten weights give wrong words. With isolate that is a BackendError
         repack:         copy the text's quantized matrices to the layouts of ggml's special CPU kernels, if it
                         has some for this processor: a slower load, more memory, and perhaps faster text; see
                         docs/performance.md

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..model import DEFAULT_PROMPT, Mllama
+from ..reading import read_text
 from ..text.grammar import grammar_of
 from ..text.sampling import SamplingOptions
 from ..vision.embedding import Picture
@@ -115,8 +116,7 @@ def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
     from jsonschema.validators import validator_for
 
     try:
-        with open(path, encoding="utf-8") as file:
-            schema = json.load(file)
+        schema = json.loads(read_text(path))
     except OSError as e:
         raise RequestError(f"{os.fspath(path)}: cannot be read: {e.strerror}") from e
     except ValueError as e:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from ..errors import Aborted, BackendError, ImageError, MllamaError, ModelError, RequestError
+from ..errors import Aborted, BackendError, MllamaError, ModelError, RequestError
 from ..model import Mllama
+from ..reading import open_regular
 from ..vision.encoder import ImageEncoder
 from ..vision.load import load_image
 from ..vision.preprocess import preprocess_image
@@ -333,11 +333,9 @@ class _Run:
 
 
 def file_sha256(path: str) -> str:
-    """Hex digest of a file. Raises OSError, and ImageError for what is no plain file."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-        raise ImageError(f"{path}: is no plain file")
+    """Hex digest of a file. Raises OSError."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import RequestError
+from ..reading import read_regular
 
 # What a folder is searched for; a file that is named is tried whatever its name.
 SUFFIXES = frozenset((
@@ -104,8 +105,7 @@ def _matches(pattern: str) -> list[str]:
 
 def _read_list(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_regular(path)
     except OSError as e:
         raise RequestError(f"{path}: this list of pictures cannot be read: {e.strerror}") from e
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import ImageError, RequestError
+from ..reading import read_text
 from .batch import BatchSettings, batch_options, run_batch
 from .main import model_options, open_model, with_tuned
 
@@ -142,7 +142,7 @@ def _prompt(prompt: str | None, path: str | None) -> str:
     if path is None:
         return DEFAULT_PROMPT if prompt is None else prompt
     try:
-        return Path(path).read_text("utf-8").rstrip("\n")
+        return read_text(path).rstrip("\n")
     except OSError as e:
         raise RequestError(f"{path}: the prompt cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import ModelError
 from ..gguf.writer import GGUF
+from ..reading import open_regular, read_text
 
 SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
 
@@ -41,8 +42,7 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as f:
-            value = json.load(f)
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -55,8 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_safetensors_header(path: Path) -> dict[str, Source]:
     """The tensors of one safetensors file, with every offset checked against the size of the file."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
             head = f.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:

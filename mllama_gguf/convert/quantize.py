@@ -33,6 +33,7 @@ from ..errors import ModelError
 from ..files import check_output, check_room
 from ..gguf.reader import GGUFFile, TensorEntry, read_gguf
 from ..gguf.writer import GGUF, Job, Progress, counter, new_gguf, write_data, write_head
+from ..reading import open_regular, open_unbuffered
 
 Array = npt.NDArray[Any]
 Warn = Callable[[str], object]
@@ -173,7 +174,7 @@ def _jobs(file: GGUFFile, entry: TensorEntry, kind: str) -> Iterator[Job]:
 
 def _piece(path: Path, entry: TensorEntry, position: int, n_bytes: int, kind: str) -> Array:
     try:
-        with path.open("rb", buffering=0) as f:
+        with open_unbuffered(path) as f:
             f.seek(position)
             raw = np.fromfile(f, np.uint8, n_bytes)
     except OSError as e:
@@ -312,7 +313,7 @@ def _keys(file: GGUFFile, file_type: int) -> list[bytes]:
     """Every key as it is stored, but for those of a split model, and the two that say how the file is
     quantized."""
     ours = {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
-    with file.path.open("rb") as f:
+    with open_regular(file.path) as f:
         keys = []
         for name, (start, end) in file.key_spans.items():
             if name.startswith("split."):

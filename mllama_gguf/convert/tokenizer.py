@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..reading import read_text
 from .checkpoint import Checkpoint, read_json
 from .shape import Shape
 
@@ -191,7 +192,7 @@ def _chat_template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str |
     path = checkpoint.directory / "chat_template.jinja"
     if path.exists():
         try:
-            return path.read_text(encoding="utf-8")
+            return read_text(path)
         except (OSError, UnicodeDecodeError) as e:
             raise ModelError(f"{path}: cannot be read: {e}") from e
     for template in (

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from ..gguf.writer import Job
+from ..reading import open_unbuffered
 from .checkpoint import SAFETENSORS_TYPES
 from .quantize import quantize_rows
 from .tensors import FLOAT_TYPES, Array, Tensor
@@ -106,7 +107,7 @@ def _read_piece(tensor: Tensor, first: int, n: int) -> Array:
     columns, dtype = math.prod(tensor.shape[1:]), np.dtype(SAFETENSORS_TYPES[source.dtype])
     where = f"{source.file}: tensor {source.name}"
     try:
-        with source.file.open("rb", buffering=0) as f:
+        with open_unbuffered(source.file) as f:
             f.seek(source.offset + first * columns * dtype.itemsize)
             raw = np.fromfile(f, dtype=dtype, count=n * columns)
     except OSError as e:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..reading import open_regular
 
 # Arrays longer than this (vocabulary, merges) are read as their length only.
 LONGEST_ARRAY = 1024
@@ -118,7 +119,7 @@ class GGUFFile:
         """The bytes of a tensor, `chunk` at a time. Raises ModelError if the file ends before them."""
         path = self.paths[tensor.part]
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(self.data_offsets[tensor.part] + tensor.offset)
                 rest = tensor.n_bytes
                 while rest:
@@ -174,7 +175,7 @@ def read_gguf(path: str | os.PathLike[str], *, whole: Collection[str] = ()) -> G
 
 def _read_one(path: Path, whole: Collection[str]) -> GGUFFile:
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path, whole).read()
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}") from e

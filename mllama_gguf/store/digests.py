@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
+from ..reading import open_regular
 from ..words import os_reason
 
 # "download" or "verify", bytes done, bytes in all (0: not known)
@@ -46,7 +47,7 @@ def sha256_of(path: Path, progress: TransferProgress | None = None) -> str:
     """The sha256 of a file, in hexadecimal. Raises ModelError if it cannot be read."""
     digest, done = hashlib.sha256(), 0
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             total = os.fstat(file.fileno()).st_size
             while chunk := file.read(CHUNK):
                 digest.update(chunk)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 from ..errors import ModelError
 from ..files import AnyPath, Kind, cannot_write, check_output, replacing
+from ..reading import read_text
 from ..words import one_line
 from .digests import Blob, is_sha256
 from .references import HubRef, OllamaRef
@@ -123,7 +124,7 @@ def find_locked_file(ref: HubRef) -> LockedModel | None:
 def read_lock(path: Path) -> dict[str, LockedModel]:
     """The models of one lock file, checked. Raises ModelError naming the file and the entry."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}") from e
     except ValueError as e:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllamaError, ModelError
+from ..reading import open_regular
 from .digests import Blob, is_sha256
 from .references import OllamaRef
 
@@ -138,7 +139,7 @@ def find(ref: OllamaRef) -> tuple[Manifest, list[Path]] | None:
 def _read(path: Path) -> bytes:
     """A manifest's bytes. Raises FileNotFoundError, and ModelError for what else goes wrong."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise FileNotFoundError(path) from e

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from ..cpus import check_threads, usable_cpus
 from ..files import Kind, check_folder, check_output, replacing
+from ..reading import open_regular, read_text
 from ..words import one_line
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def config_path() -> Path:
 
 def head_sha256(path: str | os.PathLike[str]) -> str:
     """Tells model files apart, wherever they lie: sha256 of the size and the first mebibyte."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
         return hashlib.sha256(str(os.fstat(file.fileno()).st_size).encode() + head).hexdigest()
 
@@ -107,7 +108,7 @@ def write_tuned(key: str, settings: Mapping[str, Any], about: Mapping[str, Any])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text("utf-8"))
+    content = json.loads(read_text(path))
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"not a file of version {VERSION}")
     tuned = content.get("tuned")

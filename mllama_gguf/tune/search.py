@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from ..errors import MllamaError, RequestError
 from ..files import AnyPath, Kind, cannot_write, check_folder, check_output, replacing, write_whole
+from ..reading import read_regular, read_text
 from .process import PointFailed, run_point
 from .saved import SETTINGS, head_sha256
 
@@ -83,7 +84,7 @@ class Task:
         """Tells results of another task apart. Raises OSError."""
         parts = [
             [head_sha256(path) for path in (self.model, self.mmproj) if path],
-            hashlib.sha256(self.image.read_bytes()).hexdigest(),
+            hashlib.sha256(read_regular(self.image)).hexdigest(),
             [self.prompt, self.max_tokens, self.repeats, sorted(self.fixed.items())],
         ]
         return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()
@@ -175,7 +176,7 @@ class Results:
     def _read(self) -> None:
         another = f"give another folder, or --fresh to measure anew ({self.json_path})"
         try:
-            content = json.loads(self.json_path.read_text("utf-8"))
+            content = json.loads(read_text(self.json_path))
             points = [Point(**point) for point in content["points"]]
             same = (content["version"], content["key"]) == (VERSION, self._key)
         except (ValueError, KeyError, TypeError) as e:

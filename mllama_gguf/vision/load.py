@@ -31,6 +31,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import ImageError
+from ..reading import open_regular
 from ..words import one_line, show_name
 
 ImageSource: TypeAlias = (
@@ -146,7 +147,7 @@ def _from_path(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     if isinstance(path, str) and path.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name}: pictures are not fetched from the web; download it and give the file")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return _decode(file, name, max_pixels)
     except ImageError:
         raise

@@ -162,7 +162,7 @@ uint64_t image_slot_mapped_size(const mllama_model * model, bool offload, int32_
 mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, kv_types types, const char * path,
                              uint64_t offset) {
     const uint64_t size = image_slot_mapped_size(model, offload, n_tiles, types);
-    const int      fd   = open(path, O_RDONLY | O_CLOEXEC);
+    const int      fd   = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY); // a pipe is not waited for
     struct stat    info;
     if (fd < 0 || fstat(fd, &info) != 0) {
         const int error = errno;
@@ -170,6 +170,10 @@ mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool
             close(fd);
         }
         return fail(MLLAMA_ERR_FILE, "%s: %s", path, strerror(error));
+    }
+    if (!S_ISREG(info.st_mode)) {
+        close(fd);
+        return fail(MLLAMA_ERR_FILE, "%s: cannot be mapped into memory: not a file", path);
     }
     if (size == 0 || offset % 64 != 0 || (uint64_t) info.st_size < offset || (uint64_t) info.st_size - offset < size) {
         close(fd);

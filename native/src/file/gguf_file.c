@@ -39,13 +39,18 @@ static mllama_status read_tensors(gguf_file * file) {
 }
 
 static mllama_status open_checked(gguf_file * file) {
-    file->fd = open(file->path, O_RDONLY | O_CLOEXEC);
-    if (file->fd < 0) {
+    struct stat st;
+    if (stat(file->path, &st) != 0) {
         return fail(MLLAMA_ERR_FILE, "%s: cannot open: %s", file->path, strerror(errno));
     }
-    struct stat st;
-    if (fstat(file->fd, &st) != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: cannot read: %s", file->path, strerror(errno));
+    if (S_ISREG(st.st_mode)) { // neither waits for a pipe nor starts a device, should the name change hands
+        file->fd = open(file->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+        if (file->fd < 0) {
+            return fail(MLLAMA_ERR_FILE, "%s: cannot open: %s", file->path, strerror(errno));
+        }
+        if (fstat(file->fd, &st) != 0) {
+            return fail(MLLAMA_ERR_FILE, "%s: cannot read: %s", file->path, strerror(errno));
+        }
     }
     if (!S_ISREG(st.st_mode)) {
         return fail(MLLAMA_ERR_FILE, "%s: not a file", file->path);

@@ -1,0 +1,63 @@
+"""Files to read: regular ones only. A pipe would be waited for, and a device may have no end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+
+# A file may become a pipe between the look at it and its opening: that does not wait either.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file to read bytes, if it is a regular file or a link to one.
+
+    Raises OSError; its `strerror` says what else it is, as in "it is a pipe, not a file". ValueError for a
+    path with a NUL.
+    """
+    return io.BufferedReader(open_unbuffered(path))
+
+
+def open_unbuffered(path: str | os.PathLike[str]) -> io.FileIO:
+    """As `open_regular`, for large pieces: each read is one of the system."""
+    _check(path, os.stat(path).st_mode)  # opening a device can already do something
+    fd = os.open(path, _FLAGS)
+    try:
+        _check(path, os.fstat(fd).st_mode)
+        return io.FileIO(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The content of a UTF-8 file. Raises as `open_regular`, and UnicodeDecodeError."""
+    return read_regular(path).decode("utf-8")
+
+
+def kind_of_file(mode: int) -> str:
+    """What a file is, by its mode: "a file", "a folder", "a pipe", "a socket" or "a device"."""
+    for is_kind, words in (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
+        if is_kind(mode):
+            return words
+    return "a device"
+
+
+def _check(path: str | os.PathLike[str], mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    error = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(error, f"it is {kind_of_file(mode)}, not a file", os.fspath(path))
