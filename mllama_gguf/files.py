@@ -134,7 +134,9 @@ def check_folder(path: AnyPath) -> Path:
     except ValueError as e:  # a NUL
         raise RequestError(f"cannot write to {shown}: the name cannot be used") from e
     if not stat.S_ISDIR(mode):
-        raise RequestError(f"cannot write to {shown}: {show_name(there)} is {kind_of_file(mode)}, not a folder")
+        raise RequestError(
+            f"cannot write to {shown}: {show_name(there)} is {kind_of_file(mode)}, not a folder"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise RequestError(f"cannot write to {shown}: the folder {show_name(there)} cannot be written")
     remove_leftovers(Path(name))

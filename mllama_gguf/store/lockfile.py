@@ -251,7 +251,7 @@ def write_locked(path: AnyPath, model: LockedModel) -> None:
     check_lock_output(path)
     try:
         with replacing(path) as file:  # another process that adds a model waits
-            old = tomlkit.parse(Path(path).read_bytes().decode() if os.path.exists(path) else "")
+            old = tomlkit.parse(read_text(path) if os.path.exists(path) else "")
             if not old:
                 old.add("version", tomlkit.item(VERSION))
             if model.licence:
