@@ -231,7 +231,7 @@ def replacing(
     try:
         with create_locked(temporary, wait) as file:
             try:
-                old = _keep_attributes(target, file)
+                old = keep_attributes(target, file.fileno())
                 yield file
                 file.flush()
                 if durable or old:
@@ -265,15 +265,16 @@ def write_whole(path: AnyPath, content: str | bytes, *, durable: bool = False) -
         file.write(data)
 
 
-def _keep_attributes(target: Path, file: BinaryIO) -> bool:
-    """Give the new file the permissions and owner of the one that it will replace; whether there is one."""
+def keep_attributes(target: Path, fd: int) -> bool:
+    """Give a new file the permissions and owner of the one that it will replace. Whether there is one, with
+    content."""
     info = _quiet_stat(target)
     if info is None or not stat.S_ISREG(info.st_mode):
         return False
     with suppress(OSError):
         if (info.st_uid, info.st_gid) != (os.geteuid(), os.getegid()):
-            os.fchown(file.fileno(), info.st_uid, info.st_gid)
-        os.fchmod(file.fileno(), stat.S_IMODE(info.st_mode) & 0o777)
+            os.fchown(fd, info.st_uid, info.st_gid)
+        os.fchmod(fd, stat.S_IMODE(info.st_mode) & 0o777)
     return info.st_size > 0
 
 

@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from mllama_gguf import Mllama
 from mllama_gguf.batch.captions import CaptionOptions
-from mllama_gguf.batch.outputs import ErrorLog, RecordFile
+from mllama_gguf.batch.failures import ErrorLog
+from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.run import caption_pictures
 
 SETS = {"web": ((640, 480), (800, 600), (1024, 768)), "camera": ((2048, 1536), (3000, 2000), (4000, 3000))}

@@ -2,29 +2,33 @@
 
 A record is appended in one write and synced before the next picture begins; a failed write is taken back. A
 kill can cut only the last line, and only if it strikes inside that write; opening the file again cuts such a
-line off. Captions beside their pictures appear by rename, whole or not at all.
+line off. Captions beside their pictures appear by rename, whole or not at all. No picture, no other input and
+no file of another kind is ever written to.
 """
 
 from __future__ import annotations
 
 import csv
-import fcntl
+import errno
 import io
 import json
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ..errors import RequestError
-from ..words import one_line
+from ..files import AnyPath, Kind, cannot_write, check_output, keep_attributes, replacing
+from ..temporary import is_at, open_locked, remove_leftovers, sync_folder
+from ..words import one_line, os_reason, show_name
+from .sources import MEDIA_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = ".mllama-"
+LARGEST_CAPTION = 1 << 20  # bytes of a caption file; what is larger is something else
 
 
 @dataclass(frozen=True)
@@ -68,21 +72,28 @@ class Output(Protocol):
 class RecordFile:
     """Captions in one file, .jsonl or .csv, of which one process is the only writer."""
 
-    def __init__(self, path: Path, *, replaces: Path | None = None) -> None:
-        """path:     opened or made; its suffix, or that of `replaces`, says what it looks like
-        replaces: `finish` renames the file to this
+    def __init__(
+        self, path: AnyPath, *, inputs: Iterable[AnyPath] = (), partial: Path | None = None
+    ) -> None:
+        """path:    opened or made; its suffix says what it looks like
+        inputs:  files that the run reads, which it must not be
+        partial: a file of our own that is written instead; `finish` gives it the name `path`
 
-        Raises RequestError for a file that is something else, or in use.
+        Raises RequestError for a file that is something else, or in use, MllamaError if it cannot be written.
         """
-        self._path = path
-        self._replaces = replaces
-        suffix = (replaces or path).suffix.lower()
+        suffix = os.path.splitext(path)[1].lower()
         if suffix not in FORMATS:
-            raise RequestError(f"{replaces or path}: captions go to a file called .jsonl or .csv")
+            raise RequestError(f"{show_name(path)}: captions go to a file called .jsonl or .csv")
         self._format = FORMATS[suffix]()
-        self._file = _open_locked(path)
+        self._kind = Kind("file of captions", self._format.is_one)
+        self._target = check_output(path, self._kind, inputs=inputs, overwrite=True)
+        self._path = partial or self._target
+        self._file = _open(self._path)
         try:
             self._records = self._recover()
+        except OSError as e:
+            self._file.close()
+            raise cannot_write(self._path, e) from e
         except BaseException:
             self._file.close()
             raise
@@ -93,17 +104,21 @@ class RecordFile:
 
     def write(self, record: Record) -> None:
         """See Output."""
-        _append(self._file, self._format.line(record))
+        if not is_at(self._file.fileno(), self._path):  # nobody would find what is appended
+            words = "it was moved, replaced or deleted while the captions were made"
+            raise OSError(errno.ESTALE, words, os.fspath(self._path))
+        append(self._file, self._format.line(record))
 
     def finish(self) -> None:
         """See Output."""
-        if self._replaces is not None:
-            os.replace(self._path, self._replaces)
-            _sync_folder(self._replaces.parent)
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self._path.unlink()
+        if self._path == self._target:
+            return
+        if self._target.exists() and self._target.stat().st_size and not self._kind.fits(self._target):
+            words = "it exists by now and is no file of captions; move it away"
+            raise FileExistsError(errno.EEXIST, words, os.fspath(self._target))
+        keep_attributes(self._target, self._file.fileno())
+        os.replace(self._path, self._target)
+        sync_folder(self._target.parent)
 
     def close(self) -> None:
         """See Output."""
@@ -113,25 +128,57 @@ class RecordFile:
         """Read the file, drop a torn end, write what a file begins with."""
         data = self._file.readall()
         whole = whole_lines(data, quotes=self._format.quotes)
-        begins = self._format.begins
-        if not data.startswith(begins[: len(data)]):  # a user's own file must not be cut
-            raise RequestError(f"{self._path}: is no file of captions; give another --out")
+        if self._format.is_record(data[whole:]):  # an editor left out the last line end
+            self._file.write(b"\n")
+            data += b"\n"
+            whole = len(data)
         try:
             records = self._format.read(data[:whole].decode("utf-8", "surrogateescape"))
         except (ValueError, TypeError, KeyError, csv.Error) as e:
             reason = one_line(e)
-            raise RequestError(f"{self._path}: is no file of captions ({reason}); give another --out") from e
+            raise RequestError(
+                f"{show_name(self._path)}: is no file of captions ({reason}); give another --out"
+            ) from e
         if whole < len(data):
             self._file.truncate(whole)
         if not whole and self._format.head:
-            _append(self._file, self._format.head)
+            append(self._file, self._format.head)
         return records
+
+
+class Journal(RecordFile):
+    """What is done of captions that go elsewhere: a file of our own, removed in the end."""
+
+    def __init__(self, path: Path) -> None:
+        """path: opened or made; called *.jsonl. Raises RequestError if it is in use."""
+        if path.is_symlink():
+            raise RequestError(f"{show_name(path)}: this link is in the way; delete it")
+        super().__init__(path)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._path.unlink()
 
 
 class _Jsonl:
     quotes = False
     head = b""
-    begins = b'{"image": '
+
+    def is_one(self, file: BinaryIO) -> bool:
+        """Whether a file begins with a record, or with a torn one."""
+        begins = b'{"image": '
+        if not begins.startswith(file.read(len(begins))):
+            return False
+        file.seek(0)
+        line = file.readline(16 * LARGEST_CAPTION)
+        return self.is_record(line) or not (line.endswith(b"\n") or _is_json(line))
+
+    def is_record(self, line: bytes) -> bool:
+        """Whether this is a whole record; the line end may be missing."""
+        try:
+            return bool(self.read(line.decode("utf-8", "surrogateescape")))
+        except (ValueError, TypeError, RecursionError):
+            return False
 
     def line(self, record: Record) -> bytes:
         values = asdict(record)
@@ -146,7 +193,14 @@ class _Jsonl:
 class _Csv:
     quotes = True
     head = (",".join(field.name for field in fields(Record)) + "\n").encode()
-    begins = head
+
+    def is_one(self, file: BinaryIO) -> bool:
+        """Whether a file begins with the names of the columns, or with a part of them."""
+        return self.head.startswith(file.read(len(self.head)))
+
+    def is_record(self, line: bytes) -> bool:
+        """Without its line end no row is known to be whole."""
+        return False
 
     def line(self, record: Record) -> bytes:
         text = io.StringIO()
@@ -163,10 +217,20 @@ FORMATS: dict[str, type[_Jsonl | _Csv]] = {".jsonl": _Jsonl, ".csv": _Csv}
 
 def _record(values: Any) -> Record:
     names = {field.name for field in fields(Record)}
+    if not isinstance(values, dict):
+        raise ValueError("a record is an object")
     record = Record(**{name: value for name, value in values.items() if name in names})
     if not isinstance(record.image, str) or not isinstance(record.caption, str):
         raise ValueError("image and caption must be strings")
     return record
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 # ---- one file beside each picture --------------------------------------------------------------------------
@@ -175,25 +239,40 @@ def _record(values: Any) -> Record:
 class Sidecars:
     """Captions beside their pictures: photos/a.png, photos/a.txt."""
 
-    def __init__(self, suffix: str, pictures: Iterable[str], journal: RecordFile | None = None) -> None:
+    def __init__(
+        self,
+        suffix: str,
+        pictures: Iterable[str],
+        journal: Path | None = None,
+        *,
+        inputs: Iterable[AnyPath] = (),
+    ) -> None:
         """suffix:  of the caption files
         pictures: what the batch is about
-        journal: makes all captions anew, and keeps what is done meanwhile; None: those that exist stay
+        journal: captions that exist are replaced, and this file of our own keeps what is done meanwhile (see
+                 Journal); None: they stay
+        inputs:  other files that the run reads or writes, none of which may be a caption file
 
-        Raises RequestError for a suffix without a dot, and for two pictures with one caption file.
+        Raises RequestError for a suffix that is none or belongs to pictures, for two pictures with one
+        caption file, and for a caption file that is an input.
         """
-        if not suffix.startswith(".") or "/" in suffix or suffix == ".":
-            raise RequestError(f"--sidecar takes a suffix like .txt, not {suffix!r}")
+        check_suffix(suffix)
         self._suffix = suffix
         self._pictures = list(pictures)
-        self._journal = journal
         owner: dict[Path, str] = {}
+        read = {_identity(path): path for path in (*self._pictures, *inputs)}
         for picture in self._pictures:
-            other = owner.setdefault(self.path(picture), picture)
+            path = self.path(picture)
+            other = owner.setdefault(path, picture)
             if other != picture:
+                raise RequestError(f"{other} and {picture} would share {path}; rename one or use --out")
+            there = _identity(path)
+            if there is not None and there in read:
                 raise RequestError(
-                    f"{other} and {picture} would share {self.path(picture)}; rename one or use --out"
+                    f"the caption of {show_name(picture)} would replace the input {show_name(read[there])}; "
+                    "give another --sidecar, or use --out"
                 )
+        self._journal = Journal(journal) if journal is not None else None
 
     def path(self, picture: str) -> Path:
         """The caption file of a picture."""
@@ -209,9 +288,11 @@ class Sidecars:
                 yield record
             return
         for picture in self._pictures:
+            path = self.path(picture)
             with suppress(OSError):
-                caption = self.path(picture).read_text("utf-8", "replace").removesuffix("\n")
-                yield Record(picture, caption, "stop", 0, "")
+                if path.is_file():
+                    caption = path.read_text("utf-8", "replace").removesuffix("\n")
+                    yield Record(picture, caption, "stop", 0, "")
 
     def write(self, record: Record) -> None:
         """See Output."""
@@ -230,56 +311,41 @@ class Sidecars:
             self._journal.close()
 
     def _place(self, record: Record) -> None:
-        write_whole(self.path(record.image), (record.caption + "\n").encode("utf-8"))
+        path = self.path(record.image)
+        if self._journal is not None and path.is_file() and not _CAPTION.fits(path):
+            words = "it exists and is no caption; move it away"
+            raise FileExistsError(errno.EEXIST, words, os.fspath(path))
+        with replacing(path, durable=True, overwrite=self._journal is not None) as file:
+            file.write((record.caption + "\n").encode("utf-8"))
 
 
-# ---- what went wrong ---------------------------------------------------------------------------------------
+def check_suffix(suffix: str) -> None:
+    """That caption files may have this suffix. Raises RequestError."""
+    if not suffix.startswith(".") or not suffix.strip(".") or set(suffix) & {"/", os.sep, "\0"}:
+        raise RequestError(f"--sidecar takes a suffix like .txt, not {suffix!r}")
+    if os.path.splitext(f"x{suffix}")[1].strip().lower() in MEDIA_SUFFIXES:
+        raise RequestError(
+            f"--sidecar {suffix}: this suffix belongs to pictures or films, which captions would replace; "
+            "give another, as in .txt"
+        )
 
 
-class ErrorLog:
-    """errors.jsonl: the pictures that have no caption, and why. Several runs may share it."""
+def _is_caption(file: BinaryIO) -> bool:
+    data = file.read(LARGEST_CAPTION + 1)
+    data.decode("utf-8")
+    return len(data) <= LARGEST_CAPTION and b"\0" not in data
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def add(self, entry: Mapping[str, str]) -> None:
-        """Keep a failure; its "image" says whose. Raises OSError."""
-        with self._locked(create=True) as file:
-            file.truncate(whole_lines(file.readall()))
-            _append(file, json.dumps(entry).encode() + b"\n")
+_CAPTION = Kind("caption", _is_caption)
 
-    def tidy(self, captioned: Container[str]) -> None:
-        """Keep the last failure of each picture, and none of pictures that have a caption now.
 
-        Raises OSError.
-        """
-        with suppress(FileNotFoundError), self._locked(create=False) as file:
-            data = file.readall()
-            entries: dict[str, bytes] = {}
-            for line in data.splitlines(keepends=True):
-                with suppress(ValueError, TypeError, KeyError):  # torn, or a stranger's
-                    image = json.loads(line)["image"]
-                    entries.pop(image, None)
-                    if image not in captioned:
-                        entries[image] = line
-            kept = b"".join(entries.values())
-            if not kept:
-                self.path.unlink()
-            elif kept != data:
-                write_whole(self.path, kept)
-
-    @contextmanager
-    def _locked(self, *, create: bool) -> Iterator[io.FileIO]:
-        while True:
-            file = io.FileIO(os.open(self.path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666), "r+")
-            with file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                # Not if another run has renamed or removed it before we had the lock.
-                if os.path.exists(self.path) and os.path.samestat(
-                    os.fstat(file.fileno()), os.stat(self.path)
-                ):
-                    yield file
-                    return
+def _identity(path: AnyPath) -> tuple[int, int] | None:
+    """Tells files apart, whatever their names."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return info.st_dev, info.st_ino
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -297,30 +363,7 @@ def whole_lines(data: bytes, *, quotes: bool = False) -> int:
     return whole
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file by rename: whole or not at all, and kept through a crash. Raises OSError."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # see remove_leftovers
-            _append(file, data)
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed `write_whole` left behind: files of its kind that nobody has locked."""
-    for path in folder.glob(f"{_TEMPORARY}*.tmp"):
-        with suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def _append(file: io.FileIO, line: bytes) -> None:
+def append(file: io.FileIO, line: bytes) -> None:
     """Add a line and sync; if that fails, take it back and raise OSError."""
     start = file.seek(0, os.SEEK_END)
     try:
@@ -333,27 +376,16 @@ def _append(file: io.FileIO, line: bytes) -> None:
         raise
 
 
-def _open_locked(path: Path) -> io.FileIO:
+def _open(path: Path) -> io.FileIO:
     """A file to read and append to, ours alone. Raises RequestError."""
     try:
-        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-    except OSError as e:
-        raise RequestError(f"{path}: cannot be written: {e.strerror}") from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file, locks = open_locked(path)
     except BlockingIOError:
-        file.close()
-        raise RequestError(f"{path}: another run is writing it; wait for it or give another --out") from None
-    except OSError as e:  # a file system without locks
-        logger.warning("%s: cannot be locked (%s); let no second run write it", path, e.strerror)
+        raise RequestError(
+            f"{show_name(path)}: another run is writing it; wait for it or give another --out"
+        ) from None
+    except OSError as e:
+        raise RequestError(f"{show_name(path)}: cannot be written: {os_reason(e)}") from e
+    if not locks:
+        logger.warning("%s: this file system has no locks; let no second run write it", show_name(path))
     return file
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last. Some file systems have no such thing."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

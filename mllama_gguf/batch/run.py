@@ -27,14 +27,15 @@ from ..vision.preprocess import preprocess_image
 from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead
 from .captions import Caption, CaptionOptions, caption_picture
-from .outputs import ErrorLog, Output, Record
+from .failures import ErrorLog
+from .outputs import Output, Record
 
 Report: TypeAlias = Callable[[dict[str, Any]], None]
 
 # A device that fails this often without a caption between is not opened once more.
 MAX_LOSSES = 3
 # Errors of writing that the next picture would meet as well.
-FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO))
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE))
 
 
 @dataclass

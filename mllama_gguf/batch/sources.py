@@ -14,6 +14,15 @@ SUFFIXES = frozenset((
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe",
     ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
+# What no caption may be called: all that, and what cameras and editors write.
+MEDIA_SUFFIXES = SUFFIXES | {
+    ".3fr", ".ai", ".apng", ".arw", ".avi", ".cr2", ".cr3", ".crw", ".cur", ".dcr", ".dds", ".djvu", ".dng",
+    ".emf", ".eps", ".erf", ".exr", ".fff", ".gpr", ".hdr", ".heics", ".heifs", ".hif", ".icns", ".iiq",
+    ".j2c", ".jfi", ".jif", ".jpc", ".jpf", ".jps", ".jpx", ".jxl", ".jxr", ".kdc", ".kra", ".m4v", ".mef",
+    ".mkv", ".mos", ".mov", ".mp4", ".mpeg", ".mpg", ".mrw", ".nef", ".nrw", ".orf", ".ori", ".pam", ".pcx",
+    ".pdf", ".pef", ".pfm", ".psb", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
+    ".svg", ".svgz", ".tga", ".wdp", ".webm", ".wmf", ".x3f", ".xcf",
+}  # fmt: skip
 
 
 def list_pictures(
@@ -39,18 +48,17 @@ def list_pictures(
     from natsort import natsorted, ns
 
     own = {os.path.basename(path): os.path.realpath(path) for path in exclude}
-    stems = {os.path.splitext(path)[0] for path in sources if os.path.splitext(path)[1].lower() in SUFFIXES}
+    captions = _captions_among(sources, sidecar)
     named: list[str] = []
     listed: list[str] = []
     for source in sources:
-        stem, suffix = os.path.splitext(source)
         if source == "-":
             listed += _lines(stdin)
         elif os.path.isdir(source):
             named += _in_folder(source, recursive)
-        elif sidecar is not None and suffix == sidecar and stem in stems:
+        elif source in captions:
             continue  # `DIR/*` names the captions of the last run too
-        elif suffix.lower() == ".txt":
+        elif source.lower().endswith(".txt"):
             listed += _lines(_read_list(source))
         elif not os.path.lexists(source) and glob.has_magic(source):
             named += _matches(source)
@@ -66,6 +74,21 @@ def list_pictures(
         hint = "" if recursive else "; --recursive looks in the folders below too"
         raise RequestError(f"{', '.join(sources)}: no pictures there{hint}")
     return pictures
+
+
+def lists_among(sources: Iterable[str], sidecar: str | None) -> list[str]:
+    """The sources that `list_pictures` reads as lists."""
+    captions = _captions_among(sources, sidecar)
+    return [path for path in sources if path.lower().endswith(".txt") and path not in captions]
+
+
+def _captions_among(sources: Iterable[str], sidecar: str | None) -> set[str]:
+    """The sources that are caption files of pictures named beside them."""
+    if sidecar is None:
+        return set()
+    parts = [os.path.splitext(path) for path in sources]
+    stems = {stem for stem, suffix in parts if suffix.lower() in SUFFIXES}
+    return {stem + suffix for stem, suffix in parts if suffix == sidecar and stem in stems}
 
 
 def home_of(source: str) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..files import AnyPath
+from ..temporary import remove_leftovers, remove_unlocked
 from .main import F, open_model
 
 if TYPE_CHECKING:
@@ -83,22 +86,31 @@ def run_batch(
     options: CaptionOptions,
     as_json: bool,
     model_settings: dict[str, Any],
+    inputs: Sequence[str] = (),
 ) -> int:
-    """Caption what the sources name. Returns the exit code."""
-    from ..batch.outputs import ErrorLog
+    """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
+    from ..batch.failures import NAMES, error_log
     from ..batch.run import caption_pictures
-    from ..batch.sources import home_of, list_pictures
+    from ..batch.sources import home_of, list_pictures, lists_among
+    from ..errors import RequestError
 
     home = Path(settings.out).parent if settings.out is not None else Path(home_of(sources[0]))
-    errors = ErrorLog(home / "errors.jsonl")
+    logs = [home / name for name in NAMES]
+    if settings.out is not None and any(
+        os.path.realpath(settings.out) == os.path.realpath(path) for path in logs
+    ):
+        raise RequestError(f"{settings.out}: failures are noted in a file of this name; give another --out")
+    errors = error_log(home)
     pictures = list_pictures(
         sources,
         recursive=settings.recursive,
         sidecar=settings.sidecar,
-        exclude=[str(errors.path), *([settings.out] if settings.out else [])],
+        exclude=[*map(str, logs), *([settings.out] if settings.out else [])],
         stdin=sys.stdin.buffer.read() if "-" in sources else b"",
     )[: settings.limit]
-    output = _open_output(settings, options, pictures, home, model_settings)
+    named = [model_settings[name] for name in ("model", "mmproj") if model_settings[name]]
+    read = [*inputs, *named, *logs, *lists_among(sources, settings.sidecar)]
+    output = _open_output(settings, options, pictures, home, model_settings, read)
     try:
         with ExitStack() as stack, _reporter(as_json) as report:
 
@@ -130,6 +142,7 @@ def _open_output(
     pictures: Sequence[str],
     home: Path,
     model_settings: dict[str, Any],
+    inputs: Sequence[AnyPath],
 ) -> Output:
     """Where the captions go.
 
@@ -138,21 +151,36 @@ def _open_output(
     """
     from ..batch.outputs import RecordFile, Sidecars
 
+    folder = Path(os.path.realpath(settings.out)).parent if settings.out is not None else home
+    remove_leftovers(folder)
     partial = None
     if settings.overwrite:
         model = [model_settings[name] for name in ("model", "mmproj", "n_ctx")]
         words = json.dumps([settings.out, settings.sidecar, repr(options), model])
-        digest = hashlib.sha256(words.encode("utf-8", "backslashreplace")).hexdigest()[:12]
-        partial = home / f".{Path(settings.out).name if settings.out else 'sidecars'}.{digest}.partial"
-        for other in home.glob(f"{partial.name.removesuffix(f'.{digest}.partial')}.{'?' * 12}.partial"):
-            if other != partial:
-                other.unlink()
+        partial = _partial(folder, settings.out, words)
     if settings.out is not None:
-        path = Path(settings.out)
-        return RecordFile(partial or path, replaces=path if partial else None)
+        return RecordFile(settings.out, inputs=inputs, partial=partial)
     assert settings.sidecar is not None
-    journal = RecordFile(partial, replaces=Path("journal.jsonl")) if partial else None
-    return Sidecars(settings.sidecar, pictures, journal)
+    return Sidecars(settings.sidecar, pictures, partial, inputs=inputs)
+
+
+def _partial(folder: Path, out: str | None, words: str) -> Path:
+    """The hidden file of an output and of the words that say how it is made; others of the output go, unless
+    a run writes them now."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+
+    suffix = ".jsonl" if out is None else os.path.splitext(out)[1]
+    beginning = f".mllama-{digest(os.path.basename(out or ''))}-"
+    partial = folder / f"{beginning}{digest(words)}.partial{suffix}"
+    pattern = re.compile(re.escape(beginning) + "[0-9a-f]{12}" + re.escape(f".partial{suffix}"))
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and entry.name != partial.name:
+                with suppress(OSError):
+                    remove_unlocked(Path(entry.path))
+    return partial
 
 
 # ---- what is shown -----------------------------------------------------------------------------------------

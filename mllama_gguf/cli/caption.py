@@ -97,7 +97,8 @@ def caption_command(
     is_batch = batch.wanted
     options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
     if is_batch:
-        return run_batch(images, batch, options, as_json, model_settings)
+        inputs = [path for path in (prompt_file, json_schema) if path]
+        return run_batch(images, batch, options, as_json, model_settings, inputs)
 
     start = time.perf_counter()
     failed = False

@@ -27,7 +27,8 @@ from PIL import Image
 from mllama_gguf import BackendError, Mllama, RequestError
 from mllama_gguf.batch.ahead import prefetch
 from mllama_gguf.batch.captions import CaptionOptions
-from mllama_gguf.batch.outputs import ErrorLog, Record, RecordFile, Sidecars, remove_leftovers, write_whole
+from mllama_gguf.batch.failures import ErrorLog
+from mllama_gguf.batch.outputs import Record, RecordFile, Sidecars
 from mllama_gguf.batch.run import MAX_LOSSES, caption_pictures
 from mllama_gguf.batch.sources import home_of, list_pictures
 from mllama_gguf.cli.main import run
@@ -175,7 +176,7 @@ def test_a_file_cut_anywhere_goes_on(tmp_path: Path, name: str) -> None:
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(data)
-    with pytest.raises(RequestError, match=f"{name}: is no file of captions"):
+    with pytest.raises(RequestError, match=rf"{name}: .*is no file of captions"):
         RecordFile(path)
     assert path.read_bytes() == data
 
@@ -188,7 +189,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     RecordFile(tmp_path / "c.jsonl").close()
     with pytest.raises(RequestError, match=r"c\.xml: captions go to a file called \.jsonl or \.csv"):
         RecordFile(tmp_path / "c.xml")
-    with pytest.raises(RequestError, match="cannot be written: No such file"):
+    with pytest.raises(RequestError, match="there is no folder"):
         RecordFile(tmp_path / "none" / "c.jsonl")
 
 
@@ -200,32 +201,20 @@ def test_pictures_that_would_share_a_caption_file() -> None:
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".mllama-1.tmp").touch()
-    with open(tmp_path / ".mllama-2.tmp", "wb") as busy:
-        import fcntl
-
-        fcntl.flock(busy, fcntl.LOCK_EX)
-        remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".mllama-2.tmp"]
-    write_whole(tmp_path / "a.txt", b"text")
-    assert (tmp_path / "a.txt").read_bytes() == b"text"
-    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    for name in (".mllama-0000000000000000.tmp", ".mllama-1.tmp", "mine.tmp"):
+        (tmp_path / name).touch()
+    list(Sidecars(".txt", [str(tmp_path / "a.png")]).records())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mllama-1.tmp", "mine.tmp"]
 
 
 def test_the_error_log_keeps_the_last_failure_of_each(tmp_path: Path) -> None:
     log = ErrorLog(tmp_path / "errors.jsonl")
     log.tidy(())
     for image, message in (("a", "1"), ("b", "2"), ("a", "3")):
-        log.add({"image": image, "message": message})
+        log.add({"image": image, "error": "ImageError", "message": message})
     with open(log.path, "a") as file:
         file.write('{"image": "c", "mess')  # killed
-    log.add({"image": "d", "message": "4"})
+    log.add({"image": "d", "error": "ImageError", "message": "4"})
     log.tidy({"b"})
     assert [(entry["image"], entry["message"]) for entry in rows(log.path)] == [("a", "3"), ("d", "4")]
     log.tidy({"a", "d"})

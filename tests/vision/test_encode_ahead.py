@@ -33,7 +33,8 @@ from mllama_gguf import (
 from mllama_gguf.backend.local import NativeContext
 from mllama_gguf.batch.ahead import ENCODED_AHEAD
 from mllama_gguf.batch.captions import CaptionOptions
-from mllama_gguf.batch.outputs import ErrorLog, RecordFile
+from mllama_gguf.batch.failures import ErrorLog
+from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.run import Summary, caption_pictures
 from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, SIZE_VARIABLE
 from mllama_gguf.cli.main import run

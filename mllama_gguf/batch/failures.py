@@ -1,0 +1,124 @@
+"""errors.jsonl: the pictures that have no caption, and why. Several runs may share it.
+
+Only lines of ours are ever removed. A file of this name that holds anything else is left alone, and the
+failures go to mllama-errors.jsonl.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import RequestError
+from ..files import write_whole
+from ..temporary import open_locked
+from ..words import show_name
+from .outputs import append, whole_lines
+
+NAMES = ("errors.jsonl", "mllama-errors.jsonl")
+_BEGINS = b'{"image": '
+_LONGEST = 1 << 20  # bytes of a line
+_WAIT = 60.0  # seconds for another run that adds a line
+
+
+def error_log(folder: Path) -> ErrorLog:
+    """The log of a folder: the first of `NAMES` that is no other program's file. Raises RequestError."""
+    for name in NAMES:
+        try:
+            if _is_free(folder / name):
+                return ErrorLog(folder / name)
+        except OSError:
+            continue
+    first, second = (show_name(folder / name) for name in NAMES)
+    raise RequestError(
+        f"{first} and {second} are files of another kind: failures cannot be noted; move one of them away"
+    )
+
+
+class ErrorLog:
+    """One line for each picture that failed."""
+
+    def __init__(self, path: Path) -> None:
+        """path: see `error_log`; touches no file"""
+        self.path = path
+
+    def add(self, entry: Mapping[str, str]) -> None:
+        """Keep a failure: "image" says whose, "error" is its class, "message" says why. Raises OSError."""
+        with self._locked(create=True) as file:
+            data = file.readall()
+            whole = whole_lines(data)
+            if _is_torn(data[whole:]):
+                file.truncate(whole)
+            elif whole < len(data):
+                append(file, b"\n")
+            append(file, json.dumps(entry).encode() + b"\n")
+
+    def tidy(self, captioned: Container[str]) -> None:
+        """Keep the last failure of each picture, and none of pictures that have a caption now. Other lines
+        stay. Raises OSError."""
+        with suppress(FileNotFoundError), self._locked(create=False) as file:
+            data = file.readall()
+            lines = data.splitlines(keepends=True)
+            if lines and _is_torn(lines[-1]):
+                lines.pop()
+            last: dict[str, int] = {}
+            for number, line in enumerate(lines):
+                image = _image_of(line)
+                if image is not None and image not in captioned:
+                    last[image] = number
+            wanted = set(last.values())
+            kept = b"".join(
+                line for n, line in enumerate(lines) if n in wanted or _image_of(line) is None
+            )
+            if data and not kept:
+                os.unlink(os.path.realpath(self.path))
+            elif kept != data:
+                write_whole(self.path, kept, durable=True)
+
+    @contextmanager
+    def _locked(self, *, create: bool) -> Iterator[io.FileIO]:
+        file, _ = open_locked(Path(os.path.realpath(self.path)), _WAIT, create=create)
+        with file:
+            yield file
+
+
+def _is_free(path: Path) -> bool:
+    """Whether there is no such file, or one with lines of ours alone. Raises OSError."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+    except FileNotFoundError:
+        return True
+    with open(path, "rb") as file:
+        lines = iter(lambda: file.readline(_LONGEST), b"")
+        return all(len(line) < _LONGEST and (_image_of(line) or _is_torn(line)) for line in lines)
+
+
+def _image_of(line: bytes) -> str | None:
+    """The picture of a line of ours."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or set(entry) != {"image", "error", "message"}:
+        return None
+    if not all(isinstance(value, str) for value in entry.values()):
+        return None
+    name: str = entry["error"]  # of an exception's class
+    return str(entry["image"]) if name.isidentifier() and name[:1].isupper() else None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a last line is one of ours that a kill cut."""
+    if not line or line.endswith(b"\n") or not (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False

@@ -1,0 +1,355 @@
+"""A batch never loses a file: not a picture, not another input, nothing that another program wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import picture
+from PIL import Image
+
+from mllama_gguf import RequestError
+from mllama_gguf.batch.failures import ErrorLog, error_log
+from mllama_gguf.batch.outputs import Record, RecordFile, Sidecars, check_suffix
+from mllama_gguf.cli.main import run
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two pictures and a broken one, in the current folder."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in (1, 2):
+        Image.fromarray(picture(i)).save(folder / f"{i}.jpg")
+    (folder / "3.jpg").write_bytes(b"broken")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def kept(before: dict[str, bytes], folder: Path) -> None:
+    """Everything that was there is as it was."""
+    after = contents(folder)
+    assert {name: after.get(name) for name in before} == before
+
+
+def refused(args: list[str], words: str, folder: Path, capsys: Captured) -> None:
+    """The command ends with one line, and no file has changed or come."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert run(["caption", *args, "-n", "2"]) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("Error: ") and error.count("\n") == 1
+    assert contents(folder) == before
+
+
+# ---- captions beside their pictures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "", ".", "..", "jpg", "/x.txt", "./x.txt", "../.txt", ".a/b", ".jpg", ".JPG", ".Jpeg", ".png",
+        ".caption.jpg", ".jpg ", ".jxl", ".NEF", ".mp4", ".svg", ".pdf", ".psd",
+    ],
+)  # fmt: skip
+def test_suffixes(photos: Path, suffix: str, overwrite: list[str], capsys: Captured) -> None:
+    refused([".", "--sidecar", suffix, *overwrite], "--sidecar", photos, capsys)
+
+
+def test_a_suffix_with_a_nul() -> None:
+    with pytest.raises(RequestError, match="takes a suffix"):
+        check_suffix(".a\0b")
+    for good in (".txt", ".caption", ".txt.bak", ".JSON", ".jpg.txt"):
+        check_suffix(good)
+
+
+def test_no_caption_replaces_an_input(photos: Path, capsys: Captured) -> None:
+    for name in ("1.txt", "1.schema", "1.gguf", "1.prompt"):
+        Path(name).write_text('{"type": "string"}' if name == "1.schema" else "1.jpg\n")
+    os.link("1.txt", "hard.txt")
+    Path("link.txt").symlink_to("1.txt")
+    for args in (
+        ["1.txt", "--sidecar", ".txt"],
+        ["./1.txt", "--sidecar", ".txt"],
+        ["hard.txt", "--sidecar", ".txt"],
+        ["link.txt", "--sidecar", ".txt"],
+        ["1.jpg", "--sidecar", ".schema", "--json-schema", "1.schema"],
+        ["1.jpg", "--sidecar", ".prompt", "--prompt-file", "./1.prompt"],
+        ["1.jpg", "--sidecar", ".gguf", "-m", "1.gguf"],
+        ["1.jpg", "--sidecar", ".gguf", "--mmproj", "../photos/1.gguf"],
+    ):
+        for more in ([], ["--overwrite"]):
+            refused([*args, *more], "would replace the input", photos, capsys)
+
+
+def test_no_caption_replaces_a_picture(photos: Path, capsys: Captured) -> None:
+    """A picture that is named is tried whatever its name, so a caption may have that name."""
+    os.rename("2.jpg", "1.webshot")
+    Path("list").write_text("1.jpg\n1.webshot\n")
+    os.rename("list", "list.txt")
+    refused(["list.txt", "--sidecar", ".webshot", "--overwrite"], "would replace the input", photos, capsys)
+    os.rename("1.webshot", "4.jpg")
+    os.link("4.jpg", "1.webshot")
+    refused(["1.jpg", "4.jpg", "--sidecar", ".webshot"], "would replace the input", photos, capsys)
+
+
+def test_the_log_is_no_caption_file(photos: Path, capsys: Captured) -> None:
+    os.rename("1.jpg", "errors.jpg")
+    Path("errors.jsonl").write_text(json.dumps({"image": "x", "error": "ImageError", "message": "y"}) + "\n")
+    refused([".", "--sidecar", ".jsonl", "--overwrite"], "would replace the input", photos, capsys)
+
+
+def test_what_is_no_caption_stays(photos: Path, capsys: Captured) -> None:
+    """--overwrite makes captions anew; a film or another model's file of that name is none."""
+    Path("1.dat").write_bytes(b"\0\1\2binary")
+    Path("2.dat").write_bytes(b"a caption\n")
+    before = contents(photos)
+    assert run(["caption", ".", "--sidecar", ".dat", "--overwrite", "-n", "2"]) == 3
+    error = capsys.readouterr().err
+    assert "1.dat: cannot be written: it exists and is no caption; move it away" in error
+    del before["2.dat"]
+    kept(before, photos)
+    assert Path("2.dat").read_bytes() != b"a caption\n"
+
+
+def test_a_caption_written_meanwhile_stays(tmp_path: Path) -> None:
+    output = Sidecars(".txt", [str(tmp_path / "a.png")])
+    assert list(output.records()) == []
+    (tmp_path / "a.txt").write_text("by hand")
+    with pytest.raises(FileExistsError, match="came into being meanwhile"):
+        output.write(Record(str(tmp_path / "a.png"), "ours", "stop", 1, ""))
+    assert (tmp_path / "a.txt").read_text() == "by hand"
+
+
+def test_links_of_captions_are_followed(photos: Path) -> None:
+    Path("captions").mkdir()
+    for i in (1, 2):
+        Path(f"{i}.txt").symlink_to(f"captions/{i}.txt")
+    Path("captions/1.txt").write_text("old\n")
+    assert run(["caption", "1.jpg", "2.jpg", "--sidecar", ".txt", "--overwrite", "-n", "2"]) == 0
+    for i in (1, 2):
+        assert Path(f"{i}.txt").is_symlink()
+        assert Path(f"captions/{i}.txt").read_text() not in ("", "old\n")
+
+
+# ---- one file ----------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "mine.csv": b"name,price\napple,3\n",
+    "short.csv": b"image,caption\n1.jpg,mine\n",
+    "mine.jsonl": b'{"image": "1.jpg", "text": "mine"}\n',
+    "torn.jsonl": b'{"image": "1.jpg", "text": "mine"}',
+    "list.jsonl": b'{"image": ["1.jpg"], "caption": "x", "finish_reason": "", "tokens": 1, "sha256": ""}\n',
+    "number.jsonl": b"3\n",
+    "binary.jsonl": bytes(range(256)),
+    "binary.csv": b"\xff\xfe" + b"image,caption".decode().encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_others(photos: Path, name: str, overwrite: list[str], capsys: Captured) -> None:
+    Path(name).write_bytes(OTHERS[name])
+    Path("sub").mkdir()
+    os.link(name, f"sub/hard-{name}")
+    Path(f"link-{name}").symlink_to(name)
+    for out in (name, f"./sub/../{name}", f"sub/hard-{name}", f"link-{name}"):
+        refused([".", "--out", out, *overwrite], "is no file of captions; give another name", photos, capsys)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("errors.jsonl", "failures are noted in a file of this name"),
+        ("./errors.jsonl", "failures are noted in a file of this name"),
+        ("../photos/mllama-errors.jsonl", "failures are noted in a file of this name"),
+        ("link.jsonl", "failures are noted in a file of this name"),
+        ("fifo.jsonl", "is a pipe"),
+        ("folder.jsonl", "is a folder"),
+        ("folder.jsonl/", "captions go to a file called"),
+        ("null.jsonl", "is a device"),
+        ("none/c.jsonl", "there is no folder"),
+        (".jsonl", "captions go to a file called"),
+        ("c.xml", "captions go to a file called"),
+        ("", "captions go to a file called"),
+        ("/dev/null", "captions go to a file called"),
+        ("1.jpg", "captions go to a file called"),
+        ("x" * 250 + ".jsonl", "File name too long"),
+        ("hard.jsonl", "is no file of captions"),
+    ],
+)
+def test_outputs_that_cannot_be(
+    photos: Path, out: str, words: str, overwrite: list[str], capsys: Captured
+) -> None:
+    os.mkfifo("fifo.jsonl")
+    Path("folder.jsonl").mkdir()
+    Path("null.jsonl").symlink_to("/dev/null")
+    Path("link.jsonl").symlink_to("errors.jsonl")
+    os.link("1.jpg", "hard.jsonl")
+    refused([".", "--out", out, *overwrite], words, photos, capsys)
+
+
+def test_the_prompt_is_no_output(photos: Path, capsys: Captured) -> None:
+    Path("empty.jsonl").touch()
+    os.link("empty.jsonl", "hard.jsonl")
+    for out in ("empty.jsonl", "hard.jsonl"):
+        args = ["1.jpg", "--out", out, "--prompt-file", "empty.jsonl"]
+        refused(args, "it is the input", photos, capsys)
+
+
+@pytest.mark.parametrize("how", ["new", "--overwrite"])
+def test_a_link_to_the_output_is_followed(photos: Path, tmp_path: Path, how: str) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "captions.jsonl", photos / "c.jsonl"
+    link.symlink_to(target)
+    if how != "new":
+        assert run(["caption", "1.jpg", "--out", "c.jsonl", "-n", "2", "-p", "What?"]) == 0
+        target.chmod(0o640)
+    args = ["caption", "1.jpg", "2.jpg", "--out", "c.jsonl", "-n", "2", *([how] if how != "new" else [])]
+    assert run(args) == 0
+    assert link.is_symlink()
+    assert [json.loads(line)["image"] for line in target.read_text().splitlines()] == ["1.jpg", "2.jpg"]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["captions.jsonl"]
+    assert how == "new" or target.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_editors_last_line_stays(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    record = Record("a.png", "by hand", "stop", 3, "")
+    file = RecordFile(path)
+    file.write(record)
+    file.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole.rstrip(b"\n"))
+    file = RecordFile(path)
+    assert list(file.records()) == [record]
+    file.close()
+    assert path.read_bytes() == whole
+
+
+def test_an_output_that_goes_away_stops_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    for away in (path.unlink, lambda: os.rename(path, tmp_path / "moved.jsonl")):
+        file = RecordFile(path)
+        file.write(Record("a.png", "x", "stop", 1, ""))
+        away()
+        with pytest.raises(OSError, match="moved, replaced or deleted"):
+            file.write(Record("b.png", "x", "stop", 1, ""))
+        file.close()
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    path, partial = tmp_path / "c.csv", tmp_path / ".partial.csv"
+    file = RecordFile(path, partial=partial)
+    file.write(Record("a.png", "x", "stop", 1, ""))
+    path.write_text("mine,yours\n")
+    with pytest.raises(FileExistsError, match="is no file of captions"):
+        file.finish()
+    file.close()
+    assert path.read_text() == "mine,yours\n"
+    assert partial.exists()
+
+
+def test_what_is_planted_for_overwrite_is_not_followed(photos: Path, capsys: Captured) -> None:
+    assert run(["caption", "1.jpg", "--out", "c.jsonl", "-n", "2"]) == 0
+    args = ["1.jpg", "--out", "c.jsonl", "--overwrite"]
+    seen: list[Path] = []
+
+    def plant(path: Path, *args: Any, **more: Any) -> Any:
+        seen.append(path)
+        raise PermissionError(13, "stop here", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mllama_gguf.batch.outputs.open_locked", plant)
+        assert run(["caption", *args, "-n", "2"]) == 1
+    (partial,) = seen
+    assert partial.name.startswith(".mllama-")
+    partial.symlink_to("c.jsonl")
+    refused(args, "Too many levels of symbolic links", photos, capsys)
+
+
+# ---- errors.jsonl ------------------------------------------------------------------------------------------
+
+LOGS = {
+    "another program's": b'{"error": "mine", "time": 3}\n',
+    "text": b"my notes\n",
+    "no line end": b"my notes",
+    "more fields": b'{"image": "1.jpg", "error": "ImageError", "message": "x", "mine": 1}\n',
+    "other values": b'{"image": "1.jpg", "error": "blurry", "message": "x"}\n',
+    "unfinished": b'{"image": "1.jpg", "label": 3}',
+    "mixed": b'{"image": "3.jpg", "error": "ImageError", "message": "x"}\n{"image": "4.jpg"}\n',
+    "binary": bytes(range(256)),
+    "a long line": b'{"image": "' + b"x" * (1 << 21),
+}
+
+
+@pytest.mark.parametrize("how", [["--out", "c.jsonl"], ["--sidecar", ".txt"], ["--out", "c.csv"]])
+@pytest.mark.parametrize("which", LOGS)
+def test_an_errors_file_of_others(photos: Path, which: str, how: list[str], capsys: Captured) -> None:
+    Path("errors.jsonl").write_bytes(LOGS[which])
+    before = contents(photos)
+    for _ in range(2):
+        assert run(["caption", ".", *how, "-n", "2"]) == 3
+        assert "1 failed, see mllama-errors.jsonl" in capsys.readouterr().err
+        kept(before, photos)
+        (line,) = Path("mllama-errors.jsonl").read_text().splitlines()
+        assert json.loads(line)["image"].endswith("3.jpg")
+    Path("3.jpg").unlink()
+    assert run(["caption", "1.jpg", *how, "-n", "2"]) == 0
+    assert Path("errors.jsonl").read_bytes() == LOGS[which]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/null", path)])
+def test_an_errors_file_that_is_none(photos: Path, make: Any) -> None:
+    make("errors.jsonl")
+    assert error_log(photos).path == photos / "mllama-errors.jsonl"
+    make("mllama-errors.jsonl")
+    with pytest.raises(RequestError, match="move one of them away"):
+        error_log(photos)
+
+
+def test_an_errors_file_that_is_a_link(photos: Path, tmp_path: Path) -> None:
+    Path("errors.jsonl").symlink_to(tmp_path / "log.jsonl")
+    assert run(["caption", ".", "--sidecar", ".txt", "-n", "2"]) == 3
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    Path("3.jpg").unlink()
+    os.link("1.jpg", "3.jpg")
+    assert run(["caption", ".", "--sidecar", ".txt", "-n", "2"]) == 0
+    assert Path("errors.jsonl").is_symlink()
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_lines_of_others_stay(tmp_path: Path) -> None:
+    """Another program writes into our log while a run goes on."""
+    log = ErrorLog(tmp_path / "errors.jsonl")
+    entry = {"image": "a", "error": "ImageError", "message": "x"}
+    log.add(entry)
+    with open(log.path, "ab") as file:
+        file.write(b"theirs\n\nand this\r\n" + b'{"image": "b", "mine": 1}')
+    log.add(entry)
+    log.add({**entry, "image": "c"})
+    ours = [json.dumps({**entry, "image": image}).encode() + b"\n" for image in ("a", "c")]
+    log.tidy({"b"})
+    theirs = b'theirs\n\nand this\r\n{"image": "b", "mine": 1}\n'
+    assert log.path.read_bytes() == theirs + b"".join(ours)
+    log.tidy({"a", "b", "c"})
+    assert log.path.read_bytes() == theirs
+    (tmp_path / "empty.jsonl").touch()
+    ErrorLog(tmp_path / "empty.jsonl").tidy(())
+    assert (tmp_path / "empty.jsonl").exists()
