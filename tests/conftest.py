@@ -68,3 +68,11 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = tiny.make_checkpoint(arch, folder / "hf")
     (path,) = convert(checkpoint, folder / "slow.gguf", type="f16", single_file=True)
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which layouts of weights the tests of repack got: that depends on the processor."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "layouts" and report.when == "call":
+                terminalreporter.write_line(f"repack: {report.nodeid.rpartition('::')[2]}: {value}")

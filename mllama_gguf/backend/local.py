@@ -19,6 +19,7 @@ from ..handles import Handle, OneProcess
 from . import library
 from .callbacks import Callbacks
 from .library import Native
+from .repack import usable_layouts
 from .types import Bytes, Device, DeviceMemory, Floats, HParams, Memory, Tap, TensorInfo
 
 KvType = Literal["f32", "f16", "q8_0"]
@@ -93,6 +94,8 @@ class NativeModel(OneProcess):
         params.main_gpu = main_gpu
         params.use_mmap = use_mmap
         params.repack = repack
+        layouts = ffi.new("char[]", ",".join(usable_layouts()).encode()) if repack else ffi.NULL
+        params.repack_layouts = layouts
         params.allow_quantized_vision = allow_quantized_vision
         params.check_only = check_only
         params.no_alloc = no_alloc
@@ -154,6 +157,7 @@ class NativeModel(OneProcess):
                     info.n_bytes,
                     self.native.text(info.device),
                     info.is_vision,
+                    self.native.text(info.layout),
                 )
 
 

@@ -74,6 +74,7 @@ class TensorInfo:
     n_bytes: int
     device: str
     is_vision: bool
+    layout: str  # that it was repacked to; "": none
 
 
 @dataclass(frozen=True)

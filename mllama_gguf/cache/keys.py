@@ -12,13 +12,15 @@ image_kv depends on:
 - the states, by their key;
 - the weights of k, v and k's norm of all cross-attention layers, by content, and how loading changed them
   (layout and repairs);
-- the devices of these weights, and the code there and on the CPU;
+- the devices of these weights and the layouts that they were repacked to, and the code there and on
+  the CPU;
 - type_k, type_v, flash_attn, offload_kqv.
 
 prefix_kv depends on:
 - the tokens;
 - the text file, by path, inode, size and modification time, because there are gigabytes to hash;
-- layout and repairs, and the devices of all text weights, and the code there and on the CPU;
+- layout and repairs, and the devices of all text weights, the layouts that they were repacked to, and the
+  code there and on the CPU;
 - type_k, type_v, flash_attn, offload_kqv, repack, n_batch, n_threads.
 
 Code is the build of libmllama, its CPU kernel, the version of ggml, and the device's name and description.
@@ -114,12 +116,12 @@ class Keys(OneProcess):
     def prefix_kv(self, tokens: Sequence[int]) -> str:
         """The key of what the first tokens of a prompt leave in the self-attention cache, before any
         image."""
-        places = sorted((t.name, t.device) for t in self._model.tensors() if not t.is_vision)
+        places = sorted((t.name, t.device, t.layout) for t in self._model.tensors() if not t.is_vision)
         s = self._settings
         parts = (
             (self._text.stamps, self._model.layout, self._model.repairs),
             places,
-            self._code(dict(places).values()),
+            self._code({device for _, device, _ in places}),
             (s.type_k, s.type_v, s.flash_attn, s.offload_kqv, s.repack, s.n_batch, s.n_threads),
             list(tokens),
         )
@@ -141,13 +143,15 @@ class Keys(OneProcess):
         with _locked(self._lock, stop):
             if not self._image_kv:
                 places = {
-                    t.name: t.device for t in self._model.tensors() if _IMAGE_KV_WEIGHTS.fullmatch(t.name)
+                    t.name: (t.device, t.layout)
+                    for t in self._model.tensors()
+                    if _IMAGE_KV_WEIGHTS.fullmatch(t.name)
                 }
                 s = self._settings
                 parts = (
                     (self._text.identity(places, stop), self._model.layout, self._model.repairs),
                     sorted(places.items()),
-                    self._code(places.values()),
+                    self._code({device for device, _ in places.values()}),
                     (s.type_k, s.type_v, s.flash_attn, s.offload_kqv),
                 )
                 self._image_kv = repr(parts)

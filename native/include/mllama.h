@@ -108,6 +108,7 @@ typedef struct mllama_model_params {
     int32_t         main_gpu;      // which of these devices takes everything alone; -1: all of them share
     bool            use_mmap;
     bool            repack;        // copy text matrices to the CPU's own layouts: faster products, a slower load, no mmap for them
+    const char *    repack_layouts; // which of them, with commas in between; NULL: "CPU_REPACK". See mllama_repack_product
     bool            allow_quantized_vision;
     bool            check_only;    // read and validate everything, load no weights (mllama info)
     bool            no_alloc;      // give everything its place but no memory: contexts can only mllama_reserve and say what it would be
@@ -172,6 +173,7 @@ typedef struct mllama_tensor_info {
     uint64_t     n_bytes;
     const char * device;   // where it was put
     bool         is_vision;
+    const char * layout;   // that it was repacked to; "": none
 } mllama_tensor_info;
 
 int32_t       mllama_model_n_tensors(const mllama_model * model);
@@ -286,6 +288,16 @@ void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * u
 // finite, or too large for dst_type; dst then holds nothing of use. Safe from any number of threads.
 mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t dst_type, void * dst, int64_t n_rows,
                                    int64_t n_per_row);
+
+// ---- layouts of the CPU -------------------------------------------------------------------------------------------
+
+// ggml's layouts of weights for faster products on this CPU, by index from 0; NULL beyond the last. "AMX" ends the process where
+// the compiler of ggml has left out its set-up: try a layout other than "CPU_REPACK" in a process of its own before it is used.
+const char *  mllama_repack_layout(int32_t index);
+// One product, for such a trial: y [n_columns, n_out] of x [n_columns, n_in] and w [n_out, n_in], which becomes a matrix of a
+// ggml type in that layout (NULL: the plain one). MLLAMA_ERR_ARGUMENT: the layout has no products of this type and size.
+mllama_status mllama_repack_product(const char * layout, int32_t type, const float * w, const float * x, float * y, int32_t n_in,
+                                    int32_t n_out, int32_t n_columns, int32_t n_threads);
 
 // ---- kernels of the CPU -------------------------------------------------------------------------------------------
 

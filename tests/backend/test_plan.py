@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mllama_gguf.backend.plan import (
     make_plan,
     offload_devices,
 )
+from mllama_gguf.backend.repack import usable_layouts
 from mllama_gguf.backend.types import Device, DeviceMemory, Memory
 from mllama_gguf.cli.main import run
 from mllama_gguf.convert.quantize import quantize
@@ -63,7 +65,9 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q8_0"])
-def test_repacked_weights(kind: str, tiny_files: Files, tmp_path: Path) -> None:
+def test_repacked_weights(
+    kind: str, tiny_files: Files, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """They leave the mapping for memory, as planned, and give the same logits but for rounding."""
     path = tmp_path / "text.gguf"
     quantize(tiny_files("quant").one, path, kind)
@@ -77,6 +81,9 @@ def test_repacked_weights(kind: str, tiny_files: Files, tmp_path: Path) -> None:
             assert (real.mapped, real.weights, real.staging) == (
                 planned.mapped, planned.weights, planned.staging,
             )  # fmt: skip
+            layouts = Counter(t.layout for t in model._model.tensors() if t.layout)
+            record_property("layouts", f"{kind}, repack={repack}: {dict(layouts) or 'none'}")
+            assert set(layouts) <= (set(usable_layouts()) if repack else set())
             logits[repack] = model.logits(tokens), real
             assert np.array_equal(model.logits(tokens), logits[repack][0])
     (plain, mapped), (repacked, copied) = logits[False], logits[True]

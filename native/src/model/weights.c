@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include "memory.h"
+#include "model/repack.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -386,39 +387,12 @@ static void permute(const float * halves, float * pairs, int64_t n) {
     }
 }
 
-// The CPU's layouts of weights for its own faster products, ended by NULL; or NULL.
-static ggml_backend_buffer_type_t * repacked_types(const mllama_model * model) {
-    const ggml_backend_reg_t                 reg = ggml_backend_dev_backend_reg(model->plan.cpu);
-    const ggml_backend_dev_get_extra_bufts_t get =
-        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
-    return get ? get(model->plan.cpu) : NULL;
-}
-
-// Whether the CPU multiplies a matrix like this when it is in such a buffer.
-static bool multiplies(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t type, const struct ggml_tensor * matrix) {
-    struct ggml_context * ctx    = ggml_init((struct ggml_init_params) { .mem_size = 4 * ggml_tensor_overhead(), .no_alloc = true });
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, 0);
-    bool                  ok     = ctx && buffer;
-    if (ok) {
-        struct ggml_tensor * w = ggml_new_tensor(ctx, matrix->type, 4, matrix->ne);
-        w->buffer = buffer;
-        ok = ggml_backend_dev_supports_op(cpu, ggml_mul_mat(ctx, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, matrix->ne[0], 1)));
-    }
-    ggml_backend_buffer_free(buffer);
-    ggml_free(ctx);
-    return ok;
-}
-
 // Of text alone: what the encoder makes of a picture is kept for years, and must not depend on a setting.
-static ggml_backend_buffer_type_t repacked_type(const mllama_model * model, const weight * w) {
-    if (w->device != model->plan.cpu || w->kind != WEIGHT_MATRIX || w->is_vision || w->tensor == &model->token_embd) {
+static ggml_backend_buffer_type_t repacked_type(const mllama_model * model, const weight * w, const mllama_model_params * params) {
+    if (!params->repack || w->device != model->plan.cpu || w->kind != WEIGHT_MATRIX || w->is_vision || w->tensor == &model->token_embd) {
         return NULL;
     }
-    ggml_backend_buffer_type_t * type = repacked_types(model);
-    while (type && *type && !multiplies(model->plan.cpu, *type, w->source)) {
-        type++;
-    }
-    return type ? *type : NULL;
+    return repack_choose(model->plan.cpu, params->repack_layouts ? params->repack_layouts : "CPU_REPACK", w->source);
 }
 
 static bool can_map(const mllama_model * model, const weight * w, const mllama_model_params * params) {
@@ -592,7 +566,7 @@ static mllama_status load_all(loader * ld) {
         }
     }
     TRY(load_copied(ld, model->plan.cpu, NULL));
-    for (ggml_backend_buffer_type_t * type = repacked_types(model); type && *type; type++) {
+    for (ggml_backend_buffer_type_t * type = repack_layouts(model->plan.cpu); type && *type; type++) {
         TRY(load_copied(ld, model->plan.cpu, *type));
     }
     for (int32_t i = 0; i < model->plan.n_gpus; i++) {
@@ -612,7 +586,7 @@ mllama_status weights_load(mllama_model * model, const mllama_model_params * par
         if (!w->tensor) {
             continue;
         }
-        w->repacked = params->repack ? repacked_type(model, w) : NULL;
+        w->repacked = repacked_type(model, w, params);
         if (can_map(model, w, params)) {
             continue;
         }
@@ -673,5 +647,6 @@ mllama_status weights_info(const weight_list * list, int32_t index, mllama_tenso
     info->n_bytes   = ggml_nbytes(w->source);
     info->device    = w->device ? ggml_backend_dev_name(w->device) : "CPU";
     info->is_vision = w->is_vision;
+    info->layout    = w->repacked ? ggml_backend_buft_name(w->repacked) : "";
     return MLLAMA_OK;
 }
