@@ -195,6 +195,7 @@ typedef struct mllama_context_params {
     int32_t type_v;
     bool    flash_attn;
     bool    offload_kqv; // a layer's cache and attention are where the layer is; false: on the CPU
+    const char * cpu_kernel; // see "kernels of the CPU" below; NULL: as MLLAMA_CPU_KERNEL says
     mllama_progress_callback progress;
     mllama_abort_callback    abort;
     void *                   user_data;
@@ -204,6 +205,7 @@ mllama_context_params mllama_context_default_params(void);
 mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** ctx);
 void          mllama_context_free(mllama_context * ctx);
 int32_t       mllama_n_ctx(const mllama_context * ctx);
+const char *  mllama_kernel_name(const mllama_context * ctx); // that this context uses on the CPU; "off" without flash_attn
 void          mllama_set_n_threads(mllama_context * ctx, int32_t n_threads);
 
 // What a model and its context hold on one device, in bytes; with no_alloc, what they would hold.
@@ -301,12 +303,11 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
 
 // ---- kernels of the CPU -------------------------------------------------------------------------------------------
 
-// Attention, linear layers and GELU of a vision encoder on the CPU are our own, and so are the text's attention to F32 and F16
-// caches there and its products with Q4_K and Q6_K weights, with flash_attn. The environment variable MLLAMA_CPU_KERNEL, read at
-// mllama_context_new (for the type of V), at every mllama_encode and mllama_image_fill and whenever a call of mllama_decode has another
-// shape than the one before it, names one ("avx512bf16", "avx512", "avx2", "portable") or leaves all to ggml ("off"). Unset: the best of
-// the processor.
-const char *  mllama_cpu_kernel(void);                                     // its name, or "off"; NULL: no such kernel
+// This library has its own kernels for the CPU: the vision encoder's attention, linear layers and GELU, the text's attention to F32 and
+// F16 caches, and its products with Q4_K and Q6_K weights. They need flash_attn. mllama_context_new chooses one for the life of the
+// context: the one that mllama_context_params.cpu_kernel names, else the environment variable MLLAMA_CPU_KERNEL, else the best of the
+// processor. Names: "avx512bf16", "avx512", "avx2", "portable", or "off" for ggml's operations alone.
+const char *  mllama_cpu_kernel(void);                                     // what the environment gives now; NULL: no such kernel
 mllama_status mllama_erf(const float * x, float * y, int64_t n);           // what GELU uses, for tests
 
 #pragma GCC visibility pop

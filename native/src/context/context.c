@@ -16,6 +16,7 @@ enum {
 struct mllama_context {
     const mllama_model *  model;
     mllama_context_params params;
+    compute_env           env;
     kv_types              types, cross_types;         // of the caches for self- and cross-attention
 
     ggml_backend_t        backends[MAX_BACKENDS];     // the CPU is the last
@@ -263,10 +264,15 @@ static mllama_status add_backend(mllama_context * ctx, ggml_backend_dev_t device
     return MLLAMA_OK;
 }
 
-// Of the text's products and its attention; NULL: ggml's own.
-static mllama_status text_kernel(const mllama_context * ctx, const cpu_kernel ** kernel) {
-    *kernel = NULL;
-    return ctx->params.flash_attn ? cpu_kernel_choose(kernel) : MLLAMA_OK;
+// Once, as the types of the caches depend on it
+static mllama_status choose_kernel(mllama_context * ctx) {
+    const cpu_kernel * kernel = NULL;
+    TRY(cpu_kernel_choose(ctx->params.cpu_kernel, &kernel));
+    ctx->params.cpu_kernel = NULL; // the caller's
+    ctx->env = (compute_env) {
+        .kernel = ctx->params.flash_attn ? kernel : NULL, .flash_attn = ctx->params.flash_attn, .stop = look, .stop_data = ctx,
+    };
+    return MLLAMA_OK;
 }
 
 // ggml's CPU kernel sums F16 values unnormalised in F16: three digits are left, and many rows of large values overflow (seen: values
@@ -277,16 +283,14 @@ static enum ggml_type cpu_values(const mllama_hparams * p, const cpu_kernel * ke
 }
 
 static mllama_status check_params(mllama_context * ctx) {
-    const mllama_hparams * p      = &ctx->model->hp.pub;
-    const cpu_kernel *     kernel = NULL;
+    const mllama_hparams * p    = &ctx->model->hp.pub;
     kv_types *             self = &ctx->types, * cross = &ctx->cross_types;
     TRY(ggml_type_of(ctx->params.type_k, &self->k));
     TRY(ggml_type_of(ctx->params.type_v, &self->v));
     cross->k = ggml_is_quantized(self->k) ? GGML_TYPE_F16 : self->k;
     cross->v = ggml_is_quantized(self->v) ? GGML_TYPE_F16 : self->v;
-    TRY(text_kernel(ctx, &kernel));
-    self->v_cpu  = cpu_values(p, kernel, self);
-    cross->v_cpu = cpu_values(p, kernel, cross);
+    self->v_cpu  = cpu_values(p, ctx->env.kernel, self);
+    cross->v_cpu = cpu_values(p, ctx->env.kernel, cross);
     if (ctx->params.n_ctx == 0) {
         ctx->params.n_ctx = p->n_ctx_train;
     }
@@ -313,6 +317,7 @@ static mllama_status check_params(mllama_context * ctx) {
 
 static mllama_status init(mllama_context * ctx) {
     const mllama_model * model = ctx->model;
+    TRY(choose_kernel(ctx));
     TRY(check_params(ctx));
     if (!model->token_embd) {
         return fail(MLLAMA_ERR_ARGUMENT, "the model was opened for checking only");
@@ -379,13 +384,17 @@ int32_t mllama_n_ctx(const mllama_context * ctx) {
     return ctx->params.n_ctx;
 }
 
+const char * mllama_kernel_name(const mllama_context * ctx) {
+    return cpu_kernel_name(ctx->env.kernel);
+}
+
 void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
     if (n_threads <= 0) {
         const long n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
         n_threads = n_cpus > 0 ? (int32_t) n_cpus : 1;
     }
     n_threads = n_threads > GGML_MAX_N_THREADS ? GGML_MAX_N_THREADS : n_threads;
-    ctx->params.n_threads = n_threads;
+    ctx->env.n_threads = n_threads;
     for (int32_t i = 0; i < ctx->n_backends; i++) {
         const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx->backends[i]));
         const ggml_backend_set_n_threads_t set =
@@ -441,15 +450,10 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched
 static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
     const mllama_model *   model  = ctx->model;
     const mllama_hparams * p      = &model->hp.pub;
-    const cpu_kernel *     kernel = NULL;
-    if (model->plan.vision == model->plan.cpu && ctx->params.flash_attn && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head)) {
-        TRY(cpu_kernel_choose(&kernel));
-    }
     vision_graph         vg;
     ggml_backend_sched_t sched   = NULL;
     float *              patches = NULL;
-    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, ctx->params.flash_attn, kernel,
-                                                       ctx->params.n_threads, look, ctx, &vg);
+    mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, &ctx->env, &vg);
     if (status == MLLAMA_OK) {
         status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
     }
@@ -495,9 +499,7 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
 static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows, const float * states) {
     fill_graph           fg;
     ggml_backend_sched_t sched  = NULL;
-    const cpu_kernel *   kernel = NULL;
-    TRY(text_kernel(ctx, &kernel));
-    mllama_status status = fill_graph_build(ctx->model, slot, first, n_rows, kernel, look, ctx, &fg);
+    mllama_status        status = fill_graph_build(ctx->model, slot, first, n_rows, &ctx->env, &fg);
     if (status == MLLAMA_OK) {
         status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
     }
@@ -671,10 +673,8 @@ static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shap
         return MLLAMA_OK;
     }
     text_graph_free(&ctx->text);
-    const cpu_kernel * kernel = NULL;
-    TRY(text_kernel(ctx, &kernel));
     const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
-    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, ctx->params.flash_attn, kernel, look, ctx, &ctx->text);
+    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, &ctx->env, &ctx->text);
     if (status == MLLAMA_OK) {
         status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
     }

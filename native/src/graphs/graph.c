@@ -8,7 +8,7 @@
 // At the 60 GFLOPS of two old CPU cores a node of this size takes a third of a second.
 static const double NODE_FLOP = 2e10;
 
-mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn) {
+mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env) {
     struct ggml_init_params params = {
         .mem_size = ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false),
         .no_alloc = true,
@@ -18,23 +18,21 @@ mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
-    g->flash_attn = flash_attn;
-    g->kernel     = NULL;
+    g->env        = *env;
     g->products   = NULL;
     g->n_products = g->max_products = 0;
     g->x          = NULL;
     return MLLAMA_OK;
 }
 
-mllama_status graph_use_products(graph * g, const cpu_kernel * kernel, size_t max_products, bool (* stop)(void *), void * stop_data) {
+mllama_status graph_use_products(graph * g, size_t max_products) {
     g->products = calloc(max_products, sizeof(*g->products));
     if (!g->products) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    g->kernel       = kernel;
     g->max_products = max_products;
     for (size_t i = 0; i < max_products; i++) {
-        g->products[i] = (cpu_product) { .stop = stop, .stop_data = stop_data };
+        g->products[i] = (cpu_product) { .stop = g->env.stop, .stop_data = g->env.stop_data };
     }
     return MLLAMA_OK;
 }
@@ -111,7 +109,7 @@ struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tenso
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return ggml_mul_mat(g->ctx, w, x);
     }
-    if (g->n_products < g->max_products && cpu_product_supported(g->kernel, w)) {
+    if (g->n_products < g->max_products && cpu_product_supported(g->env.kernel, w)) {
         if (g->x != x) { // else another weight of the same input
             g->x         = x;
             g->quantized = cpu_quantize_node(g->ctx, x);
@@ -153,7 +151,7 @@ static struct ggml_tensor * attend(graph * g, struct ggml_tensor * q, void * arg
                                                   ggml_row_size(q->type, n_embd / a->n_head), q->nb[1], 0);
     heads = ggml_permute(g->ctx, heads, 0, 2, 1, 3); // [head_dim, n, n_head]
 
-    if (g->flash_attn) {
+    if (g->env.flash_attn) {
         struct ggml_tensor * out = ggml_flash_attn_ext(g->ctx, heads, a->k, a->v, a->mask, scale, 0.0f, 0.0f);
         ggml_prec_set_acc(out, GGML_PREC_F32);
         return ggml_reshape_2d(g->ctx, out, n_embd, n);

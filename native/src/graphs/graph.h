@@ -9,16 +9,15 @@
 typedef struct graph {
     struct ggml_context * ctx; // holds the tensors' descriptions, no data
     struct ggml_cgraph *  gf;
-    bool                  flash_attn;
-    const cpu_kernel *    kernel;         // of products with quantized weights; NULL: ggml's own
-    cpu_product *         products;
+    compute_env           env;
+    cpu_product *         products;       // with quantized weights
     size_t                n_products, max_products;
     struct ggml_tensor *  x, * quantized; // of the last of them
 } graph;
 
-mllama_status graph_init(graph * g, size_t max_nodes, bool flash_attn);
-// Quantized weights in memory are multiplied by the kernel, in max_products nodes at most. stop: as in cpu_product
-mllama_status graph_use_products(graph * g, const cpu_kernel * kernel, size_t max_products, bool (* stop)(void *), void * stop_data);
+mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env);
+// Quantized weights in memory are multiplied by the kernel, in max_products nodes at most.
+mllama_status graph_use_products(graph * g, size_t max_products);
 void          graph_begin(graph * g); // before each time that it is computed
 void          graph_free(graph * g);
 

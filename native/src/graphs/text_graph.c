@@ -36,11 +36,7 @@ static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struc
     if (cpu_cache_attention_fits(a, k, v)) {
         return cpu_cache_attention_node(d->g->ctx, a, q, k, v, mask);
     }
-    struct ggml_tensor * values = cache_view(d, v, n_rows);
-    if (d->g->flash_attn && v->type == GGML_TYPE_F16 && is_on_cpu(v)) { // MLLAMA_CPU_KERNEL was changed: see cpu_values in context.c
-        values = ggml_cast(d->g->ctx, values, GGML_TYPE_F32);
-    }
-    return attention(d->g, q, cache_view(d, k, n_rows), values, mask, d->p->n_head);
+    return attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
 }
 
 static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct ggml_tensor * x, int64_t n_head) {
@@ -119,7 +115,7 @@ static struct ggml_tensor * input(graph * g, enum ggml_type type, int64_t ne0, i
 }
 
 mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
-                               bool flash_attn, const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, text_graph * tg) {
+                               const compute_env * env, text_graph * tg) {
     const mllama_hparams * p = &model->hp.pub;
     memset(tg, 0, sizeof(*tg));
     tg->attention = calloc((size_t) p->n_layer, sizeof(*tg->attention));
@@ -128,13 +124,14 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     }
     for (int32_t il = 0; il < p->n_layer; il++) {
         tg->attention[il] = (cpu_cache_attention) {
-            .kernel = kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim, .stop = stop, .stop_data = stop_data,
+            .kernel = env->kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim,
+            .stop = env->stop, .stop_data = env->stop_data,
         };
     }
     // Batches of many tokens are cut into blocks, which adds nodes.
-    TRY(graph_init(&tg->g, 256 + (size_t) p->n_layer * (128 + (size_t) shape->n_tokens), flash_attn));
+    TRY(graph_init(&tg->g, 256 + (size_t) p->n_layer * (128 + (size_t) shape->n_tokens), env));
     graph * g = &tg->g;
-    TRY(graph_use_products(g, kernel, 7 * (size_t) p->n_layer + 1, stop, stop_data));
+    TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
     tg->shape     = *shape;
     tg->tokens    = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "tokens");
     tg->positions = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "positions");
@@ -176,12 +173,12 @@ void text_graph_free(text_graph * tg) {
 }
 
 mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
-                               const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, fill_graph * fg) {
+                               const compute_env * env, fill_graph * fg) {
     const mllama_hparams * p      = &model->hp.pub;
     const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv;
     memset(fg, 0, sizeof(*fg));
-    TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (32 + 4 * (size_t) n_rows / 16), false));
-    TRY(graph_use_products(&fg->g, kernel, 2 * (size_t) p->n_cross_layers, stop, stop_data));
+    TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (32 + 4 * (size_t) n_rows / 16), env));
+    TRY(graph_use_products(&fg->g, 2 * (size_t) p->n_cross_layers));
     graph *               g   = &fg->g;
     struct ggml_context * ctx = g->ctx;
     fg->states = input(g, GGML_TYPE_F32, p->n_embd, n_rows, "states");

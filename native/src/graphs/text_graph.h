@@ -26,10 +26,9 @@ typedef struct text_graph {
     cpu_cache_attention * attention; // [n_layer]
 } text_graph;
 
-// slot: NULL when shape->n_rows is 0. kernel: of what it does in memory; NULL: ggml's own. stop: asked while it works,
-// on the calling thread; true: leave, the result does not matter.
+// slot: NULL when shape->n_rows is 0
 mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
-                               bool flash_attn, const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, text_graph * graph);
+                               const compute_env * env, text_graph * graph);
 void          text_graph_begin(text_graph * graph, const mllama_model * model); // before each time that it is computed
 void          text_graph_free(text_graph * graph);
 
@@ -38,7 +37,7 @@ typedef struct fill_graph {
     struct ggml_tensor * states; // input F32 [n_embd, n_rows]
 } fill_graph;
 
-// Writes k and v of every cross-attention layer for n_rows rows of states, at row `first` of the slot. kernel, stop: as above
+// Writes k and v of every cross-attention layer for n_rows rows of states, at row `first` of the slot.
 mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
-                               const cpu_kernel * kernel, bool (* stop)(void *), void * stop_data, fill_graph * graph);
+                               const compute_env * env, fill_graph * graph);
 void          fill_graph_free(fill_graph * graph);

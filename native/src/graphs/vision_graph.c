@@ -20,9 +20,8 @@ typedef struct encoder {
     const mllama_hparams * p;
     int64_t                n_used, tiles; // tiles of the picture; tiles that are computed
     int64_t                n_real;        // tokens that are not pads
-    const cpu_kernel *     kernel; // NULL: ggml's own operations
-    int32_t                n_threads;
-    cpu_attention *        next;   // that of the next layer
+    compute_env            env;           // kernel NULL: ggml's own operations
+    cpu_attention *        next;          // that of the next layer
     cpu_linear *           next_linear;
 } encoder;
 
@@ -46,7 +45,7 @@ void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_us
 
 // W x + b; b NULL: none
 static struct ggml_tensor * project(encoder * e, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x) {
-    if (cpu_linear_supported(e->kernel, w)) {
+    if (cpu_linear_supported(e->env.kernel, w)) {
         return cpu_linear_node(e->g->ctx, e->next_linear++, w, b, x);
     }
     return b ? linear_bias(e->g, w, b, x) : linear(e->g, w, x);
@@ -96,10 +95,10 @@ static struct ggml_tensor * mlp(graph * g, struct ggml_tensor * x, void * arg) {
     encoder *            e    = args->e;
     if (args->whole) {
         cpu_linear * a = e->next_linear++, * b = e->next_linear++;
-        return cpu_mlp_node(g->ctx, a, l->fc1, l->fc1_b, b, l->fc2, l->fc2_b, x, e->n_threads);
+        return cpu_mlp_node(g->ctx, a, l->fc1, l->fc1_b, b, l->fc2, l->fc2_b, x, e->env.n_threads);
     }
-    if (e->kernel) {
-        x = cpu_bias_gelu_node(g->ctx, e->kernel, linear(g, l->fc1, x), l->fc1_b);
+    if (e->env.kernel) {
+        x = cpu_bias_gelu_node(g->ctx, e->env.kernel, linear(g, l->fc1, x), l->fc1_b);
     } else {
         x = ggml_gelu_erf(g->ctx, linear_bias(g, l->fc1, l->fc1_b, x)); // ggml_gelu goes through a table of 16-bit values
     }
@@ -170,15 +169,15 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
         x    = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
     }
     struct ggml_tensor * q    = project(e, l->q, NULL, norm);
-    struct ggml_tensor * attn = e->kernel ? cpu_attention_node(ctx, e->next++, q, k, v) : attend(e, q, k, v);
+    struct ggml_tensor * attn = e->env.kernel ? cpu_attention_node(ctx, e->next++, q, k, v) : attend(e, q, k, v);
     x = named(add_gated(g, x, named(project(e, l->o, NULL, attn), prefix, il, "attn_out"), l->attn_gate), prefix, il, "attn_residual");
 
     norm = named(layer_norm(g, x, l->ffn_norm, l->ffn_norm_b, e->p->vision_eps), prefix, il, "ffn_norm");
     // Our own nodes can be interrupted while they work, and each packs its weights.
-    const bool           whole = cpu_linear_supported(e->kernel, l->fc1) && cpu_linear_supported(e->kernel, l->fc2);
+    const bool           whole = cpu_linear_supported(e->env.kernel, l->fc1) && cpu_linear_supported(e->env.kernel, l->fc2);
     mlp_args             args  = { .e = e, .layer = l, .whole = whole };
     const int64_t        most  = whole ? norm->ne[1] : block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff);
-    struct ggml_tensor * out   = in_blocks(g, norm, most, e->kernel != NULL, mlp, &args);
+    struct ggml_tensor * out   = in_blocks(g, norm, most, e->env.kernel != NULL, mlp, &args);
     return named(add_gated(g, x, named(out, prefix, il, "ffn_out"), l->ffn_gate), prefix, il, "layer_out");
 }
 
@@ -207,7 +206,7 @@ static struct ggml_tensor * collect(encoder * e, struct ggml_tensor * final, str
     if (n == 0) {
         return final;
     }
-    if (e->kernel && n < CPU_INTERLEAVE_MAX) {
+    if (e->env.kernel && n < CPU_INTERLEAVE_MAX) {
         struct ggml_tensor * all[CPU_INTERLEAVE_MAX] = { final };
         for (int64_t i = 0; i < n; i++) {
             struct ggml_tensor * x = inputs[e->model->hp.intermediate_layers[i]];
@@ -263,7 +262,7 @@ static const vision_layer * layer_of(const encoder * e, size_t i) {
     return i < n_local ? &e->model->vision.local[i] : &e->model->vision.global[i - n_local];
 }
 
-static mllama_status init_kernels(encoder * e, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
+static mllama_status init_kernels(encoder * e, vision_graph * vg) {
     const mllama_hparams * p       = e->p;
     const size_t           n       = (size_t) p->n_vision_layer + (size_t) p->n_vision_global_layer;
     const size_t           linears = 6 * n + 2;
@@ -274,20 +273,20 @@ static mllama_status init_kernels(encoder * e, bool (*stop)(void *), void * stop
     }
     for (size_t i = 0; i < n; i++) {
         cpu_attention * a = &vg->attentions[i];
-        a->kernel    = e->kernel;
+        a->kernel    = e->env.kernel;
         a->n_head    = p->vision_head;
         a->head_dim  = p->vision_embd / p->vision_head;
         a->n_real    = e->n_real;
         a->n_all     = p->n_positions_padded * e->tiles;
         a->repeats   = (float) (1 + p->max_tiles - e->tiles);
         // Where the weights are BF16 all other products round their factors too.
-        a->bf16      = cpu_kernel_has_bf16(e->kernel) && layer_of(e, i)->q->type == GGML_TYPE_BF16;
-        a->stop      = stop;
-        a->stop_data = stop_data;
+        a->bf16      = cpu_kernel_has_bf16(e->env.kernel) && layer_of(e, i)->q->type == GGML_TYPE_BF16;
+        a->stop      = e->env.stop;
+        a->stop_data = e->env.stop_data;
         repeated_rows(e, a->repeated);
     }
     for (size_t i = 0; i < linears; i++) {
-        vg->linears[i] = (cpu_linear) { .kernel = e->kernel, .stop = stop, .stop_data = stop_data };
+        vg->linears[i] = (cpu_linear) { .kernel = e->env.kernel, .stop = e->env.stop, .stop_data = e->env.stop_data };
     }
     e->next        = vg->attentions;
     e->next_linear = vg->linears;
@@ -321,8 +320,14 @@ static mllama_status count_tiles(const mllama_model * model, int32_t n_used, int
     return MLLAMA_OK;
 }
 
-mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, bool flash_attn,
-                                 const cpu_kernel * kernel, int32_t n_threads, bool (*stop)(void *), void * stop_data, vision_graph * vg) {
+// Our own kernels are for an encoder in the CPU's memory.
+static bool uses_kernel(const mllama_model * model) {
+    const mllama_hparams * p = &model->hp.pub;
+    return model->plan.vision == model->plan.cpu && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head);
+}
+
+mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, const compute_env * env,
+                                 vision_graph * vg) {
     const mllama_hparams * p = &model->hp.pub;
     memset(vg, 0, sizeof(*vg));
     TRY(count_tiles(model, n_used, aspect_ratio_id, &vg->n_tiles));
@@ -332,13 +337,16 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     const size_t layer  = 64 + 8 * (size_t) p->max_tiles + 16 * blocks;
     const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * layer + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;
-    TRY(graph_init(&vg->g, nodes, flash_attn));
+    TRY(graph_init(&vg->g, nodes, env));
 
     struct ggml_tensor * inputs[1024]; // hparams allows no more layers
     encoder              e = { .g = &vg->g, .model = model, .p = p, .n_used = n_used, .tiles = vg->n_tiles,
-                               .n_real = (int64_t) n_used * p->n_positions, .kernel = kernel, .n_threads = n_threads };
-    if (kernel) {
-        TRY(init_kernels(&e, stop, stop_data, vg));
+                               .n_real = (int64_t) n_used * p->n_positions, .env = *env };
+    if (!uses_kernel(model)) {
+        e.env.kernel = NULL;
+    }
+    if (e.env.kernel) {
+        TRY(init_kernels(&e, vg));
     }
     build(&e, vg, inputs);
     return MLLAMA_OK;

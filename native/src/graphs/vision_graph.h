@@ -14,10 +14,8 @@ typedef struct vision_graph {
     cpu_linear *         linears;         // likewise, as they come
 } vision_graph;
 
-// aspect_ratio_id: 0 for a graph that no picture of n_used tiles exceeds. kernel: NULL for ggml's operations alone.
-// n_threads: that compute it. stop(stop_data) is asked while it works, on the thread that computes the graph.
-mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, bool flash_attn,
-                                 const cpu_kernel * kernel, int32_t n_threads, bool (*stop)(void *), void * stop_data,
+// aspect_ratio_id: 0 for a graph that no picture of n_used tiles exceeds. env->kernel: for an encoder on the CPU.
+mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, const compute_env * env,
                                  vision_graph * graph);
 void          vision_graph_free(vision_graph * graph);
 

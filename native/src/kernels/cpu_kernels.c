@@ -201,8 +201,10 @@ static const cpu_kernel KERNELS[] = { // the best first
 };
 enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
 
-mllama_status cpu_kernel_choose(const cpu_kernel ** kernel) {
-    const char * wanted = getenv("MLLAMA_CPU_KERNEL");
+mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel) {
+    const bool   given  = name && *name;
+    const char * wanted = given ? name : getenv("MLLAMA_CPU_KERNEL");
+    const char * by     = given ? "cpu_kernel" : "MLLAMA_CPU_KERNEL";
     *kernel = NULL;
     if (wanted && strcmp(wanted, "off") == 0) {
         return MLLAMA_OK;
@@ -210,13 +212,17 @@ mllama_status cpu_kernel_choose(const cpu_kernel ** kernel) {
     for (int i = 0; i < N_KERNELS; i++) {
         if (wanted && *wanted ? strcmp(wanted, KERNELS[i].name) == 0 : KERNELS[i].supported()) {
             if (!KERNELS[i].supported()) {
-                return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is %s, which this processor does not have; unset it", wanted);
+                return fail(MLLAMA_ERR_ARGUMENT, "%s is %s, which this processor does not have; unset it", by, wanted);
             }
             *kernel = &KERNELS[i];
             return MLLAMA_OK;
         }
     }
-    return fail(MLLAMA_ERR_ARGUMENT, "MLLAMA_CPU_KERNEL is '%s'; it can be avx512bf16, avx512, avx2, portable or off", wanted);
+    return fail(MLLAMA_ERR_ARGUMENT, "%s is '%s'; it can be avx512bf16, avx512, avx2, portable or off", by, wanted);
+}
+
+const char * cpu_kernel_name(const cpu_kernel * kernel) {
+    return kernel ? kernel->name : "off";
 }
 
 int64_t cpu_kernel_lanes(const cpu_kernel * kernel) {
@@ -741,13 +747,12 @@ struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_ker
 
 const char * mllama_cpu_kernel(void) {
     const cpu_kernel * kernel = NULL;
-    const mllama_status status = cpu_kernel_choose(&kernel);
-    return status == MLLAMA_OK ? kernel ? kernel->name : "off" : NULL;
+    return cpu_kernel_choose(NULL, &kernel) == MLLAMA_OK ? cpu_kernel_name(kernel) : NULL;
 }
 
 mllama_status mllama_erf(const float * x, float * y, int64_t n) {
     const cpu_kernel * kernel = NULL;
-    TRY(cpu_kernel_choose(&kernel));
+    TRY(cpu_kernel_choose(NULL, &kernel));
     if (!kernel || !x || !y || n < 0) {
         return fail(MLLAMA_ERR_ARGUMENT, "mllama_erf: no kernel or no array");
     }

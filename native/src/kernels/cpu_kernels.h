@@ -14,9 +14,19 @@
 
 typedef struct cpu_kernel cpu_kernel;
 
-// The kernel of this processor, or the one that the environment variable MLLAMA_CPU_KERNEL names: "avx512bf16",
-// "avx512", "avx2", "portable", or "off", which gives NULL.
-mllama_status cpu_kernel_choose(const cpu_kernel ** kernel);
+// How a context computes its graphs
+typedef struct compute_env {
+    const cpu_kernel * kernel;       // NULL: ggml's operations alone
+    int32_t            n_threads;
+    bool               flash_attn;
+    bool            (* stop)(void *); // asked on the calling thread while our own nodes work; true: leave, the result does not matter
+    void *             stop_data;
+} compute_env;
+
+// The kernel of this name: "avx512bf16", "avx512", "avx2", "portable", or "off", which gives NULL. name NULL or empty: the one that the
+// environment variable MLLAMA_CPU_KERNEL names, else the best of this processor.
+mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel);
+const char *  cpu_kernel_name(const cpu_kernel * kernel);     // "off" for NULL
 bool          cpu_kernel_has_head_dim(int64_t head_dim);
 bool          cpu_kernel_has_bf16(const cpu_kernel * kernel); // instructions for products of BF16
 int64_t       cpu_kernel_lanes(const cpu_kernel * kernel);    // of 32 bits in its vectors
