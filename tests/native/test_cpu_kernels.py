@@ -21,7 +21,9 @@ from helpers import TinyFiles
 from reference import Reference
 
 from mllama_gguf import Aborted, Mllama, RequestError
+from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
+from mllama_gguf.backend.local import NativeModel
 from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.convert.quantize import quantize
 
@@ -62,16 +64,16 @@ def make(
 def test_attention_of_every_head_size(head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """148 positions of which 37 to 148 are real: no number is a multiple of a block."""
     arch, text, mmproj = make(tmp_path, head_dim, image_size=42, patch_size=7)
+    images = [tiled(arch, Picture(aspect_ratio_id)) for aspect_ratio_id in (1, 2, 6)]
     for n_threads in (1, 2, 5):
-        with Mllama(text, mmproj, n_ctx=64, n_threads=n_threads) as model:
-            for aspect_ratio_id in (1, 2, 6):
-                image = tiled(arch, Picture(aspect_ratio_id))
-                monkeypatch.setenv(VARIABLE, "off")
-                plain = model.encode_image(image).states
-                for kernel in KERNELS:
-                    monkeypatch.setenv(VARIABLE, kernel)
-                    states = model.encode_image(image).states
-                    assert relative_error(states, plain) <= 2e-6, (kernel, n_threads, aspect_ratio_id)
+        states = {}
+        for kernel in ("off", *KERNELS):
+            monkeypatch.setenv(VARIABLE, kernel)
+            with Mllama(text, mmproj, n_ctx=64, n_threads=n_threads) as model:
+                states[kernel] = [model.encode_image(image).states for image in images]
+        for kernel in KERNELS:
+            for ours, plain in zip(states[kernel], states["off"], strict=True):
+                assert relative_error(ours, plain) <= 2e-6, (kernel, n_threads)
 
 
 @pytest.mark.parametrize("head_dim", [32, 40, 56, 80, 104, 128])
@@ -148,30 +150,26 @@ def test_text_attention(name: str, kind: str, tiny_files: Files, monkeypatch: py
     """Single tokens, few and many, before and after more rows than one split has: as the plain graph, and the
     same bits whatever the number of threads."""
     files = tiny_files(name)
+    logits: dict[tuple[str, int], Floats] = {}
     prompts = [(1, False), (2, True), (5, False), (70, True), (1, True), (530, False), (1, True), (4, True)]
     # The plain graph rounds what it multiplies with an F16 cache, too.
     tolerance = 2e-5 if kind == "f32" else 2e-3
-    for kernel in KERNELS:
-        same = []
-        for n_threads in (1, 3):
+    for n_threads in (1, 3):
+        for kernel in ("off", *KERNELS):
+            monkeypatch.setenv(VARIABLE, kernel)
             with Mllama(
                 files.one, n_ctx=700, n_batch=128, n_threads=n_threads, type_k=kind, type_v=kind
             ) as model:
                 h = model.hparams
                 n = -(-600 // (h.max_tiles * h.n_positions))
-                states = list(
-                    np.random.default_rng(1).standard_normal(
-                        (n, h.max_tiles, h.n_positions, h.n_embd), np.float32
-                    )
-                )
-                monkeypatch.setenv(VARIABLE, "off")
-                plain = text_logits(model, states, prompts)
-                monkeypatch.setenv(VARIABLE, kernel)
-                ours = text_logits(model, states, prompts)
-                assert relative_error(ours, plain) <= tolerance, (kernel, n_threads)
-                assert not np.array_equal(ours, plain), "the kernel was not used"
-                same.append(ours)
-        np.testing.assert_array_equal(*same)
+                shape = (n, h.max_tiles, h.n_positions, h.n_embd)
+                states = list(np.random.default_rng(1).standard_normal(shape, np.float32))
+                logits[kernel, n_threads] = text_logits(model, states, prompts)
+            error = relative_error(logits[kernel, n_threads], logits["off", n_threads])
+            assert error <= tolerance, (kernel, n_threads)
+            assert (error == 0) == (kernel == "off"), "the kernel was not used"
+    for kernel in KERNELS:
+        np.testing.assert_array_equal(logits[kernel, 1], logits[kernel, 3])
 
 
 @pytest.mark.parametrize("made", [*KERNELS, "off"])
@@ -202,8 +200,7 @@ def test_types_of_values(made: str, tiny_files: Files, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("made", [*KERNELS, "off"])
 def test_large_values(made: str, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of many large values in F16 neither overflow nor lose more than their rounding, in a cache made
-    for one kernel and read by another."""
+    """Sums of many large values in F16 neither overflow nor lose more than their rounding."""
     prompts = [(1, True), (20, True), (2, True), (300, True), (1, True)]
     for name in ("gqa", "wide"):
         with Mllama(tiny_files(name).one, n_ctx=512, type_k="f32", type_v="f32") as model:
@@ -217,9 +214,7 @@ def test_large_values(made: str, tiny_files: Files, monkeypatch: pytest.MonkeyPa
             exact = text_logits(model, states, prompts)
         monkeypatch.setenv(VARIABLE, made)
         with Mllama(tiny_files(name).one, n_ctx=512, type_k="f32", type_v="f16") as model:
-            for kernel in (*KERNELS, "off"):
-                monkeypatch.setenv(VARIABLE, kernel)
-                assert relative_error(text_logits(model, states, prompts), exact) <= 1e-3, kernel
+            assert relative_error(text_logits(model, states, prompts), exact) <= 1e-3
         monkeypatch.delenv(VARIABLE)
 
 
@@ -321,9 +316,58 @@ def test_erf(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(special, [1, -1, np.nan, 0, 0], atol=5e-7)
 
 
-def test_unknown_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def made_for(path: Path, kernel: str | None, flash_attn: bool = True) -> str:
+    """The kernel of a context that asks for one."""
+    native = load()
+    ffi, lib = native.ffi, native.lib
+    model = NativeModel(path, None, Callbacks(native))
+    name = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
+    params = ffi.new("mllama_context_params *", lib.mllama_context_default_params())
+    params.n_ctx, params.cpu_kernel, params.flash_attn = 256, name, flash_attn
+    out = ffi.new("mllama_context **")
+    with model.handle as pointer:
+        native.check(lib.mllama_context_new(pointer, params, out))
+        try:
+            return native.text(lib.mllama_kernel_name(out[0]))
+        finally:
+            lib.mllama_context_free(out[0])
+
+
+def test_which_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context's parameter, then the environment, then the best; without flash_attn ggml alone."""
+    path = tiny_files("square").one
+    monkeypatch.setenv(VARIABLE, "off")
+    for kernel in KERNELS:
+        assert made_for(path, kernel) == kernel
+        assert made_for(path, kernel, flash_attn=False) == "off"
+    assert made_for(path, None) == made_for(path, "") == "off"
+    monkeypatch.setenv(VARIABLE, "portable")
+    assert made_for(path, None) == "portable"
+    assert made_for(path, "off") == "off"
+    for unset in (lambda: monkeypatch.setenv(VARIABLE, ""), lambda: monkeypatch.delenv(VARIABLE)):
+        unset()
+        assert made_for(path, None) == made_for(path, "") == KERNELS[0]
+    with pytest.raises(RequestError, match="cpu_kernel is 'abacus'; it can be "):
+        made_for(path, "abacus")
+
+
+def test_unknown_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "abacus")
+    for flash_attn in (True, False):
+        with pytest.raises(RequestError, match="MLLAMA_CPU_KERNEL is 'abacus'"):
+            Mllama(tiny_files("square").one, n_ctx=64, flash_attn=flash_attn)
+
+
+def test_a_context_keeps_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is read when a context is made, and not again."""
     arch, text, mmproj = make(tmp_path, 32)
-    with Mllama(text, mmproj, n_ctx=64) as model:
-        monkeypatch.setenv(VARIABLE, "abacus")
-        with pytest.raises(RequestError, match="'abacus'"):
-            model.encode_image(tiled(arch, Picture(1)))
+    with Mllama(text, mmproj, n_ctx=64, image_cache=False) as model:
+        image = tiled(arch, Picture(1))
+        expected = model.encode_image(image).states
+        logits = model.logits([1, 2, 3])
+        model.reset()
+        for name in ("off", "abacus"):
+            monkeypatch.setenv(VARIABLE, name)
+            np.testing.assert_array_equal(model._context.encode(image.pixels[:1], 1), expected)
+            np.testing.assert_array_equal(model.logits([1, 2, 3]), logits)
+            model.reset()

@@ -96,13 +96,10 @@ class Answer:
         return self.greedy == other.greedy and all(np.array_equal(a, b) for a, b in pairs)
 
 
-def answer(
-    model: Mllama, prompt: Case, arch: tiny.Arch, encoded: Callable[[], object] = lambda: None
-) -> Answer:
-    """From empty caches. encoded: called once the pictures are encoded."""
+def answer(model: Mllama, prompt: Case, arch: tiny.Arch, encoder: Mllama | None = None) -> Answer:
+    """From empty caches. encoder: encodes the pictures in place of the model."""
     model.reset()
-    images = [model.encode_image(tiled(arch, picture)) for picture in prompt.pictures]
-    encoded()
+    images = [(encoder or model).encode_image(tiled(arch, picture)) for picture in prompt.pictures]
     logits = model.logits(prompt.tokens, images)
     greedy = [int(logits[-1].argmax())]
     while len(greedy) < N_GREEDY:
@@ -158,13 +155,13 @@ def on_cpu(text_file: Callable[[str, str], tuple[Path, Path]]) -> Callable[[Sett
 
     @cache
     def compute(kernel: str, arch: str, type_: str, flash_attn: bool, n_batch: int, name: str) -> Answer:
-        model = Mllama(
-            *text_file(arch, type_), n_ctx=512, flash_attn=flash_attn, n_batch=n_batch, n_threads=N_THREADS
-        )
-        with model, pytest.MonkeyPatch.context() as patch:
+        def opened(kernel: str) -> Mllama:  # a context keeps the kernel that it began with
             patch.setenv(CPU_KERNEL, kernel)
-            prompt = case(tiny.ARCHS[arch], name)
-            return answer(model, prompt, tiny.ARCHS[arch], lambda: patch.setenv(CPU_KERNEL, "off"))
+            files = text_file(arch, type_)
+            return Mllama(*files, n_ctx=512, flash_attn=flash_attn, n_batch=n_batch, n_threads=N_THREADS)
+
+        with pytest.MonkeyPatch.context() as patch, opened(kernel) as encoder, opened("off") as model:
+            return answer(model, case(tiny.ARCHS[arch], name), tiny.ARCHS[arch], encoder)
 
     return lambda setting: compute(os.environ[CPU_KERNEL], *setting.base)
 
@@ -284,12 +281,13 @@ def test_demo(n_gpu_layers: int, workers: tuple[str, str], monkeypatch: pytest.M
     kernel = "" if vision_device == "cpu" and n_gpu_layers >= DEMO_LAYERS else "off"
     monkeypatch.setenv(CPU_KERNEL, kernel)
     pictures = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
+    with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as encoder:
+        assert encoder.hparams.n_layer == DEMO_LAYERS
+        images = [encoder.encode_image(p) for p in pictures]
+    monkeypatch.setenv(CPU_KERNEL, "off")
     with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as model:
-        assert model.hparams.n_layer == DEMO_LAYERS
-        images = [model.encode_image(p) for p in pictures]
-        monkeypatch.setenv(CPU_KERNEL, "off")
         expected = [(model.caption(image), image.states) for image in images]
-        monkeypatch.setenv(CPU_KERNEL, kernel)
+    monkeypatch.setenv(CPU_KERNEL, kernel)
     with Mllama(
         BUNDLED["demo"],
         rpc_servers=",".join(workers),
