@@ -7,11 +7,10 @@ from typing import SupportsIndex
 
 from .errors import RequestError
 
-MAX_THREADS = 512  # as many as ggml takes
+MAX_THREADS = 512  # as many as ggml takes: GGML_MAX_N_THREADS
 # ggml's threads wait for each other by spinning, after every operation. With less work than this for each,
 # that costs more than it saves; beside another busy process, a hundred times more.
 WEIGHTS_PER_THREAD = 32 * 1024 * 1024  # bytes
-MAX_THREADS = 512  # ggml's own limit, GGML_MAX_N_THREADS
 
 
 def usable_cpus() -> int:
@@ -33,4 +32,4 @@ def check_threads(number: object, name: str = "n_threads") -> None:
 
 def default_threads(n_bytes: int) -> int:
     """CPU threads for a model with weights of so many bytes."""
-    return min(usable_cpus(), MAX_THREADS, 1 + n_bytes // WEIGHTS_PER_THREAD)
+    return min(usable_cpus(), 1 + n_bytes // WEIGHTS_PER_THREAD)

@@ -48,7 +48,7 @@ Arrow = tuple[str, str]
 
 
 def module_of(path: Path, package: Path) -> str:
-    """ "backend.local" for backend/local.py, "backend" for backend/__init__.py, "__init__" for the package's."""
+    """backend/local.py is "backend.local", backend/__init__.py "backend", the package's own "__init__"."""
     parts = list(path.relative_to(package).with_suffix("").parts)
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..cpus import default_threads
 from .callbacks import Callbacks
 from .isolated import Engine
 from .library import load as load_native
@@ -30,7 +31,7 @@ def measure(
     """What a model with a full context takes, in this process.
 
     n_tiles:  of each picture in the cache; None: one picture with all its tiles
-    settings: those of `local.open_model` and `NativeContext`; without n_threads, what all CPUs take
+    settings: those of `local.open_model` and `NativeContext`; without n_threads, as many as `Mllama` takes
 
     Raises ModelError, RequestError, BackendError.
     """
@@ -39,6 +40,7 @@ def measure(
     try:
         h = model.hparams
         n_ctx = min(n_ctx or h.n_ctx_train, h.n_ctx_train)
+        context_settings["n_threads"] = context_settings.get("n_threads") or default_threads(model.size)
         context = NativeContext(model, callbacks, n_ctx=n_ctx, **context_settings)
         try:
             if n_tiles is None:

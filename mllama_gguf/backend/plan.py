@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError
+from ..settings import Settings
 from ..words import parse_size
 from .measure import Measure, measuring
 from .types import Device, DeviceMemory, Memory
@@ -56,6 +57,7 @@ def make_plan(
     *,
     budget: str | Sequence[str | int] | None = None,
     n_gpu_layers: int | None = None,
+    n_tiles: Sequence[int] | None = None,
     **settings: Any,
 ) -> Plan:
     """What every n_gpu_layers takes, and which is the largest that fits.
@@ -63,22 +65,34 @@ def make_plan(
     budget:       most bytes on each device to offload to, in order, as "8GiB,4GiB" or numbers; "NAME=8GiB"
                   names any device, "CPU=16GiB" too. None: what is free there, less a margin
     n_gpu_layers: only this one
-    settings:     those of `measuring`
+    n_tiles:      of each image in the cache; None: one image with all its tiles
+    settings:     those of `Settings`
 
     Raises ModelError, RequestError, BackendError.
     """
-    with measuring(model_path, mmproj_path, **settings) as (measure_one, devices):
-        limits = device_limits(devices, settings, budget)
+    chosen = Settings.checked(settings)
+    for_model = chosen.for_model()
+    with measuring(
+        model_path,
+        mmproj_path,
+        workers=chosen.rpc_servers,
+        rpc_timeout=chosen.rpc_timeout,
+        isolate=chosen.isolate,
+        n_ctx=chosen.n_ctx,
+        n_tiles=n_tiles,
+        n_threads=chosen.n_threads or 0,
+        **for_model,
+        **chosen.for_context(),
+    ) as (measure_one, devices):
+        limits = device_limits(devices, for_model, budget)
         first, h = measure_one(n_gpu_layers or 0)
         found = {n_gpu_layers or 0: first}
-        if n_gpu_layers is None and offload_devices(devices, settings):
+        if n_gpu_layers is None and offload_devices(devices, for_model):
             found |= {n: measure_one(n)[0] for n in range(1, h.n_layer + 2)}
-    n_tiles = settings.get("n_tiles")
     if n_tiles is None:
         n_tiles = [h.max_tiles] if h.has_vision else []
-    n_ctx = min(settings.get("n_ctx") or h.n_ctx_train, h.n_ctx_train)
     rows = tuple(Setting(n, m.devices, lacking(m, limits)) for n, m in found.items())
-    return Plan(h.n_layer, n_ctx, tuple(n_tiles), limits, rows)
+    return Plan(h.n_layer, chosen.context_length(h.n_ctx_train), tuple(n_tiles), limits, rows)
 
 
 def largest_fitting(measure_one: Measure, limits: Mapping[str, int]) -> int:
@@ -138,19 +152,20 @@ def device_limits(
     place = 0
     for item in budget.split(",") if isinstance(budget, str) else budget:
         name, _, amount = str(item).rpartition("=")
+        n_bytes = parse_size(amount, "budget")
         if name:
             if name.strip().lower() not in names:
                 known = ", ".join(names.values())
                 raise RequestError(f"budget: no device {name.strip()!r}; there are: {known}")
-            limits[names[name.strip().lower()]] = parse_size(amount, "budget")
-        elif place == len(targets):
-            raise RequestError(
-                f"budget: {place + 1} or more amounts for {len(targets)} devices to offload to; "
-                "NAME=AMOUNT names one, CPU too"
-            )
-        else:
-            limits[targets[place].name] = parse_size(amount, "budget")
+            limits[names[name.strip().lower()]] = n_bytes
+        elif place < len(targets):
+            limits[targets[place].name] = n_bytes
             place += 1
+        else:
+            there = f"{len(targets)} device{'s' if len(targets) != 1 else ''} to offload to"
+            raise RequestError(
+                f"budget: more amounts than the {there}; NAME=AMOUNT names one, as in CPU=8GiB"
+            )
     return limits
 
 

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..files import AnyPath
+from ..settings import DEFAULTS
 from ..temporary import remove_leftovers, remove_unlocked
-from .main import F, open_model
+from .opening import open_model
+from .options import F, ModelChoice
+from .progress import BatchBar
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
@@ -85,7 +88,7 @@ def run_batch(
     settings: BatchSettings,
     options: CaptionOptions,
     as_json: bool,
-    model_settings: dict[str, Any],
+    choice: ModelChoice,
     inputs: Sequence[str] = (),
 ) -> int:
     """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
@@ -108,15 +111,15 @@ def run_batch(
         exclude=[*map(str, logs), *([settings.out] if settings.out else [])],
         stdin=sys.stdin.buffer.read() if "-" in sources else b"",
     )[: settings.limit]
-    named = [model_settings[name] for name in ("model", "mmproj") if model_settings[name]]
+    named = [name for name in (choice.name, choice.mmproj) if name]
     read = [*inputs, *named, *logs, *lists_among(sources, settings.sidecar)]
-    output = _open_output(settings, options, pictures, home, model_settings, read)
+    output = _open_output(settings, options, pictures, home, choice, read)
     try:
         with ExitStack() as stack, _reporter(as_json) as report:
 
             def opened() -> Mllama:
                 stack.close()  # a model that lost its device
-                return stack.enter_context(open_model(**model_settings, bar=False))
+                return stack.enter_context(open_model(choice, bar=False))
 
             summary = caption_pictures(
                 pictures,
@@ -141,7 +144,7 @@ def _open_output(
     options: CaptionOptions,
     pictures: Sequence[str],
     home: Path,
-    model_settings: dict[str, Any],
+    choice: ModelChoice,
     inputs: Sequence[AnyPath],
 ) -> Output:
     """Where the captions go.
@@ -155,7 +158,7 @@ def _open_output(
     remove_leftovers(folder)
     partial = None
     if settings.overwrite:
-        model = [model_settings[name] for name in ("model", "mmproj", "n_ctx")]
+        model = [choice.name, choice.mmproj, choice.settings.get("n_ctx", DEFAULTS["n_ctx"])]
         words = json.dumps([settings.out, settings.sidecar, repr(options), model])
         partial = _partial(folder, settings.out, words)
     if settings.out is not None:
@@ -192,7 +195,15 @@ def _reporter(as_json: bool) -> Iterator[Report]:
     if as_json:
         yield lambda event: click.echo(json.dumps(event), err=True)
     elif sys.stderr.isatty():
-        with _bar() as report:
+        with BatchBar() as bar:
+
+            def report(event: dict[str, Any]) -> None:
+                if event["event"] == "start":
+                    bar.begin(event["pictures"], event["done_before"])
+                elif event["event"] in ("caption", "error"):
+                    bar.advance(failed=event["event"] == "error")
+                _show_failure(event, bar.print)
+
             yield report
     else:
         yield lambda event: _show_failure(event, lambda line: click.echo(line, err=True))
@@ -204,43 +215,6 @@ def _show_failure(event: dict[str, Any], show: Callable[[str], None]) -> None:
         show(f"Error: {name}{event['message']}")
         if "unrecorded" in event:
             show(f"Error: not even that could be written: {event['unrecorded']}")
-
-
-@contextmanager
-def _bar() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None, rate="", failed="")
-        failed = 0
-
-        def report(event: dict[str, Any]) -> None:
-            nonlocal failed
-            if event["event"] == "start":
-                done = event["done_before"]
-                progress.update(task, total=event["pictures"], completed=done)
-                progress.reset(task, total=event["pictures"], completed=done)
-            elif event["event"] in ("caption", "error"):
-                failed += event["event"] == "error"
-                speed = progress.tasks[0].speed
-                progress.update(
-                    task,
-                    advance=1,
-                    rate="" if speed is None else f"{speed * 60:.0f} a minute",
-                    failed=f"[red]{failed} failed" if failed else "",
-                )
-            _show_failure(event, lambda line: console.print(line, markup=False, highlight=False))
-
-        yield report
 
 
 def _in_words(summary: Summary, errors: Path) -> str:

@@ -11,8 +11,10 @@ import click
 
 from ..errors import ImageError, RequestError
 from ..reading import read_text
+from ..settings import DEFAULT_PROMPT
 from .batch import BatchSettings, batch_options, run_batch
-from .main import model_options, open_model, with_tuned
+from .opening import open_model, with_tuned
+from .options import ModelChoice, model_options
 
 
 @click.command(
@@ -28,7 +30,7 @@ from .main import model_options, open_model, with_tuned
     "  find photos -name '*.jpg' | mllama caption - --out captions.csv --json-schema schema.json",
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("-p", "--prompt", help="What to ask about the picture.  [default: Describe this image.]")
+@click.option("-p", "--prompt", help=f"What to ask about the image.  [default: {DEFAULT_PROMPT}]")
 @click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Take the prompt from a file.")
 @click.option(
     "--json-schema", metavar="FILE", type=click.Path(), help="Every caption is JSON of the schema in FILE."
@@ -76,7 +78,7 @@ def caption_command(
     limit: int | None,
     encode_ahead: bool | None,
     no_tuned: bool,
-    **model_settings: Any,
+    choice: ModelChoice,
 ) -> int:
     """Say what is in each IMAGE: a file, a data URI, or - for standard input.
 
@@ -90,7 +92,7 @@ def caption_command(
     from ..batch.captions import CaptionOptions, load_schema
 
     if not no_tuned:
-        model_settings = with_tuned(model_settings)
+        choice = with_tuned(choice)
     prompt = _prompt(prompt, prompt_file)
     schema = None if json_schema is None else load_schema(json_schema)
     batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit, encode_ahead)
@@ -98,12 +100,12 @@ def caption_command(
     options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
     if is_batch:
         inputs = [path for path in (prompt_file, json_schema) if path]
-        return run_batch(images, batch, options, as_json, model_settings, inputs)
+        return run_batch(images, batch, options, as_json, choice, inputs)
 
     start = time.perf_counter()
     failed = False
     # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
-    with open_model(**model_settings, image_cache=not no_cache) as model:
+    with open_model(choice, image_cache=not no_cache) as model:
         load_seconds = time.perf_counter() - start
         for image in images:
             name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs
@@ -136,8 +138,6 @@ def caption_command(
 
 
 def _prompt(prompt: str | None, path: str | None) -> str:
-    from ..model import DEFAULT_PROMPT
-
     if prompt is not None and path is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
     if path is None:

@@ -10,7 +10,7 @@ import click
 from ..cpus import MAX_THREADS
 from ..errors import MllamaError
 from ..words import show_size
-from .main import transfer_bar
+from .progress import transfer_bar
 
 VISION_TYPES = ("f32", "f16", "bf16")
 TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")

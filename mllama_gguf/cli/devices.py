@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from ..words import show_size
-from .main import comma_list, verbose_option
+from .options import comma_list, verbose_option
 
 
 @click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..words import show_size
-from .main import given, model_options
+from .opening import find_files, settings_of
+from .options import ModelChoice, model_options
 
 if TYPE_CHECKING:
     from ..backend.plan import Plan
@@ -34,41 +35,21 @@ COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "sta
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
-def plan_command(
-    model_argument: str | None, budget: str | None, as_json: bool, **model_settings: Any
-) -> None:
+def plan_command(model_argument: str | None, budget: str | None, as_json: bool, choice: ModelChoice) -> None:
     """Say what every number of offloaded layers takes on every device, and which is the largest that fits.
 
     MODEL is a path or a name, as -m takes. Nothing is loaded: ggml lays everything out for a full context and
     one picture of all tiles. Peak is what a device needs at one time; mapped weights are pages of the file
     and come on top. -ngl shows that number alone.
     """
-    from ..backend.isolated import parse_workers
     from ..backend.plan import make_plan
-    from ..store.resolve import resolve
 
-    s = model_settings
-    layers = s["n_gpu_layers"] if given("n_gpu_layers") and s["n_gpu_layers"] != "auto" else None
-    files = resolve(model_argument or s["model"], s["mmproj"])
-    allowed = s["allow_quantized_vision"] or files.parameters.get("allow_quantized_vision", False)
-    plan = make_plan(
-        files.text,
-        files.mmproj,
-        budget=budget,
-        n_gpu_layers=layers,
-        workers=parse_workers(s["rpc_servers"]) if s["rpc_servers"] else (),
-        rpc_timeout=s["rpc_timeout"],
-        n_ctx=s["n_ctx"],
-        n_batch=s["n_batch"],
-        flash_attn=s["flash_attn"],
-        repack=s["repack"],
-        offload_kqv=s["offload_kqv"],
-        vision_device=s["vision_device"],
-        devices=s["devices"],
-        tensor_split=s["tensor_split"],
-        main_gpu=-1 if s["main_gpu"] is None else s["main_gpu"],
-        allow_quantized_vision=allowed,
-    )
+    if model_argument is not None:
+        choice = replace(choice, name=model_argument)
+    files = find_files(choice)
+    settings = settings_of(choice, files).as_dict()
+    layers = settings.pop("n_gpu_layers") if choice.settings.get("n_gpu_layers", "auto") != "auto" else None
+    plan = make_plan(files.text, files.mmproj, budget=budget, n_gpu_layers=layers, **settings)
     if as_json:
         click.echo(json.dumps(_as_dict(plan)))
     else:

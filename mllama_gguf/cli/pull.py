@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ..words import show_size
-from .main import transfer_bar, verbose_option
+from .options import verbose_option
+from .progress import transfer_bar
 
 
 @click.command(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..files import Kind, cannot_write, check_folder, check_output
-from .main import model_options, open_model
+from ..settings import DEFAULT_PROMPT
+from .opening import open_model
+from .options import ModelChoice, model_options
 
 if TYPE_CHECKING:
     from ..inspect.trace import TracedTensor
@@ -35,7 +37,7 @@ FIRST_VALUES = 5
     help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. DIR is made if missing.",
 )
 @click.option(
-    "-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask about the picture."
+    "-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="What to ask about the picture."
 )
 @click.option("--overwrite", is_flag=True, help="Replace files of an earlier trace in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each tensor.")
@@ -47,7 +49,7 @@ def trace_command(
     prompt: str,
     overwrite: bool,
     as_json: bool,
-    **model_settings: Any,
+    choice: ModelChoice,
 ) -> None:
     """Encode IMAGE and run the prompt, and show the tensors on the way: name, shape, first values, sha256.
 
@@ -87,7 +89,7 @@ def trace_command(
             check_output(path, kind, inputs=inputs, overwrite=overwrite)
             write_output(path, lambda file: np.save(file, tensor.values), overwrite)
 
-    with open_model(**model_settings) as model:
+    with open_model(choice) as model:
         trace(model, image, show, prompt=prompt, pattern=tensors)
     if not n_shown:
         raise click.ClickException(f"no tensor is called {tensors!r}; run without --tensors to see the names")

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..settings import DEFAULT_PROMPT, DEFAULTS, in_options
+from ..tune.saved import TUNED
 from ..words import show_size
-from .main import given, model_options, offload_settings
+from .opening import find_files, offload_settings, settings_of
+from .options import ModelChoice, model_options
+from .progress import StepBar
 
 if TYPE_CHECKING:
+    from ..settings import Settings
     from ..tune.search import Point, Range, Task
 
 
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     "  mllama tune photo.jpg -t 8 --vision-device cpu   (these two are not varied)",
 )
 @click.argument("image", metavar="IMAGE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", default="Describe this image.", show_default=True, help="What to ask.")
+@click.option("-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="What to ask.")
 @click.option(
     "-n",
     "--max-tokens",
@@ -73,7 +78,7 @@ def tune_command(
     fresh: bool,
     timeout: float,
     no_save: bool,
-    **model_settings: Any,
+    choice: ModelChoice,
 ) -> None:
     """Find the fastest settings for a model on this machine, by captions of IMAGE.
 
@@ -83,29 +88,30 @@ def tune_command(
     """
     from ..errors import RequestError
     from ..files import cannot_write
-    from ..store.resolve import resolve
-    from ..tune.saved import check_tuned, config_path, in_options, key_of, write_tuned
+    from ..tune.saved import check_tuned, config_path, key_of, write_tuned
     from ..tune.search import Results, Task, draw_plot, tune
 
-    s = model_settings
     if not image.is_file():
         raise RequestError(f"{image}: no such file")
-    offload = offload_settings(s)
-    files = resolve(s["model"], s["mmproj"])
-    fixed = {**files.parameters, **offload, "n_ctx": s["n_ctx"]}
-    if s["allow_quantized_vision"]:
-        fixed["allow_quantized_vision"] = True
-    if s["repack"]:
-        fixed["repack"] = True
-    if s["rpc_servers"]:
-        fixed["rpc_timeout"] = s["rpc_timeout"]
+    files = find_files(choice)
+    settings = settings_of(choice, files)
+    fixed = {
+        name: value
+        for name, value in settings.as_dict().items()
+        if name not in TUNED and (value != DEFAULTS[name] or name == "n_ctx")
+    }
     task = Task(files.text, files.mmproj, image, prompt, max_tokens, repeats, fixed, timeout)
-    choice = _range(task, s)
+    varied = _range(task, choice, settings)
     results = Results(out, task, fresh=fresh)
     if not no_save:
         check_tuned()
-    with _progress() as on_point:
-        best = tune(task, choice, results, on_point)
+    with StepBar("measuring") as bar:
+
+        def on_point(point: Point, done: int, total: int) -> None:
+            words = point.error or f"{point.total:.3f} s"
+            bar.advance(done, total, in_options(point.settings), words)
+
+        best = tune(task, varied, results, on_point)
 
     _print(results.points, best)
     try:
@@ -116,90 +122,47 @@ def tune_command(
     click.echo(f"Best: {in_options(best.settings)}")
     click.echo(f"Results: {written}")
     if not no_save:
+        key = key_of(files.paths, offload_settings(choice.settings))
         about = {"model": files.name, "seconds": best.seconds, "date": time.strftime("%Y-%m-%d")}
         try:
-            path = write_tuned(key_of(files.paths, offload), best.settings, about)
+            path = write_tuned(key, best.settings, about)
         except OSError as e:
             raise cannot_write(e.filename or config_path(), e) from e
         click.echo(f"`mllama caption` uses it from now on for this model ({path})")
 
 
-def _range(task: Task, s: dict[str, Any]) -> Range:
-    from ..backend.isolated import parse_workers, remote_devices
+def _range(task: Task, choice: ModelChoice, settings: Settings) -> Range:
+    """What is varied, from where: not what the user gave."""
+    from ..backend.isolated import remote_devices
     from ..backend.local import devices
     from ..backend.plan import make_plan, offload_devices
     from ..cpus import default_threads, usable_cpus
     from ..tune.search import BATCHES, Range
 
-    workers = parse_workers(s["rpc_servers"]) if s["rpc_servers"] else ()
-    found = remote_devices(workers) if workers else devices()
-    main_gpu = -1 if s["main_gpu"] is None else s["main_gpu"]
-    targets = offload_devices(found, {"devices": s["devices"], "main_gpu": main_gpu})
+    found = remote_devices(settings.rpc_servers) if settings.rpc_servers else devices()
+    targets = offload_devices(found, settings.for_model())
     # Also the check that the model can be read, before the first point.
     plan = make_plan(
         task.model,
         task.mmproj,
         n_gpu_layers=0,
-        n_ctx=s["n_ctx"],
-        allow_quantized_vision=task.fixed.get("allow_quantized_vision", False),
+        n_ctx=settings.n_ctx,
+        allow_quantized_vision=settings.allow_quantized_vision,
     )
     n_bytes = sum(memory.mapped + memory.weights for memory in plan.settings[0].devices)
     cpus = usable_cpus()
-    base = {
-        "n_gpu_layers": 0 if s["n_gpu_layers"] == "auto" else s["n_gpu_layers"],
-        "vision_device": s["vision_device"],
-        "n_threads": s["threads"] or default_threads(n_bytes),
-        "n_batch": s["n_batch"],
-        "flash_attn": s["flash_attn"],
-    }
+    fixed_layers = settings.n_gpu_layers if choice.settings.get("n_gpu_layers", "auto") != "auto" else None
+    base = {name: getattr(settings, name) for name in TUNED}
+    base["n_gpu_layers"] = fixed_layers or 0
+    base["n_threads"] = settings.n_threads or default_threads(n_bytes)
     others: dict[str, list[Any]] = {
         "vision_device": ["auto", "cpu", *(device.name for device in targets)] if targets else ["auto"],
         "flash_attn": [True, False],
         "n_threads": sorted({cpus, *(2**i for i in range(cpus.bit_length()) if 2**i <= cpus)}),
-        "n_batch": [n for n in BATCHES if n <= plan.n_ctx] or [s["n_batch"]],
+        "n_batch": [n for n in BATCHES if n <= plan.n_ctx] or [settings.n_batch],
     }
-    for name, option in (
-        ("n_threads", "threads"),
-        *((n, n) for n in ("vision_device", "flash_attn", "n_batch")),
-    ):
-        if given(option):
-            others[name] = [base[name]]
-    fixed_layers = given("n_gpu_layers") and s["n_gpu_layers"] != "auto"
-    return Range(base, plan.n_layer if targets and not fixed_layers else 0, others)
-
-
-class _progress:
-    """A bar on a terminal's stderr with the time left; elsewhere a line a point."""
-
-    def __enter__(self) -> Any:
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("measuring", total=None)
-            self._bar.start()
-        return self._on_point
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _on_point(self, point: Point, done: int, total: int) -> None:
-        from ..tune.saved import in_options
-
-        words = point.error or f"{point.total:.3f} s"
-        if self._bar is None:
-            click.echo(f"{done}/{total}  {in_options(point.settings)}: {words}", err=True)
-        else:
-            self._bar.update(self._task, completed=done, total=total, description=in_options(point.settings))
+    others.update({name: [base[name]] for name in others if name in choice.settings})
+    return Range(base, plan.n_layer if targets and fixed_layers is None else 0, others)
 
 
 def _print(points: list[Point], best: Point) -> None:
@@ -233,6 +196,4 @@ def _print(points: list[Point], best: Point) -> None:
     console.print(table)
     for point in points:
         if point.error:
-            from ..tune.saved import in_options
-
             click.echo(f"Failed: {in_options(point.settings)}: {point.error}")

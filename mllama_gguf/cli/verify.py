@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .main import transfer_bar, verbose_option
+from .options import verbose_option
+from .progress import transfer_bar
 
 
 @click.command("verify", epilog="\b\nExamples:\n  mllama verify demo\n  mllama verify ollama:llama3.2-vision")

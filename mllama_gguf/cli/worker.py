@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..cpus import MAX_THREADS
-from .main import comma_list, verbose_option
+from .options import comma_list, verbose_option
 
 
 @click.command(

@@ -6,27 +6,22 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..cpus import check_threads, usable_cpus
+from ..cpus import usable_cpus
 from ..files import Kind, check_folder, check_output, replacing
 from ..reading import open_regular, read_text
+from ..settings import Settings
 from ..words import one_line
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 HEAD_BYTES = 1024 * 1024  # a file is known by its size and beginning, which holds its keys
-# Of `Mllama`; and what a value of each must be.
-SETTINGS: dict[str, type] = {
-    "n_gpu_layers": int,
-    "vision_device": str,
-    "n_threads": int,
-    "n_batch": int,
-    "flash_attn": bool,
-}
+# The settings that are tried and kept.
+TUNED = ("n_gpu_layers", "vision_device", "n_threads", "n_batch", "flash_attn")
 
 
 def config_path() -> Path:
@@ -63,7 +58,7 @@ def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) 
 
 
 def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
-    """The settings of `SETTINGS` kept for a key, which is asked for if there are any; {} if there are none. A
+    """The settings of `TUNED` kept for a key, which is asked for if there are any; {} if there are none. A
     bad file is a warning. Raises what `key` raises."""
     path = config_path()
     try:
@@ -120,18 +115,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _checked(settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError("settings are not an object")
-    for name, value in settings.items():
-        if type(value) is not SETTINGS.get(name) or (type(value) is int and value < (name != "n_gpu_layers")):
-            raise ValueError(f"{name} is {value!r}")
-        if name == "n_threads":
-            check_threads(value)
-    return settings
-
-
-def in_options(settings: Mapping[str, Any]) -> str:
-    """Settings as one would type them."""
-    options = {"n_gpu_layers": "-ngl", "vision_device": "--vision-device", "n_threads": "-t", "n_batch": "-b"}
-    words: Sequence[str] = [f"{options[n]} {settings[n]}" for n in options if n in settings]
-    if "flash_attn" in settings:
-        words = [*words, f"-fa {'on' if settings['flash_attn'] else 'off'}"]
-    return " ".join(words)
+    for name in settings:
+        if name not in TUNED:
+            raise ValueError(f"{name!r} is no setting that is tuned")
+    plain = Settings.checked(settings)
+    return {name: getattr(plain, name) for name in settings}

@@ -26,7 +26,7 @@ from ..errors import MllamaError, RequestError
 from ..files import AnyPath, Kind, cannot_write, check_folder, check_output, replacing, write_whole
 from ..reading import read_regular, read_text
 from .process import PointFailed, run_point
-from .saved import SETTINGS, head_sha256
+from .saved import TUNED, head_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class Results:
         rows = csv.writer(out)
         rows.writerow(
             [
-                *SETTINGS,
+                *TUNED,
                 *(f"{name}_seconds" for name in SECONDS),
                 *(f"{name}_tokens_per_second" for name in ("prompt", "decode")),
                 *(f"memory_{device}" for device in devices),
@@ -228,7 +228,7 @@ class Results:
         for point in self.points:
             rows.writerow(
                 [
-                    *(point.settings[name] for name in SETTINGS),
+                    *(point.settings[name] for name in TUNED),
                     *(point.seconds.get(name, "") for name in SECONDS),
                     *(point.tokens_per_second.get(name, "") for name in ("prompt", "decode")),
                     *(point.memory.get(device, "") for device in devices),
@@ -330,7 +330,7 @@ def _is_json(file: BinaryIO) -> bool:
 PROGRAM = "mllama tune"
 PLOT = Kind.png_by(f"plot of `{PROGRAM}`", PROGRAM)
 _JSON = Kind(f"file of `{PROGRAM}`", _is_json)
-_CSV = Kind.begins_with(f"table of `{PROGRAM}`", ",".join(SETTINGS).encode() + b",load_seconds,")
+_CSV = Kind.begins_with(f"table of `{PROGRAM}`", ",".join(TUNED).encode() + b",load_seconds,")
 
 
 def draw_plot(points: Sequence[Point], path: Path, title: str) -> None:

@@ -38,7 +38,7 @@ def test_the_plan_is_what_is_allocated(
 ) -> None:
     path = DEMO if name == "demo" else tiny_files(name).one
     settings = {"n_batch": 128, "n_threads": 1, **settings}
-    (setting,) = make_plan(path, workers=workers, n_ctx=n_ctx, **settings).settings
+    (setting,) = make_plan(path, rpc_servers=workers, n_ctx=n_ctx, **settings).settings
     with Mllama(path, rpc_servers=workers, n_ctx=n_ctx, **settings) as model:
         h = model.hparams
         image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
@@ -55,12 +55,12 @@ def test_the_plan_is_what_is_allocated(
 
 
 def test_auto_is_the_plan_s_best(workers: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_plan(DEMO, workers=workers, n_ctx=2048)
+    whole = make_plan(DEMO, rpc_servers=workers, n_ctx=2048)
     assert [s.n_gpu_layers for s in whole.settings] == list(range(whole.n_layer + 2))
     assert whole.best == whole.n_layer + 1
     peaks = [max(d.peak for d in s.devices if d.device != "CPU") for s in whole.settings[1:]]
     budget = peaks[2]
-    plan = make_plan(DEMO, workers=workers, n_ctx=2048, budget=[budget, budget])
+    plan = make_plan(DEMO, rpc_servers=workers, n_ctx=2048, budget=[budget, budget])
     assert plan.best is not None and 3 <= plan.best < plan.n_layer + 1
     monkeypatch.setattr(
         "mllama_gguf.model.device_limits",

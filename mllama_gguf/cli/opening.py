@@ -1,0 +1,100 @@
+"""The model that the options name: found, checked, with its tuned settings, opened."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..settings import Settings, in_options
+from .options import ModelChoice, is_verbose
+from .progress import phase_bar, transfer_bar
+
+if TYPE_CHECKING:
+    from ..model import Mllama
+    from ..store.resolve import ModelFiles
+
+# The settings that say what layers may be offloaded to.
+OFFLOAD = ("devices", "tensor_split", "main_gpu", "rpc_servers", "offload_kqv")
+
+
+def find_files(choice: ModelChoice) -> ModelFiles:
+    """The files of the chosen model, checked by their sha256 if --verify says so."""
+    from ..store.resolve import resolve
+
+    files = resolve(choice.name, choice.mmproj)
+    if choice.verify:
+        from ..store.verify import require_verified
+
+        with transfer_bar() as progress:
+            require_verified(files, progress)
+    return files
+
+
+def settings_of(choice: ModelChoice, files: ModelFiles) -> Settings:
+    """The settings that the user gave, and for the others what the model needs."""
+    return Settings.checked({**files.parameters, **choice.settings})
+
+
+def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that say what layers may be offloaded to, in a fixed order."""
+    return {name: settings[name] for name in OFFLOAD if name in settings}
+
+
+def with_tuned(choice: ModelChoice) -> ModelChoice:
+    """The choice with what `mllama tune` found for this model where the user gave nothing; says so on
+    stderr."""
+    from ..store.resolve import resolve
+    from ..tune.saved import key_of, read_tuned
+
+    warn = logging.StreamHandler(sys.stderr)
+    warn.setFormatter(logging.Formatter("Warning: %(message)s"))
+    log = logging.getLogger("mllama_gguf.tune.saved")
+    log.addHandler(warn)
+    try:
+        tuned = read_tuned(
+            lambda: key_of(resolve(choice.name, choice.mmproj).paths, offload_settings(choice.settings))
+        )
+    except OSError:
+        return choice  # opening says it better
+    finally:
+        log.removeHandler(warn)
+    used = {name: value for name, value in tuned.items() if name not in choice.settings}
+    if used:
+        words = f"Tuned settings: {in_options(used)} (of mllama tune; --no-tuned ignores them)"
+        click.echo(words, err=True)
+    return replace(choice, settings={**used, **choice.settings})
+
+
+@contextmanager
+def open_model(choice: ModelChoice, *, bar: bool = True, image_cache: bool = False) -> Iterator[Mllama]:
+    """The chosen model; bar: with a progress bar on a terminal; image_cache: keep encoded images on disk."""
+    from ..model import Mllama
+
+    files = find_files(choice)
+    settings = settings_of(choice, files).replace(image_cache=image_cache)
+    if image_cache:
+        _show_warnings("mllama_gguf.cache.disk")
+    with (
+        phase_bar() if bar else nullcontext() as progress,
+        Mllama(files.text, files.mmproj, progress=progress, **settings.as_dict()) as opened,
+    ):
+        yield opened
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Warning: {record.getMessage()}", err=True)
+
+
+def _show_warnings(name: str) -> None:
+    """Show on stderr what a part of the package logs; with --verbose the whole log is shown."""
+    logger = logging.getLogger(name)
+    shown = is_verbose(click.get_current_context())
+    if not shown and not any(isinstance(h, _Warnings) for h in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))

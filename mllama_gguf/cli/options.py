@@ -1,0 +1,150 @@
+"""Options that several commands have. Those of a model are made from `settings`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from ..checks import checked
+from ..errors import RequestError
+from ..settings import DEFAULTS, DESCRIPTIONS, Description
+from ..words import one_line
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+VERBOSE = "mllama_gguf.verbose"  # a key of click's meta
+
+
+def is_verbose(context: click.Context) -> bool:
+    """Whether the command line asks for the log and for tracebacks."""
+    return bool(context.meta.get(VERBOSE))
+
+
+def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value and not ctx.resilient_parsing:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("mllama_gguf").setLevel(logging.DEBUG)
+        ctx.meta[VERBOSE] = True
+    return value
+
+
+verbose_option = click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_verbose,
+    help="Log to stderr; show tracebacks.",
+)
+
+
+def comma_list(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """An option's callback: NAME,NAME to a list."""
+    return None if value is None else [word.strip() for word in value.split(",") if word.strip()]
+
+
+def given(name: str) -> bool:
+    """Whether the user gave an option of the running command, on the command line or in the environment."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that the options name. settings: those that the user gave, by the names of `Settings`."""
+
+    name: str
+    mmproj: str | None
+    verify: bool
+    settings: Mapping[str, Any]
+
+
+def model_options(command: F) -> F:
+    """The options that say which model to open and how: all of `settings_options`."""
+    return settings_options()(command)
+
+
+def settings_options(only: Collection[str] | None = None) -> Callable[[F], F]:
+    """The options of a model and of its settings; the command takes them as `choice`, a ModelChoice.
+
+    only: names of the settings that the command obeys; None: all
+    """
+    offered = {
+        name: about for name, about in DESCRIPTIONS.items() if about.option and (only is None or name in only)
+    }
+
+    def decorate(command: Callable[..., Any]) -> Any:
+        @wraps(command)
+        def run(*, model: str, mmproj: str | None, verify: bool, **values: Any) -> Any:
+            settings = {name: values[name] for name in offered if given(name)}
+            others = {name: value for name, value in values.items() if name not in offered}
+            return command(choice=ModelChoice(model, mmproj, verify, settings), **others)
+
+        wrapped: Any = run
+        options = (
+            *_MODEL_OPTIONS,
+            *(_option(name, about) for name, about in offered.items()),
+            click.option("--verify", is_flag=True, help="Check the files' sha256 before they are used."),
+            verbose_option,
+        )
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+_MODEL_OPTIONS = (
+    click.option(
+        "-m",
+        "--model",
+        metavar="NAME|PATH",
+        default="demo",
+        envvar="MLLAMA_MODEL",
+        show_default=True,
+        show_envvar=True,
+        help="GGUF file of the text model or of the whole model; demo; ollama:NAME[:TAG]; "
+        "hf:OWNER/REPO/FILE; or a name in models.lock.",
+    ),
+    click.option(
+        "--mmproj",
+        metavar="NAME|PATH",
+        envvar="MLLAMA_MMPROJ",
+        show_envvar=True,
+        help="GGUF file of the vision encoder, or hf:OWNER/REPO/FILE, if the model has none.",
+    ),
+)
+
+
+def _option(name: str, about: Description) -> Callable[[F], F]:
+    """The option of a setting."""
+    option, default = about.option, DEFAULTS[name]
+    assert option is not None
+    if not option.metavar:
+        if "/" in option.names[0]:
+            return click.option(*option.names, name, default=None, help=about.help)
+        # A flag alone can only say the other value.
+        return click.option(*option.names, name, flag_value=not default, default=None, help=about.help)
+
+    def read(ctx: click.Context, param: click.Parameter, words: str | None) -> Any:
+        if words is None:
+            return None
+        try:
+            value = about.check.parse(words)
+        except ValueError:
+            raise click.BadParameter(f"must be {about.check.words}, not {one_line(repr(words))}") from None
+        try:
+            return checked("value", about.check, value)
+        except RequestError as e:
+            raise click.BadParameter(re.sub("^value:? ", "", str(e))) from None
+
+    shown = about.none if default is None else about.check.show(default)
+    words = f"{about.help}  [default: {shown}]" if shown else about.help
+    return click.option(*option.names, name, metavar=option.metavar, callback=read, help=words)

@@ -1,0 +1,173 @@
+"""Progress bars on a terminal's stderr. rich is imported when a bar is drawn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
+
+_PHASES = {"load": "loading", "encode": "looking", "prompt": "reading"}
+_TRANSFERS = {
+    "download": "fetching",
+    "verify": "checking",
+    "convert": "converting",
+    "quantize": "quantizing",
+}
+
+
+def _new(*columns: ProgressColumn) -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def phase_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback for `Mllama` that draws a bar for each phase; None if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
+
+    bar: Progress | None = None
+    task = TaskID(0)
+    phase = ""
+
+    def stop() -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.stop()
+            bar = None
+
+    def progress(new_phase: str, done: int, total: int) -> None:
+        nonlocal bar, task, phase
+        if done >= total:
+            stop()  # the text that follows must not meet the bar
+            return
+        if bar is None or new_phase != phase:
+            stop()
+            bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            task = bar.add_task(_PHASES[new_phase], total=total)
+            bar.start()
+            phase = new_phase
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        stop()
+
+
+@contextmanager
+def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback that draws bytes, rate and time left; None if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _new(*columns) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(_TRANSFERS[phase], total=total or None, completed=done)
+            bar.update(tasks[phase], completed=done, total=total or None)
+            if total and done >= total:
+                bar.remove_task(tasks.pop(phase))  # the next file gets a bar of its own
+
+        yield progress
+
+
+class BatchBar:
+    """A batch's images, their rate, the time left and the failures. Only for a terminal."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        self._bar = _new(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[failed]}"),
+        )
+        self._task = self._bar.add_task("", total=None, rate="", failed="")
+        self._failed = 0
+
+    def __enter__(self) -> BatchBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, total: int, done: int) -> None:
+        """Show so many images, some of them done before."""
+        self._bar.update(self._task, total=total, completed=done)
+        self._bar.reset(self._task, total=total, completed=done)
+
+    def advance(self, *, failed: bool) -> None:
+        """One image more is done, or failed."""
+        self._failed += failed
+        speed = self._bar.tasks[0].speed
+        self._bar.update(
+            self._task,
+            advance=1,
+            rate="" if speed is None else f"{speed * 60:.0f} a minute",
+            failed=f"[red]{self._failed} failed" if self._failed else "",
+        )
+
+    def print(self, line: str) -> None:
+        """Show a line above the bar."""
+        self._bar.console.print(line, markup=False, highlight=False)
+
+
+class StepBar:
+    """Steps of a measurement, a line of words for each. Elsewhere than on a terminal the lines stay."""
+
+    def __init__(self, title: str) -> None:
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+            self._bar = _new(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            )
+            self._task = self._bar.add_task(title, total=None)
+
+    def __enter__(self) -> StepBar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, done: int, total: int, what: str, result: str) -> None:
+        """One step is done. what: the step; result: what came out."""
+        if self._bar is None:
+            print(f"{done}/{total}  {what}: {result}", file=sys.stderr)
+        else:
+            self._bar.update(self._task, completed=done, total=total, description=what)
