@@ -49,9 +49,10 @@ class Whole:
 
     @property
     def words(self) -> str:
-        most = f" and at most {self.most}" if self.most < _LARGEST_WHOLE else ""
         word = f", or {self.word!r}" if self.word else ""
-        return f"a whole number of at least {self.least}{most}{word}"
+        if self.most < _LARGEST_WHOLE:
+            return f"a whole number from {self.least} to {self.most}{word}"
+        return f"a whole number of at least {self.least}{word}"
 
     def read(self, value: Any) -> int | str:
         if self.word and isinstance(value, str) and value.lower() == self.word:
@@ -231,6 +232,14 @@ class Folder:
 
     def show(self, value: Any) -> str:
         return str(value)
+
+
+def is_zero(value: object) -> bool:
+    """Whether this is the whole number 0."""
+    try:
+        return _whole(value) == 0
+    except ValueError:
+        return False
 
 
 def _is_bool(value: object) -> bool:

@@ -11,7 +11,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .checks import Check, Choice, Folder, Names, Seconds, Shares, Switch, Text, Whole, Workers, checked
+from .checks import (
+    Check,
+    Choice,
+    Folder,
+    Names,
+    Seconds,
+    Shares,
+    Switch,
+    Text,
+    Whole,
+    Workers,
+    checked,
+    is_zero,
+)
 from .cpus import MAX_THREADS
 from .errors import RequestError
 
@@ -131,19 +144,19 @@ class Settings:
         none="as trained",
         zero_is_none=True,
     )
+    n_threads: int | None = _setting(
+        None,
+        Whole(1, MAX_THREADS),
+        "Use N CPU threads.",
+        Option(("-t", "--threads"), "N"),
+        none="all usable CPUs, fewer for a small model",
+        zero_is_none=True,
+    )
     n_batch: int = _setting(
         512,
         Whole(1),
         "Batch size: tokens computed in one step.",
         Option(("-b", "--n-batch"), "N"),
-    )
-    n_threads: int | None = _setting(
-        None,
-        Whole(0, MAX_THREADS),
-        "Use N CPU threads.",
-        Option(("-t", "--threads"), "N"),
-        none="all usable CPUs, fewer for a small model",
-        zero_is_none=True,
     )
     type_k: KvType = _setting(
         "f16",
@@ -195,8 +208,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, about in DESCRIPTIONS.items():
-            value = checked(name, about.check, getattr(self, name), or_none=bool(about.none))
-            object.__setattr__(self, name, None if about.zero_is_none and value == 0 else value)
+            value = getattr(self, name)
+            if about.zero_is_none and is_zero(value):
+                value = None
+            object.__setattr__(self, name, checked(name, about.check, value, or_none=bool(about.none)))
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Settings:

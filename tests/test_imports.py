@@ -19,6 +19,7 @@ FLOORS = (
     "errors",
     "words",
     "handles",
+    "temporary",
     "files",
     "cpus",
     "checks",

@@ -162,9 +162,10 @@ def device_limits(
             limits[targets[place].name] = n_bytes
             place += 1
         else:
-            there = f"{len(targets)} device{'s' if len(targets) != 1 else ''} to offload to"
+            names_of = ", ".join(device.name for device in targets) or "there are none"
             raise RequestError(
-                f"budget: more amounts than the {there}; NAME=AMOUNT names one, as in CPU=8GiB"
+                f"budget: more amounts than devices to offload to ({names_of}); NAME=AMOUNT names a device, "
+                "as in CPU=8GiB"
             )
     return limits
 

@@ -48,7 +48,9 @@ def plan_command(model_argument: str | None, budget: str | None, as_json: bool, 
         choice = replace(choice, name=model_argument)
     files = find_files(choice)
     settings = settings_of(choice, files).as_dict()
-    layers = settings.pop("n_gpu_layers") if choice.settings.get("n_gpu_layers", "auto") != "auto" else None
+    layers = settings.pop("n_gpu_layers")
+    if layers == "auto" or "n_gpu_layers" not in choice.settings:
+        layers = None
     plan = make_plan(files.text, files.mmproj, budget=budget, n_gpu_layers=layers, **settings)
     if as_json:
         click.echo(json.dumps(_as_dict(plan)))

@@ -63,7 +63,7 @@ def trace_command(
     from .preprocess import npy_shape, write_output
 
     kind = Kind("NumPy file of `mllama trace`", lambda file: len(npy_shape(file)) >= 0)
-    inputs = [image, *(model_settings[name] for name in ("model", "mmproj") if model_settings[name])]
+    inputs = [image, choice.name, *([choice.mmproj] if choice.mmproj else [])]
     folder = None if out is None else check_folder(out)
     if folder is not None:
         try:

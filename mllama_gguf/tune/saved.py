@@ -119,4 +119,7 @@ def _checked(settings: Any) -> dict[str, Any]:
         if name not in TUNED:
             raise ValueError(f"{name!r} is no setting that is tuned")
     plain = Settings.checked(settings)
-    return {name: getattr(plain, name) for name in settings}
+    for name, value in settings.items():
+        if value is None or getattr(plain, name) != value:
+            raise ValueError(f"{name} is {value!r}")
+    return settings
