@@ -21,6 +21,7 @@ FLOORS = (
     "handles",
     "temporary",
     "files",
+    "reading",
     "cpus",
     "checks",
     "settings",
@@ -43,7 +44,7 @@ FLOORS = (
     "__main__",
 )
 # Arrows that run up or close a circle, and are to be turned round: (importing module, imported module).
-EXCEPTIONS = {("cache.disk", "vision.embedding"), ("text.constraint", "text.vocab")}
+EXCEPTIONS = {("text.constraint", "text.vocab")}
 
 Arrow = tuple[str, str]
 
