@@ -112,7 +112,7 @@ def run_batch(
         stdin=sys.stdin.buffer.read() if "-" in sources else b"",
     )[: settings.limit]
     named = [name for name in (choice.name, choice.mmproj) if name]
-    read = [*inputs, *named, *logs, *lists_among(sources, settings.sidecar)]
+    read: list[AnyPath] = [*inputs, *named, *logs, *lists_among(sources, settings.sidecar)]
     output = _open_output(settings, options, pictures, home, choice, read)
     try:
         with ExitStack() as stack, _reporter(as_json) as report:
