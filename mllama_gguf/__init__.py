@@ -1,60 +1,45 @@
-"""Llama 3.2 Vision ("mllama") from GGUF files: pictures and text in, text out.
+"""Llama 3.2 Vision ("mllama") from GGUF files: images and text in, text out.
 
     from mllama_gguf import Mllama
 
     with Mllama.from_pretrained("demo") as model:
         print(model.caption("apple.png"))
 
+The names in `__all__` and the module `mllama_gguf.ray` are public. All else is internal and may change.
 Importing the package is cheap: numpy, Pillow and llama_cpp are imported when something needs them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    Aborted,
-    BackendError,
-    BusyError,
-    ContextFullError,
-    DownloadError,
-    ImageError,
-    MllamaError,
-    ModelError,
-    OutOfMemoryError,
-    RequestError,
-)
+from . import errors as _errors
+from .errors import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from .model import Mllama
-    from .vision.embedding import ImageEmbedding
-    from .vision.preprocess import TiledImage, preprocess_image
+    from .backend.types import Device as Device
+    from .backend.types import HParams as HParams
+    from .decode.reply import Reply as Reply
+    from .decode.reply import Stats as Stats
+    from .model import Mllama as Mllama
+    from .vision.embedding import ImageEmbedding as ImageEmbedding
+    from .vision.preprocess import TiledImage as TiledImage
+    from .vision.preprocess import preprocess_image as preprocess_image
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Aborted",
-    "BackendError",
-    "BusyError",
-    "ContextFullError",
-    "DownloadError",
-    "ImageEmbedding",
-    "ImageError",
-    "Mllama",
-    "MllamaError",
-    "ModelError",
-    "OutOfMemoryError",
-    "RequestError",
-    "TiledImage",
-    "__version__",
-    "preprocess_image",
-]
-
+# Public names that are imported when they are first asked for, and their modules.
 _LAZY = {
+    "Device": "backend.types",
+    "HParams": "backend.types",
     "ImageEmbedding": "vision.embedding",
     "Mllama": "model",
+    "Reply": "decode.reply",
+    "Stats": "decode.reply",
     "TiledImage": "vision.preprocess",
     "preprocess_image": "vision.preprocess",
 }
+
+__all__ = sorted(["__version__", *_LAZY, *(name for name in vars(_errors) if not name.startswith("_"))])
 
 
 def __getattr__(name: str) -> Any:
@@ -66,4 +51,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -72,9 +72,7 @@ class ErrorLog:
                 if image is not None and image not in captioned:
                     last[image] = number
             wanted = set(last.values())
-            kept = b"".join(
-                line for n, line in enumerate(lines) if n in wanted or _image_of(line) is None
-            )
+            kept = b"".join(line for n, line in enumerate(lines) if n in wanted or _image_of(line) is None)
             if data and not kept:
                 os.unlink(os.path.realpath(self.path))
             elif kept != data:

@@ -72,9 +72,7 @@ class Output(Protocol):
 class RecordFile:
     """Captions in one file, .jsonl or .csv, of which one process is the only writer."""
 
-    def __init__(
-        self, path: AnyPath, *, inputs: Iterable[AnyPath] = (), partial: Path | None = None
-    ) -> None:
+    def __init__(self, path: AnyPath, *, inputs: Iterable[AnyPath] = (), partial: Path | None = None) -> None:
         """path:    opened or made; its suffix says what it looks like
         inputs:  files that the run reads, which it must not be
         partial: a file of our own that is written instead; `finish` gives it the name `path`

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from ..checks import checked
+from ..checks import Switch, checked
 from ..errors import RequestError
 from ..settings import DEFAULTS, DESCRIPTIONS, Description
 from ..words import one_line
@@ -139,7 +139,8 @@ def _option(name: str, about: Description) -> Callable[[F], F]:
         try:
             value = about.check.parse(words)
         except ValueError:
-            raise click.BadParameter(f"must be {about.check.words}, not {one_line(repr(words))}") from None
+            wanted = "on or off" if isinstance(about.check, Switch) else about.check.words
+            raise click.BadParameter(f"must be {wanted}, not {one_line(repr(words))}") from None
         try:
             return checked("value", about.check, value)
         except RequestError as e:

@@ -82,9 +82,9 @@ def tune_command(
 ) -> None:
     """Find the fastest settings for a model on this machine, by captions of IMAGE.
 
-    Varied are n_gpu_layers, the vision encoder's device, flash attention, threads and batch, except those
-    that are given. Every point is a process of its own: one that crashes is a row of the table. What is best
-    is kept for `mllama caption` with this model.
+    It varies n_gpu_layers, the vision encoder's device, flash attention, threads and batch, except those that
+    are given. Each point is measured in a process of its own: one that crashes is a row of the table.
+    `mllama caption` then uses the best settings with this model.
     """
     from ..errors import RequestError
     from ..files import cannot_write
@@ -121,7 +121,9 @@ def tune_command(
         written = f"{results.json_path}, {results.csv_path} ({e})"
     click.echo(f"Best: {in_options(best.settings)}")
     click.echo(f"Results: {written}")
-    if not no_save:
+    if varied.is_empty:
+        click.echo("Nothing was varied: every setting is given. `mllama caption` does not use them by itself")
+    elif not no_save:
         key = key_of(files.paths, offload_settings(choice.settings))
         about = {"model": files.name, "seconds": best.seconds, "date": time.strftime("%Y-%m-%d")}
         try:
@@ -157,7 +159,7 @@ def _range(task: Task, choice: ModelChoice, settings: Settings) -> Range:
     base["n_threads"] = settings.n_threads or default_threads(n_bytes)
     others: dict[str, list[Any]] = {
         "vision_device": ["auto", "cpu", *(device.name for device in targets)] if targets else ["auto"],
-        "flash_attn": [True, False],
+        "flash_attn": [True, False] if settings.type_v != "q8_0" else [True],
         "n_threads": sorted({cpus, *(2**i for i in range(cpus.bit_length()) if 2**i <= cpus)}),
         "n_batch": [n for n in BATCHES if n <= plan.n_ctx] or [settings.n_batch],
     }

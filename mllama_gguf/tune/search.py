@@ -249,6 +249,13 @@ class Range:
     n_layer: int
     others: Mapping[str, Sequence[Any]]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is varied."""
+        return not self.n_layer and all(
+            list(values) == [self.base[name]] for name, values in self.others.items()
+        )
+
 
 def tune(
     task: Task,
@@ -264,14 +271,17 @@ def tune(
     """
     best: Point | None = None
     current = dict(choice.base)
-    done = 0
+    seen: list[dict[str, Any]] = []  # in this run
     rounds = [("n_gpu_layers", None), *choice.others.items()]
     for index, (name, given) in enumerate(rounds):
-        values = iter(given) if given is not None else _layer_counts(choice, results, current)
-        ahead = sum(len(v) for _, v in rounds[index + 1 :] if v) + (
-            2 if given is None and choice.n_layer else 0
-        )
-        left = len(given) if given is not None else COARSE if choice.n_layer else 1
+        # Of a later round, the value that is the best by then was measured before.
+        ahead = sum(len(v) - (choice.base[n] in v) for n, v in rounds[index + 1 :] if v)
+        if given is None:
+            values = _layer_counts(choice, results, current)
+            left = COARSE + 2 if choice.n_layer else 1
+        else:
+            new = [value for value in given if {**current, name: value} not in seen]
+            values, left = iter(new), len(new)
         for value in values:
             left = max(0, left - 1)
             settings = {**current, name: value}
@@ -279,8 +289,8 @@ def tune(
             if point is None:
                 point = task.measure(settings)
                 results.add(point)
-            done += 1
-            on_point(point, done, done + left + ahead)
+            seen.append(settings)
+            on_point(point, len(seen), len(seen) + left + ahead)
             if not point.error and (best is None or point.total < best.total * (1 - NOISE)):
                 best = point
         if best is not None:

@@ -164,9 +164,7 @@ def test_limits() -> None:
     assert [d.name for d in offload_devices(devices, {"devices": ["silent", "a"]})] == ["silent", "A"]
     assert device_limits(devices, {}, "1GiB,2GiB")["A"] == 2 * GIB
     assert device_limits(devices, {}, ["cpu=3G", 5]) == {"A": 95 * GIB, "RPC0": 5, "CPU": 3 * GIB}
-    with pytest.raises(
-        RequestError, match=r"more amounts than devices to offload to \(RPC0, A"
-    ):
+    with pytest.raises(RequestError, match=r"more amounts than devices to offload to \(RPC0, A"):
         device_limits(devices, {}, "1,1,1,1")
     with pytest.raises(RequestError, match="no device 'B'; there are: CPU, A"):
         device_limits(devices, {}, "B=1")

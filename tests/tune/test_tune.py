@@ -92,9 +92,19 @@ def test_an_interrupted_sweep_keeps_what_it_has(task: Task, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         tune(task, replace(CHOICE, n_layer=0), Results(tmp_path, task), interrupt)
     kept = Results(tmp_path, task)
-    assert len(kept.points) == 1  # the second was the first again
+    assert len(kept.points) == 2
     tune(task, replace(CHOICE, n_layer=0), kept)
     assert len(calls(task)) == len(kept.points) == 3
+
+
+def test_what_is_given_is_measured_once(task: Task, tmp_path: Path) -> None:
+    heard: list[tuple[Point, int, int]] = []
+    choice = Range(BASE, 0, {"flash_attn": [True], "n_batch": [64]})
+    assert choice.is_empty and not CHOICE.is_empty and not replace(choice, n_layer=4).is_empty
+    assert not Range(BASE, 0, {"n_batch": [128]}).is_empty
+    best = tune(task, choice, Results(tmp_path, task), lambda *args: heard.append(args))
+    assert [(done, total) for _, done, total in heard] == [(1, 1)]
+    assert best.settings == BASE and len(calls(task)) == 1
 
 
 def test_results_of_another_task_are_not_mixed(task: Task, tmp_path: Path) -> None:
@@ -157,6 +167,15 @@ def test_the_command_writes_what_caption_uses(tmp_path: Path, capsys: Captured) 
     assert capsys.readouterr() == (text, "")
     assert run(["caption", str(image), "-n", "2", "-b", "32", "-fa", "on"]) == 0
     assert capsys.readouterr().err.startswith("Tuned settings: -ngl 0 --vision-device auto -t 1 (")
+
+
+def test_everything_given_is_one_point_that_is_not_kept(tmp_path: Path, capsys: Captured) -> None:
+    args = ["tune", str(APPLE), "-n", "2", "--repeats", "1", "-o", str(tmp_path / "out")]
+    assert run([*args, "-ngl", "0", "--vision-device", "cpu", "-t", "1", "-b", "64", "-fa", "on"]) == 0
+    shown, progress = capsys.readouterr()
+    assert progress.splitlines()[-1].startswith("1/1  -ngl 0 --vision-device cpu -t 1 -b 64 -fa on: ")
+    assert "Nothing was varied: every setting is given." in shown
+    assert not config_path().exists()
 
 
 def test_every_caption_encodes_its_picture(
