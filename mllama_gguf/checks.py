@@ -10,7 +10,6 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,13 +38,11 @@ class Check(Protocol):
         """A value as words on the command line."""
 
 
-@dataclass(frozen=True)
 class Whole:
     """Whole numbers, those of NumPy too. word: a word that may stand in place of a number."""
 
-    least: int
-    most: int = _LARGEST_WHOLE
-    word: str = ""
+    def __init__(self, least: int, most: int = _LARGEST_WHOLE, word: str = "") -> None:
+        self.least, self.most, self.word = least, most, word
 
     @property
     def words(self) -> str:
@@ -69,11 +66,10 @@ class Whole:
         return str(value)
 
 
-@dataclass(frozen=True)
 class Seconds:
     """Finite seconds above 0."""
 
-    words: str = "seconds above 0"
+    words = "seconds above 0"
 
     def read(self, value: Any) -> float:
         seconds = _number(value)
@@ -88,11 +84,10 @@ class Seconds:
         return f"{value:g}"
 
 
-@dataclass(frozen=True)
 class Switch:
     """True or False."""
 
-    words: str = "True or False"
+    words = "True or False"
 
     def read(self, value: Any) -> bool:
         if not _is_bool(value):
@@ -108,11 +103,11 @@ class Switch:
         return "on" if value else "off"
 
 
-@dataclass(frozen=True)
 class Choice:
     """One of a few words."""
 
-    choices: tuple[str, ...]
+    def __init__(self, choices: tuple[str, ...]) -> None:
+        self.choices = choices
 
     @property
     def words(self) -> str:
@@ -130,11 +125,11 @@ class Choice:
         return str(value)
 
 
-@dataclass(frozen=True)
 class Text:
-    """Words that are not empty."""
+    """Words that are not empty. words: what they are."""
 
-    words: str
+    def __init__(self, words: str) -> None:
+        self.words = words
 
     def read(self, value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
@@ -148,11 +143,10 @@ class Text:
         return str(value)
 
 
-@dataclass(frozen=True)
 class Names:
     """A list of names."""
 
-    words: str = "a list of names, as in ['CUDA0', 'CUDA1']"
+    words = "a list of names, as in ['CUDA0', 'CUDA1']"
 
     def read(self, value: Any) -> tuple[str, ...]:
         names = _items(value)
@@ -167,11 +161,10 @@ class Names:
         return ",".join(value)
 
 
-@dataclass(frozen=True)
 class Shares:
     """A list of numbers of at least 0."""
 
-    words: str = "a list of numbers of at least 0, as in (3, 1)"
+    words = "a list of numbers of at least 0, as in (3, 1)"
 
     def read(self, value: Any) -> tuple[float, ...]:
         shares = tuple(_number(share) for share in _items(value))
@@ -186,11 +179,10 @@ class Shares:
         return ",".join(f"{share:g}" for share in value)
 
 
-@dataclass(frozen=True)
 class Workers:
     """Addresses of workers: a list, or words with commas in between."""
 
-    words: str = 'a list of "host:port"'
+    words = 'a list of "host:port"'
 
     def read(self, value: Any) -> tuple[str, ...]:
         listed = self.parse(value) if isinstance(value, str) else _items(value)
@@ -214,11 +206,10 @@ class Workers:
         return ",".join(value)
 
 
-@dataclass(frozen=True)
 class Folder:
     """True, False, or the path of a folder."""
 
-    words: str = "True, False or a folder"
+    words = "True, False or a folder"
 
     def read(self, value: Any) -> bool | Path:
         if _is_bool(value):

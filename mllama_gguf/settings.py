@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from .checks import (
     Check,
@@ -33,8 +33,7 @@ KvType = Literal["f32", "f16", "q8_0"]
 DEFAULT_PROMPT = "Describe this image."
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """How the command line offers a setting.
 
     names:   as `click.option` takes them, the one to show first; of the form "--x/--no-x" for a switch
@@ -45,8 +44,7 @@ class Option:
     metavar: str = ""
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(NamedTuple):
     """What is known of a setting beside its name and default.
 
     none:         what None stands for, if it may stand in place of a value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from fractions import Fraction
 
 from .errors import RequestError
 
@@ -41,6 +40,8 @@ def parse_size(words: str, what: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]?)(i?b)?\s*", words.lower(), re.ASCII)
     if match:
+        from fractions import Fraction  # takes as long as all of this module
+
         number, unit, suffix = match.groups()
         base = 1000 if suffix == "b" else 1024
         n_bytes = int(Fraction(number) * base ** " kmgt".index(unit or " "))

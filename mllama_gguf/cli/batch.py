@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..files import AnyPath
 from ..settings import DEFAULTS
-from ..temporary import remove_leftovers, remove_unlocked
 from .opening import open_model
 from .options import F, ModelChoice
 from .progress import BatchBar
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
     from ..batch.outputs import Output
     from ..batch.run import Report, Summary
+    from ..files import AnyPath
     from ..model import Mllama
 
 
@@ -153,6 +152,7 @@ def _open_output(
     file's name has a digest of what shapes the captions, so that it never mixes two kinds.
     """
     from ..batch.outputs import RecordFile, Sidecars
+    from ..temporary import remove_leftovers
 
     folder = Path(os.path.realpath(settings.out)).parent if settings.out is not None else home
     remove_leftovers(folder)
@@ -170,6 +170,8 @@ def _open_output(
 def _partial(folder: Path, out: str | None, words: str) -> Path:
     """The hidden file of an output and of the words that say how it is made; others of the output go, unless
     a run writes them now."""
+
+    from ..temporary import remove_unlocked
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]

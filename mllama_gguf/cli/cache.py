@@ -9,7 +9,7 @@ import click
 
 from ..errors import MllamaError
 from ..words import show_size
-from .options import verbose_option
+from .verbose import verbose_option
 
 
 @click.command(

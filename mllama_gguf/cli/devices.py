@@ -8,7 +8,8 @@ from dataclasses import asdict
 import click
 
 from ..words import show_size
-from .options import comma_list, verbose_option
+from .options import comma_list
+from .verbose import verbose_option
 
 
 @click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")

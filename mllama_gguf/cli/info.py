@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..words import show_size
-from .options import verbose_option
+from .verbose import verbose_option
 
 if TYPE_CHECKING:
     from ..backend.types import HParams

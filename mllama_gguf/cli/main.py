@@ -17,7 +17,7 @@ import click
 from .. import __version__
 from ..errors import Aborted, MllamaError
 from ..words import one_line
-from .options import is_verbose, verbose_option
+from .verbose import is_verbose, verbose_option
 
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {

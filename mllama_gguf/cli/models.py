@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..words import show_size
-from .options import verbose_option
+from .verbose import verbose_option
 
 if TYPE_CHECKING:
     from ..inspect.inventory import Found

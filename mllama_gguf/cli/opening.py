@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..settings import Settings, in_options
-from .options import ModelChoice, is_verbose
+from .options import ModelChoice
 from .progress import phase_bar, transfer_bar
+from .verbose import is_verbose
 
 if TYPE_CHECKING:
     from ..model import Mllama

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -17,32 +15,9 @@ from ..checks import Switch, checked
 from ..errors import RequestError
 from ..settings import DEFAULTS, DESCRIPTIONS, Description
 from ..words import one_line
+from .verbose import verbose_option
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-VERBOSE = "mllama_gguf.verbose"  # a key of click's meta
-
-
-def is_verbose(context: click.Context) -> bool:
-    """Whether the command line asks for the log and for tracebacks."""
-    return bool(context.meta.get(VERBOSE))
-
-
-def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
-    if value and not ctx.resilient_parsing:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("mllama_gguf").setLevel(logging.DEBUG)
-        ctx.meta[VERBOSE] = True
-    return value
-
-
-verbose_option = click.option(
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_be_verbose,
-    help="Log to stderr; show tracebacks.",
-)
 
 
 def comma_list(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:

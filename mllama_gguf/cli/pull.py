@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from ..words import show_size
-from .options import verbose_option
 from .progress import transfer_bar
+from .verbose import verbose_option
 
 
 @click.command(

@@ -10,8 +10,8 @@ import click
 
 from ..cpus import MAX_THREADS
 from ..words import show_size
-from .options import verbose_option
 from .progress import transfer_bar
+from .verbose import verbose_option
 
 TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .options import verbose_option
 from .progress import transfer_bar
+from .verbose import verbose_option
 
 
 @click.command("verify", epilog="\b\nExamples:\n  mllama verify demo\n  mllama verify ollama:llama3.2-vision")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ..cpus import MAX_THREADS
-from .options import comma_list, verbose_option
+from .options import comma_list
+from .verbose import verbose_option
 
 
 @click.command(
