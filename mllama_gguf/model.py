@@ -7,27 +7,24 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, overload
 from weakref import WeakSet
 
 from . import cpus
 from .backend.callbacks import Callbacks, Progress
-from .backend.isolated import Engine, parse_workers
 from .backend.library import load as load_native
-from .backend.local import KV_TYPES, KvType, NativeContext, NativeModel, open_model
-from .backend.measure import measuring
-from .backend.plan import device_limits, largest_fitting
+from .backend.opening import open_backend
 from .backend.types import Floats, HParams, Memory, Tap
 from .cache.disk import ImageCache
 from .cache.keys import Keys, KeySettings
 from .decode import openai
 from .decode.reply import Reply, ReplyOptions
 from .decode.session import Session
-from .errors import BusyError, MllamaError, ModelError, OutOfMemoryError, RequestError
+from .errors import BusyError, MllamaError, ModelError, RequestError
 from .handles import OneProcess
+from .settings import KvType, Settings
 from .store.resolve import resolve
 from .text.chat import ChatTemplate
 from .text.grammar import grammar_of
@@ -126,18 +123,30 @@ class Mllama(OneProcess):
         """
         if verbose:
             _log_to_stderr()
-        for name, value in (("type_k", type_k), ("type_v", type_v)):
-            if value not in KV_TYPES:
-                raise RequestError(f"{name} must be one of {', '.join(KV_TYPES)}, not {value!r}")
-        for name, number, least in (
-            ("n_ctx", n_ctx or 1, 1),
-            ("n_batch", n_batch, 1),
-            ("n_gpu_layers", 0 if n_gpu_layers == "auto" else n_gpu_layers, -1),
-            ("main_gpu", main_gpu or 0, 0),
-        ):
-            _check_whole(name, number, least)
-        cpus.check_threads(n_threads or 1)
-
+        settings = Settings.checked(
+            {
+                "n_gpu_layers": n_gpu_layers,
+                "vision_device": vision_device,
+                "devices": devices,
+                "tensor_split": tensor_split,
+                "main_gpu": main_gpu,
+                "offload_kqv": offload_kqv,
+                "rpc_servers": rpc_servers,
+                "rpc_timeout": rpc_timeout,
+                "isolate": isolate,
+                "n_ctx": n_ctx,
+                "n_batch": n_batch,
+                "n_threads": n_threads,
+                "type_k": type_k,
+                "type_v": type_v,
+                "flash_attn": flash_attn,
+                "use_mmap": use_mmap,
+                "repack": repack,
+                "allow_quantized_vision": allow_quantized_vision,
+                "chat_template": chat_template,
+                "image_cache": image_cache,
+            }
+        )
         self._lock = threading.Lock()
         self._turn = (
             0  # counts what changed the conversation; an open stream sees by it that it lost the caches
@@ -147,68 +156,10 @@ class Mllama(OneProcess):
         self.mmproj_path = None if mmproj_path is None else Path(mmproj_path)
 
         callbacks = Callbacks(load_native(), progress, abort)
-        workers = parse_workers(rpc_servers) if rpc_servers else ()
-        model_settings: dict[str, Any] = {
-            "vision_device": vision_device,
-            "devices": devices,
-            "tensor_split": _shares(tensor_split),
-            "main_gpu": -1 if main_gpu is None else main_gpu,
-            "use_mmap": use_mmap,
-            "repack": repack,
-            "allow_quantized_vision": allow_quantized_vision,
-        }
-        context_settings: dict[str, Any] = {
-            "n_batch": n_batch,
-            "type_k": type_k,
-            "type_v": type_v,
-            "flash_attn": flash_attn,
-            "offload_kqv": offload_kqv,
-        }
-
-        def open_with(layers: int) -> tuple[NativeModel, NativeContext]:
-            engine = Engine(workers, rpc_timeout, callbacks) if workers or isolate else None
-            open_here = partial(open_model, callbacks=callbacks)
-            model = (engine.open_model if engine else open_here)(
-                model_path, mmproj_path, n_gpu_layers=layers, **model_settings
-            )
-            try:
-                h = model.hparams
-                self.n_threads = n_threads or cpus.default_threads(model.size)
-                open_context = engine.open_context if engine else partial(NativeContext, model, callbacks)
-                context = open_context(
-                    n_ctx=min(n_ctx or h.n_ctx_train, h.n_ctx_train),
-                    n_threads=self.n_threads,
-                    **context_settings,
-                )
-                if n_gpu_layers == "auto":
-                    try:
-                        context.reserve([h.max_tiles] if h.has_vision else [])
-                    except BaseException:
-                        context.close()
-                        raise
-            except BaseException:
-                model.close()
-                raise
-            return model, context
-
-        if n_gpu_layers == "auto":
-            with measuring(
-                model_path,
-                mmproj_path,
-                workers=workers,
-                rpc_timeout=rpc_timeout,
-                isolate=isolate,
-                n_ctx=n_ctx,
-                n_threads=n_threads or 0,
-                **model_settings,
-                **context_settings,
-            ) as (measure_one, found_devices):
-                limits = device_limits(found_devices, model_settings)
-                layers = largest_fitting(measure_one, limits)
-            (self._model, self._context), self.n_gpu_layers = _step_down(open_with, layers)
-        else:
-            self._model, self._context = open_with(n_gpu_layers)
-            self.n_gpu_layers = n_gpu_layers
+        self._backend = open_backend(model_path, mmproj_path, settings, callbacks)
+        self._model = self._backend.model
+        self.n_gpu_layers, self.n_threads = self._backend.n_gpu_layers, self._backend.n_threads
+        self._context = self._backend.open_context(callbacks)
         # After the C library has checked the file.
         self._vocab = Vocab(model_path)
         needed = max(self.hparams.vocab_size, self.image_token_id + 1 if self.hparams.has_vision else 0)
@@ -217,15 +168,16 @@ class Mllama(OneProcess):
                 f"{model_path}: the vocabulary has {self._vocab.n_tokens} tokens, the model needs {needed}"
             )
         trained = self.hparams.n_ctx_train
-        if n_ctx and n_ctx > trained:
-            logger.warning("n_ctx %d is more than the model was trained with; %d is used", n_ctx, trained)
+        if settings.n_ctx and settings.n_ctx > trained:
+            words = "n_ctx %d is more than the model was trained with; %d is used"
+            logger.warning(words, settings.n_ctx, trained)
         self._encoders: WeakSet[ImageEncoder] = WeakSet()
         self._disk: ImageCache | None = None
-        if image_cache is not False:
-            disk = ImageCache(None if image_cache is True else image_cache)
+        if settings.image_cache is not False:
+            disk = ImageCache(None if settings.image_cache is True else settings.image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
         self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
-        self._flash_attn = flash_attn
+        self._flash_attn = settings.flash_attn
         self._stop = abort or (lambda: False)
         self._keys = Keys(
             self._model,
@@ -233,12 +185,12 @@ class Mllama(OneProcess):
             self.mmproj_path,
             KeySettings(
                 PREPROCESS_VERSION,
-                flash_attn,
-                type_k,
-                type_v,
-                offload_kqv,
-                repack,
-                n_batch,
+                settings.flash_attn,
+                settings.type_k,
+                settings.type_v,
+                settings.offload_kqv,
+                settings.repack,
+                settings.n_batch,
                 self.n_threads,
             ),
             self._disk,
@@ -246,7 +198,7 @@ class Mllama(OneProcess):
         self._images = Images(self.hparams, self.model_path.name, self._keys, self._disk)
         self._taps = 0  # open ones
         self._template = ChatTemplate(
-            chat_template or self._vocab.chat_template,
+            settings.chat_template or self._vocab.chat_template,
             bos=self._vocab.text(self._vocab.bos),
             eos=self._vocab.text(self._vocab.eos),
             image=self._vocab.text(self.image_token_id) if self.hparams.has_vision else "<|image|>",
@@ -310,7 +262,7 @@ class Mllama(OneProcess):
         """CPU threads for an `image_encoder`: those that this model leaves free, up to as many as it has
         itself. 0: there are none, or its encoder is on another device, in another process or missing."""
         self._check_open()
-        if not isinstance(self._model, NativeModel) or not self.hparams.has_vision:
+        if not self._model.is_local or not self.hparams.has_vision:
             return 0
         here = {device.name for device in self._model.devices() if device.type == "cpu"}
         if any(tensor.is_vision and tensor.device not in here for tensor in self._model.tensors()):
@@ -375,7 +327,7 @@ class Mllama(OneProcess):
         in another process (isolate, rpc_servers), BackendError, Aborted.
         """
         self._images.check_vision()
-        if not isinstance(self._model, NativeModel):
+        if not self._model.is_local:
             raise RequestError("image_encoder: this model computes in another process (isolate, rpc_servers)")
         if n_threads is not None:
             cpus.check_threads(n_threads)
@@ -554,7 +506,7 @@ class Mllama(OneProcess):
             self._images.clear()
 
     def tap(self, callback: Tap) -> AbstractContextManager[None]:
-        """Look at intermediate tensors inside a with block; see `NativeContext.tap`. For finding mistakes.
+        """Look at intermediate tensors inside a with block; see `Context.tap`. For finding mistakes.
         Pictures are encoded there even if their states are known."""
         self._check_open()
 
@@ -621,36 +573,6 @@ class Mllama(OneProcess):
             yield
         finally:
             self._lock.release()
-
-
-Opened = TypeVar("Opened")
-
-
-def _step_down(open_with: Callable[[int], Opened], layers: int) -> tuple[Opened, int]:
-    """Open with so many layers, or with fewer where a device has less room than it said: 1 less, 3 less, 7
-    less, ... The number that worked too. Raises what other than OutOfMemoryError comes, or comes with 0."""
-    step = 1
-    while True:
-        try:
-            return open_with(layers), layers
-        except OutOfMemoryError as e:
-            if layers <= 0:
-                raise
-            logger.warning("n_gpu_layers %d: %s; trying fewer", layers, e)
-            layers = max(0, layers - step)
-            step *= 2
-
-
-def _check_whole(name: str, number: object, least: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
-        raise RequestError(f"{name} must be a whole number of at least {least}, not {number!r}")
-
-
-def _shares(tensor_split: Sequence[float] | None) -> list[float] | None:
-    try:
-        return None if tensor_split is None else [float(share) for share in tensor_split]
-    except (TypeError, ValueError):
-        raise RequestError(f"tensor_split must be numbers, not {tensor_split!r}") from None
 
 
 def _log_to_stderr() -> None:

@@ -34,7 +34,7 @@ import tiny  # noqa: E402
 
 from mllama_gguf.backend.callbacks import Callbacks  # noqa: E402
 from mllama_gguf.backend.library import load  # noqa: E402
-from mllama_gguf.backend.local import NativeContext, NativeModel  # noqa: E402
+from mllama_gguf.backend.local import LocalModel  # noqa: E402
 from mllama_gguf.convert.huggingface import convert  # noqa: E402
 
 PICTURES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # tiles: (rows, columns)
@@ -62,8 +62,8 @@ def write_models(arch: tiny.Arch, folder: Path) -> tuple[Path, dict[str, tuple[P
 
 def ours(files: tuple[Path, Path], threads: int) -> Callable[[np.ndarray[Any, Any], int, int], Any]:
     callbacks = Callbacks(load(), None, None)
-    model = NativeModel(*files, callbacks)
-    context = NativeContext(model, callbacks, n_ctx=64, n_threads=threads)
+    model = LocalModel(*files, callbacks)
+    context = model.open_context(callbacks, n_ctx=64, n_threads=threads)
 
     def encode(pixels: np.ndarray[Any, Any], ratio: int, tiles: int) -> np.ndarray[Any, Any]:
         return context.encode(pixels[:tiles], ratio)

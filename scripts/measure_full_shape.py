@@ -20,7 +20,7 @@ from full_shape import mllama_keys, text_tensors, vision_tensors, write_gguf
 
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
-from mllama_gguf.backend.local import NativeContext, NativeModel
+from mllama_gguf.backend.local import LocalModel
 from mllama_gguf.errors import Aborted
 
 
@@ -36,11 +36,11 @@ def main() -> None:
     callbacks = Callbacks(load(), None, lambda: time.monotonic() > stop_at)
     process = psutil.Process()
     start = time.monotonic()
-    model = NativeModel(path, None, callbacks)
+    model = LocalModel(path, None, callbacks)
     seconds = time.monotonic() - start
     own = process.memory_full_info().uss
     print(f"file {size / 2**30:.2f} GiB; loaded in {seconds:.2f} s; own memory {own / 2**20:.0f} MiB")
-    context = NativeContext(model, callbacks, n_ctx=2048)
+    context = model.open_context(callbacks, n_ctx=2048)
 
     peak = 0
     done = threading.Event()

@@ -145,8 +145,8 @@ def objects_of(model: Mllama) -> dict[str, Any]:
 
     return {
         "Mllama": model,
-        "NativeModel": model._model,
-        "NativeContext": model._context,
+        "LocalModel": model._model,
+        "LocalContext": model._context,
         "Vocab": model._vocab,
         "Handle": model._vocab.handle,
         "Session": model._session,
@@ -180,7 +180,7 @@ def test_a_copy_error_is_of_both_kinds() -> None:
 
 def test_an_isolated_model_is_not_copied(tiny_files: Files) -> None:
     with Mllama(tiny_files("square").text, n_ctx=64, isolate=True) as model:
-        for thing in (model, model._model, model._context, model._model._engine):  # type: ignore[attr-defined]
+        for thing in (model, model._model, model._context, model._model._supervisor):  # type: ignore[attr-defined]
             for way in COPIES.values():
                 with pytest.raises(CopyError):
                     way(thing)
@@ -295,14 +295,14 @@ def use_shared(index: int) -> str:
 def test_a_forked_process_leaves_the_parents_engine_alone(tiny_files: Files) -> None:
     with Mllama(tiny_files("square").text, n_ctx=64, isolate=True) as model:
         expected = model.logits([1, 2])
-        process = model._model._engine._process  # type: ignore[attr-defined]
+        process = model._model._supervisor._process  # type: ignore[attr-defined]
 
         def child() -> None:
             for use in (lambda: model.logits([1]), lambda: model.memory(), lambda: model.repairs):
                 with refused():
                     use()
             model.close()
-            model._model._engine.close()  # type: ignore[attr-defined]
+            model._model._supervisor.close()  # type: ignore[attr-defined]
 
         assert in_fork(child) == 0
         assert process.alive

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from .library import Native
+from .library import OK, Native
 
 # "load", "encode" or "prompt", how much is done, and of how much
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -16,7 +16,7 @@ class Callbacks:
     """What C calls while it works on behalf of one object: progress and abort.
 
     An exception in a callback, KeyboardInterrupt above all, cannot pass through C. It is kept, the
-    computation is stopped, and `raise_pending` raises it once the C function has returned.
+    computation is stopped, and `check` raises it once the C function has returned.
     """
 
     def __init__(
@@ -25,6 +25,7 @@ class Callbacks:
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
     ) -> None:
+        self._native = native
         self._progress = progress
         self._abort = abort
         self._pending: BaseException | None = None
@@ -51,12 +52,16 @@ class Callbacks:
         return self._pending is not None or (self._abort is not None and bool(self._abort()))
 
     def on_error(self, _: type[BaseException], error: BaseException, __: TracebackType) -> None:
-        """Remember an exception for `raise_pending`; the first one counts. In the form of cffi's onerror."""
+        """Remember an exception for `check`; the first one counts. In the form of cffi's onerror."""
         if self._pending is None:
             self._pending = error
 
-    def raise_pending(self) -> None:
-        """Raise what a callback raised since the last time."""
-        error, self._pending = self._pending, None
+    def check(self, status: int) -> None:
+        """Raise the exception for the status of a C function that could call back. What a callback raised
+        comes first, for that is why the status is what it is."""
+        error = self._native.error(status) if status != OK else None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            raise pending
         if error is not None:
             raise error

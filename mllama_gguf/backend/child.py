@@ -1,4 +1,4 @@
-"""The child process of `engine`: takes calls from its parent, and is gone as soon as the parent is."""
+"""The child process of `supervisor`: takes calls from its parent, and is gone as soon as the parent is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from typing import Any
 
 from . import library, local
 from .callbacks import Callbacks
-from .local import NativeContext, NativeModel
+from .context import LocalContext
+from .local import LocalModel
 from .measure import measure
-from .types import Device, Floats, HParams, Memory
+from .process import Target
+from .types import Device, Floats, HParams, Memory, ModelFacts
 
 ALIVE_SECONDS = 1.0  # between two signs of life while the CPU computes
 PARENT_SECONDS = 1.0  # between two looks whether the parent lives
@@ -36,7 +38,7 @@ class Child:
         self._aborted = False
         self._last_error = ""  # that was logged
         self._callbacks: Forward
-        self._objects: dict[str, Any] = {"": self}
+        self._objects: dict[Target, Any] = {"": self}
 
     def serve(self) -> None:
         """Never returns."""
@@ -44,7 +46,7 @@ class Child:
         while True:
             target, name, args, settings, tapped = self._calls.get()
             try:
-                with self._objects["context"].tap(self._tap) if tapped else nullcontext():
+                with self._objects[target].tap(self._tap) if tapped else nullcontext():
                     member = getattr(self._objects[target], name)
                     value = member(*args, **settings) if callable(member) else member
                     if isinstance(value, Iterator):
@@ -126,10 +128,21 @@ class Child:
         """As `local.open_model`."""
         self._objects["model"] = local.open_model(*args, callbacks=self._callbacks, **settings)
 
-    def open_context(self, **settings: Any) -> None:
-        """As `NativeContext`."""
-        model: NativeModel = self._objects["model"]
-        self._objects["context"] = NativeContext(model, self._callbacks, **settings)
+    def facts(self) -> ModelFacts:
+        """Of the model."""
+        model: LocalModel = self._objects["model"]
+        return ModelFacts(model.hparams, model.layout, model.repairs, model.size)
+
+    def open_context(self, number: int, **settings: Any) -> None:
+        """As `LocalModel.open_context`. number: what the parent calls it by."""
+        model: LocalModel = self._objects["model"]
+        self._objects[number] = model.open_context(self._callbacks, **settings)
+
+    def close_context(self, number: int) -> None:
+        """Free a context, if there is one of that number."""
+        context: LocalContext | None = self._objects.pop(number, None)
+        if context is not None:
+            context.close()
 
 
 class Forward(Callbacks):

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..cpus import default_threads
 from .callbacks import Callbacks
-from .isolated import Engine
 from .library import load as load_native
-from .local import NativeContext, devices, open_model
+from .local import devices, open_model
+from .supervisor import Supervisor
 from .types import Device, HParams, Memory
 
 # (n_gpu_layers) -> what that takes, and the model's shape
@@ -31,7 +31,7 @@ def measure(
     """What a model with a full context takes, in this process.
 
     n_tiles:  of each picture in the cache; None: one picture with all its tiles
-    settings: those of `local.open_model` and `NativeContext`; without n_threads, as many as `Mllama` takes
+    settings: those of `local.open_model` and `Model.open_context`; without n_threads, as many as `Mllama` takes
 
     Raises ModelError, RequestError, BackendError.
     """
@@ -41,7 +41,7 @@ def measure(
         h = model.hparams
         n_ctx = min(n_ctx or h.n_ctx_train, h.n_ctx_train)
         context_settings["n_threads"] = context_settings.get("n_threads") or default_threads(model.size)
-        context = NativeContext(model, callbacks, n_ctx=n_ctx, **context_settings)
+        context = model.open_context(callbacks, n_ctx=n_ctx, **context_settings)
         try:
             if n_tiles is None:
                 n_tiles = [h.max_tiles] if h.has_vision else []
@@ -72,11 +72,16 @@ def measuring(
             devices(),
         )
         return
-    engine = Engine(workers, rpc_timeout, callbacks)
-    try:
-        yield (
-            lambda n: engine.measure(model_path, mmproj_path, n_gpu_layers=n, **settings),
-            engine.devices(),
+    supervisor = Supervisor(workers, rpc_timeout)
+
+    def measure_there(n: int) -> tuple[Memory, HParams]:
+        paths = model_path, mmproj_path
+        found: tuple[Memory, HParams] = supervisor.call(
+            callbacks, "", "measure", paths, {"n_gpu_layers": n, **settings}
         )
+        return found
+
+    try:
+        yield measure_there, supervisor.call(callbacks, "", "devices")
     finally:
-        engine.close()
+        supervisor.close()

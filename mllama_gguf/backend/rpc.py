@@ -13,6 +13,10 @@ from ..errors import BackendError, RequestError
 from .library import load
 from .local import device_index, devices
 
+PROBE_SECONDS = 2.0
+_HELLO = 14  # RPC_CMD_HELLO; its number and the first bytes of the answer are the same in all versions
+_CAPS_BYTES = 24
+
 
 def default_devices() -> list[str]:
     """The GPUs, or the CPU where there is none."""
@@ -80,3 +84,20 @@ def serve(
     while thread.is_alive():
         thread.join(0.2)
     raise failed[0]
+
+
+def probe(worker: str) -> str:
+    """What is wrong with a worker, in a few words; "" if it answers."""
+    host, _, port = worker.rpartition(":")
+    request = bytes([_HELLO]) + _CAPS_BYTES.to_bytes(8, "little") + bytes(_CAPS_BYTES)
+    try:
+        with socket.create_connection((host, int(port)), PROBE_SECONDS) as connection:
+            connection.settimeout(PROBE_SECONDS)
+            connection.sendall(request)
+            return "" if connection.recv(1) else "hangs up"
+    except TimeoutError:
+        return "does not answer"
+    except ConnectionRefusedError:
+        return "refuses the connection"
+    except OSError as e:
+        return e.strerror or str(e)

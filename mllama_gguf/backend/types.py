@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-# A tensor's name and, once it is computed, its values; see `NativeContext.tap`.
+# A tensor's name and, once it is computed, its values; see `base.Context.tap`.
 Tap = Callable[[str, Floats | None], bool]
 
 
@@ -51,6 +51,16 @@ class HParams:
     @property
     def has_vision(self) -> bool:
         return self.n_vision_layer > 0
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What never changes of an open model; see `base.Model`."""
+
+    hparams: HParams
+    layout: str
+    repairs: tuple[str, ...]
+    size: int  # bytes
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..backend.local import NativeModel
+from ..backend.base import Model
 from ..errors import Aborted, ModelError
 from ..gguf.reader import read_gguf
 from ..handles import OneProcess
@@ -86,7 +86,7 @@ class Keys(OneProcess):
 
     def __init__(
         self,
-        model: NativeModel,
+        model: Model,
         model_path: Path,
         mmproj_path: Path | None,
         settings: KeySettings,

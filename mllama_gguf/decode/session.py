@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..backend.base import Context
 from ..backend.callbacks import Callbacks
-from ..backend.local import NativeContext
 from ..backend.types import Bytes, Floats
 from ..cache.disk import ImageCache
 from ..cache.entries import PIECE
@@ -37,7 +37,7 @@ class Session(OneProcess):
 
     def __init__(
         self,
-        context: NativeContext,
+        context: Context,
         callbacks: Callbacks,
         image_cache: ImageCache | None = None,
         prefix_key: Callable[[Sequence[int]], str] = lambda tokens: "",

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..backend import library as _native
 from ..backend.callbacks import Callbacks
-from ..backend.local import NativeModel
+from ..backend.local import LocalModel
 from ..backend.measure import measure
 from ..backend.types import HParams
 from ..errors import ModelError
@@ -99,7 +99,7 @@ def _model_info(file: GGUFFile, projector: GGUFFile | None) -> ModelInfo:
     infos = tuple(_file_info(part) for part in parts)
     if not file.has_text:
         return ModelInfo(infos, None, (), None, ())
-    model = NativeModel(
+    model = LocalModel(
         file.path,
         projector.path if projector else None,
         Callbacks(_native.load()),

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from ..backend.base import Model
 from ..backend.callbacks import Callbacks
-from ..backend.local import NativeContext, NativeModel
+from ..backend.library import load
 from ..errors import Aborted
 from ..handles import OneProcess
 from .embedding import ImageEmbedding, Picture
@@ -29,7 +30,7 @@ class ImageEncoder(OneProcess):
 
     def __init__(
         self,
-        model: NativeModel,
+        model: Model,
         images: Images,
         abort: Callable[[], bool],
         *,
@@ -41,10 +42,10 @@ class ImageEncoder(OneProcess):
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._images = images
-        callbacks = self._callbacks = Callbacks(model.native, abort=lambda: self._stopped.is_set() or abort())
+        callbacks = self._callbacks = Callbacks(load(), abort=lambda: self._stopped.is_set() or abort())
         # A cache of tokens cannot be left out, but be as small as can be.
-        self._context = NativeContext(
-            model, callbacks, n_ctx=1, n_batch=1, n_threads=n_threads, flash_attn=flash_attn
+        self._context = model.open_context(
+            callbacks, n_ctx=1, n_batch=1, n_threads=n_threads, flash_attn=flash_attn
         )
 
     def encode(self, image: Picture) -> ImageEmbedding:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakSet
 
-from ..backend.local import NativeContext
+from ..backend.base import Context
 from ..backend.types import HParams
 from ..cache.disk import ImageCache
 from ..cache.keys import Keys
@@ -74,7 +74,7 @@ class Images(OneProcess):
     def embed(
         self,
         image: TiledImage | ImageEmbedding,
-        context: NativeContext,
+        context: Context,
         stop: Callable[[], bool],
         *,
         fresh: bool = False,
@@ -95,7 +95,7 @@ class Images(OneProcess):
     def encode(
         self,
         image: TiledImage | ImageEmbedding,
-        context: NativeContext,
+        context: Context,
         stop: Callable[[], bool],
         *,
         fresh: bool = False,
@@ -122,7 +122,7 @@ class Images(OneProcess):
     def _image_kv_key(self, states_key: str, stop: Callable[[], bool]) -> str:
         return "" if self._disk is None else self._keys.image_kv(states_key, stop)
 
-    def _compute(self, image: TiledImage, key: str, context: NativeContext) -> ImageEmbedding:
+    def _compute(self, image: TiledImage, key: str, context: Context) -> ImageEmbedding:
         states = context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id)
         embedding = ImageEmbedding(states, image.aspect_ratio_id, key)
         self._store.add(embedding)

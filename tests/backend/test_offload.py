@@ -30,7 +30,7 @@ Files = Callable[[str], TinyFiles]
         ({"devices": ["Voodoo"]}, "no device 'Voodoo'; there are: .*CPU"),
         ({"vision_device": "Voodoo"}, "no device 'Voodoo'"),
         ({"tensor_split": [1, 1]}, "tensor_split has 2 shares for 0 devices"),
-        ({"tensor_split": "ab"}, "tensor_split must be numbers, not 'ab'"),
+        ({"tensor_split": "ab"}, "tensor_split must be a list of numbers .* not 'ab'"),
         ({"main_gpu": 0}, "main_gpu is 0; there are 0 devices"),
         ({"main_gpu": -1}, "main_gpu must be a whole number of at least 0"),
         ({"rpc_servers": "localhost"}, "'localhost' is not host:port"),
@@ -76,7 +76,7 @@ def isolated(tiny_files: Files) -> Any:
 
 
 def child_of(model: Mllama) -> int:
-    pid: int = model._model._engine._process._child.pid  # type: ignore[attr-defined]
+    pid: int = model._model._supervisor._process._child.pid  # type: ignore[attr-defined]
     return pid
 
 

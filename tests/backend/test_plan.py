@@ -16,8 +16,9 @@ from helpers import TinyFiles, picture
 from mllama_gguf import BackendError, Mllama, OutOfMemoryError, RequestError
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
-from mllama_gguf.backend.local import NativeContext, open_model
+from mllama_gguf.backend.local import open_model
 from mllama_gguf.backend.measure import measure
+from mllama_gguf.backend.opening import step_down
 from mllama_gguf.backend.plan import (
     MARGIN_BYTES,
     device_limits,
@@ -30,7 +31,6 @@ from mllama_gguf.backend.types import Device, DeviceMemory, Memory
 from mllama_gguf.cli.main import run
 from mllama_gguf.convert.quantize import quantize
 from mllama_gguf.cpus import default_threads
-from mllama_gguf.model import _step_down
 from mllama_gguf.store.resolve import BUNDLED
 
 Captured = pytest.CaptureFixture[str]
@@ -101,7 +101,7 @@ def test_reserving_allocates_what_measuring_says(tiny_files: Files) -> None:
     path = tiny_files("gqa").one
     planned, h = measure(path, None, callbacks=callbacks, n_ctx=512, n_tiles=[2, 1])
     model = open_model(path, None, callbacks=callbacks)
-    context = NativeContext(model, callbacks, n_ctx=512, n_threads=default_threads(model.size))
+    context = model.open_context(callbacks, n_ctx=512, n_threads=default_threads(model.size))
     context.reserve([2, 1])
     (real,), (said,) = context.memory().devices, planned.devices
     assert (real.compute, real.vision, real.cross_kv) == (said.compute, said.vision, 0)
@@ -117,7 +117,7 @@ def test_reserving_allocates_what_measuring_says(tiny_files: Files) -> None:
 def test_a_model_without_memory_computes_nothing(tiny_files: Files) -> None:
     callbacks = Callbacks(load())
     model = open_model(tiny_files("gqa").one, None, callbacks=callbacks, no_alloc=True)
-    context = NativeContext(model, callbacks, n_ctx=256)
+    context = model.open_context(callbacks, n_ctx=256)
     h = model.hparams
     for use in (
         lambda: context.decode([1], -1, 0),
@@ -198,10 +198,11 @@ def test_auto_steps_down_when_a_device_refuses() -> None:
             raise OutOfMemoryError("no room")
         return "opened"
 
-    assert _step_down(open_with, 12) == ("opened", 0)
+    assert step_down(open_with, 12) == "opened"
     assert tried == [12, 11, 9, 5, 0]
     tried.clear()
-    assert _step_down(open_with, 5) == ("opened", 4)
+    assert step_down(open_with, 5) == "opened"
+    assert tried == [5, 4]
 
 
 def test_auto_gives_up_at_no_layers_and_at_other_errors() -> None:
@@ -212,10 +213,10 @@ def test_auto_gives_up_at_no_layers_and_at_other_errors() -> None:
         raise OutOfMemoryError("no room") if layers != 3 else BackendError("on fire")
 
     with pytest.raises(OutOfMemoryError):
-        _step_down(open_with, 2)
+        step_down(open_with, 2)
     assert tried == [2, 1, 0]
     with pytest.raises(BackendError, match="on fire"):
-        _step_down(open_with, 4)
+        step_down(open_with, 4)
 
 
 def test_auto_without_a_device(tiny_files: Files) -> None:

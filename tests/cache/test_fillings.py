@@ -17,8 +17,9 @@ from helpers import TinyFiles, picture
 
 from mllama_gguf import Aborted, ImageEmbedding, Mllama, ModelError, RequestError
 from mllama_gguf.backend.callbacks import Callbacks
+from mllama_gguf.backend.context import LocalContext
 from mllama_gguf.backend.library import load
-from mllama_gguf.backend.local import NativeContext, NativeModel
+from mllama_gguf.backend.local import LocalModel
 from mllama_gguf.cache.disk import ImageCache
 from mllama_gguf.cache.identity import file_stamps, weights_sha256
 from mllama_gguf.convert.huggingface import convert
@@ -247,7 +248,7 @@ def test_a_picture_alone_stays_in_its_file(
     assert (watched.encoded, watched.filled) == (0, 1)
 
 
-def test_files_that_cannot_be_mapped(tmp_path: Path, context: NativeContext) -> None:
+def test_files_that_cannot_be_mapped(tmp_path: Path, context: LocalContext) -> None:
     size = context.image_mapped_size(1)
     assert size > 0 and context.image_mapped_size(0) == context.image_mapped_size(99) == 0
     path = tmp_path / "picture"
@@ -405,16 +406,16 @@ def test_a_full_disk_is_one_warning(
 
 
 @pytest.fixture
-def context(tiny_files: Files) -> Iterator[NativeContext]:
+def context(tiny_files: Files) -> Iterator[LocalContext]:
     callbacks = Callbacks(load())
-    model = NativeModel(tiny_files("gqa").one, None, callbacks)
-    context = NativeContext(model, callbacks, n_ctx=64)
+    model = LocalModel(tiny_files("gqa").one, None, callbacks)
+    context = model.open_context(callbacks, n_ctx=64)
     yield context
     context.close()
     model.close()
 
 
-def test_bytes_of_a_slot(context: NativeContext) -> None:
+def test_bytes_of_a_slot(context: LocalContext) -> None:
     h = context.hparams
     rng = np.random.default_rng(1)
     states = [rng.random((n, h.n_positions, h.n_embd), np.float32) for n in (2, 1, 3)]
@@ -447,7 +448,7 @@ def test_bytes_of_a_slot(context: NativeContext) -> None:
     ],
 )
 def test_bytes_that_are_none(
-    context: NativeContext, slot: int, image: int, offset: int | str, n_bytes: int | str
+    context: LocalContext, slot: int, image: int, offset: int | str, n_bytes: int | str
 ) -> None:
     h = context.hparams
     assert context.image_fill([np.zeros((1, h.n_positions, h.n_embd), np.float32)]) == 0

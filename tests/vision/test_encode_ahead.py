@@ -30,7 +30,7 @@ from mllama_gguf import (
     RequestError,
     preprocess_image,
 )
-from mllama_gguf.backend.local import NativeContext
+from mllama_gguf.backend.context import LocalContext
 from mllama_gguf.batch.ahead import ENCODED_AHEAD
 from mllama_gguf.batch.captions import CaptionOptions
 from mllama_gguf.batch.failures import ErrorLog
@@ -53,13 +53,13 @@ def model(tiny_files: Files) -> Iterator[Mllama]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the threads in which pictures were encoded, in order."""
     names: list[str] = []
-    real = NativeContext.encode
+    real = LocalContext.encode
 
-    def encode(self: NativeContext, *args: Any) -> Any:
+    def encode(self: LocalContext, *args: Any) -> Any:
         names.append(threading.current_thread().name)
         return real(self, *args)
 
-    monkeypatch.setattr(NativeContext, "encode", encode)
+    monkeypatch.setattr(LocalContext, "encode", encode)
     return names
 
 
@@ -353,9 +353,9 @@ class Failing:
         self, monkeypatch: pytest.MonkeyPatch, error: BaseException, *calls: int, only: str = ""
     ) -> None:
         self.threads: list[str] = []
-        real = NativeContext.encode
+        real = LocalContext.encode
 
-        def encode(context: NativeContext, *args: Any) -> Any:
+        def encode(context: LocalContext, *args: Any) -> Any:
             name = threading.current_thread().name
             self.threads.append(name)
             n = self.threads.count(only) if only else len(self.threads)
@@ -363,7 +363,7 @@ class Failing:
                 raise error
             return real(context, *args)
 
-        monkeypatch.setattr(NativeContext, "encode", encode)
+        monkeypatch.setattr(LocalContext, "encode", encode)
 
 
 @pytest.mark.parametrize("error", [RequestError("no"), ImageError("no"), BackendError("device lost")])
@@ -392,15 +392,15 @@ def test_a_lost_device_is_opened_with_its_encoder(
     batch.run(many, False)
     expected = batch.kept()[0].splitlines()
     threads: list[str] = []
-    real = NativeContext.encode
+    real = LocalContext.encode
 
-    def encode(context: NativeContext, *args: Any) -> Any:
+    def encode(context: LocalContext, *args: Any) -> Any:
         threads.append(threading.current_thread().name)
         if len(threads) >= 3 and len(batch.models) == 1:
             raise BackendError("device lost")
         return real(context, *args)
 
-    monkeypatch.setattr(NativeContext, "encode", encode)
+    monkeypatch.setattr(LocalContext, "encode", encode)
     summary = batch.run(many, True)
     assert (summary.captioned, summary.failed, len(batch.models)) == (19, 1, 2)
     assert batch.kept()[0].splitlines() == expected[:2] + expected[3:]
@@ -439,28 +439,28 @@ def test_memory_for_one_at_a_time(
 
 def test_an_abort_in_the_encoder_ends_the_run(photos: list[str], batch: Batch) -> None:
     batch.settings["abort"] = lambda: threading.current_thread().name == "mllama-encode"
-    real = NativeContext.encode
+    real = LocalContext.encode
 
-    def asked(context: NativeContext, *args: Any) -> Any:
+    def asked(context: LocalContext, *args: Any) -> Any:
         if context._callbacks.on_abort():  # a tiny picture is done before it is asked
             raise Aborted("stopped")
         return real(context, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NativeContext, "encode", asked)
+        patch.setattr(LocalContext, "encode", asked)
         summary = batch.run(photos, True)
     assert summary.interrupted
     assert summary.captioned == 0
 
 
 def test_seconds(photos: list[str], batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = NativeContext.encode
+    real = LocalContext.encode
 
-    def encode(context: NativeContext, *args: Any) -> Any:
+    def encode(context: LocalContext, *args: Any) -> Any:
         time.sleep(0.05)
         return real(context, *args)
 
-    monkeypatch.setattr(NativeContext, "encode", encode)  # what the loop waits for, most of the time
+    monkeypatch.setattr(LocalContext, "encode", encode)  # what the loop waits for, most of the time
     for ahead in (False, True):
         summary = batch.run(photos, ahead)
         seconds = summary.seconds
@@ -495,13 +495,13 @@ def test_the_disk_cache(
     assert Counter(Path(name).suffix for name in entries[1]) == {".states": 7, ".filling": 7, ".prefix": 1}
 
     filled = []
-    real = NativeContext.image_fill
+    real = LocalContext.image_fill
 
-    def image_fill(context: NativeContext, states: Any) -> int:
+    def image_fill(context: LocalContext, states: Any) -> int:
         filled.extend(not isinstance(s, int) for s in states)
         return real(context, states)
 
-    monkeypatch.setattr(NativeContext, "image_fill", image_fill)
+    monkeypatch.setattr(LocalContext, "image_fill", image_fill)
     calls.clear()
     batch.run(photos, True)
     assert batch.kept() == captions[0]

@@ -12,7 +12,7 @@ import pytest
 from helpers import TinyFiles, picture
 
 from mllama_gguf import Aborted, BackendError, ImageEmbedding, Mllama
-from mllama_gguf.backend.local import NativeContext
+from mllama_gguf.backend.context import LocalContext
 
 Files = Callable[[str], TinyFiles]
 
@@ -29,9 +29,9 @@ class Slow:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, *fail: int) -> None:
         self.calls = 0
         self.begun = threading.Event()
-        real = NativeContext.encode
+        real = LocalContext.encode
 
-        def encode(context: NativeContext, *args: Any) -> Any:
+        def encode(context: LocalContext, *args: Any) -> Any:
             self.calls += 1
             number = self.calls
             self.begun.set()
@@ -40,7 +40,7 @@ class Slow:
                 raise error
             return real(context, *args)
 
-        monkeypatch.setattr(NativeContext, "encode", encode)
+        monkeypatch.setattr(LocalContext, "encode", encode)
 
 
 def together(*encode: Callable[[], ImageEmbedding]) -> list[ImageEmbedding | Exception]:

@@ -1,0 +1,129 @@
+"""A model opened as its settings say: here or in a child process, with as many offloaded layers as fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .. import cpus
+from ..errors import OutOfMemoryError
+from ..settings import Settings
+from .base import Context, Model
+from .callbacks import Callbacks
+from .isolated import IsolatedModel
+from .local import open_model
+from .measure import measuring
+from .plan import device_limits, largest_fitting
+from .supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An open model, and how its contexts are made.
+
+    n_gpu_layers: as found, if the settings say "auto"
+    n_threads:    CPU threads of a context that asks for no other number
+    """
+
+    model: Model
+    settings: Settings
+    n_gpu_layers: int
+    n_threads: int
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens of a context that asks for no other number."""
+        return self.settings.context_length(self.model.hparams.n_ctx_train)
+
+    def open_context(
+        self, callbacks: Callbacks, *, n_ctx: int | None = None, n_threads: int | None = None
+    ) -> Context:
+        """A context as the settings say. If they say n_gpu_layers="auto", it has all the memory that it may
+        ever need. Raises BackendError, RequestError."""
+        context = self.model.open_context(
+            callbacks,
+            n_ctx=n_ctx or self.n_ctx,
+            n_threads=n_threads or self.n_threads,
+            **self.settings.for_context(),
+        )
+        if self.settings.n_gpu_layers == "auto":
+            h = self.model.hparams
+            try:
+                context.reserve([h.max_tiles] if h.has_vision else [])
+            except BaseException:
+                context.close()
+                raise
+        return context
+
+
+def open_backend(
+    model_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None,
+    settings: Settings,
+    callbacks: Callbacks,
+) -> Backend:
+    """Open a model. Raises ModelError, BackendError, RequestError, Aborted."""
+
+    def open_with(layers: int) -> Backend:
+        model = _open_model(model_path, mmproj_path, settings, layers, callbacks)
+        try:
+            backend = Backend(model, settings, layers, settings.n_threads or cpus.default_threads(model.size))
+            if settings.n_gpu_layers == "auto":
+                backend.open_context(callbacks).close()  # a trial
+            return backend
+        except BaseException:
+            model.close()
+            raise
+
+    if settings.n_gpu_layers != "auto":
+        return open_with(settings.n_gpu_layers)
+    for_model = settings.for_model()
+    with measuring(
+        model_path,
+        mmproj_path,
+        workers=settings.rpc_servers,
+        rpc_timeout=settings.rpc_timeout,
+        isolate=settings.isolate,
+        n_ctx=settings.n_ctx,
+        n_threads=settings.n_threads or 0,
+        **for_model,
+        **settings.for_context(),
+    ) as (measure_one, found_devices):
+        layers = largest_fitting(measure_one, device_limits(found_devices, for_model))
+    return step_down(open_with, layers)
+
+
+def _open_model(
+    model_path: str | os.PathLike[str],
+    mmproj_path: str | os.PathLike[str] | None,
+    settings: Settings,
+    layers: int,
+    callbacks: Callbacks,
+) -> Model:
+    chosen = {"n_gpu_layers": layers, **settings.for_model()}
+    if not settings.rpc_servers and not settings.isolate:
+        return open_model(model_path, mmproj_path, callbacks=callbacks, **chosen)
+    supervisor = Supervisor(settings.rpc_servers, settings.rpc_timeout)
+    return IsolatedModel(supervisor, model_path, mmproj_path, callbacks, **chosen)
+
+
+def step_down(open_with: Callable[[int], T], layers: int) -> T:
+    """Open with so many layers, or with fewer where a device has less room than it said: 1 less, 3 less, 7
+    less, ... Raises OutOfMemoryError if 0 layers are too many, and what else `open_with` raises."""
+    step = 1
+    while True:
+        try:
+            return open_with(layers)
+        except OutOfMemoryError as e:
+            if layers <= 0:
+                raise
+            logger.warning("n_gpu_layers %d: %s; trying fewer", layers, e)
+            layers = max(0, layers - step)
+            step *= 2
