@@ -159,7 +159,11 @@ class Mllama(OneProcess):
         self._backend = open_backend(model_path, mmproj_path, settings, callbacks)
         self._model = self._backend.model
         self.n_gpu_layers, self.n_threads = self._backend.n_gpu_layers, self._backend.n_threads
-        self._context = self._backend.open_context(callbacks)
+        try:
+            self._context = self._backend.open_context(callbacks)
+        except BaseException:
+            self._model.close()
+            raise
         # After the C library has checked the file.
         self._vocab = Vocab(model_path)
         needed = max(self.hparams.vocab_size, self.image_token_id + 1 if self.hparams.has_vision else 0)

@@ -63,7 +63,7 @@ def test_auto_is_the_plan_s_best(workers: tuple[str, str], monkeypatch: pytest.M
     plan = make_plan(DEMO, rpc_servers=workers, n_ctx=2048, budget=[budget, budget])
     assert plan.best is not None and 3 <= plan.best < plan.n_layer + 1
     monkeypatch.setattr(
-        "mllama_gguf.model.device_limits",
+        "mllama_gguf.backend.opening.device_limits",
         lambda devices, settings: device_limits(devices, settings, [budget, budget]),
     )
     with Mllama(DEMO, rpc_servers=workers, n_ctx=2048, n_gpu_layers="auto") as model:
