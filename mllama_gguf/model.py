@@ -181,7 +181,6 @@ class Mllama(OneProcess):
             disk = ImageCache(None if settings.image_cache is True else settings.image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
         self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
-        self._flash_attn = settings.flash_attn
         self._stop = abort or (lambda: False)
         self._keys = Keys(
             self._model,
@@ -189,6 +188,7 @@ class Mllama(OneProcess):
             self.mmproj_path,
             KeySettings(
                 PREPROCESS_VERSION,
+                self._backend.cpu_kernel,
                 settings.flash_attn,
                 settings.type_k,
                 settings.type_v,
@@ -337,11 +337,10 @@ class Mllama(OneProcess):
             cpus.check_threads(n_threads)
         with self._exclusive(changes=False):
             encoder = ImageEncoder(
-                self._model,
+                self._backend,
                 self._images,
                 self._stop,
                 n_threads=n_threads or self.encoder_threads or 1,
-                flash_attn=self._flash_attn,
             )
             self._encoders.add(encoder)
             return encoder

@@ -59,9 +59,10 @@ class Model(Protocol):
         type_v: KvType = "f16",
         flash_attn: bool = True,
         offload_kqv: bool = True,
+        cpu_kernel: str = "",
     ) -> Context:
-        """A context of its own. n_ctx, n_batch: tokens; n_threads 0: ggml's default. Raises RequestError,
-        BackendError."""
+        """A context of its own. n_ctx, n_batch: tokens; n_threads 0: ggml's default; cpu_kernel "": as
+        $MLLAMA_CPU_KERNEL says. Raises RequestError, BackendError."""
 
     def close(self) -> None:
         """Free it, or let the last of its contexts do so. Twice is fine."""

@@ -45,6 +45,7 @@ class LocalContext(OneProcess):
         type_v: KvType,
         flash_attn: bool,
         offload_kqv: bool,
+        cpu_kernel: str,
     ) -> None:
         """For `LocalModel.open_context`. model: the C object, with these hparams."""
         self.native = native
@@ -58,6 +59,8 @@ class LocalContext(OneProcess):
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         params.flash_attn = flash_attn
         params.offload_kqv = offload_kqv
+        c_kernel = ffi.new("char[]", cpu_kernel.encode()) if cpu_kernel else ffi.NULL  # read during the call
+        params.cpu_kernel = c_kernel
         params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
         out = ffi.new("mllama_context **")
         with model as pointer:

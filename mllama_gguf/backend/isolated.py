@@ -87,6 +87,7 @@ class IsolatedModel(OneProcess):
         type_v: KvType = "f16",
         flash_attn: bool = True,
         offload_kqv: bool = True,
+        cpu_kernel: str = "",
     ) -> IsolatedContext:
         """As `Model.open_context`."""
         return IsolatedContext(
@@ -100,6 +101,7 @@ class IsolatedModel(OneProcess):
             type_v=type_v,
             flash_attn=flash_attn,
             offload_kqv=offload_kqv,
+            cpu_kernel=cpu_kernel,
         )
 
     def close(self) -> None:

@@ -74,6 +74,10 @@ class Native:
         if status != OK:
             raise self.error(status)
 
+    def cpu_kernel(self) -> str:
+        """The kernel for the CPU that $MLLAMA_CPU_KERNEL and the processor give now; "": it names none."""
+        return self.text(self.lib.mllama_cpu_kernel())
+
     def text(self, pointer: Any) -> str:
         """A C string, or "" for NULL."""
         return "" if pointer == self.ffi.NULL else self.ffi.string(pointer).decode("utf-8", "replace")

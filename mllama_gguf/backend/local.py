@@ -164,6 +164,7 @@ class LocalModel(OneProcess):
         type_v: KvType = "f16",
         flash_attn: bool = True,
         offload_kqv: bool = True,
+        cpu_kernel: str = "",
     ) -> LocalContext:
         """As `Model.open_context`."""
         return LocalContext(
@@ -178,6 +179,7 @@ class LocalModel(OneProcess):
             type_v=type_v,
             flash_attn=flash_attn,
             offload_kqv=offload_kqv,
+            cpu_kernel=cpu_kernel,
         )
 
 

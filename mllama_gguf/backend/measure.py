@@ -31,7 +31,8 @@ def measure(
     """What a model with a full context takes, in this process.
 
     n_tiles:  of each picture in the cache; None: one picture with all its tiles
-    settings: those of `local.open_model` and `Model.open_context`; without n_threads, as many as `Mllama` takes
+    settings: those of `local.open_model` and `Model.open_context`; without n_threads, as many as `Mllama`
+    takes
 
     Raises ModelError, RequestError, BackendError.
     """

@@ -14,6 +14,7 @@ from ..settings import Settings
 from .base import Context, Model
 from .callbacks import Callbacks
 from .isolated import IsolatedModel
+from .library import load
 from .local import open_model
 from .measure import measuring
 from .plan import device_limits, largest_fitting
@@ -30,12 +31,14 @@ class Backend:
 
     n_gpu_layers: as found, if the settings say "auto"
     n_threads:    CPU threads of a context that asks for no other number
+    cpu_kernel:   of all contexts: what the environment gave when the model was opened
     """
 
     model: Model
     settings: Settings
     n_gpu_layers: int
     n_threads: int
+    cpu_kernel: str
 
     @property
     def n_ctx(self) -> int:
@@ -51,6 +54,7 @@ class Backend:
             callbacks,
             n_ctx=n_ctx or self.n_ctx,
             n_threads=n_threads or self.n_threads,
+            cpu_kernel=self.cpu_kernel,
             **self.settings.for_context(),
         )
         if self.settings.n_gpu_layers == "auto":
@@ -61,6 +65,18 @@ class Backend:
                 context.close()
                 raise
         return context
+
+    def open_encoder(self, callbacks: Callbacks, n_threads: int) -> Context:
+        """A context that only encodes images. Raises BackendError."""
+        # A cache of tokens cannot be left out, but be as small as can be.
+        return self.model.open_context(
+            callbacks,
+            n_ctx=1,
+            n_batch=1,
+            n_threads=n_threads,
+            flash_attn=self.settings.flash_attn,
+            cpu_kernel=self.cpu_kernel,
+        )
 
 
 def open_backend(
@@ -74,7 +90,8 @@ def open_backend(
     def open_with(layers: int) -> Backend:
         model = _open_model(model_path, mmproj_path, settings, layers, callbacks)
         try:
-            backend = Backend(model, settings, layers, settings.n_threads or cpus.default_threads(model.size))
+            n_threads = settings.n_threads or cpus.default_threads(model.size)
+            backend = Backend(model, settings, layers, n_threads, load().cpu_kernel())
             if settings.n_gpu_layers == "auto":
                 backend.open_context(callbacks).close()  # a trial
             return backend

@@ -65,16 +65,14 @@ def weights_sha256(file: GGUFFile, tensors: Collection[str], stop: Callable[[], 
     return digest.hexdigest()
 
 
-def code_identity(device: str, devices: Sequence[Device]) -> str:
+def code_identity(device: str, devices: Sequence[Device], cpu_kernel: str) -> str:
     """Names what computes on a device (as ggml names it; one of `devices`) to the bit: this build of
-    libmllama, its kernel for the CPU as $MLLAMA_CPU_KERNEL and the processor have it now, ggml, the hardware
-    (of a worker, its address), and what helps the CPU."""
+    libmllama, its kernel for the CPU, ggml, the hardware (of a worker, its address), and what helps the
+    CPU."""
     native = library.load()
-    kernel = native.lib.mllama_cpu_kernel()
     ggml = native.text(native.lib.mllama_ggml_version_loaded())
     hardware = [(d.name, d.description) for d in devices if d.name == device or d.type == "accel"]
-    name = "" if kernel == native.ffi.NULL else native.text(kernel)
-    return f"{_sha256(native.path)}/{name}/{ggml}/{device}/{hardware}"
+    return f"{_sha256(native.path)}/{cpu_kernel}/{ggml}/{device}/{hardware}"
 
 
 @cache

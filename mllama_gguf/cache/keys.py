@@ -65,9 +65,11 @@ class KeySettings:
     """The settings that results depend on; see `Mllama`.
 
     preprocess: the version of the code that cuts images into tiles
+    cpu_kernel: of all contexts of the model
     """
 
     preprocess: int
+    cpu_kernel: str
     flash_attn: bool
     type_k: str
     type_v: str
@@ -100,9 +102,7 @@ class Keys(OneProcess):
         self._text = _Weights(model_path, disk)
         self._vision = self._text if mmproj_path is None else _Weights(mmproj_path, disk)
         self._lock = threading.Lock()  # of what follows, which is found once
-        self._vision_names: list[str] = []
-        self._vision_device = ""
-        self._image_kv = ""
+        self._states = self._image_kv = ""
 
     def states(self, tiles: Tiles, stop: Callable[[], bool] = lambda: False) -> str:
         """The key of an image's states. stop: asked while weights are hashed; True: stop with Aborted."""
@@ -130,13 +130,12 @@ class Keys(OneProcess):
     def _encoder(self, stop: Callable[[], bool]) -> str:
         """Everything but the pixels that the bits of states depend on."""
         with _locked(self._lock, stop):
-            if not self._vision_device:
+            if not self._states:
                 vision = [tensor for tensor in self._model.tensors() if tensor.is_vision]
-                self._vision_names = [tensor.name for tensor in vision]
-                self._vision_device = vision[0].device
-            weights = self._vision.identity(self._vision_names, stop)
-        code = code_identity(self._vision_device, self._model.devices())
-        return f"{weights}/{self._settings.preprocess}/{code}/{self._settings.flash_attn}"
+                weights = self._vision.identity([tensor.name for tensor in vision], stop)
+                (code,) = self._code({vision[0].device})
+                self._states = f"{weights}/{self._settings.preprocess}/{code}/{self._settings.flash_attn}"
+            return self._states
 
     def _image_kv_identity(self, stop: Callable[[], bool]) -> str:
         """Everything but the states that the bits of image_kv depend on."""
@@ -159,7 +158,7 @@ class Keys(OneProcess):
 
     def _code(self, devices: Collection[str]) -> list[str]:
         known = self._model.devices()
-        return [code_identity(device, known) for device in sorted({"CPU", *devices})]
+        return [code_identity(device, known, self._settings.cpu_kernel) for device in sorted(devices)]
 
 
 class _Weights:

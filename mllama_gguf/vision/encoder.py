@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from ..backend.base import Model
 from ..backend.callbacks import Callbacks
 from ..backend.library import load
+from ..backend.opening import Backend
 from ..errors import Aborted
 from ..handles import OneProcess
 from .embedding import ImageEmbedding, Picture
@@ -30,12 +30,11 @@ class ImageEncoder(OneProcess):
 
     def __init__(
         self,
-        model: Model,
+        backend: Backend,
         images: Images,
         abort: Callable[[], bool],
         *,
         n_threads: int,
-        flash_attn: bool,
     ) -> None:
         """For `Mllama.image_encoder`. Raises BackendError."""
         self.n_threads = n_threads
@@ -44,9 +43,7 @@ class ImageEncoder(OneProcess):
         self._images = images
         callbacks = self._callbacks = Callbacks(load(), abort=lambda: self._stopped.is_set() or abort())
         # A cache of tokens cannot be left out, but be as small as can be.
-        self._context = model.open_context(
-            callbacks, n_ctx=1, n_batch=1, n_threads=n_threads, flash_attn=flash_attn
-        )
+        self._context = backend.open_encoder(callbacks, n_threads)
 
     def encode(self, image: Picture) -> ImageEmbedding:
         """As `Mllama.encode_image`, without its progress. Raises what that raises; Aborted after `stop`

@@ -125,10 +125,15 @@ def test_what_makes_a_key(folder: Path, tmp_path: Path, tiny_files: Files) -> No
         assert encoded.pictures == 2
     with encoded.open(files.text, copy, flash_attn=False) as model:
         assert model.encode_image(picture(1)).key != first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLLAMA_CPU_KERNEL", "off")
+        with encoded.open(files.text, copy) as model:
+            patch.delenv("MLLAMA_CPU_KERNEL")  # that of an open model does not change
+            assert model.encode_image(picture(1)).key != first
+            with model.image_encoder(1) as encoder:
+                assert encoder.encode(picture(1)).key == model.encode_image(picture(1)).key
     with encoded.open(files.text, copy) as model, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLLAMA_CPU_KERNEL", "off")
-        assert model.encode_image(picture(1)).key != first
-        patch.delenv("MLLAMA_CPU_KERNEL")
         assert model.encode_image(picture(1)).key == first
     keys = {first}
     for at in (-1, -100_000):  # bytes of two weights

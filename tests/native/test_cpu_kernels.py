@@ -23,7 +23,7 @@ from reference import Reference
 from mllama_gguf import Aborted, Mllama, RequestError
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
-from mllama_gguf.backend.local import NativeModel
+from mllama_gguf.backend.local import LocalModel
 from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.convert.quantize import quantize
 
@@ -320,7 +320,7 @@ def made_for(path: Path, kernel: str | None, flash_attn: bool = True) -> str:
     """The kernel of a context that asks for one."""
     native = load()
     ffi, lib = native.ffi, native.lib
-    model = NativeModel(path, None, Callbacks(native))
+    model = LocalModel(path, None, Callbacks(native))
     name = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
     params = ffi.new("mllama_context_params *", lib.mllama_context_default_params())
     params.n_ctx, params.cpu_kernel, params.flash_attn = 256, name, flash_attn
