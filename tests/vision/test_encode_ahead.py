@@ -541,7 +541,7 @@ def test_the_setting_does_not_begin_anew(photos: list[str], tmp_path: Path) -> N
             text=True,
         )
         assert child.returncode == -signal.SIGKILL, child.stderr
-        (partial,) = tmp_path.glob(".c.jsonl.*.partial")
+        (partial,) = tmp_path.glob(".mllama-*.partial.jsonl")
         assert partial.read_bytes() == b"".join(expected.splitlines(keepends=True)[:n])
     assert run([*args, "--overwrite", "--encode-ahead"]) == 3
     assert out.read_bytes() == expected
