@@ -214,7 +214,12 @@ def _quiet_stat(path: AnyPath) -> os.stat_result | None:
 
 @contextmanager
 def replacing(
-    path: AnyPath, *, durable: bool = False, overwrite: bool = True, wait: float = 30.0
+    path: AnyPath,
+    *,
+    durable: bool = False,
+    overwrite: bool = True,
+    wait: float = 30.0,
+    mode: int = 0o666,
 ) -> Iterator[BinaryIO]:
     """A binary file to write to. It becomes `path` if the block ends well, and is removed if not.
 
@@ -223,13 +228,14 @@ def replacing(
     overwrite: replace a file that exists by then; if not, only an empty one
     wait:      seconds to wait for another process that writes the same file; two processes that read the old
                content in the block and write the new one do so one after the other
+    mode:      permissions of a new file, less the umask
 
     Permissions and owner of a file that is replaced are kept. Raises OSError, with `path` as its file name.
     """
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target)
     try:
-        with create_locked(temporary, wait) as file:
+        with create_locked(temporary, wait, mode) as file:
             try:
                 old = keep_attributes(target, file.fileno())
                 yield file

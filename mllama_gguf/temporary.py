@@ -32,12 +32,12 @@ def temporary_name(target: Path) -> Path:
     return target.with_name(f".mllama-{digest}.tmp")
 
 
-def create_locked(temporary: Path, wait: float) -> io.BufferedWriter:
-    """The temporary file, new, open and locked. Raises OSError."""
+def create_locked(temporary: Path, wait: float, mode: int = 0o666) -> io.BufferedWriter:
+    """The temporary file, new, open and locked. mode: its permissions, less the umask. Raises OSError."""
     while True:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = open(os.open(temporary, flags, 0o666), "wb")  # noqa: SIM115  # the caller closes it
+            file = open(os.open(temporary, flags, mode), "wb")  # noqa: SIM115  # the caller closes it
         except FileExistsError:
             remove_unlocked(temporary, wait, unsure=True)
             continue
@@ -74,11 +74,16 @@ def open_locked(path: Path, wait: float = 0.0, *, create: bool = True) -> tuple[
         file.close()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is that of a temporary file of ours."""
+    return _NAME.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed writers: files named as ours that nobody has locked."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if _NAME.fullmatch(entry.name):
+            if is_temporary(entry.name):
                 with suppress(OSError):
                     remove_unlocked(Path(entry.path))
 

@@ -12,6 +12,7 @@ import tiny
 from helpers import TinyFiles
 
 from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, SIZE_VARIABLE
+from mllama_gguf.cache.folder import NAME
 from mllama_gguf.convert.huggingface import convert
 
 # Tests, and the processes that they start, neither find nor leave pictures on disk; those of the image cache
@@ -27,11 +28,11 @@ def no_user_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the image cache, which is on."""
+    """The folder of the image cache, which is on."""
     path = tmp_path / "cache" / "images"
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(path))
     monkeypatch.delenv(SIZE_VARIABLE)
-    return path
+    return path / NAME
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ self-attention cache: 0.2 MB a token of the 11B model. Keys and values have at m
 room is needed, the entries that were used longest ago are removed, of all kinds. A file's modification time
 is when it was last used; a use of the image_kv counts for the states too.
 
-Where: $MLLAMA_IMAGE_CACHE, or `images` in the platform's cache directory of this package. How much:
-$MLLAMA_IMAGE_CACHE_SIZE, in bytes or like "500 MB", 4 GB if it is not set. Only the owner can read the
-directory, because the entries tell what was in the images.
+Where: a folder of our own, `mllama-images`, in $MLLAMA_IMAGE_CACHE or the platform's cache directory of this
+package (see `folder`). How much: $MLLAMA_IMAGE_CACHE_SIZE, in bytes or like "500 MB", 4 GB if it is not set.
+Only the owner can read it, because the entries tell what was in the images.
 
 An entry is one file (see `entries`), written under another name and renamed: it is there as a whole or not at
 all, and processes need no lock. Each has a checksum; an entry whose checksum does not fit is removed. Values
@@ -31,8 +31,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,7 +38,10 @@ from pathlib import Path
 
 from ..backend.types import Bytes, Floats
 from ..errors import ImageError
-from ..words import parse_size
+from ..files import replacing
+from ..temporary import remove_leftovers
+from ..words import os_reason, parse_size
+from . import folder
 from .entries import (
     KV_OFFSET,
     SUFFIXES,
@@ -61,9 +62,6 @@ SIZE_VARIABLE = "MLLAMA_IMAGE_CACHE_SIZE"
 DEFAULT_MAX_BYTES = 4_000_000_000  # twenty images of four tiles of the 11B model, six of them with image_kv
 
 _KV_KINDS: tuple[KvKind, ...] = ("image_kv", "prefix_kv")
-_DIGEST_SUFFIX, _TEMPORARY_SUFFIX = ".weights", ".tmp"
-# A temporary file this old belongs to a process that died.
-_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,15 @@ class CacheInfo:
 
 
 def default_directory() -> Path:
-    """Where the cache is if nobody says otherwise."""
+    """The directory in which the cache has its folder if nobody says otherwise."""
     chosen = os.environ.get(DIRECTORY_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
+    return Path(chosen).expanduser() if chosen else _own_directory()
+
+
+def _own_directory() -> Path:
     import platformdirs
 
-    return platformdirs.user_cache_path("mllama_gguf") / "images"
+    return platformdirs.user_cache_path("mllama_gguf")
 
 
 def default_max_bytes() -> int:
@@ -95,12 +95,16 @@ def default_max_bytes() -> int:
 
 
 class ImageCache:
-    """Results by key in a directory of which other processes may use and change every file. Safe from several
+    """Results by key in a folder of which other processes may use and change every file. Safe from several
     threads."""
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, max_bytes: int | None = None) -> None:
-        """directory, max_bytes: None: as the environment says. Raises RequestError; touches no file."""
-        self.directory = default_directory() if directory is None else Path(directory)
+        """directory: in which the cache has its folder. directory, max_bytes: None: as the environment says.
+
+        Raises RequestError; touches no file.
+        """
+        self._parent = default_directory() if directory is None else Path(directory)
+        self.directory = self._parent / folder.NAME
         self.max_bytes = default_max_bytes() if max_bytes is None else max_bytes
         self._warned = False
 
@@ -225,12 +229,15 @@ class ImageCache:
         )
 
     def clear(self) -> CacheInfo:
-        """Remove everything, what is remembered of model files included. Returns what was there. Raises
-        OSError for what cannot be removed."""
+        """Remove everything of ours: entries, digests of model files, and what earlier versions left. Returns
+        what was there. Raises OSError for what cannot be removed."""
         before = self.info()
-        for suffix in (*SUFFIXES.values(), _DIGEST_SUFFIX, _TEMPORARY_SUFFIX):
-            for path in self.directory.glob(f"*{suffix}"):
-                path.unlink(missing_ok=True)
+        folder.clear(self.directory)
+        folder.clear_old(self._parent)
+        if self._parent == _own_directory():
+            folder.clear_old(self._parent / "images")
+            with suppress(OSError):  # it is not empty, or not there
+                (self._parent / "images").rmdir()
         return before
 
     # ---- files ---------------------------------------------------------------------------------------------
@@ -239,17 +246,19 @@ class ImageCache:
         return self.directory / f"{key}{SUFFIXES[kind]}"
 
     def _digest_path(self, name: str) -> Path:
-        return self.directory / f"{name}{_DIGEST_SUFFIX}"
+        return self.directory / f"{name}{folder.DIGEST_SUFFIX}"
 
     def _entries(self, kinds: Iterable[Kind]) -> Iterator[tuple[float, int, Path]]:
         """(when it was last used, bytes, path) of each entry; other processes may remove them meanwhile."""
         for kind in kinds:
-            for path in self.directory.glob(f"*{SUFFIXES[kind]}"):
+            for entry in folder.files(self.directory, SUFFIXES[kind]):
                 with suppress(OSError):
-                    info = path.stat()
-                    yield info.st_mtime, info.st_size, path
+                    info = entry.stat(follow_symlinks=False)
+                    yield info.st_mtime, info.st_size, Path(entry.path)
 
     def _shrink(self, max_bytes: int, kinds: Sequence[Kind] = tuple(SUFFIXES)) -> None:
+        folder.make(self.directory)
+        remove_leftovers(self.directory)
         entries = sorted(self._entries(kinds))
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
@@ -257,36 +266,24 @@ class ImageCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
-        for path in self.directory.glob(f"*{_TEMPORARY_SUFFIX}"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
 
     def _drop(self, path: Path, why: ImageError) -> None:
         logger.warning("%s: %s; the entry is dropped", path, why)
-        with suppress(OSError):
-            path.unlink()
+        if folder.is_ours(self.directory):
+            with suppress(OSError):
+                path.unlink()
 
     def _write(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=self.directory, suffix=_TEMPORARY_SUFFIX)
-        try:
-            with open(fd, "wb", buffering=0) as file:
-                for part in parts:
-                    rest = memoryview(part).cast("B")
-                    while rest:
-                        rest = rest[file.write(rest) :]
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        folder.make(self.directory)
+        # Another process that writes the entry now writes the same.
+        with suppress(BlockingIOError), replacing(path, wait=0, mode=0o600) as file:
+            for part in parts:
+                file.write(part)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            words = error.strerror or str(error)
-            logger.warning("%s: the image cache cannot be used: %s", error.filename or self.directory, words)
+            logger.warning("%s: the image cache cannot be used: %s", self.directory, os_reason(error))
 
 
 def _open(path: Path) -> io.FileIO:

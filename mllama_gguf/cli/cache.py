@@ -25,6 +25,7 @@ def cache_command(action: str, as_json: bool) -> None:
     that (its filling), so that the next question about it is answered without computing either again; and
     what it made of the tokens before the picture (the prefix).
     MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE another size than 4 GB (0: no cache).
+    The cache has a folder of its own in that directory. It never removes a file of another program.
     """
     from ..cache.disk import ImageCache
 

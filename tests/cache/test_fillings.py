@@ -217,7 +217,7 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
         answer = model.caption(picture(1), max_tokens=9)
         assert len(model._session._slots) == 1
     assert before == (call != "image_get")
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*"))
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
         assert model.caption(picture(1), max_tokens=9) == answer
 
@@ -394,7 +394,7 @@ def test_a_full_disk_is_one_warning(
 
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
         expected = [model.caption(picture(seed), max_tokens=9) for seed in (1, 2)]
-    monkeypatch.setattr("mllama_gguf.cache.disk.os.replace", fails)
+    monkeypatch.setattr("mllama_gguf.files.os.replace", fails)
     with Mllama(tiny_files("gqa").one) as model:
         assert [model.caption(picture(seed), max_tokens=9) for seed in (1, 2)] == expected
     records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -25,8 +26,11 @@ from mllama_gguf.cache.disk import (
     ImageCache,
     default_max_bytes,
 )
+from mllama_gguf.cache.folder import MARK, MARKER, NAME, make
 from mllama_gguf.cache.identity import weights_sha256
 from mllama_gguf.cli.main import run
+from mllama_gguf.files import replacing
+from mllama_gguf.temporary import temporary_name
 
 Files = Callable[[str], TinyFiles]
 Captured = pytest.CaptureFixture[str]
@@ -77,7 +81,7 @@ def test_another_object_encodes_nothing_and_says_the_same(folder: Path, tiny_fil
         assert encoded.pictures == n_pictures
         assert len(entries(folder)) == 1
     assert folder.stat().st_mode & 0o077 == 0
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*"))
 
 
 def test_reset_keeps_what_is_on_disk(folder: Path, tiny_files: Files) -> None:
@@ -239,10 +243,10 @@ def test_a_damaged_entry_is_dropped_and_computed_again(
 def test_an_entry_under_another_name_is_not_taken(tmp_path: Path) -> None:
     cache, one, other = ImageCache(tmp_path, 10**6), embedding(1), embedding(2)
     add(cache, one)
-    os.rename(tmp_path / f"{one.key}.states", tmp_path / f"{other.key}.states")
+    os.rename(cache.directory / f"{one.key}.states", cache.directory / f"{other.key}.states")
     assert cache.read_states(other.key) is None
     assert cache.read_states(one.key) is None
-    assert not entries(tmp_path)
+    assert not entries(cache.directory)
 
 
 # ---- size --------------------------------------------------------------------------------------------------
@@ -254,11 +258,11 @@ def test_the_entries_used_longest_ago_go_first(tmp_path: Path) -> None:
     for age, item in zip((90, 80, 70), items, strict=False):
         add(cache, item)
         changed = time.time() - age
-        os.utime(tmp_path / f"{item.key}.states", (changed, changed))
+        os.utime(cache.directory / f"{item.key}.states", (changed, changed))
     assert cache.read_states(items[0].key) is not None  # used now: the second is the oldest
     for item, gone in ((items[3], {1}), (items[4], {1, 2})):
         add(cache, item)
-        present = {i for i, it in enumerate(items) if (tmp_path / f"{it.key}.states").exists()}
+        present = {i for i, it in enumerate(items) if (cache.directory / f"{it.key}.states").exists()}
         assert not present & gone
         assert len(present) == 3
         assert cache.info().n_bytes <= cache.max_bytes
@@ -268,13 +272,25 @@ def test_the_entries_used_longest_ago_go_first(tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, 10**6)
-    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (1, 1))
     add(cache, embedding(1))
-    assert not old.exists()
-    assert new.exists()
+    left = temporary_name(cache.directory / f"{'0' * 64}.states")
+    left.write_bytes(b"half")
+    with left.open("r+b") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        add(cache, embedding(2))
+        assert left.exists()
+    add(cache, embedding(3))
+    assert not left.exists()
+
+
+def test_an_entry_that_another_process_writes_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache, one = ImageCache(tmp_path, 10**6), embedding(1)
+    with replacing(make(cache.directory) or cache.directory / f"{one.key}.states"):
+        add(cache, one)
+        assert cache.read_states(one.key) is None
+        assert not caplog.records
+    add(cache, one)
+    assert cache.read_states(one.key) is not None
 
 
 @pytest.mark.parametrize(
@@ -311,7 +327,7 @@ def test_a_directory_that_cannot_be_is_one_warning(
     assert "cannot be used: Not a directory" in records[0].getMessage()
 
 
-@pytest.mark.parametrize("name", ["tempfile.mkstemp", "os.replace"])
+@pytest.mark.parametrize("name", ["cache.disk.replacing", "files.os.replace"])
 def test_a_full_or_read_only_disk_is_one_warning(
     folder: Path,
     tiny_files: Files,
@@ -326,7 +342,7 @@ def test_a_full_or_read_only_disk_is_one_warning(
     def fails(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr(f"mllama_gguf.cache.disk.{name}", fails)
+    monkeypatch.setattr(f"mllama_gguf.{name}", fails)
     monkeypatch.setattr("mllama_gguf.cache.disk.os.utime", fails)
     encoded = Encoded()
     with encoded.open(tiny_files("gqa").one) as model:
@@ -338,7 +354,7 @@ def test_a_full_or_read_only_disk_is_one_warning(
     records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert records == [f"{folder}: the image cache cannot be used: No space left on device"]
     assert len(entries(folder)) == 1
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*"))
 
 
 # ---- several processes -------------------------------------------------------------------------------------
@@ -379,8 +395,129 @@ def test_processes_at_once(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
         assert int(out) > 50
-    assert not list(tmp_path.glob("*.tmp"))
-    assert 1 <= len(entries(tmp_path)) <= 8  # each may add one beside the others
+    folder = tmp_path / NAME
+    assert {path.suffix for path in folder.iterdir()} == {".states", ".TAG"}
+    assert 1 <= len(entries(folder)) <= 8  # each may add one beside the others
+
+
+# ---- files of others ---------------------------------------------------------------------------------------
+
+KEY = "0123456789abcdef" * 4
+FOREIGN = {
+    "old.tmp": b"half", "model.weights": b"w", "physics.states": b"s", "tooth.filling": b"f", "x.prefix": b"",
+    f"{KEY}.states": b"of another program", f"{KEY}.weights": b"0" * 63, f"{KEY}.weights.bak": b"0" * 64,
+    f"{KEY.upper()}.filling": b"mllama\0\3", ".mllama-1.tmp": b"", "tmpabcdefgh.tmp": b"half",
+}  # fmt: skip
+
+
+def plant(folder: Path) -> dict[str, bytes]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in FOREIGN.items():
+        (folder / name).write_bytes(data)
+        os.utime(folder / name, (1, 1))
+    return FOREIGN
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("how", ["variable", "argument", "relative"])
+def test_a_directory_with_files_of_others(
+    folder: Path, tiny_files: Files, how: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plant(folder.parent)
+    (folder.parent / "link.states").symlink_to("old.tmp")
+    monkeypatch.chdir(folder.parent.parent)
+    monkeypatch.setenv(SIZE_VARIABLE, "200 kB")  # room is needed all the time
+    if how == "relative":
+        monkeypatch.setenv(DIRECTORY_VARIABLE, folder.parent.name)
+    chosen = {"image_cache": folder.parent} if how == "argument" else {}
+    for seed in range(4):
+        with Mllama(tiny_files("gqa").one, n_ctx=512, **chosen) as model:
+            model.caption(picture(seed, 30, 100), max_tokens=3)
+    assert entries(folder)
+    assert run(["cache", "clear"]) == 0
+    assert not folder.exists()
+    assert files_in(folder.parent) == {**before, "link.states": b"half"}
+    assert (folder.parent / "link.states").is_symlink()
+
+
+def test_a_folder_of_the_caches_name_that_is_not_ours(
+    folder: Path, tiny_files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = plant(folder)
+    encoded = Encoded()
+    for n in (1, 2):
+        with encoded.open(tiny_files("gqa").one) as model:
+            model.encode_image(picture(1))
+        assert encoded.pictures == n
+    records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
+    assert len(records) == 2 and all("it has files of other programs; move them away" in r for r in records)
+    assert run(["cache", "clear"]) == 0
+    assert files_in(folder) == before
+
+
+@pytest.mark.parametrize("marker", [b"Signature: 8a477f597d28d172789f06886806bc55\n# browser\n", b"mine"])
+def test_a_marker_of_others(folder: Path, tiny_files: Files, marker: bytes) -> None:
+    folder.mkdir(parents=True)
+    for name, data in ((MARKER, marker), (f"{KEY}.states", b"mine")):
+        (folder / name).write_bytes(data)
+    with Mllama(tiny_files("gqa").one) as model:
+        model.encode_image(picture(1))
+    assert run(["cache", "clear"]) == 0
+    assert files_in(folder) == {MARKER: marker, f"{KEY}.states": b"mine"}
+
+
+def test_files_of_others_in_our_folder(folder: Path, tmp_path: Path) -> None:
+    """Somebody put them there later; a link of our kind of name is theirs too."""
+    cache = ImageCache(max_bytes=10_000)
+    add(cache, embedding(1))
+    theirs = {name: data for name, data in FOREIGN.items() if not name.startswith(KEY)}
+    for name, data in theirs.items():
+        (folder / name).write_bytes(data)
+    (tmp_path / "precious").write_bytes(b"precious")
+    (folder / f"{'1' * 64}.states").symlink_to(tmp_path / "precious")
+    (folder / f"{'2' * 64}.states").mkdir()
+    for seed in range(2, 6):
+        add(cache, embedding(seed))
+    assert cache.info().n_states == 2
+    cache.clear()
+    assert files_in(folder) == {**theirs, f"{'1' * 64}.states": b"precious", MARKER: MARK}
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_the_marker_comes_back(folder: Path) -> None:
+    cache = ImageCache()
+    add(cache, embedding(1))
+    (folder / MARKER).unlink()
+    add(cache, embedding(2))
+    assert (folder / MARKER).read_bytes() == MARK
+    assert cache.info().n_states == 2
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_entries_of_earlier_versions(
+    folder: Path, tmp_path: Path, default: bool, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """They lay in the directory itself. `cache clear` removes what can only be ours."""
+    cache = ImageCache()
+    add(cache, embedding(1))
+    (entry,) = entries(folder)
+    if default:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        monkeypatch.delenv(DIRECTORY_VARIABLE)
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "xdg" / name)
+    old = tmp_path / "xdg" / "mllama_gguf" / "images" if default else folder.parent
+    before = plant(old)
+    for name, data in ((entry.name, entry.read_bytes()), (f"{'3' * 64}.weights", b"a1" * 32)):
+        (old / name).write_bytes(data)
+    assert run(["cache", "clear"]) == 0
+    assert files_in(old) == before
+    for name in before:
+        (old / name).unlink()
+    assert run(["cache", "clear"]) == 0
+    assert old.exists() != default
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -402,7 +539,8 @@ def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: 
     for _ in range(2):
         assert run(["caption", photo, "-m", one, "-n", "5"]) == 0
         assert capsys.readouterr() == expected
-        n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".weights")
+        kinds = (".states", ".filling", ".prefix")
+        n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
         assert info("info") == {
             "directory": str(folder), "n_states": 1, "n_fillings": 1, "n_prefixes": 1,
             "n_bytes": n_bytes, "max_bytes": DEFAULT_MAX_BYTES,
@@ -411,7 +549,7 @@ def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: 
     shown = f"1 picture, 1 filling, 1 prefix, {n_bytes / 1e3:.1f} kB"
     assert capsys.readouterr().out == f"{folder}: {shown} of at most 4.0 GB\n"
     assert info("clear")["n_bytes"] == n_bytes
-    assert not list(folder.iterdir())
+    assert not folder.exists()
     assert run(["cache", "clear"]) == 0
     assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 fillings, 0 prefixes, 0 bytes\n"
     assert run(["cache", "burn"]) == 2

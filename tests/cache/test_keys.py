@@ -144,7 +144,8 @@ def test_pipes_in_the_cache_are_no_entries(tmp_path: Path) -> None:
 
 def test_a_digest_that_is_none(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, 10**6)
-    path = tmp_path / f"{KEY}.weights"
+    path = cache.directory / f"{KEY}.weights"
+    path.parent.mkdir()
     for content in (b"", b"x" * 64, KEY.encode() + b"0", b"\xff" * 64, KEY.upper().encode()):
         path.write_bytes(content)
         assert cache.read_digest(KEY) is None

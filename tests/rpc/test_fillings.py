@@ -99,7 +99,7 @@ def test_a_worker_dies_while_a_picture_is_copied(
         worker.start()
         assert model.caption(picture(1), max_tokens=9) == expected
     assert len(list(folder.glob("*.filling"))) == 1
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_prefix_on_workers(workers: tuple[str, str], tiny_files: Files, folder: Path) -> None:

@@ -37,6 +37,7 @@ from mllama_gguf.batch.failures import ErrorLog
 from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.run import Summary, caption_pictures
 from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, SIZE_VARIABLE
+from mllama_gguf.cache.folder import NAME
 from mllama_gguf.cli.main import run
 from mllama_gguf.convert.huggingface import convert
 
@@ -482,13 +483,14 @@ def test_the_disk_cache(
     monkeypatch.delenv(SIZE_VARIABLE)
     entries, captions = [], []
     for ahead in (False, True):
-        folder = tmp_path / f"cache {ahead}"
-        monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
+        monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / f"cache {ahead}"))
+        folder = tmp_path / f"cache {ahead}" / NAME
         batch.settings["image_cache"] = True
         batch.run(photos, ahead)
         captions.append(batch.kept())
+        found = {path.name: path.read_bytes() for path in folder.iterdir()}
         entries.append(
-            {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".weights"}
+            {name: data for name, data in found.items() if not name.endswith((".weights", ".TAG"))}
         )
     assert captions[1] == captions[0]
     assert entries[1] == entries[0]
