@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--set", choices=SETS, help="only these pictures")
     parser.add_argument("--encode-ahead", choices=AHEAD, default="both")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=report.json_path, help="write the figures there too")
     args = parser.parse_args()
     # The image cache would answer the second round.
     open_model = partial(Mllama.from_pretrained, args.model, args.mmproj, image_cache=False)

@@ -390,7 +390,7 @@ def main() -> None:
         "--llama-repack", action=argparse.BooleanOptionalAction, default=True,
         help="llama.cpp copies weights to its faster layout, as it does by itself",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=report.json_path, help="write the figures there too")
     args = parser.parse_args()
     if not 4 <= args.layers <= full_shape.N_LAYER or args.rounds < 1 or not 0 <= args.prompt < N_CTX:
         parser.error(f"--layers is 4 to 40, --rounds at least 1, --prompt 0 to {N_CTX - 1}")

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=report.json_path, help="write the figures there too")
     args = parser.parse_args()
     tiles = [int(n) if n.isdigit() else 0 for n in args.tiles.split(",")]
     if not set(tiles) <= SIZES.keys() or args.max_tokens < 1 or args.rounds < 1:

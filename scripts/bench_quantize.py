@@ -27,6 +27,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,7 @@ def child(args: argparse.Namespace) -> None:
 def timed(what: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--dir", str(args.dir), "--type", args.type]
     command += ["--threads", str(args.threads), "--child", what, "--source", str(source), "--out", str(out)]
+    out.unlink(missing_ok=True)  # to replace a file waits for the disk, and llama.cpp does not
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -231,7 +233,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--full-only", action="store_true")
     parser.add_argument("--ratio-only", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=report.json_path, help="write the figures there too")
     for hidden in ("--child", "--source", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -240,10 +242,12 @@ def main() -> None:
         return
     args.dir.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
-    if not args.full_only:
-        result["ratio"] = ratio(args)
-    if not args.ratio_only:
-        result["full"] = full(args)
+    with tempfile.TemporaryDirectory(prefix="bench-quantize-", dir=args.dir) as work:
+        args.dir = Path(work)  # what else is in the folder is not ours
+        if not args.full_only:
+            result["ratio"] = ratio(args)
+        if not args.ratio_only:
+            result["full"] = full(args)
     settings = {name: getattr(args, name) for name in ("type", "threads", "layers", "ratio_layers", "runs")}
     report.write_json(args.json, {"about": report.about(**settings), **result})
 

@@ -18,6 +18,8 @@ import sys
 import ray
 import ray.data
 
+from mllama_gguf.errors import MllamaError
+from mllama_gguf.files import check_folder
 from mllama_gguf.ray import MllamaCaptioner
 
 
@@ -35,6 +37,11 @@ def main() -> int:
     parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=4, help="pictures an actor gets at once")
     args = parser.parse_args()
+    if "://" not in args.out:  # Ray adds files of names of its own; it replaces none
+        try:
+            check_folder(args.out)
+        except MllamaError as e:
+            parser.error(str(e))
 
     pictures = ray.data.read_binary_files(args.pictures, include_paths=True)
     captions = pictures.map_batches(

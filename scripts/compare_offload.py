@@ -15,13 +15,15 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mllama_gguf.backend.plan import make_plan
-from mllama_gguf.files import write_whole
+from mllama_gguf.errors import MllamaError
+from mllama_gguf.files import Kind, cannot_write, check_output, write_whole
 from mllama_gguf.store.resolve import resolve
 from mllama_gguf.tune.compare import N_TOP, N_VISION, Answer, compare
 
@@ -40,8 +42,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rpc", default="", help="host:port of workers, with commas in between")
     parser.add_argument("-c", "--n-ctx", type=int, default=2048)
     parser.add_argument("-t", "--threads", type=int)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
-    return parser.parse_args()
+    parser.add_argument("--json", help="write the figures there too, to a new file or that of an earlier run")
+    args = parser.parse_args()
+    if args.json is not None:
+        inputs = [path for path in (args.image, args.model, args.mmproj) if path]
+        try:
+            check_output(args.json, Kind("file of this script", is_rows), inputs=inputs, overwrite=True)
+        except MllamaError as e:
+            parser.error(str(e))
+    return args
+
+
+def is_rows(file: BinaryIO) -> bool:
+    """Whether a file holds what --json writes."""
+    rows = json.load(file)
+    return isinstance(rows, list) and all(isinstance(row, dict) and "differs" in row for row in rows)
 
 
 def table(answers: list[Answer]) -> Table:
@@ -93,7 +108,10 @@ def main() -> int:
     answers = compare(layers, request)
     rows = [{**asdict(a), "differs": sorted(a.differences(answers[0]))} for a in answers]
     if args.json:
-        write_whole(args.json, json.dumps(rows, indent=1) + "\n")
+        try:
+            write_whole(args.json, json.dumps(rows, indent=1) + "\n")
+        except OSError as e:
+            print(f"Error: {cannot_write(args.json, e)}", file=sys.stderr)
     Console(width=None if sys.stdout.isatty() else 140).print(table(answers))
     return int(any(row["differs"] or row["error"] for row in rows))
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import full_shape
 import numpy as np
 
 from mllama_gguf import Mllama
-from mllama_gguf.cache.disk import DIRECTORY_VARIABLE
+from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, ImageCache
 
 QUESTIONS = ("describe this image", "what is to the left of it")
 SIZES = {1: (560, 560), 2: (560, 1120), 4: (1120, 1120)}  # tiles: height, width
@@ -92,8 +92,7 @@ def elsewhere(model: Path, args: argparse.Namespace, *questions: str) -> list[di
     ]
     if args.threads:
         command += ["--threads", str(args.threads)]
-    cache = {DIRECTORY_VARIABLE: str(args.dir / "images")}
-    done = subprocess.run(command, env={**os.environ, **cache}, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
 
@@ -121,8 +120,13 @@ def main() -> None:
         partial = model.with_suffix(".partial")
         full_shape.write_mllama(partial, vision=True)
         partial.rename(model)
-    images = args.dir / "images"
-    shutil.rmtree(images, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="images-", dir=args.dir) as directory:
+        os.environ[DIRECTORY_VARIABLE] = directory
+        measure(model, args, ImageCache().directory)
+
+
+def measure(model: Path, args: argparse.Namespace, images: Path) -> None:
+    """Print the table. images: the folder of the cache, not there yet."""
     # In between the first one again: what two questions begin with is computed once.
     first, *others = elsewhere(model, args, *QUESTIONS * args.rounds)
     again = others[::2]
@@ -147,7 +151,6 @@ def main() -> None:
         tokens = f"({row['tokens'] - row['cached']})"
         columns = "".join(f"{row[key]:8.2f}" for key in ("total", "picture", "encode", "fill", "prompt"))
         print(f"{name:24}{columns} {tokens:9}{first['total'] / row['total']:14.1f}")
-    shutil.rmtree(images)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 from rich.console import Console
@@ -18,7 +19,8 @@ from rich.table import Table
 
 from mllama_gguf import __version__
 from mllama_gguf.backend.library import load
-from mllama_gguf.files import write_whole
+from mllama_gguf.errors import MllamaError
+from mllama_gguf.files import Kind, check_output, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("llama-cpp-python", "numpy", "torch", "transformers")
@@ -103,6 +105,19 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         table.add_row(*(str(cell) for cell in row))
     width = Console(width=1000).measure(table).maximum
     Console(width=max(width, Console().width)).print(table)
+
+
+def _is_figures(file: BinaryIO) -> bool:
+    content = json.load(file)
+    return isinstance(content, dict) and isinstance(content.get("about"), dict)
+
+
+def json_path(words: str) -> Path:
+    """The value of --json, for argparse: a new file, or one of figures, which is replaced."""
+    try:
+        return check_output(words, Kind("file of figures", _is_figures), overwrite=True)
+    except MllamaError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ def hf_config(tokenizer) -> dict:
 
 
 def export(model: DemoModel, out: Path) -> None:
-    """Write into a new directory beside `out`, then swap it in."""
+    """Write into a new directory beside `out`, then swap it in. An `out` with other files stays."""
     tokenizer = build()
-    fresh = out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.new-", dir=out.parent))
+    fresh.chmod(0o755)
     tokenizer.save_pretrained(fresh)
     settings = json.loads((fresh / "tokenizer_config.json").read_text())
     settings["chat_template"] = CHAT_TEMPLATE
@@ -82,12 +83,16 @@ def export(model: DemoModel, out: Path) -> None:
     (fresh / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     weights = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
+        foreign = {path.name for path in out.iterdir()} - {path.name for path in fresh.iterdir()}
+        if foreign:
+            raise SystemExit(f"{out} has other files ({min(foreign)}); the new checkpoint is in {fresh}")
+        old = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
         out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        fresh.rename(out)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(out)
 
 
 def averaged(run: Path) -> DemoModel:
