@@ -1,12 +1,14 @@
-"""The command `mllama`, also `python -m mllama_gguf`. Small, so that Ctrl-C is heeded from the first
+"""The command `mllama`, also `python -m mllama_gguf`. Small, so that Ctrl-C is obeyed from the first
 moment."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
+        _open_closed_streams()
         from .cli.main import run
 
         code = run(sys.argv[1:])
@@ -14,6 +16,22 @@ def main() -> None:
         print("Interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that the caller closed (`2>&-`) to the null device. Otherwise the next file
+    that is opened, a model say, would get the number 2, and messages would go there."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
 import stat
 
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # A file may become a pipe between the look at it and its opening: that does not wait either.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -39,8 +41,14 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The content of a UTF-8 file. Raises as `open_regular`, and UnicodeDecodeError."""
-    return read_regular(path).decode("utf-8")
+    """The content of a text file, see `decode_text`. Raises as `open_regular`, and UnicodeDecodeError."""
+    return decode_text(read_regular(path))
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8, or UTF-16 that begins with a byte order mark, as editors on Windows write it. The mark of either
+    is dropped. Raises UnicodeDecodeError."""
+    return data.decode("utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig")
 
 
 def kind_of_file(mode: int) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import RequestError
-from ..reading import read_regular
+from ..reading import decode_text, read_regular
 
 # What a folder is searched for; a file that is named is tried whatever its name.
 SUFFIXES = frozenset((
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe",
     ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
+# How image files begin; others of them hold control characters soon.
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0", b"P6\n", b"P5\n")
+_CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
 # What no caption may be called: all that, and what cameras and editors write.
 MEDIA_SUFFIXES = SUFFIXES | {
     ".3fr", ".ai", ".apng", ".arw", ".avi", ".cr2", ".cr3", ".crw", ".cur", ".dcr", ".dds", ".djvu", ".dng",
@@ -53,13 +58,13 @@ def list_pictures(
     listed: list[str] = []
     for source in sources:
         if source == "-":
-            listed += _lines(stdin)
+            listed += _listed_paths(stdin, "standard input")
         elif os.path.isdir(source):
             named += _in_folder(source, recursive)
         elif source in captions:
             continue  # `DIR/*` names the captions of the last run too
         elif source.lower().endswith(".txt"):
-            listed += _lines(_read_list(source))
+            listed += _listed_paths(_read_list(source), source)
         elif not os.path.lexists(source) and glob.has_magic(source):
             named += _matches(source)
         else:
@@ -133,6 +138,33 @@ def _read_list(path: str) -> bytes:
         raise RequestError(f"{path}: this list of pictures cannot be read: {e.strerror}") from e
 
 
-def _lines(data: bytes) -> list[str]:
+def _listed_paths(data: bytes, origin: str) -> list[str]:
+    """The paths in a list, a path a line or separated by NUL. Raises RequestError for an image or another
+    binary file."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        try:
+            data = os.fsencode(decode_text(data))
+        except UnicodeDecodeError as e:
+            raise RequestError(f"{origin}: this list of images is damaged UTF-16") from e
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if _is_binary(data[:4096]):
+        raise RequestError(
+            f"{origin}: a list of images is expected, a path on each line; this is an image or another "
+            "binary file (without --out and --sidecar, - takes one image)"
+        )
     parts = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(part) for part in parts if part.strip()]
+
+
+def _is_binary(head: bytes) -> bool:
+    """Whether a file that begins so is no list of paths. Paths may have any encoding, and control characters
+    in principle; files of other kinds have both soon."""
+    if head.startswith(_IMAGES) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
+        return True
+    if not _CONTROL.search(head):
+        return False
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return e.start < len(head) - 3  # else a character that the cut parts
+    return False
