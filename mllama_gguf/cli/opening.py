@@ -80,7 +80,7 @@ def open_model(choice: ModelChoice, *, bar: bool = True, image_cache: bool = Fal
     files = find_files(choice)
     settings = settings_of(choice, files).replace(image_cache=image_cache)
     if image_cache:
-        _show_warnings("mllama_gguf.cache.disk")
+        show_warnings("mllama_gguf.cache.disk")
     with (
         phase_bar() if bar else nullcontext() as progress,
         Mllama(files.text, files.mmproj, progress=progress, **settings.as_dict()) as opened,
@@ -93,7 +93,7 @@ class _Warnings(logging.Handler):
         click.echo(f"Warning: {record.getMessage()}", err=True)
 
 
-def _show_warnings(name: str) -> None:
+def show_warnings(name: str) -> None:
     """Show on stderr what a part of the package logs; with --verbose the whole log is shown."""
     logger = logging.getLogger(name)
     shown = is_verbose(click.get_current_context())

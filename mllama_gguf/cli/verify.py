@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .opening import show_warnings
 from .progress import transfer_bar
 from .verbose import verbose_option
 
@@ -19,6 +20,7 @@ def verify_command(name: str) -> int:
     from ..store.resolve import resolve
     from ..store.verify import verify
 
+    show_warnings("mllama_gguf.store.verify")
     with transfer_bar() as progress:
         results = verify(resolve(name), progress)
     for result in results:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
 from .digests import TransferProgress, sha256_of
 from .resolve import ModelFiles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,17 @@ class Verified:
 def verify(files: ModelFiles, progress: TransferProgress | None = None) -> list[Verified]:
     """Hash the files of a model. A file whose name tells no digest is looked for in models.lock.
 
+    A lock file of the user that is no good is a warning: the model is known without it.
+
     Raises ModelError if one cannot be read.
     """
-    from .lockfile import locked_models
+    from .lockfile import SHIPPED, locked_models, read_lock
 
-    locked = locked_models()
+    try:
+        locked = locked_models()
+    except ModelError as e:
+        logger.warning("%s (this lock file is ignored; mend it or move it away)", e)
+        locked = read_lock(SHIPPED)
     known = {file.sha256 for model in locked.values() for file in model.files}
     if files.name in locked:
         by_role = {file.role: file.sha256 for file in locked[files.name].files}
