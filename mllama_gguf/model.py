@@ -22,6 +22,7 @@ from .cache.keys import Keys, KeySettings
 from .decode import openai
 from .decode.reply import Reply, ReplyOptions
 from .decode.session import Session
+from .decode.slots import Slots
 from .errors import BusyError, MllamaError, ModelError, RequestError
 from .handles import OneProcess
 from .settings import KvType, Settings
@@ -180,7 +181,13 @@ class Mllama(OneProcess):
         if settings.image_cache is not False:
             disk = ImageCache(None if settings.image_cache is True else settings.image_cache)
             self._disk = disk if disk.max_bytes > 0 else None
-        self._session = Session(self._context, callbacks, self._disk, self._prefix_key)
+        self._session = Session(
+            self._context,
+            callbacks,
+            Slots(self._context, callbacks, self._disk),
+            self._disk,
+            self._prefix_key,
+        )
         self._stop = abort or (lambda: False)
         self._keys = Keys(
             self._model,

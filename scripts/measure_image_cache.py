@@ -43,16 +43,16 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
         opened.create_chat_completion([{"role": "user", "content": "the"}], max_tokens=1)
         opened.reset()
         opened._keys.image_kv(opened._keys.states(opened._images.prepare(picture)))  # hash the weights
-        fill, filling = opened._session._fill, 0.0
+        fill, filling = opened._session.slots._fill, 0.0
 
-        def timed_fill(group: Any) -> int:
+        def timed_fill(*args: Any) -> Any:
             nonlocal filling
             began = time.perf_counter()
-            slot = fill(group)
+            slot = fill(*args)
             filling += time.perf_counter() - began
             return slot
 
-        opened._session._fill = timed_fill  # type: ignore[method-assign]
+        opened._session.slots._fill = timed_fill  # type: ignore[method-assign]
         for question in questions:
             filling = 0.0
             content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]

@@ -183,7 +183,7 @@ def test_a_damaged_filling(
         next(folder.glob("*.states")).unlink()
     with watched.open(tiny_files("gqa").one) as model:
         assert model.caption(picture(1), max_tokens=9) == expected
-        assert len(model._session._slots) == 1
+        assert len(model._session.slots) == 1
     assert (watched.encoded, watched.filled) == (not with_states, 1)
     assert fillings(folder) == {name: whole}
     (record,) = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
@@ -215,7 +215,7 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
         setattr(model._context, asked, size)
         before = len(fillings(folder))
         answer = model.caption(picture(1), max_tokens=9)
-        assert len(model._session._slots) == 1
+        assert len(model._session.slots) == 1
     assert before == (call != "image_get")
     assert not list(folder.glob(".*"))
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
@@ -232,7 +232,8 @@ def test_a_picture_alone_stays_in_its_file(
     with watched.open(tiny_files("gqa").one, isolate=isolate) as model:
         pieces = model.caption(picture(1), max_tokens=9, stream=True)
         text = next(pieces)
-        slot = model._session._slot
+        assert model._session._slot is not None
+        slot = model._session._slot.number
         n_bytes = model._context.image_size(slot, 0)
         assert n_bytes == model._context.image_mapped_size(4)
         with pytest.raises(RequestError, match="only read"):

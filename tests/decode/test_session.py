@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from mllama_gguf.cache.disk import ImageCache
-from mllama_gguf.decode.session import MAX_SLOTS, Session
+from mllama_gguf.decode.session import Session
+from mllama_gguf.decode.slots import MAX_SLOTS, Slots
 from mllama_gguf.errors import BackendError, ContextFullError, RequestError
 from mllama_gguf.vision.embedding import Encoding
 
@@ -89,7 +90,8 @@ class Made:
     def __init__(self, disk: ImageCache | None = None) -> None:
         self.context = Context()
         callbacks: Any = SimpleNamespace(prompt_offset=0, prompt_total=0, on_abort=lambda: False)
-        self.session = Session(self.context, callbacks, disk)  # type: ignore[arg-type]
+        slots = Slots(self.context, callbacks, disk)  # type: ignore[arg-type]
+        self.session = Session(self.context, callbacks, slots, disk)  # type: ignore[arg-type]
         self.computed: list[int] = []  # pictures whose states were needed
 
     def feed(self, tokens: Sequence[int], *images: int, **options: Any) -> tuple[Any, int]:
