@@ -105,7 +105,7 @@ def check_installed(path: Path, folder: Path) -> None:
     caption = run(binaries / "mllama", "caption", ROOT / "examples" / "apple.png")
     if caption != "a red apple":
         fail(f"{path.name}: the caption of the apple is {caption!r}")
-    (demo,) = where.glob(f"lib*/python*/site-packages/{PACKAGE}/data/demo.gguf")
+    (demo,) = where.glob(f"lib/python*/site-packages/{PACKAGE}/data/demo.gguf")
     small = where / "small.gguf"
     run(binaries / "mllama", "quantize", demo, small, "--type", "q8_0")
     run(binaries / "mllama", "info", small)

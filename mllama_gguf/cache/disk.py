@@ -3,7 +3,7 @@
 Three results are kept. The states of an image are the encoder's output, which anything may read. Its image_kv
 is what the text model computes of the states: the keys and values of all cross-attention layers, as they lie
 in the cache of a context. With it, an image that is asked about again needs no states. For the 11B model on
-the CPU a tile takes 26 MB of states and 79 MB of image_kv; the states cost far more time to compute. The
+the CPU a tile takes 26 MB of states and 53 MB of image_kv; the states cost far more time to compute. The
 prefix_kv is what the tokens before a prompt's first image (in a chat, the system's message) leave in the
 self-attention cache: 0.2 MB a token of the 11B model. Keys and values have at most half of the room. Where
 room is needed, the entries that were used longest ago are removed, of all kinds. A file's modification time
