@@ -105,7 +105,10 @@ class RecordFile:
         if not is_at(self._file.fileno(), self._path):  # nobody would find what is appended
             words = "it was moved, replaced or deleted while the captions were made"
             raise OSError(errno.ESTALE, words, os.fspath(self._path))
-        append(self._file, self._format.line(record))
+        try:
+            append(self._file, self._format.line(record))
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, os.fspath(self._path)) from e
 
     def finish(self) -> None:
         """See Output."""

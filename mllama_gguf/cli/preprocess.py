@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import click
 import numpy as np
+import numpy.typing as npt
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import MllamaError, ModelError
@@ -104,7 +105,7 @@ def _run(
     for index, image in enumerate(images):
         tiled = preprocess_image(image, tile_size=tile_size or sizes[0], max_tiles=max_tiles or sizes[1])
         if out is not None:
-            write_output(out, partial(np.save, arr=tiled.pixels), overwrite)
+            write_output(out, partial(save_npy, values=tiled.pixels), overwrite)
         if folder is not None:
             _write_tiles(folder, _unused_stem(image, used_names), tiled, inputs, overwrite)
         shown = _shortened(image)
@@ -141,6 +142,13 @@ def npy_shape(file: BinaryIO) -> tuple[int, ...]:
     if dtype != np.float32:
         raise ValueError("another type")
     return shape
+
+
+def save_npy(file: BinaryIO, values: npt.NDArray[np.float32]) -> None:
+    """Write an array as NumPy does. `numpy.save` itself does not say that a disk is full."""
+    values = np.ascontiguousarray(values)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+    file.write(values.data)
 
 
 def write_output(path: str | Path, write: Callable[[BinaryIO], object], overwrite: bool) -> None:

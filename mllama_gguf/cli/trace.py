@@ -57,10 +57,8 @@ def trace_command(
     the text graph is run once for each batch of tokens. Two traces are compared with diff. A file that exists
     is not replaced without --overwrite.
     """
-    import numpy as np
-
     from ..inspect.trace import trace
-    from .preprocess import npy_shape, write_output
+    from .preprocess import npy_shape, save_npy, write_output
 
     kind = Kind("NumPy file of `mllama trace`", lambda file: len(npy_shape(file)) >= 0)
     inputs = [image, choice.name, *([choice.mmproj] if choice.mmproj else [])]
@@ -87,7 +85,7 @@ def trace_command(
             stem = re.sub(r"[^\w.-]", "_", tensor.name)
             path = folder / f"{stem}.{tensor.number}.npy"
             check_output(path, kind, inputs=inputs, overwrite=overwrite)
-            write_output(path, lambda file: np.save(file, tensor.values), overwrite)
+            write_output(path, lambda file: save_npy(file, tensor.values), overwrite)
 
     with open_model(choice) as model:
         trace(model, image, show, prompt=prompt, pattern=tensors)

@@ -726,11 +726,11 @@ def test_a_failed_write_leaves_the_old_file(
     np.save(out, np.zeros((1, 3, 2, 2), np.float32))
     old = out.read_bytes()
 
-    def full(file: Any, arr: Any) -> None:
+    def full(file: Any, header: Any) -> None:
         file.write(b"some")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     result = run(picture_file, "--out", out, "--overwrite")
     assert result.exit_code == 1 and "the disk is full" in result.stderr
     assert out.read_bytes() == old and len(list(tmp_path.iterdir())) == 2
