@@ -77,7 +77,7 @@ class Ours:
         self.context.truncate(0)
 
     def logits(self, tokens: Prompt) -> Floats:
-        """Of the token after these: float32 [vocab_size]."""
+        """Logits of the next token: float32 [vocab_size]."""
         logits: Floats = self.context.decode(tokens, self.slot, self.n_visible)[0]
         return logits
 
@@ -127,7 +127,7 @@ class LlamaCpp:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def logits(self, tokens: Prompt) -> Floats:
-        """Of the token after these: float32 [vocab_size], valid until the next call."""
+        """Logits of the next token: float32 [vocab_size], valid until the next call."""
         llama = self._llama
         array = (llama.llama_token * len(tokens))(*tokens)
         if llama.llama_decode(self._context, llama.llama_batch_get_one(array, len(tokens))) != 0:
@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64, help="tokens before them")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt; 0: none")
     parser.add_argument("--repack", action="store_true", help="as `mllama caption --repack`")
-    parser.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True, help="ours, likewise")
+    parser.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True, help="map our file")
     parser.add_argument(
         "--llama-repack", action=argparse.BooleanOptionalAction, default=True,
         help="llama.cpp copies weights to its faster layout, as it does by itself",

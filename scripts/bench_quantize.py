@@ -76,7 +76,7 @@ def llama_cpp_quantize(source: str, out: str, target: str, threads: int) -> None
 
 
 def child(args: argparse.Namespace) -> None:
-    """What runs in a process of its own; prints seconds and peak memory."""
+    """Runs in its own process; prints seconds and peak memory."""
     work: dict[str, Callable[[], object]] = {
         "llama.cpp": lambda: llama_cpp_quantize(args.source, args.out, args.type, args.threads),
         "ours": lambda: quantize(args.source, args.out, args.type, n_threads=args.threads),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Caption a folder of pictures on a Ray cluster, or on this machine as a cluster of one.
+"""Caption a folder of images on a Ray cluster, or on this machine as a cluster of one.
 
     pip install '.[ray]'
     python scripts/caption_ray.py photos --out captions --actors 2
@@ -7,7 +7,7 @@
         --mmproj mmproj.gguf --actors 8 --gpus 1 -ngl -1
 
 Writes JSON lines with path, caption and error to the folder --out, one file or more. Every machine needs the
-model's files under the same path. The exit code is 3 if a picture failed.
+model's files under the same path. The exit code is 3 if an image failed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def main() -> int:
     parser.add_argument("--mmproj")
     parser.add_argument("--prompt", default="Describe this image.")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--actors", type=int, default=1, help="how many models work at once")
+    parser.add_argument("--actors", type=int, default=1, help="number of models that work at the same time")
     parser.add_argument("--cpus", type=float, default=1, help="CPUs of an actor")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of an actor")
     parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures an actor gets at once")
+    parser.add_argument("--batch-size", type=int, default=4, help="images in one batch of an actor")
     args = parser.parse_args()
     if "://" not in args.out:  # Ray adds files of names of its own; it replaces none
         try:

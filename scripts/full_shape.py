@@ -132,7 +132,7 @@ def text_keys(arch: str, n_layer: int) -> dict[str, Any]:
 
 
 def mllama_keys(n_layer: int = N_LAYER, cross: Collection[int] = CROSS) -> dict[str, Any]:
-    """Of text and vision."""
+    """Tensors of text and vision."""
     vision = {
         "block_count": 32, "global.block_count": 8, "embedding_length": VISION_D,
         "feed_forward_length": VISION_FF, "attention.head_count": 16, "image_size": 560, "patch_size": 14,

@@ -1,10 +1,10 @@
-"""Make tests/golden/preprocess.json: what transformers' MllamaImageProcessor makes of our pictures.
+"""Make tests/golden/preprocess.json: the pixels of our images by transformers' MllamaImageProcessor.
 
     pip install '.[parity]' && python scripts/make_golden_preprocess.py
 
 Pillow's resize is not the same in all versions, so run it once for each that matters (for another Pillow than
 the installed one: `pip install --target DIR --no-deps pillow==VERSION`, then with PYTHONPATH=DIR). A run adds
-its Pillow's hashes to those in the file; delete the file to begin anew.
+its Pillow's hashes to those in the file; delete the file to start again.
 
 The pictures are formulas (tests/preprocess_cases.py), so the file holds sizes and hashes only. Nothing of
 this package's own preprocessing is used.
@@ -33,7 +33,7 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def readable(mode: str, image: Image.Image) -> Image.Image:
-    """What the reference is given: the picture itself, but for the modes that it cannot read sensibly."""
+    """The input of the reference: the image itself, except for modes that it reads wrongly."""
     if mode not in MODES_OF_OUR_OWN:
         return image
     if mode == "La":

@@ -22,8 +22,8 @@ def models_command(as_json: bool) -> None:
     """List the models that -m can open by name: bundled, downloaded, in Ollama's store, in the
     Hugging Face hub's cache. Models of other architectures are left out.
 
-    Memory is what the weights and the caches of 4096 tokens and one picture take on the CPU, against what is
-    available now.
+    Memory: the need of weights and caches (4096 tokens, one image) on the CPU, compared with the memory that
+    is available now.
     """
     from ..inspect.inventory import closed_stores, inventory
 

@@ -37,7 +37,7 @@ FIRST_VALUES = 5
     help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. DIR is made if missing.",
 )
 @click.option(
-    "-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="What to ask about the picture."
+    "-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="Ask this about the image."
 )
 @click.option("--overwrite", is_flag=True, help="Replace files of an earlier trace in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each tensor.")

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     type=click.Path(),
     default="mllama-tune",
     show_default=True,
-    help="Folder of tune.json, tune.csv and tune.png; an interrupted run goes on from there.",
+    help="Folder of tune.json, tune.csv and tune.png; an interrupted run continues from there.",
 )
 @click.option("--fresh", is_flag=True, help="Forget what is in the folder.")
 @click.option(

@@ -83,7 +83,7 @@ def _read_safetensors_header(path: Path) -> dict[str, Source]:
         except (KeyError, TypeError, ValueError) as e:
             raise ModelError(f"{path}: tensor {name}: broken entry in the header: {info}") from e
         if dtype not in SAFETENSORS_TYPES:
-            # Only an error for a tensor that we need; recorded with its type and found out then.
+            # An error only if we need the tensor; the plan checks its type.
             sources[name] = Source(path, name, dtype, shape, 8 + length + begin)
             continue
         source = Source(path, name, dtype, shape, 8 + length + begin)

@@ -118,7 +118,7 @@ def _writer(
 def _write_file(
     writer: Any, out: BinaryIO, tensors: list[Tensor], n_threads: int, tick: Callable[[int], None]
 ) -> None:
-    """Write one GGUF. Tensor data goes past the writer's own method, which wants a whole tensor at once."""
+    """Write one GGUF. Data is written in pieces; the writer's own method needs whole tensors."""
     from gguf.gguf_writer import WriterState
 
     writer.fout, writer.state = [out], WriterState.EMPTY  # as if it had opened the file itself
@@ -152,7 +152,7 @@ def convert(
     (one of `TYPES`), ``vision_type`` that of the vision matrices: by default as ``type``, bf16 if that is a
     quantized type. ``name`` is the model's name, by default that of the directory. ``n_threads``: by default
     all usable CPUs. ``overwrite`` replaces outputs that are GGUF files; other files with content are never
-    replaced. ``progress(done, total)`` is called with bytes written, ``warn`` with a line for people.
+    replaced. ``progress(done, total)`` is called with bytes written, ``warn`` with a warning of one line.
     Files appear under their names only when all are complete. Raises `ModelError` for a checkpoint that is
     damaged or not supported, `RequestError` for an output that must not be written, `MllamaError` when it
     cannot be written.

@@ -99,7 +99,7 @@ def is_text_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def mix(name: str, target: Target, n_layer: int, heads_per_kv: int) -> str:
-    """The ggml type that the mix gives a matrix of the text, whatever its rows."""
+    """The ggml type that the mix gives a matrix of the text, without regard to the length of its rows."""
     if name == "output.weight":
         return target.output
     layer = re.match(r"blk\.(\d+)\.(?:(attn_v|cross_attn_v_proj)|ffn_down)\.weight$", name)
@@ -119,7 +119,7 @@ def fitting(kind: str, n_per_row: int, name: str = "") -> str:
 
 
 def fallback_words(fallbacks: dict[str, str]) -> str:
-    """One line for people."""
+    """The warning about them, in one line."""
     first, kind = next(iter(fallbacks.items()))
     more = f" and {len(fallbacks) - 1} more" if len(fallbacks) > 1 else ""
     got = f"{kind} instead" if len(set(fallbacks.values())) == 1 else f"{kind} and others instead"
@@ -210,7 +210,7 @@ def quantize(
     n_threads: by default all usable CPUs
     allow_requantize: take matrices that are quantized already, which loses more than quantizing once
     overwrite: replace out_path if it is a GGUF file with content; other files with content are never replaced
-    warn: called with a line for people
+    warn: called with a warning of one line
 
     Keys are copied as they are, but for general.file_type and general.quantization_version. The output
     appears under its name only when it is whole; it is one file, also of a split model. Raises ModelError for

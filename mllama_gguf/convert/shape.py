@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Shape:
-    """What the converter needs to know of config.json."""
+    """The values of config.json that the converter needs."""
 
     vocab_size: int
     image_token_id: int
@@ -56,7 +56,7 @@ class Shape:
 
 
 def read_shape(checkpoint: Checkpoint) -> Shape:
-    """Read and check config.json. What it leaves out has the default of transformers, as it does there."""
+    """Read and check config.json. Missing values get the defaults of transformers."""
     file, config = checkpoint.config_file, checkpoint.config
 
     def fail(key: str, value: object, why: str) -> ModelError:
@@ -124,7 +124,7 @@ def read_shape(checkpoint: Checkpoint) -> Shape:
         raise fail(f"{v}.hidden_act", vision["hidden_act"], "only gelu is supported")
     vision_eps = real(vision, v, "norm_eps", 1e-5)
     if vision_eps != 1e-5:
-        # layernorm_pre and layernorm_post have 1e-5 whatever norm_eps says; the file has one key for all.
+        # layernorm_pre and layernorm_post always have 1e-5; the file has one key for all norms.
         raise fail(f"{v}.norm_eps", vision_eps, "only 1e-5 is supported")
     vision_embd = count(vision, v, "hidden_size", 1280)
     # HF writes num_attention_heads or, as the attribute is named in its class, attention_heads.
@@ -178,7 +178,7 @@ def read_shape(checkpoint: Checkpoint) -> Shape:
 
 
 def rope_factors(shape: Shape, file: Path) -> npt.NDArray[np.float32] | None:
-    """What each RoPE frequency is divided by, [head_dim / 2]; None if there is no scaling.
+    """The divisor of each RoPE frequency, [head_dim / 2]; None without scaling.
 
     Long waves are slowed down by ``factor``, short ones are kept, those between are interpolated: Meta's
     ``apply_scaling``.
@@ -209,7 +209,7 @@ def rope_factors(shape: Shape, file: Path) -> npt.NDArray[np.float32] | None:
 
 
 def check_preprocessor(checkpoint: Checkpoint, shape: Shape) -> None:
-    """Refuse a model whose pictures are prepared otherwise than ours: the file has no keys for that."""
+    """Refuse a model whose images are prepared in another way: GGUF has no keys for that."""
     settings = checkpoint.json("preprocessor_config.json")
     file = checkpoint.directory / "preprocessor_config.json"
     size = {"height": shape.image_size, "width": shape.image_size}

@@ -50,7 +50,7 @@ def apply_gate(value: Array, gate: str) -> npt.NDArray[np.float32]:
 
 
 def _encode(raw: Array, dtype: str, type: str, where: str) -> Array:
-    """Values as stored in safetensors (bfloat16 as its bits) to the output type (likewise). Checks for NaN
+    """Values as stored in safetensors to the output type; bfloat16 is given as its bits. Checks for NaN
     and infinity."""
     if dtype == "BF16":
         if np.any((raw & 0x7F80) == 0x7F80):
@@ -81,7 +81,7 @@ def _encode(raw: Array, dtype: str, type: str, where: str) -> Array:
 
 
 def piece_jobs(tensor: Tensor) -> Iterator[Job]:
-    """What makes the data of a tensor in its output type, in pieces of whole rows."""
+    """Jobs that each give a piece of whole rows of a tensor, in its output type."""
     value = tensor.value
     if value is not None:
         yield lambda: value

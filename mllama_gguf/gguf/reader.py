@@ -1,7 +1,7 @@
 """The keys and the tensor table of a GGUF file, without its data.
 
 The `gguf` package makes numpy views of every one of some 400,000 strings of a vocabulary, which takes
-seconds; this reader skips what nobody asks for. Format:
+seconds; this reader skips the arrays that are not asked for. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -36,7 +36,7 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
-_MAX_COUNT = 1 << 24  # keys or tensors: far above any real file, so that a broken count fails at once
+_MAX_COUNT = 1 << 24  # keys or tensors: far above any real file, so that a broken count fails immediately
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _read_one(path: Path, whole: Collection[str]) -> GGUFFile:
     except ValueError as e:
         if isinstance(e, ModelError):
             raise
-        raise ModelError(f"{path}: not a GGUF file: it is empty") from e  # what mmap says to that
+        raise ModelError(f"{path}: not a GGUF file: it is empty") from e  # mmap's own error
     except (struct.error, IndexError, OverflowError) as e:
         raise ModelError(f"{path}: the GGUF header is truncated or damaged") from e
 

@@ -86,7 +86,7 @@ def write_data(
 
 
 def _in_order(jobs: Iterator[Job], n_threads: int) -> Generator[Array]:
-    """The results of the jobs in their order; n_threads run at once, and few more are held."""
+    """The results of the jobs in their order; n_threads run at the same time, a few more are held."""
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="mllama-write")
     waiting: deque[Future[Array]] = deque()
     try:

@@ -51,9 +51,9 @@ class MemoryNeed:
     n_ctx: int  # tokens
     weights: int
     self_kv: int
-    cross_kv: int  # of one picture with all its tiles
+    cross_kv: int  # of one image with all tiles
     compute: int  # text buffers
-    vision: int  # while a picture is encoded
+    vision: int  # while an image is encoded
 
     @property
     def total(self) -> int:
@@ -103,7 +103,7 @@ def _model_info(file: GGUFFile, projector: GGUFFile | None) -> ModelInfo:
         file.path,
         projector.path if projector else None,
         Callbacks(_native.load()),
-        allow_quantized_vision=True,  # to be shown, not to be used
+        allow_quantized_vision=True,  # only shown here, never run
         check_only=True,
     )
     hparams, layout, repairs = model.hparams, model.layout, model.repairs

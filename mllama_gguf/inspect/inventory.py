@@ -22,7 +22,7 @@ N_CTX = 4096  # tokens, for the memory that a model takes
 class Found:
     """One model. problem: why it cannot be used, in words; the fields after it are then None.
 
-    memory: bytes for its weights and caches with N_CTX tokens and one picture
+    memory: bytes for its weights and caches with N_CTX tokens and one image
     fits:   whether that much of the machine's memory is available now
     """
 
@@ -37,7 +37,7 @@ class Found:
 
 
 def inventory() -> list[Found]:
-    """Everything that `resolve` finds without being told a path: bundled, downloaded, in Ollama's stores, in
+    """All models that `resolve` finds by name: bundled, downloaded, in Ollama's stores, in
     the hub's cache. Models of Ollama and of the hub that are not mllama are left out."""
     found: dict[tuple[Path, ...], Found] = {}
     for name, place in _names():
@@ -86,7 +86,7 @@ def _is_text_model(path: Path) -> bool:
 
 
 def look(name: str, place: Place, files: ModelFiles) -> Found:
-    """What there is to say of a model."""
+    """The facts about a model."""
     from .info import model_info
 
     try:

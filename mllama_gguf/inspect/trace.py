@@ -1,4 +1,4 @@
-"""Intermediate tensors by name, to find where two implementations part."""
+"""Intermediate tensors by name, to find where two implementations begin to differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..backend.types import Floats
 from ..model import DEFAULT_PROMPT, Mllama
 from ..vision.embedding import Picture
 
-# What ggml calls tensors that nobody named, and views of tensors that are shown already.
+# Names that ggml gives to unnamed tensors, and to views of tensors that are already shown.
 _NAMELESS = re.compile(r"(node|leaf)_\d+$|.* \(")
 
 
@@ -46,12 +46,12 @@ def trace(
     prompt: str = DEFAULT_PROMPT,
     pattern: str = "*",
 ) -> None:
-    """Encode a picture and run the prompt with it, from empty caches, and show the tensors on the way.
+    """Encode an image, run the prompt with it from empty caches, and report the tensors.
 
     receive: called with each tensor that has a name, and one that fits; it may keep the values
     pattern: of names, with *, ? and [...] as in a shell
 
-    The model forgets its conversation. Raises what `Mllama.caption` raises.
+    The conversation of the model is cleared. Raises what `Mllama.caption` raises.
     """
     counts: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""One file from a web server, whole or not at all: resumed, hashed on the way, renamed at the end."""
+"""Download one file: resumed, hashed while it arrives, renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # in a row without a byte won
+ATTEMPTS = 5  # in a row without progress
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
 TIMEOUT = 30.0  # seconds for a connection, and between two pieces
 SPARE = 64 << 20  # bytes that a download leaves free on the disk
@@ -48,7 +48,7 @@ def client() -> httpx.Client:
 def check_space(folder: Path, n_bytes: int, variable: str = "MLLAMA_DOWNLOADS") -> None:
     """Raises DownloadError if `folder`'s disk has not that many bytes free, and some to spare.
 
-    variable: the one that says where the folder is
+    variable: the environment variable that sets the folder, for the message
     """
     free = shutil.disk_usage(folder).free
     if n_bytes and n_bytes + SPARE > free:
@@ -91,7 +91,7 @@ def download(
     partial: Path,
     progress: TransferProgress | None = None,
 ) -> None:
-    """Fetch `blob` from `url` to `target`; what comes first goes to `partial`, where a later call resumes.
+    """Fetch `blob` from `url` to `target`; the data goes to `partial` first, where a later call resumes.
 
     Only one process at a time fetches to `partial`; another waits, and finds the file there. `target` is on
     the same disk. Raises DownloadError; `target` then does not exist.

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the hub says about a file. commit: the revision's full name."""
+    """A file as the hub describes it. commit: the full name of the revision."""
 
     commit: str
     size: int
@@ -55,10 +55,10 @@ def cached(ref: HubRef) -> Path | None:
 
 
 def ask(ref: HubRef) -> HubFile:
-    """What the hub has under that name now. Raises DownloadError."""
+    """The hub's current file of that name. Raises DownloadError."""
     hub = _hub()
     url = hub.hf_hub_url(ref.repo, ref.file, revision=ref.revision, endpoint=endpoint())
-    found = _heed(ref, lambda: hub.get_hf_file_metadata(url))
+    found = _with_retries(ref, lambda: hub.get_hf_file_metadata(url))
     if not found.commit_hash or found.size is None:
         raise DownloadError(f"{ref}: {endpoint()} does not answer like the hub")
     return HubFile(found.commit_hash, found.size, found.etag if is_sha256(found.etag) else None)
@@ -67,9 +67,9 @@ def ask(ref: HubRef) -> HubFile:
 def fetch(ref: HubRef, blob: Blob | None = None, progress: TransferProgress | None = None) -> Path:
     """Download a file to the hub's cache and check its hash.
 
-    blob: what it must be; None: what the hub says it is
+    blob: the file that is expected; None: as the hub describes it
 
-    A file of another hash does not stay in the cache. Raises DownloadError.
+    A file with another hash is removed from the cache. Raises DownloadError.
     """
     there = ask(ref)
     if blob is not None and there.sha256 not in (None, blob.sha256):
@@ -82,7 +82,7 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: TransferProgress | No
         check_space(folder, there.size, "HF_HUB_CACHE")
     # By the branch's name, which the cache then knows; the commit that `ask` saw may be older by now.
     path = Path(
-        _heed(
+        _with_retries(
             ref,
             lambda: _hub().hf_hub_download(
                 ref.repo, ref.file, revision=ref.revision, cache_dir=_cache(), endpoint=endpoint()
@@ -101,8 +101,8 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: TransferProgress | No
     return path
 
 
-def _heed(ref: HubRef, call: Callable[[], T]) -> T:
-    """The result of a call to the hub; again after passing trouble. Raises DownloadError."""
+def _with_retries(ref: HubRef, call: Callable[[], T]) -> T:
+    """The result of a call to the hub, repeated after a transient error. Raises DownloadError."""
     import httpx
     from huggingface_hub import errors
 

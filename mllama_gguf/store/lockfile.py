@@ -93,7 +93,7 @@ class LockedModel:
 
 
 def lock_paths() -> list[Path]:
-    """The lock files that exist, first the one that wins."""
+    """The lock files that exist, the one with priority first."""
     chosen = os.environ.get("MLLAMA_LOCK")
     user = Path(chosen).expanduser() if chosen else Path("models.lock")
     own = chosen or (user.is_file() and not user.samefile(SHIPPED))
@@ -181,7 +181,7 @@ def _model(path: Path, name: str, entry: Any, licences: Any) -> LockedModel:
 
 
 def _check_source(path: Path, model: LockedModel) -> None:
-    """That every file of it has a place which the names cannot leave."""
+    """Check that no file of it can lie outside its folder."""
     try:
         if model.source.startswith("ollama:"):
             model.ollama_ref()
@@ -242,7 +242,7 @@ def _value(
 
 
 def write_locked(path: AnyPath, model: LockedModel) -> None:
-    """Put a model into a lock file, in place of an entry of its name; the rest stays as it is, comments too.
+    """Put a model into a lock file, in place of its old entry. The rest is unchanged, with its comments.
 
     The file is made if there is none. Raises ModelError, RequestError, MllamaError.
     """

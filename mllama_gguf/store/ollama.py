@@ -3,8 +3,8 @@
     manifests/HOST/NAMESPACE/NAME/TAG    JSON; its layers name blobs and what they are
     blobs/sha256-HEX                     a file of that digest
 
-What `mllama pull` fetches from a registry goes into a store of its own of the same shape. Stores are only
-read here, and blobs are used where they are.
+`mllama pull` downloads from a registry into our own store, which has the same shape. This module only reads
+stores, and blobs are used in place.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def stores() -> list[Path]:
 
 
 def find_blob(blob: Blob) -> Path | None:
-    """The file in any store. One of the wrong size is not taken for it. Raises ModelError if a store that may
-    have it is closed to us."""
+    """The file in any store. A file of another size is ignored. Raises ModelError if a store that may
+    have it cannot be read."""
     closed: OSError | None = None
     for store in stores():
         path = store / "blobs" / blob.file_name

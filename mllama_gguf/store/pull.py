@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def pull(name: str, progress: TransferProgress | None = None) -> ModelFiles:
-    """Fetch what is missing of a model and say where its files are.
+    """Fetch the missing files of a model and return where its files are.
 
     name: as `resolve` takes, but no path
 
@@ -149,7 +149,7 @@ def _ask(
 def lock(
     reference: str, *, name: str | None = None, mmproj: str | None = None, update: bool = False
 ) -> LockedModel:
-    """What a source has now, as an entry for a lock file; no model is fetched.
+    """The current files of a source as an entry for a lock file. No model is fetched.
 
     reference: `ollama:...`, `hf:...`, or a name in a lock file, whose digests stay and whose sizes are filled
                in

@@ -57,7 +57,7 @@ class OllamaRef:
 
     @property
     def url(self) -> str:
-        """Of the repository. Encrypted, except to this machine itself."""
+        """Address of the repository: https, but http for this machine itself."""
         scheme = "http" if _LOOPBACK.fullmatch(self.host) else "https"
         return f"{scheme}://{self.host}/v2/{self.namespace}/{self.name}"
 

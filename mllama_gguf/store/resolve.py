@@ -34,7 +34,7 @@ class ModelFiles:
 
 
 def default_model() -> str:
-    """What is opened when no model is named: $MLLAMA_MODEL or the bundled one."""
+    """The name of the default model: $MLLAMA_MODEL or the bundled one."""
     return os.environ.get("MLLAMA_MODEL") or "demo"
 
 

@@ -29,7 +29,7 @@ class Verified:
 def verify(files: ModelFiles, progress: TransferProgress | None = None) -> list[Verified]:
     """Hash the files of a model. A file whose name tells no digest is looked for in models.lock.
 
-    A lock file of the user that is no good is a warning: the model is known without it.
+    A bad lock file of the user is only a warning, because the model is known without it.
 
     Raises ModelError if one cannot be read.
     """

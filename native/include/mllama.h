@@ -10,13 +10,13 @@
 //     mllama_context * ctx = NULL;
 //     mllama_context_new(model, &cp, &ctx);
 //
-//     mllama_encode(ctx, pixels, n_tiles, aspect_ratio_id, states);                     // picture -> states
-//     mllama_image_fill(ctx, 1, &states_ptr, &n_tiles, &slot);                          // states -> cross-attention cache
-//     mllama_decode(ctx, tokens, n_tokens, slot, 1, MLLAMA_LOGITS_LAST, logits, cap);   // tokens -> logits
+//     mllama_encode(ctx, pixels, n_tiles, aspect_ratio_id, states);                  // image -> states
+//     mllama_image_fill(ctx, 1, &states_ptr, &n_tiles, &slot);                       // states -> cross-attention cache
+//     mllama_decode(ctx, tokens, n_tokens, slot, 1, MLLAMA_LOGITS_LAST, logits, cap);// tokens -> logits
 //
-// Every function that can fail returns a status; the words are in mllama_last_error() of the same thread.
-// A model is read-only and may be shared by contexts of several threads; a context belongs to one thread at a time.
-// This header is also what Python reads (cffi, ABI mode): plain C declarations only; lines that start with '#' are skipped.
+// Every function that can fail returns a status. mllama_last_error() has the message, in the same thread. A model is
+// read-only and may be shared by contexts of several threads; a context belongs to one thread at a time. This header is
+// also what Python reads (cffi, ABI mode): plain C declarations only; lines that start with '#' are skipped.
 #pragma once
 
 #include <stdbool.h>
@@ -31,11 +31,11 @@ extern "C" {
 typedef enum mllama_status {
     MLLAMA_OK               =  0,
     MLLAMA_ERR_ARGUMENT     = -1, // the caller's mistake: an argument out of range
-    MLLAMA_ERR_FILE         = -2, // a model file that cannot be read or is not right
+    MLLAMA_ERR_FILE         = -2, // a model file cannot be read or is damaged
     MLLAMA_ERR_MEMORY       = -3, // host or device memory
     MLLAMA_ERR_BACKEND      = -4, // a device failed, or ggml does not match
     MLLAMA_ERR_CONTEXT_FULL = -5, // the tokens do not fit n_ctx
-    MLLAMA_ERR_ABORTED      = -6, // the abort callback said so; the context stays usable
+    MLLAMA_ERR_ABORTED      = -6, // the abort callback returned true; the context stays usable
 } mllama_status;
 
 typedef struct mllama_model   mllama_model;
@@ -43,7 +43,7 @@ typedef struct mllama_context mllama_context;
 
 // ---- library ------------------------------------------------------------------------------------------------------
 
-// Words of the last error of the calling thread; valid until its next failing call.
+// Message of the last error of the calling thread. Valid until the next call of this thread that fails.
 const char * mllama_last_error(void);
 const char * mllama_version(void);
 const char * mllama_ggml_version_built(void);  // the ggml that this library was compiled against
@@ -73,16 +73,17 @@ typedef struct mllama_device_info {
 int32_t       mllama_device_count(void);
 mllama_status mllama_device_get(int32_t index, mllama_device_info * info);
 
-// ggml's RPC backend: devices of other processes. It has no authentication, and ends the process when a worker vanishes.
+// ggml's RPC backend: devices of other processes. It has no authentication, and ends the process when a worker
+// vanishes.
 bool          mllama_rpc_available(void); // whether the loaded ggml was built with it
 // Adds the devices of a worker, "host:port", IPv4. Their type is GPU. Adding a worker twice is fine.
 mllama_status mllama_rpc_add(const char * endpoint);
-// Serves these devices to one client after the other; returns only on failure. cache_dir: NULL, or a folder in which large
-// weights are kept for the next client.
+// Serves these devices to one client after the other. Returns only on failure.
+// cache_dir: a folder that keeps large weights for the next client, or NULL
 mllama_status mllama_rpc_serve(const char * endpoint, const char * cache_dir, int32_t n_threads, int32_t n_devices,
                                const int32_t * devices);
 
-// Called with ggml's last words on whatever thread, right before ggml ends the process. NULL: to stderr.
+// Called with ggml's last message right before ggml ends the process, on any thread. NULL: print it to stderr.
 typedef void (*mllama_fatal_callback)(const char * words);
 void mllama_fatal_set(mllama_fatal_callback callback);
 
@@ -100,18 +101,21 @@ typedef bool (*mllama_abort_callback)(void * user_data);
 
 typedef struct mllama_model_params {
     int32_t         n_gpu_layers;  // the last N of block_count + 1 (the output counts as one); -1: all
-    int32_t         vision_device; // index in mllama_device_get; -1: with the text's layers (first GPU if any is offloaded); -2: CPU
+    // index in mllama_device_get; -1: with the text's layers (the first GPU if any layer is offloaded); -2: CPU
+    int32_t         vision_device;
     const int32_t * devices;       // device indices to offload to; NULL: every GPU, RPC workers first
     int32_t         n_devices;
     const float *   tensor_split;  // share of each device, missing ones 0; NULL: by free memory
     int32_t         n_tensor_split;
-    int32_t         main_gpu;      // which of these devices takes everything alone; -1: all of them share
+    int32_t         main_gpu;      // the one of these devices that takes everything; -1: all share
     bool            use_mmap;
-    bool            repack;        // copy text matrices to the CPU's own layouts: faster products, a slower load, no mmap for them
-    const char *    repack_layouts; // which of them, with commas in between; NULL: "CPU_REPACK". See mllama_repack_product
+    // copy text matrices to special layouts of the CPU: products may be faster, the load is slower, no mmap for them
+    bool            repack;
+    const char *    repack_layouts; // names, separated by commas; NULL: "CPU_REPACK". See mllama_repack_product
     bool            allow_quantized_vision;
     bool            check_only;    // read and validate everything, load no weights (mllama info)
-    bool            no_alloc;      // give everything its place but no memory: contexts can only mllama_reserve and say what it would be
+    // allocate no memory: a context can then only mllama_reserve, and say how much memory it would need
+    bool            no_alloc;
     mllama_progress_callback progress;
     mllama_abort_callback    abort;
     void *                   user_data;
@@ -130,7 +134,7 @@ typedef struct mllama_hparams {
     float   rope_freq_base;
     float   rms_eps;
     int32_t vocab_size;     // logits a token
-    int32_t n_token_embd;   // rows of the embedding: the image token has one, and no logit
+    int32_t n_token_embd;   // rows of the embedding; the image token has a row but no logit
     int32_t image_token_id;
     int32_t n_cross_layers;
     // vision; all 0 when the model has no projector
@@ -154,15 +158,16 @@ mllama_model_params mllama_model_default_params(void);
 // mmproj_path: NULL when text_path holds both, or for text only. On success *model is the caller's.
 mllama_status mllama_model_load(const char * text_path, const char * mmproj_path, const mllama_model_params * params,
                                 mllama_model ** model);
-// Contexts made from the model must be freed first.
+// Free the contexts of the model first.
 void                   mllama_model_free(mllama_model * model);
 const mllama_hparams * mllama_model_hparams(const mllama_model * model);
 // n_cross_layers layer indices, ascending.
 const int32_t *        mllama_model_cross_layers(const mllama_model * model);
-// How the tensors are named and spread over files: "canonical" (one file or two, written by our converter), "A" (two files of
-// Ollama 0.4 to 0.6 and of the Hugging Face hub), "B" (one file of Ollama since 0.7), "text only", "unknown" (named as canonical).
+// How the tensors are named and spread over files: "canonical" (one file or two, written by our converter), "A" (two
+// files of Ollama 0.4 to 0.6 and of the Hugging Face hub), "B" (one file of Ollama since 0.7), "text only", "unknown"
+// (named as canonical).
 const char *           mllama_model_layout(const mllama_model * model);
-// What loading puts right or fills in, one line for each index from 0; NULL beyond the last.
+// The repairs and defaults of loading, one line for each index from 0. NULL beyond the last.
 const char *           mllama_model_repair(const mllama_model * model, int32_t index);
 uint64_t               mllama_model_size(const mllama_model * model); // bytes of all weights
 
@@ -183,75 +188,80 @@ mllama_status mllama_model_tensor(const mllama_model * model, int32_t index, mll
 
 typedef enum mllama_kv_type {
     MLLAMA_KV_F32  = 0,
-    MLLAMA_KV_F16  = 1, // V lies in F32, with F16's values (at most 65504), on RPC workers and where the CPU computes with ggml's kernel
+    // V is stored in F32 with F16's values (at most 65504) on RPC workers and where the CPU uses ggml's kernel
+    MLLAMA_KV_F16  = 1,
     MLLAMA_KV_Q8_0 = 8, // self-attention only; cross-attention then uses F16. V needs flash_attn
 } mllama_kv_type;
 
 typedef struct mllama_context_params {
     int32_t n_ctx;     // tokens; 0: what the model was trained with
-    int32_t n_batch;   // most tokens computed at once
+    int32_t n_batch;   // most tokens in one step
     int32_t n_threads; // CPU threads, 512 at most; 0: one for each CPU
     int32_t type_k;    // mllama_kv_type
     int32_t type_v;
     bool    flash_attn;
-    bool    offload_kqv; // a layer's cache and attention are where the layer is; false: on the CPU
-    const char * cpu_kernel; // see "kernels of the CPU" below; NULL: as MLLAMA_CPU_KERNEL says
+    bool    offload_kqv; // true: cache and attention of a layer are on its device; false: on the CPU
+    const char * cpu_kernel; // see "kernels of the CPU" below; NULL: from MLLAMA_CPU_KERNEL
     mllama_progress_callback progress;
     mllama_abort_callback    abort;
     void *                   user_data;
 } mllama_context_params;
 
 mllama_context_params mllama_context_default_params(void);
-mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** ctx);
+mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params,
+                                 mllama_context ** ctx);
 void          mllama_context_free(mllama_context * ctx);
 int32_t       mllama_n_ctx(const mllama_context * ctx);
-const char *  mllama_kernel_name(const mllama_context * ctx); // that this context uses on the CPU; "off" without flash_attn
+// The CPU kernel of this context; "off" without flash_attn.
+const char *  mllama_kernel_name(const mllama_context * ctx);
 void          mllama_set_n_threads(mllama_context * ctx, int32_t n_threads);
 
-// What a model and its context hold on one device, in bytes; with no_alloc, what they would hold.
+// Memory of a model and its context on one device, in bytes. With no_alloc: the memory they would need.
 typedef struct mllama_memory {
     const char * device;
-    uint64_t     mapped;   // weights read in place from the file's pages, which the system may drop and read again
+    uint64_t     mapped;   // weights in pages of the file; the system may drop and read them again
     uint64_t     weights;  // weights copied into the device's memory
     uint64_t     self_kv;  // the self-attention cache
     uint64_t     cross_kv; // all filled image slots
-    uint64_t     compute;  // the text compute buffers, which grow with the largest batch and context so far
-    uint64_t     vision;   // the most that encoding an image, or filling its slot, has taken while it ran
-    uint64_t     staging;  // the host's memory while weights are copied, before any cache exists
+    uint64_t     compute;  // compute buffers of the text; they grow with the largest batch and context so far
+    uint64_t     vision;   // peak of encoding an image or filling a slot
+    uint64_t     staging;  // host memory while weights are copied; freed before any cache is made
 } mllama_memory;
 int32_t       mllama_memory_count(const mllama_context * ctx); // devices; 0 is the CPU
 mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mllama_memory * memory);
 
-// Allocates what a full context and one group of adjacent images need at most: the text compute buffers stay, the rest is
-// given back, so that a device with too little memory says so now. n_images 0: text only. With no_alloc it only measures, and
-// the slot of these images counts as filled.
+// Allocates the memory for a full context and one group of adjacent images, so that a device with too little memory
+// fails now. The compute buffers of the text stay, the rest is freed. n_images 0: text only. With no_alloc it only
+// measures, and counts the slot of these images as filled.
 mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32_t * n_tiles);
 
-// Picture -> cross_attention_states.
-//   pixels  [n_tiles, 3, image_size, image_size] float32, normalised; only the used tiles
+// Encodes an image.
+//   pixels  [n_tiles, 3, image_size, image_size] float32, normalised, the used tiles only
 //   states  [n_tiles, n_positions, n_embd] float32, written
 mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id,
                             float * states);
 
-// Fills a new slot of the cross-attention cache with one image, or with several directly adjacent ones, which later text
-// sees together. states[i] is [n_tiles[i], n_positions, n_embd], or NULL: the rows of that image are not to be used until
-// mllama_image_set has brought all of them. *slot >= 0 names it from then on.
+// Fills a new slot of the cross-attention cache with one image, or with several that stand side by side in the prompt.
+// The text after them sees all of them. states[i] is [n_tiles[i], n_positions, n_embd]. NULL: mllama_image_set must
+// bring all rows of that image before they are used. *slot: the number of the slot, >= 0.
 mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states,
                                 const int32_t * n_tiles, int32_t * slot);
 mllama_status mllama_image_free(mllama_context * ctx, int32_t slot);
 
-// The bytes of one image with so many tiles, as mllama_image_get gives them, if a slot can have them from a file: where all of it is
-// in the memory of this process. Else 0.
+// Size in bytes of an image of n_tiles tiles, in the form of mllama_image_get, if a slot can map it from a file. This
+// is possible where the whole slot is in the memory of this process. Otherwise 0.
 uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles);
-// As mllama_image_fill, of one image whose bytes are in a file from `offset`, a multiple of 64. The file is mapped until the slot is
-// freed: it may be removed meanwhile, but not changed.
-mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset, int32_t * slot);
+// Fills a new slot with one image whose bytes are in a file from `offset`, a multiple of 64. The file is mapped until
+// the slot is freed. Until then it may be removed but must not be changed.
+mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset,
+                               int32_t * slot);
 
-// What a slot holds of one of its images, to be kept and put into another slot: bytes in an order of our own, which depends
-// on the cache types and on the devices that the layers are on, but neither on the slot nor on the other images in it.
+// The keys and values of one image in a slot, to keep them and put them into another slot. The order of the bytes is
+// our own. It depends on the cache types and on the devices of the layers, but not on the slot or its other images.
 mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t * n_bytes);
-// Copies n_bytes of them, the first offset left out; a few MiB at a time are fast enough.
-mllama_status mllama_image_get(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, void * data);
+// Copies n_bytes starting at offset. Pieces of a few MiB are large enough for full speed.
+mllama_status mllama_image_get(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes,
+                               void * data);
 mllama_status mllama_image_set(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes,
                                const void * data);
 
@@ -261,9 +271,9 @@ typedef enum mllama_logits {
     MLLAMA_LOGITS_ALL  = 2,
 } mllama_logits;
 
-// Appends tokens to the conversation. All of them see the first n_visible images of the slot; slot -1: no image yet,
-// the cross-attention layers are left out. logits: [1 or n_tokens, vocab_size] float32, or NULL with MLLAMA_LOGITS_NONE.
-// logits_capacity is its size in floats. After an error the cache holds what it held before the call.
+// Appends tokens to the conversation. All of them see the first n_visible images of the slot. slot -1: no image yet;
+// the cross-attention layers are left out. logits: [1 or n_tokens, vocab_size] float32, or NULL with
+// MLLAMA_LOGITS_NONE. logits_capacity: its size in floats. After an error the cache is unchanged.
 mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot,
                             int32_t n_visible, int32_t logits_mode, float * logits, int64_t logits_capacity);
 
@@ -271,44 +281,48 @@ int32_t       mllama_n_past(const mllama_context * ctx);                    // t
 mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past);        // keep the first n_past tokens
 void          mllama_clear(mllama_context * ctx);                           // forget tokens and images
 
-// What the first n_tokens tokens left in the self-attention cache, for another context of the same settings: bytes, reading, and
-// putting it in place of all tokens that are there.
+// The keys and values of the first n_tokens tokens in the self-attention cache, for another context with the same
+// settings: their size, a copy, and the way back, which replaces all tokens of the context.
 uint64_t      mllama_past_size(const mllama_context * ctx, int32_t n_tokens);
 mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
 mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data);
 
-// Shows any named intermediate tensor as float32 right after it is computed. Called first with data NULL: true asks for
-// the values, which then come in a second call (ne: shape, fastest first), whose result is ignored.
+// Reports every named intermediate tensor right after it is computed. The first call has data NULL; return true to get
+// the values. They come in a second call as float32 (ne: shape, fastest first), whose result is ignored.
 typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);
 void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data); // NULL: off
 
 // ---- quantizing ---------------------------------------------------------------------------------------------------
 
 // Converts n_rows rows of n_per_row values between two ggml types. src_type: any type that ggml can read as numbers;
-// dst_type: F32, F16, BF16, Q4_0, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K; the blocks of both must divide n_per_row. src and
-// dst hold n_rows rows of ggml's size for their type, src aligned for its values. MLLAMA_ERR_FILE: a value that is not
-// finite, or too large for dst_type; dst then holds nothing of use. Safe from any number of threads.
+// dst_type: F32, F16, BF16, Q4_0, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K; the blocks of both must divide n_per_row. src
+// and dst hold n_rows rows of ggml's size for their type, src aligned for its values. MLLAMA_ERR_FILE: a value that is
+// not finite, or too large for dst_type; the contents of dst are then undefined. Safe from any number of threads.
 mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t dst_type, void * dst, int64_t n_rows,
                                    int64_t n_per_row);
 
 // ---- layouts of the CPU -------------------------------------------------------------------------------------------
 
-// ggml's layouts of weights for faster products on this CPU, by index from 0; NULL beyond the last. "AMX" ends the process where
-// the compiler of ggml has left out its set-up: try a layout other than "CPU_REPACK" in a process of its own before it is used.
+// ggml's layouts of weights for faster products on this CPU, by index from 0. NULL beyond the last. "AMX" ends the
+// process where the compiler of ggml has left out its set-up: try every layout except "CPU_REPACK" in another process
+// before it is used.
 const char *  mllama_repack_layout(int32_t index);
-// One product, for such a trial: y [n_columns, n_out] of x [n_columns, n_in] and w [n_out, n_in], which becomes a matrix of a
-// ggml type in that layout (NULL: the plain one). MLLAMA_ERR_ARGUMENT: the layout has no products of this type and size.
-mllama_status mllama_repack_product(const char * layout, int32_t type, const float * w, const float * x, float * y, int32_t n_in,
-                                    int32_t n_out, int32_t n_columns, int32_t n_threads);
+// One product, for such a trial: y [n_columns, n_out] = x [n_columns, n_in] times w [n_out, n_in]. w becomes a matrix
+// of a ggml type in that layout (NULL: the plain one). MLLAMA_ERR_ARGUMENT: the layout has no products of this type and
+// size.
+mllama_status mllama_repack_product(const char * layout, int32_t type, const float * w, const float * x, float * y,
+                                    int32_t n_in, int32_t n_out, int32_t n_columns, int32_t n_threads);
 
 // ---- kernels of the CPU -------------------------------------------------------------------------------------------
 
-// This library has its own kernels for the CPU: the vision encoder's attention, linear layers and GELU, the text's attention to F32 and
-// F16 caches, and its products with Q4_K and Q6_K weights. They need flash_attn. mllama_context_new chooses one for the life of the
-// context: the one that mllama_context_params.cpu_kernel names, else the environment variable MLLAMA_CPU_KERNEL, else the best of the
-// processor. Names: "avx512bf16", "avx512", "avx2", "portable", or "off" for ggml's operations alone.
-const char *  mllama_cpu_kernel(void);                                     // what the environment gives now; NULL: no such kernel
-mllama_status mllama_erf(const float * x, float * y, int64_t n);           // what GELU uses, for tests
+// This library has its own CPU kernels for the vision encoder (attention, linear layers, GELU) and for the text
+// (attention over F32 and F16 caches, products with Q4_K and Q6_K weights). They need flash_attn. mllama_context_new
+// chooses one for the life of the context: from mllama_context_params.cpu_kernel, else from the environment variable
+// MLLAMA_CPU_KERNEL, else the best of the processor. Names: "avx512bf16", "avx512", "avx2", "portable", or "off" for
+// ggml's operations alone.
+// The kernel that the environment chooses now; NULL: no such kernel.
+const char *  mllama_cpu_kernel(void);
+mllama_status mllama_erf(const float * x, float * y, int64_t n);           // as in GELU, for tests
 
 #pragma GCC visibility pop
 
