@@ -22,7 +22,7 @@ from ..errors import Aborted, BackendError, MllamaError, ModelError, RequestErro
 from ..model import Mllama
 from ..reading import open_regular
 from ..vision.encoder import ImageEncoder
-from ..vision.load import load_image
+from ..vision.loading import load_image
 from ..vision.preprocess import preprocess_image
 from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..cache.disk import ImageCache
 from ..errors import ImageError
-from .load import ImageSource
+from .loading import ImageSource
 from .preprocess import TiledImage
 
 

@@ -3,7 +3,7 @@
 The pixels are bit-identical to `MllamaImageProcessor` of transformers 4.52.4 (the Pillow one), given the same
 image and the same Pillow. Pillow's resize is integer arithmetic and the same on every machine. But Pillow
 12.1, 12.2 and 13 run its two passes in different orders: an image that shrinks much more in height than in
-width can differ by one level in a few pixels between them. How files and modes become RGB: `load`.
+width can differ by one level in a few pixels between them. How files and modes become RGB: `loading`, `decoding`, `colour`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .load import ImageSource, load_image
+from .loading import ImageSource, load_image
 
 # Counts up whenever the pixels of any picture change.
-PREPROCESS_VERSION = 1
+PREPROCESS_VERSION = 2
 
 TILE_SIZE = 560
 MAX_TILES = 4
@@ -85,13 +85,19 @@ class TiledImage:
 
 
 def preprocess_image(
-    image: ImageSource, *, tile_size: int = TILE_SIZE, max_tiles: int = MAX_TILES
+    image: ImageSource,
+    *,
+    tile_size: int = TILE_SIZE,
+    max_tiles: int = MAX_TILES,
+    max_pixels: int | None = None,
+    allow_truncated: bool = False,
 ) -> TiledImage:
     """Cut a picture into normalised tiles.
 
     image:     anything that `load_image` takes
     tile_size: side of a tile in pixels (the model's vision.image_size)
     max_tiles: most tiles a picture may have (the model's vision.max_num_tiles)
+    max_pixels, allow_truncated: as in `load_image`
 
     Raises ImageError for a picture that cannot be used, ValueError for a tile_size or max_tiles below 1.
     """
@@ -99,7 +105,7 @@ def preprocess_image(
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     tile_size, max_tiles = int(tile_size), int(max_tiles)
-    picture = load_image(image)
+    picture = load_image(image, max_pixels=max_pixels, allow_truncated=allow_truncated)
 
     width, height = picture.size
     rows, columns = choose_grid(width, height, tile_size, max_tiles)

@@ -17,7 +17,7 @@ from transformers.models.mllama.image_processing_mllama import MllamaImageProces
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preprocess_cases import GRID_SIZES, MODES, MODES_OF_OUR_OWN, make_picture, pattern
 
-from mllama_gguf.vision.load import load_image
+from mllama_gguf.vision.loading import load_image
 from mllama_gguf.vision.preprocess import preprocess_image
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

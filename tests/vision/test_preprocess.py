@@ -30,7 +30,8 @@ from preprocess_cases import GRID_SIZES, MODES, golden_cases, make_picture, patt
 
 from mllama_gguf.cli.preprocess import preprocess_command
 from mllama_gguf.errors import ImageError, MllamaError
-from mllama_gguf.vision.load import MAX_PIXELS, load_image
+from mllama_gguf.vision.decoding import MAX_PIXELS
+from mllama_gguf.vision.loading import load_image
 from mllama_gguf.vision.preprocess import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -488,7 +489,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_unsupported_sources() -> None:
-    assert error_of(b"%PDF-1.4 not a picture").startswith("image bytes: not a picture")
+    assert error_of(b"%PDF-1.4 not a picture").startswith("image bytes: a PDF document")
     assert "not a picture" in error_of(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     )  # would run Ghostscript

@@ -1,0 +1,186 @@
+"""Files that viewers show and decoders refuse: a PNG's side matters, and ends that are missing.
+
+Nothing here changes a pixel that the file holds. What holds no pixels is left out, an end that only says that
+this was the end is put there, and where pixels are really missing a caller must ask for the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+
+# Chunks with pixels, or without which they cannot be read. A wrong checksum in one of them is damage.
+_PNG_NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+# Chunks that change what a person sees: transparency and the orientation.
+_PNG_USED = (b"tRNS", b"eXIf")
+# ImageMagick keeps EXIF, and so the orientation, in a text chunk of this name; XMP has one too.
+_PNG_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_MOST_TEXT = 1 << 20  # bytes of such a chunk, unpacked
+
+_EOI = b"\xff\xd9"
+# First column and row of each pass of an interlaced PNG, and the steps.
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+# Fillings for lost data: if the picture depends on which, data was lost.
+_FILLINGS = (b"", b"\x35" * 64, b"\xca" * 64)
+
+
+def clean_png(data: bytes, *, fill: bool = False) -> bytes:
+    """A PNG file with those chunks alone that make its pixels.
+
+    Text, profiles, times and the frames of an animation are left out, however large, packed or damaged. A
+    missing end chunk is put there. fill: replace the pixels that are missing by black ones.
+
+    Damaged pixels are left to the decoder, which refuses them.
+    """
+    out = [PNG_SIGNATURE]
+    ended = broken = False
+    for kind, body, right in _png_chunks(data):
+        if kind in _PNG_NEEDED:
+            broken |= not right
+            out.append(_png_chunk(kind, body, right))
+            ended = kind == b"IEND"
+            if ended:
+                break
+        elif right and (kind in _PNG_USED or _is_orientation(kind, body)):
+            out.append(_png_chunk(kind, body))
+    if not ended:
+        out.append(_png_chunk(b"IEND", b""))
+    cleaned = b"".join(out)
+    return _fill_png(cleaned) if fill and (broken or not ended) else cleaned
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """Name, content and whether the checksum is right, up to where the file ends, in a chunk perhaps."""
+    at = len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        checksum = data[at + 8 + length : at + 12 + length]
+        at += 12 + length
+        if kind in _PNG_NEEDED or kind in _PNG_USED or kind in (b"zTXt", b"iTXt", b"tEXt"):
+            # Cut in the checksum alone: what it would have checked is there.
+            whole = len(body) == length
+            expected = struct.pack(">I", zlib.crc32(kind + body))
+            yield kind, body, whole and (len(checksum) < 4 or checksum == expected)
+
+
+def _png_chunk(kind: bytes, body: bytes, right: bool = True) -> bytes:
+    checksum = zlib.crc32(kind + body) ^ (not right)
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+def _is_orientation(kind: bytes, body: bytes) -> bool:
+    """Whether a text chunk may hold the orientation, and is small enough to be unpacked."""
+    if kind == b"eXIf" or not body.startswith(_PNG_TEXT):
+        return False
+    rest = body.partition(b"\0")[2]
+    if kind == b"tEXt":
+        return len(rest) <= _MOST_TEXT
+    packed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+    if kind == b"iTXt" and rest[:1] == b"\0":
+        return len(packed) <= _MOST_TEXT
+    try:
+        return len(zlib.decompressobj().decompress(packed, _MOST_TEXT + 1)) <= _MOST_TEXT
+    except zlib.error:
+        return False
+
+
+def _fill_png(cleaned: bytes) -> bytes:
+    """A cleaned PNG whose missing pixels are zeros."""
+    unpacker, rows = zlib.decompressobj(), bytearray()
+    header, before = b"", []
+    for kind, body, _ in _png_chunks(cleaned):
+        if kind == b"IHDR":
+            header = body
+        if kind == b"IDAT":
+            try:
+                rows += unpacker.decompress(body)
+            except zlib.error:
+                break
+        elif kind != b"IEND":
+            before.append(_png_chunk(kind, body))
+    if len(header) != 13:
+        return cleaned
+    missing = _png_bytes(header) - len(rows)
+    pixels = zlib.compress(bytes(rows) + bytes(max(missing, 0)), 1)
+    return b"".join((PNG_SIGNATURE, *before, _png_chunk(b"IDAT", pixels), _png_chunk(b"IEND", b"")))
+
+
+def _png_bytes(header: bytes) -> int:
+    """How many bytes a PNG's pixels are before packing, the filter byte of each row counted."""
+    width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", header)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
+    total = 0
+    for x, y, step_x, step_y in _ADAM7 if interlace else ((0, 0, 1, 1),):
+        columns, rows = -(-max(width - x, 0) // step_x), -(-max(height - y, 0) // step_y)
+        if columns and rows:
+            total += rows * (1 + (columns * bits + 7) // 8)
+    return total
+
+
+def jpeg_endings(data: bytes) -> tuple[bytes, ...]:
+    """What a JPEG file may go on with if its end marker is missing; () if it is there.
+
+    If all of them give the same pixels, and `jpeg_scans_complete`, only the marker was missing.
+    """
+    body = data.rstrip(b"\0")
+    if body.endswith(_EOI) or _has_end(data):
+        return ()
+    cut = data[:-1] if data.endswith(b"\xff") else data
+    return tuple(cut + filling + _EOI for filling in _FILLINGS)
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether an end marker follows the last scan: cameras and editors append data of their own to it."""
+    scan = data.rfind(b"\xff\xda")
+    return scan >= 0 and data.find(_EOI, scan) >= 0
+
+
+def jpeg_scans_complete(data: bytes) -> bool:
+    """Whether the scans of a JPEG file, by their heads, bring every bit of every coefficient. A progressive
+    picture that ends between two scans decodes without an error, but is not the whole picture."""
+    components: tuple[int, ...] = ()
+    progressive = False
+    left: dict[tuple[int, int], int] = {}  # component and coefficient: lowest bit that was sent
+    seen: set[int] = set()
+    for marker, body in _jpeg_heads(data):
+        if marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) and len(body) >= 6:
+            progressive = marker in (0xC2, 0xCA)
+            components = tuple(body[6 + 3 * i] for i in range(body[5]) if 6 + 3 * i < len(body))
+        elif marker == 0xDA and body and len(body) >= 1 + 2 * body[0] + 3:
+            n = body[0]
+            first, last, bits = body[1 + 2 * n : 4 + 2 * n]
+            for component in body[1 : 1 + 2 * n : 2]:
+                seen.add(component)
+                for k in range(first, min(last, 63) + 1):
+                    left[component, k] = bits & 15
+    if not components or not seen.issuperset(components):
+        return False
+    return not progressive or all(left.get((c, k), 1) == 0 for c in components for k in range(64))
+
+
+def _jpeg_heads(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and content of each segment with a length; the data of the scans is passed over."""
+    at = 2
+    while (found := re.compile(rb"\xff+([^\xff\0])", re.DOTALL).search(data, at)) is not None:
+        marker, at = found[1][0], found.end()
+        if 0xD0 <= marker <= 0xD9 or marker == 0x01:
+            continue
+        if at + 2 > len(data):
+            return
+        (length,) = struct.unpack_from(">H", data, at)
+        yield marker, data[at + 2 : at + length]
+        at += max(length, 2)
