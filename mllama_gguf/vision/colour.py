@@ -97,7 +97,7 @@ def _join_planes(image: TiffImagePlugin.TiffImageFile, name: str) -> Image.Image
     extra = tags.get(_EXTRA, ())
     n_colours = n - len(extra)
     # raw mode of the joined samples, by the number of colours
-    modes = {2: (3, "RGB"), 5: (4, "CMYK"), _YCBCR: (3, "YCbCr"), _LAB: (3, "LAB")}
+    modes = {2: (3, "RGB"), 5: (4, "CMYK"), _YCBCR: (3, "YCbCr")}
     wanted, mode = modes.get(photometric or 0, (0, ""))
     even = tags.get(_SUBSAMPLING, (1, 1)) == (1, 1) or photometric != _YCBCR
     if wanted != n_colours or bits not in ({8}, {16}) or not even or set(tags.get(_FORMAT, (1,))) != {1}:
@@ -105,8 +105,6 @@ def _join_planes(image: TiffImagePlugin.TiffImageFile, name: str) -> Image.Image
     samples = [np.asarray(_plane(image, i, n)) for i in range(n)]
     if bits == {16}:
         samples = [(plane >> 8).astype(np.uint8) for plane in samples]
-    if photometric == _LAB:
-        samples[1:3] = [plane ^ 0x80 for plane in samples[1:3]]
     alpha = samples[n_colours] if extra and extra[0] in (1, 2) and mode == "RGB" else None
     joined = Image.merge(mode, [Image.fromarray(plane) for plane in samples[:n_colours]])
     if alpha is not None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from ..errors import ImageError, RequestError
 from ..words import one_line
 from .colour import describe_tiff, mend_tiff, to_rgb
-from .repair import JPEG_SIGNATURE, PNG_SIGNATURE, clean_png, jpeg_endings, jpeg_scans_complete
+from .repair import JPEG_SIGNATURE, PNG_SIGNATURE, clean_png, fill_png, jpeg_endings, jpeg_scans_complete
 from .signatures import describe_signature, is_heif
 
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; Pillow refuses above it as well
@@ -133,7 +133,7 @@ def decode(file: BinaryIO, name: str, max_pixels: int | None, allow_truncated: b
         if not head:
             raise ImageError(f"{name}: is empty (0 bytes)")
         if head.startswith(PNG_SIGNATURE):
-            file = io.BytesIO(clean_png(file.read(), fill=allow_truncated))
+            file = io.BytesIO(clean_png(file.read()))
         try:
             return finish(_open(file, head, name), name, limit)
         except ImageError:
@@ -155,6 +155,8 @@ def _decode_cut(data: bytes, head: bytes, name: str, limit: int, allow_truncated
             return None
         images = [finish(_open(io.BytesIO(ending), head, name), name, limit) for ending in endings]
         return images[0] if len({image.tobytes() for image in images}) == 1 else None
+    if allow_truncated and head.startswith(PNG_SIGNATURE):
+        return finish(_open(io.BytesIO(fill_png(data)), head, name), name, limit)
     if allow_truncated:
         file = io.BytesIO(data)
         image = _open(file, head, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import io
 import os
 import re
@@ -48,7 +49,8 @@ def load_image(
       - a uint8 array [height, width, 3], RGB
     max_pixels: larger pictures are refused before they are decoded; None: the variable MLLAMA_MAX_PIXELS, or
       512 MiB as RGB and no more than Pillow's own limit, 2 * PIL.Image.MAX_IMAGE_PIXELS
-    allow_truncated: take a file that ends too early; its missing pixels are grey or black
+    allow_truncated: take a file that ends too early, if it is JPEG, PNG or not compressed; the pixels that
+      are missing are grey or black
 
     The first of several frames is taken (of a PIL image the current one). How colours are converted is told
     in `colour`. Raises ImageError, one line that names the source.
@@ -62,7 +64,8 @@ def load_image(
         return _from_array(source, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
-        if data[:5].lower() == b"data:" or (not _PICTURES.match(data) and _looks_like_base64(data)):
+        is_uri = data[:99].lstrip()[:5].lower() == b"data:"
+        if is_uri or (not _PICTURES.match(data) and _looks_like_base64(data)):
             text = data.decode("ascii", "replace")
             return load_image(text, max_pixels=max_pixels, allow_truncated=allow_truncated)
         return decode(io.BytesIO(data), "image bytes", max_pixels, allow_truncated)
@@ -85,8 +88,8 @@ def load_image(
 
 def _looks_like_base64(data: bytes) -> bool:
     """Whether some bytes are base64 of a picture."""
-    head = data[:200].lstrip()
-    return head.isascii() and _picture_in_base64(head[: len(head) // 4 * 4].decode()) is not None
+    digits = b"".join(data[:100].split())[:16]
+    return digits.isascii() and _picture_in_base64(digits.decode()) is not None
 
 
 def _from_text(source: str) -> tuple[str, bytes] | str:
@@ -193,6 +196,8 @@ def _from_path(
     except IsADirectoryError:
         raise ImageError(f"{name}: is a directory, not a picture") from None
     except OSError as e:
+        if e.errno == errno.ENAMETOOLONG and name.startswith("text of "):
+            raise ImageError(f"{name}: too long for a path; neither a path nor base64 of a picture") from None
         raise ImageError(f"{name}: cannot be opened: {one_line(e.strerror or e)}") from e
     except ValueError as e:  # a NUL in the path, or a character that no path can have
         raise ImageError(f"{name}: not a usable path: {one_line(e)}") from e

@@ -3,7 +3,8 @@
 The pixels are bit-identical to `MllamaImageProcessor` of transformers 4.52.4 (the Pillow one), given the same
 image and the same Pillow. Pillow's resize is integer arithmetic and the same on every machine. But Pillow
 12.1, 12.2 and 13 run its two passes in different orders: an image that shrinks much more in height than in
-width can differ by one level in a few pixels between them. How files and modes become RGB: `loading`, `decoding`, `colour`.
+width can differ by one level in a few pixels between them. How files and modes
+become RGB: `loading`, `decoding`, `colour`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ _PNG_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MOST_TEXT = 1 << 20  # bytes of such a chunk, unpacked
 
 _EOI = b"\xff\xd9"
+_PIECE = 256
+_SMALL_GREY = (b"\1\0", b"\2\0", b"\4\0")  # bits a sample and kind of colour, as in the head
 # First column and row of each pass of an interlaced PNG, and the steps.
 _ADAM7 = (
     (0, 0, 8, 8),
@@ -37,29 +39,31 @@ _ADAM7 = (
 _FILLINGS = (b"", b"\x35" * 64, b"\xca" * 64)
 
 
-def clean_png(data: bytes, *, fill: bool = False) -> bytes:
+def clean_png(data: bytes) -> bytes:
     """A PNG file with those chunks alone that make its pixels.
 
     Text, profiles, times and the frames of an animation are left out, however large, packed or damaged. A
-    missing end chunk is put there. fill: replace the pixels that are missing by black ones.
+    missing end chunk is put there.
 
     Damaged pixels are left to the decoder, which refuses them.
     """
     out = [PNG_SIGNATURE]
-    ended = broken = False
+    ended = False
     for kind, body, right in _png_chunks(data):
         if kind in _PNG_NEEDED:
-            broken |= not right
             out.append(_png_chunk(kind, body, right))
             ended = kind == b"IEND"
             if ended:
                 break
+        elif kind == b"tRNS" and right and len(body) == 2 and out[1:] and out[1][16:18] in _SMALL_GREY:
+            # Pillow compares the transparent grey with pixels that it has widened to 8 bits.
+            widened = body[1] * 255 // (2 ** out[1][16] - 1)
+            out.append(_png_chunk(kind, struct.pack(">H", widened)))
         elif right and (kind in _PNG_USED or _is_orientation(kind, body)):
             out.append(_png_chunk(kind, body))
     if not ended:
         out.append(_png_chunk(b"IEND", b""))
-    cleaned = b"".join(out)
-    return _fill_png(cleaned) if fill and (broken or not ended) else cleaned
+    return b"".join(out)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
@@ -98,7 +102,7 @@ def _is_orientation(kind: bytes, body: bytes) -> bool:
         return False
 
 
-def _fill_png(cleaned: bytes) -> bytes:
+def fill_png(cleaned: bytes) -> bytes:
     """A cleaned PNG whose missing pixels are zeros."""
     unpacker, rows = zlib.decompressobj(), bytearray()
     header, before = b"", []
@@ -107,7 +111,8 @@ def _fill_png(cleaned: bytes) -> bytes:
             header = body
         if kind == b"IDAT":
             try:
-                rows += unpacker.decompress(body)
+                for at in range(0, len(body), _PIECE):  # what comes before damage is kept
+                    rows += unpacker.decompress(body[at : at + _PIECE])
             except zlib.error:
                 break
         elif kind != b"IEND":

@@ -490,7 +490,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
 
 def test_unsupported_sources() -> None:
     assert error_of(b"%PDF-1.4 not a picture").startswith("image bytes: a PDF document")
-    assert "not a picture" in error_of(
+    assert "a PostScript document" in error_of(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     )  # would run Ghostscript
     assert error_of(17).startswith("int object: not a picture")
