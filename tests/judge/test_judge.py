@@ -1,6 +1,6 @@
 """Our pixels against those of independent decoders, ImageMagick and libvips, over a matrix of file kinds.
 
-Needs the programs `convert` and `vips` (Debian: imagemagick, libvips-tools); run by name: pytest tests/judge.
+Needs the programs `convert-im6` and `vips` (Debian: imagemagick, libvips-tools); run by name: pytest tests/judge.
 One of the two must agree: ImageMagick 6 inverts grey of 2 and 4 bits wrongly and takes any extra sample for
 transparency; libvips shows CMYK by a profile and leaves out transparency of 16 bits. What is told in
 `mllama_gguf/vision/colour.py` to differ is not compared, or with a wider tolerance that names the reason.
@@ -31,7 +31,7 @@ ROUNDING = 2
 
 def magick(path: Path) -> npt.NDArray[np.int64]:
     """The first frame as ImageMagick shows it, upright, over white."""
-    command = ["convert", f"{path}[0]", "-auto-orient", "-background", "white", "-alpha", "remove"]
+    command = ["convert-im6", f"{path}[0]", "-auto-orient", "-background", "white", "-alpha", "remove"]
     shown = subprocess.run(
         [*command, "-colorspace", "sRGB", "-depth", "8", "ppm:-"], stdout=subprocess.PIPE, check=True
     )
@@ -197,7 +197,7 @@ def test_png(name: str, data: bytes, tmp_path: Path) -> None:
 def converted(tmp_path: Path, target: str, *options: str) -> Path:
     source = tmp_path / "source.png"
     source.write_bytes(saved("RGB", "PNG"))
-    subprocess.run(["convert", source, *options, tmp_path / target], check=True)
+    subprocess.run(["convert-im6", source, *options, tmp_path / target], check=True)
     return tmp_path / target
 
 
@@ -223,7 +223,7 @@ def test_bmp(kind: str, version: str, compression: str, tmp_path: Path) -> None:
     source.write_bytes(saved("RGB", "PNG"))
     path = tmp_path / "a.bmp"
     target = f"{version}:{path}"
-    subprocess.run(["convert", source, "-type", kind, "-compress", compression, target], check=True)
+    subprocess.run(["convert-im6", source, "-type", kind, "-compress", compression, target], check=True)
     compare(path)
 
 

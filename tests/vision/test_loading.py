@@ -80,7 +80,7 @@ def test_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "names no file" in error_of("file://")
     assert "not a usable" in error_of("file:///a%00b.png")
     assert "no such file" in error_of("file:///none%20here.png")
-    assert "device" in error_of("/dev/zero")
+    assert "it is a device, not a file" in error_of("/dev/zero")
 
 
 def test_a_name_that_looks_like_something_else_is_a_name(
