@@ -1,6 +1,6 @@
 """Our pixels against those of independent decoders, ImageMagick and libvips, over a matrix of file kinds.
 
-Needs the programs `convert-im6` and `vips` (Debian: imagemagick, libvips-tools); run by name: pytest tests/judge.
+Needs `convert-im6` and `vips` (Debian: imagemagick, libvips-tools); run by name: pytest tests/judge.
 One of the two must agree: ImageMagick 6 inverts grey of 2 and 4 bits wrongly and takes any extra sample for
 transparency; libvips shows CMYK by a profile and leaves out transparency of 16 bits. What is told in
 `mllama_gguf/vision/colour.py` to differ is not compared, or with a wider tolerance that names the reason.
