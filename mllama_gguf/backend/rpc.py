@@ -25,7 +25,7 @@ def default_devices() -> list[str]:
     return gpus or [device.name for device in known if device.type == "cpu"]
 
 
-def resolve(host: str) -> str:
+def find_address(host: str) -> str:
     """The IPv4 address of a host name. Raises RequestError."""
     try:
         return socket.gethostbyname(host)

@@ -162,7 +162,7 @@ class _Run:
             raise RequestError(
                 f"{self._model.model_path.name} is a text model without vision encoder; give mmproj_path"
             )
-        self._by_content = dict(self._contents(pending))
+        self._by_content = dict(self._known_contents(pending))
 
         def prepare(path: str) -> Prepared:
             try:
@@ -184,12 +184,12 @@ class _Run:
             try:
                 with closing(pictures_ahead(pending, prepare, self._ahead)) as coming:
                     for path, future in coming:
-                        self._one(path, future)
+                        self._caption_one(path, future)
                         self._summary.seconds["total"] = time.perf_counter() - start
-                self._written()
+                self._finish_writing()
             except BaseException:
                 with suppress(_Stop):
-                    self._written()
+                    self._finish_writing()
                 raise
             finally:
                 if self._ahead is not None:
@@ -205,9 +205,9 @@ class _Run:
         except (BackendError, ModelError, OSError):
             return None
 
-    def _one(self, path: str, future: Future[Prepared]) -> None:
+    def _caption_one(self, path: str, future: Future[Prepared]) -> None:
         try:
-            record, caption = self._record(path, future)
+            record, caption = self._make_record(path, future)
         except Aborted:
             raise
         except BackendError as e:
@@ -217,7 +217,7 @@ class _Run:
         except (MllamaError, MemoryError, OSError) as e:
             self._fail(path, e)
             return
-        self._written()
+        self._finish_writing()
         self._by_content[record.sha256] = record
         self._writing = _Writing(record, caption, self._writer.submit(self._write, record, caption is None))
 
@@ -230,7 +230,7 @@ class _Run:
         else:
             self._summary.captioned += 1
 
-    def _written(self) -> None:
+    def _finish_writing(self) -> None:
         """Wait until the record on its way is on the disk. Raises _Stop."""
         if self._writing is None:
             return
@@ -252,7 +252,7 @@ class _Run:
         else:
             self._report({**event, "seconds": dict(caption.seconds)})
 
-    def _await(self, future: Future[Prepared]) -> Prepared:
+    def _wait_for(self, future: Future[Prepared]) -> Prepared:
         """The picture, once it is there."""
         seconds, start = self._summary.seconds, time.perf_counter()
         begun = done = 0.0
@@ -268,11 +268,11 @@ class _Run:
                 self._computed.popleft()
         return prepared
 
-    def _record(self, path: str, future: Future[Prepared]) -> tuple[Record, Caption | None]:
+    def _make_record(self, path: str, future: Future[Prepared]) -> tuple[Record, Caption | None]:
         summary = self._summary
-        prepared = self._await(future)
+        prepared = self._wait_for(future)
         if self._writing is not None and self._writing.record.sha256 == prepared.sha256:
-            self._written()
+            self._finish_writing()
         twin = self._by_content.get(prepared.sha256)
         if twin is not None:
             original = twin.duplicate_of or twin.image
@@ -319,7 +319,7 @@ class _Run:
         except MllamaError as e:
             raise _Stop(f"the model cannot be opened again: {e}") from e
 
-    def _contents(self, pending: Sequence[str]) -> Iterator[tuple[str, Record]]:
+    def _known_contents(self, pending: Sequence[str]) -> Iterator[tuple[str, Record]]:
         """What is captioned already, by content. Caption files beside their pictures do not tell the content;
         only a picture as large as one to come is worth reading for it."""
         sizes: set[int | None] = set()

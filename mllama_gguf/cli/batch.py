@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..settings import DEFAULTS
-from .opening import open_model
+from .opening import open_chosen
 from .options import F, ModelChoice
 from .progress import BatchBar
 
@@ -62,19 +62,19 @@ def batch_options(command: F) -> F:
         (
             click.option("--out", metavar="FILE", help="Write the captions to FILE.jsonl or FILE.csv."),
             click.option(
-                "--sidecar", metavar=".txt", help="Write each caption beside its picture, with this suffix."
+                "--sidecar", metavar=".txt", help="Write each caption beside its image, with this suffix."
             ),
-            click.option("--recursive", is_flag=True, help="Search folders in folders too."),
-            click.option("--prefix", default="", metavar="TEXT", help="Put before every caption."),
-            click.option("--suffix", default="", metavar="TEXT", help="Put after every caption."),
-            click.option("--overwrite", is_flag=True, help="Make the captions that are there anew."),
+            click.option("--recursive", is_flag=True, help="Search subfolders too."),
+            click.option("--prefix", default="", metavar="TEXT", help="Text to put before every caption."),
+            click.option("--suffix", default="", metavar="TEXT", help="Text to put after every caption."),
+            click.option("--overwrite", is_flag=True, help="Replace captions that exist."),
             click.option(
-                "--limit", metavar="N", type=click.IntRange(min=1), help="Only the first N pictures."
+                "--limit", metavar="N", type=click.IntRange(min=1), help="Caption only the first N images."
             ),
             click.option(
                 "--encode-ahead/--no-encode-ahead",
                 default=None,
-                help="Encode the next picture while a caption is written.  [default: if a CPU is free]",
+                help="Encode the next images while a caption is written.  [default: if a CPU is free]",
             ),
         )
     ):
@@ -118,7 +118,7 @@ def run_batch(
 
             def opened() -> Mllama:
                 stack.close()  # a model that lost its device
-                return stack.enter_context(open_model(choice, bar=False))
+                return stack.enter_context(open_chosen(choice, bar=False))
 
             summary = caption_pictures(
                 pictures,

@@ -19,12 +19,12 @@ from .verbose import verbose_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option
 def cache_command(action: str, as_json: bool) -> None:
-    """Show what is in the cache of encoded pictures, or clear it.
+    """Show what is in the image cache, or clear it.
 
-    `mllama caption` keeps there what the vision encoder made of a picture, and what the text model made of
-    that (its filling), so that the next question about it is answered without computing either again; and
-    what it made of the tokens before the picture (the prefix).
-    MLLAMA_IMAGE_CACHE names another directory, MLLAMA_IMAGE_CACHE_SIZE another size than 4 GB (0: no cache).
+    `mllama caption` keeps exact results of an image there: the encoder's output, the keys and values of
+    cross-attention (the filling), and those of the tokens before the image (the prefix). Another question
+    about the same image then computes only the question.
+    MLLAMA_IMAGE_CACHE sets the directory, MLLAMA_IMAGE_CACHE_SIZE the size (default 4 GB; 0: no cache).
     The cache has a folder of its own in that directory. It never removes a file of another program.
     """
     from ..cache.disk import ImageCache

@@ -13,7 +13,7 @@ from ..errors import ImageError, RequestError
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
 from .batch import BatchSettings, batch_options, run_batch
-from .opening import open_model, with_tuned
+from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
 
 
@@ -30,10 +30,13 @@ from .options import ModelChoice, model_options
     "  find photos -name '*.jpg' | mllama caption - --out captions.csv --json-schema schema.json",
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("-p", "--prompt", help=f"What to ask about the image.  [default: {DEFAULT_PROMPT}]")
-@click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Take the prompt from a file.")
+@click.option("-p", "--prompt", help=f"Question about the image.  [default: {DEFAULT_PROMPT}]")
+@click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Read the prompt from FILE.")
 @click.option(
-    "--json-schema", metavar="FILE", type=click.Path(), help="Every caption is JSON of the schema in FILE."
+    "--json-schema",
+    metavar="FILE",
+    type=click.Path(),
+    help="Write captions as JSON of the schema in FILE.",
 )
 @click.option(
     "-n",
@@ -42,7 +45,7 @@ from .options import ModelChoice, model_options
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Most tokens of a reply.",
+    help="Stop a reply after MAX tokens.",
 )
 @click.option(
     "--temp",
@@ -51,13 +54,13 @@ from .options import ModelChoice, model_options
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0: always the likeliest word; higher: more variety.",
+    help="Temperature. 0: always the likeliest token; higher: more variety.",
 )
-@click.option("--seed", metavar="S", type=int, help="Of the random choice, for --temp above 0.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@click.option("--seed", metavar="S", type=int, help="Random seed (with --temp above 0).")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, one a line.")
 @click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
 @batch_options
-@click.option("--no-tuned", is_flag=True, help="Ignore what `mllama tune` found for this model.")
+@click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found for this model.")
 @model_options
 def caption_command(
     images: tuple[str, ...],
@@ -80,9 +83,9 @@ def caption_command(
     no_tuned: bool,
     choice: ModelChoice,
 ) -> int:
-    """Say what is in each IMAGE: a file, a data URI, or - for standard input.
+    """Describe each IMAGE: a file, a data URI, or - for standard input.
 
-    The text appears as it is written. A picture that cannot be read is reported and left out; the exit code
+    The text appears while it is written. An image that cannot be read is reported and skipped; the exit code
     is then 1.
 
     With --out or --sidecar for thousands: an IMAGE may also be a folder, a pattern, a list (.txt, a path a
@@ -105,7 +108,7 @@ def caption_command(
     start = time.perf_counter()
     failed = False
     # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
-    with open_model(choice, image_cache=not no_cache) as model:
+    with open_chosen(choice, image_cache=not no_cache) as model:
         load_seconds = time.perf_counter() - start
         for image in images:
             name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs

@@ -54,7 +54,11 @@ TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
     help="Type of the vision matrices.  [default: as --type, bf16 for a quantized type]",
 )
 @click.option(
-    "-t", "--threads", metavar="N", type=click.IntRange(1, MAX_THREADS), help="[default: all usable CPUs]"
+    "-t",
+    "--threads",
+    metavar="N",
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads.  [default: all usable]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the outputs if they are GGUF files.")
 def convert_command(

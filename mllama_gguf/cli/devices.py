@@ -13,7 +13,7 @@ from .verbose import verbose_option
 
 
 @click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each device.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each device, one a line.")
 @click.option(
     "--rpc", metavar="HOST:PORT,...", callback=comma_list, help="List the devices of these workers too."
 )

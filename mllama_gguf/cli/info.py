@@ -33,7 +33,7 @@ LAYOUTS = {
     "  mllama info --json all.gguf | jq .hparams.n_ctx_train",
 )
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each model.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each model, one a line.")
 @verbose_option
 def info_command(files: tuple[str, ...], as_json: bool) -> None:
     """Show layout, shape, types and memory of each FILE: a path, or a model's name as -m takes it.

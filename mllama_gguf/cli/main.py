@@ -21,21 +21,21 @@ from .verbose import is_verbose, verbose_option
 
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {
-    "cache": ("cache:cache_command", "Show or clear the cache of encoded pictures."),
-    "caption": ("caption:caption_command", "Say what is in a picture."),
+    "cache": ("cache:cache_command", "Show or clear the image cache."),
+    "caption": ("caption:caption_command", "Describe images."),
     "convert": ("convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("devices:devices_command", "List the devices that can compute."),
     "info": ("info:info_command", "Show what is in model files."),
-    "lock": ("pull:lock_command", "Write a model's digests into models.lock."),
+    "lock": ("pull:lock_command", "Write a model's digests to models.lock."),
     "models": ("models:models_command", "List the models on this machine."),
-    "plan": ("plan:plan_command", "Say what fits on which device."),
-    "preprocess": ("preprocess:preprocess_command", "Show what the vision encoder gets of a picture."),
+    "plan": ("plan:plan_command", "Show what fits on which device."),
+    "preprocess": ("preprocess:preprocess_command", "Show the pixels that the vision encoder receives."),
     "pull": ("pull:pull_command", "Download a model."),
     "quantize": ("quantize:quantize_command", "Write a smaller copy of a model."),
     "tune": ("tune:tune_command", "Find the fastest settings for a model."),
     "trace": ("trace:trace_command", "Show intermediate tensors by name."),
     "verify": ("verify:verify_command", "Check a model's files against their sha256."),
-    "worker": ("worker:worker_command", "Serve this machine's devices to others."),
+    "worker": ("worker:worker_command", "Serve this machine's devices to other machines."),
 }
 
 
@@ -71,9 +71,9 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="mllama")
 @verbose_option
 def cli() -> None:
-    """Llama 3.2 Vision from GGUF files: say what is in a picture, and look inside the model.
+    """Llama 3.2 Vision from GGUF files: describe images, and look inside the model.
 
-    Without -m the small bundled demo model answers; it knows simple drawings of everyday things.
+    Without -m the small bundled demo model is used. It knows simple drawings of everyday things.
     """
 
 

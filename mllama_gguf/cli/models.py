@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("models", epilog="\b\nExamples:\n  mllama models\n  mllama models --json")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each model.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each model, one a line.")
 @verbose_option
 def models_command(as_json: bool) -> None:
     """List the models that -m can open by name: bundled, downloaded, in Ollama's store, in the

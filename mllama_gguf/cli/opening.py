@@ -73,7 +73,7 @@ def with_tuned(choice: ModelChoice) -> ModelChoice:
 
 
 @contextmanager
-def open_model(choice: ModelChoice, *, bar: bool = True, image_cache: bool = False) -> Iterator[Mllama]:
+def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = False) -> Iterator[Mllama]:
     """The chosen model; bar: with a progress bar on a terminal; image_cache: keep encoded images on disk."""
     from ..model import Mllama
 

@@ -31,12 +31,12 @@ COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "sta
 @click.option(
     "--budget",
     metavar="SIZE,...",
-    help="Most memory on each device to offload to, or NAME=SIZE.  [default: what is free, less a margin]",
+    help="Memory to use on each device, or NAME=SIZE.  [default: what is free, less a margin]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
 def plan_command(model_argument: str | None, budget: str | None, as_json: bool, choice: ModelChoice) -> None:
-    """Say what every number of offloaded layers takes on every device, and which is the largest that fits.
+    """Show the memory that each number of offloaded layers needs on each device, and the largest that fits.
 
     MODEL is a path or a name, as -m takes. Nothing is loaded: ggml lays everything out for a full context and
     one picture of all tiles. Peak is what a device needs at one time; mapped weights are pages of the file

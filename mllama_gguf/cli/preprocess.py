@@ -32,12 +32,12 @@ PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
     "  mllama preprocess cat.jpg -m mmproj.gguf --out cat.npy --png tiles/",
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, one a line.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False),
     metavar="FILE.npy",
-    help="Write the pixels, float32 [tiles, 3, size, size], for NumPy. One picture only.",
+    help="Write the pixels, float32 [tiles, 3, size, size], for NumPy. One image only.",
 )
 @click.option(
     "--png",
@@ -54,7 +54,7 @@ PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
 @click.option(
     "--max-tiles",
     type=click.IntRange(1, MOST_TILES),
-    help=f"Most tiles for a picture.  [default: the model's, or {MAX_TILES}]",
+    help=f"Most tiles for an image.  [default: the model's, or {MAX_TILES}]",
 )
 @click.option(
     "-m",

@@ -51,9 +51,9 @@ def pull_command(name: str) -> None:
     show_default=True,
     help="The lock file to write to.",
 )
-@click.option("--name", metavar="NAME", help="What to call the model in it.  [default: from the reference]")
+@click.option("--name", metavar="NAME", help="Name of the model in it.  [default: from the reference]")
 @click.option("--mmproj", metavar="hf:OWNER/REPO/FILE", help="The vision encoder, for a file of the hub.")
-@click.option("--update", is_flag=True, help="Take what the source has now, if that is another file.")
+@click.option("--update", is_flag=True, help="Accept other files than before from the source.")
 @verbose_option
 def lock_command(reference: str, file: str, name: str | None, mmproj: str | None, update: bool) -> None:
     """Ask a model's source for its files' sha256 and sizes, and write them into models.lock.

@@ -33,9 +33,13 @@ TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
     help="Type of the text matrices; q4_k_m and q5_k_m give more bits to the tensors that need them.",
 )
 @click.option(
-    "-t", "--threads", metavar="N", type=click.IntRange(1, MAX_THREADS), help="[default: all usable CPUs]"
+    "-t",
+    "--threads",
+    metavar="N",
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads.  [default: all usable]",
 )
-@click.option("--allow-requantize", is_flag=True, help="Take a model that is quantized already; loses more.")
+@click.option("--allow-requantize", is_flag=True, help="Accept a quantized model; it loses more.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.gguf if it is a GGUF file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option

@@ -10,7 +10,7 @@ import click
 
 from ..files import Kind, cannot_write, check_folder, check_output
 from ..settings import DEFAULT_PROMPT
-from .opening import open_model
+from .opening import open_chosen
 from .options import ModelChoice, model_options
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ FIRST_VALUES = 5
     "-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="Ask this about the image."
 )
 @click.option("--overwrite", is_flag=True, help="Replace files of an earlier trace in DIR.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one for each tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each tensor, one a line.")
 @model_options
 def trace_command(
     image: str,
@@ -87,7 +87,7 @@ def trace_command(
             check_output(path, kind, inputs=inputs, overwrite=overwrite)
             write_output(path, lambda file: save_npy(file, tensor.values), overwrite)
 
-    with open_model(choice) as model:
+    with open_chosen(choice) as model:
         trace(model, image, show, prompt=prompt, pattern=tensors)
     if not n_shown:
         raise click.ClickException(f"no tensor is called {tensors!r}; run without --tensors to see the names")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "  mllama tune photo.jpg -t 8 --vision-device cpu   (these two are not varied)",
 )
 @click.argument("image", metavar="IMAGE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="What to ask.")
+@click.option("-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="Question about the image.")
 @click.option(
     "-n",
     "--max-tokens",
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Most tokens of a reply.",
+    help="Stop a reply after MAX tokens.",
 )
 @click.option(
     "--repeats",
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Captions a point; the medians count.",
+    help="Number of captions at each point; their medians count.",
 )
 @click.option(
     "-o",
@@ -56,17 +56,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="Folder of tune.json, tune.csv and tune.png; an interrupted run continues from there.",
 )
-@click.option("--fresh", is_flag=True, help="Forget what is in the folder.")
+@click.option("--fresh", is_flag=True, help="Discard the results in the folder.")
 @click.option(
     "--timeout",
     metavar="SECONDS",
     type=click.FloatRange(min=0, min_open=True),
     default=1800.0,
     show_default=True,
-    help="Most time for a point.",
+    help="Give up on a point after SECONDS.",
 )
 @click.option(
-    "--no-save", is_flag=True, help="Only show the best settings; `mllama caption` does not use them."
+    "--no-save", is_flag=True, help="Show the best settings, but do not keep them for `mllama caption`."
 )
 @model_options
 def tune_command(

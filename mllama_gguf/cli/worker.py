@@ -17,7 +17,7 @@ from .verbose import verbose_option
     "  mllama caption photo.jpg --rpc 192.168.1.5:50052 -ngl -1",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="IPv4 address to listen at.")
-@click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=50052, show_default=True, help="Port.")
 @click.option(
     "--device",
     "devices",
@@ -30,9 +30,9 @@ from .verbose import verbose_option
     "--threads",
     metavar="THREADS",
     type=click.IntRange(1, MAX_THREADS),
-    help="CPU threads.  [default: all CPUs]",
+    help="Use THREADS CPU threads.  [default: all CPUs]",
 )
-@click.option("--cache", is_flag=True, help="Keep large weights on this disk, for the next load.")
+@click.option("--cache", is_flag=True, help="Keep large weights on disk for the next client.")
 @verbose_option
 def worker_command(host: str, port: int, devices: list[str] | None, threads: int | None, cache: bool) -> None:
     """Serve this machine's devices over ggml's RPC protocol, until Ctrl-C.
@@ -41,10 +41,10 @@ def worker_command(host: str, port: int, devices: list[str] | None, threads: int
     """
     from platformdirs import user_cache_path
 
-    from ..backend.rpc import is_loopback, resolve, serve
+    from ..backend.rpc import find_address, is_loopback, serve
     from ..cpus import usable_cpus
 
-    address = resolve(host)
+    address = find_address(host)
     if not is_loopback(address):
         click.echo(
             f"Warning: {address} is not loopback, and the protocol has no authentication: whoever reaches "

@@ -55,9 +55,9 @@ def _names() -> Iterator[tuple[str, Place]]:
     for name in BUNDLED:
         yield name, "bundled"
     seen = set()
-    for store in ollama.stores():
+    for store in ollama.find_stores():
         place: Place = "downloaded" if store == ollama.downloads() else "ollama"
-        for ref, _ in ollama.listed(store):
+        for ref, _ in ollama.list_tags(store):
             if ref not in seen:
                 seen.add(ref)
                 yield str(ref), place
@@ -110,7 +110,7 @@ def available_memory() -> int:
 
 def closed_stores() -> list[Path]:
     """Ollama stores that exist and that this user may not read."""
-    return [store for store in ollama.stores() if _is_closed(store)]
+    return [store for store in ollama.find_stores() if _is_closed(store)]
 
 
 def _is_closed(store: Path) -> bool:

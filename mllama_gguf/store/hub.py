@@ -37,7 +37,7 @@ def _hub() -> types.ModuleType:
     return huggingface_hub
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -48,9 +48,9 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def cached(ref: HubRef) -> Path | None:
+def find_cached(ref: HubRef) -> Path | None:
     """The file in the hub's cache. Raises MllamaError if huggingface_hub is not installed."""
-    path = _hub().try_to_load_from_cache(ref.repo, ref.file, _cache(), ref.revision)
+    path = _hub().try_to_load_from_cache(ref.repo, ref.file, _cache_folder(), ref.revision)
     return Path(path) if isinstance(path, str) else None
 
 
@@ -76,8 +76,8 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: TransferProgress | No
         raise DownloadError(
             f"{ref}: the hub has a file of sha256 {there.sha256} there, models.lock wants {blob.sha256}"
         )
-    if cached(HubRef(ref.repo, ref.file, there.commit)) is None:
-        folder = _cache()
+    if find_cached(HubRef(ref.repo, ref.file, there.commit)) is None:
+        folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, there.size, "HF_HUB_CACHE")
     # By the branch's name, which the cache then knows; the commit that `ask` saw may be older by now.
@@ -85,7 +85,7 @@ def fetch(ref: HubRef, blob: Blob | None = None, progress: TransferProgress | No
         _with_retries(
             ref,
             lambda: _hub().hf_hub_download(
-                ref.repo, ref.file, revision=ref.revision, cache_dir=_cache(), endpoint=endpoint()
+                ref.repo, ref.file, revision=ref.revision, cache_dir=_cache_folder(), endpoint=endpoint()
             ),
         )
     )
@@ -145,7 +145,7 @@ def scan() -> list[tuple[HubRef, Path]]:
     """The GGUF files in the hub's cache; none if huggingface_hub is not installed or has no cache."""
     try:
         hub: Any = _hub()
-        repos = hub.scan_cache_dir(_cache()).repos if _cache().is_dir() else ()
+        repos = hub.scan_cache_dir(_cache_folder()).repos if _cache_folder().is_dir() else ()
     except (MllamaError, ValueError, OSError):
         return []
     files = [

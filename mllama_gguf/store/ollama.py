@@ -77,7 +77,7 @@ def downloads() -> Path:
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("mllama_gguf") / "models"
 
 
-def stores() -> list[Path]:
+def find_stores() -> list[Path]:
     """The folders to look in, in this order: our downloads, and those of Ollama."""
     folders = [downloads()]
     if chosen := os.environ.get("OLLAMA_MODELS"):
@@ -90,7 +90,7 @@ def find_blob(blob: Blob) -> Path | None:
     """The file in any store. A file of another size is ignored. Raises ModelError if a store that may
     have it cannot be read."""
     closed: OSError | None = None
-    for store in stores():
+    for store in find_stores():
         path = store / "blobs" / blob.file_name
         try:
             size = path.stat().st_size
@@ -113,7 +113,7 @@ def find(ref: OllamaRef) -> tuple[Manifest, list[Path]] | None:
     Raises ModelError: a store cannot be read, the manifest is bad, or a blob is missing.
     """
     problem: ModelError | None = None
-    for store in stores():
+    for store in find_stores():
         path = store / "manifests" / ref.path
         try:
             manifest = parse_manifest(_read(path), path)
@@ -156,7 +156,7 @@ def _closed(error: OSError) -> ModelError:
     )
 
 
-def listed(store: Path) -> Iterator[tuple[OllamaRef, Manifest | MllamaError]]:
+def list_tags(store: Path) -> Iterator[tuple[OllamaRef, Manifest | MllamaError]]:
     """All models that a store has manifests of, by name; the error for what cannot be read."""
     root = store / "manifests"
     for path in sorted(root.glob("*/*/*/*")):

@@ -36,11 +36,11 @@ def pull(name: str, progress: TransferProgress | None = None) -> ModelFiles:
     elif name.startswith("hf:"):
         _pull_from_hub(HubRef.parse(name), progress)
     elif name not in BUNDLED:
-        _pull_locked(_locked(name), progress)
+        _pull_locked(_find_entry(name), progress)
     return resolve(name)
 
 
-def _locked(name: str) -> LockedModel:
+def _find_entry(name: str) -> LockedModel:
     locked = find_locked(name)
     if locked is None:
         raise ModelError(
@@ -69,7 +69,7 @@ def _pull_from_hub(ref: HubRef, progress: TransferProgress | None) -> None:
 def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     with client() as http:
         words = _manifest(http, ref)
-    _pull_blobs(ref, _files(ollama.parse_manifest(words, _manifest_url(ref))), progress)
+    _pull_blobs(ref, _files_of(ollama.parse_manifest(words, _manifest_url(ref))), progress)
     # Last: a manifest in the store says that its blobs are there.
     path = ollama.downloads() / "manifests" / ref.path
     try:
@@ -83,7 +83,7 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
 def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: TransferProgress | None) -> None:
     """Fetch to our store those blobs that are in none."""
     store = ollama.downloads()
-    missing = [file for file in files if _find(file.blob) is None]
+    missing = [file for file in files if _find_blob(file.blob) is None]
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -97,7 +97,7 @@ def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: TransferP
             download(http, url, store / "blobs" / blob.file_name, blob, partial, progress)
 
 
-def _find(blob: Blob) -> Path | None:
+def _find_blob(blob: Blob) -> Path | None:
     try:
         return ollama.find_blob(blob)
     except ModelError:  # in a store that is closed to us, if at all
@@ -108,7 +108,7 @@ def _manifest_url(ref: OllamaRef) -> str:
     return f"{ref.url}/manifests/{ref.tag}"
 
 
-def _files(manifest: Manifest) -> tuple[LockedFile, ...]:
+def _files_of(manifest: Manifest) -> tuple[LockedFile, ...]:
     files = [LockedFile("model", manifest.model.sha256, manifest.model.size)]
     if manifest.projector:
         files.append(LockedFile("mmproj", manifest.projector.sha256, manifest.projector.size))
@@ -169,7 +169,7 @@ def lock(
         if vision and (vision.repo, vision.revision) != (text.repo, text.revision):
             raise ModelError(f"{mmproj} is not in the repository of {reference}; a model has one source")
         return _hub_entry(name or Path(text.file).stem, text, vision)
-    known = _locked(reference)
+    known = _find_entry(reference)
     if known.source == "bundled":
         raise ModelError(f"{reference} comes with the package; there is nothing to lock")
     known = replace(known, name=name or known.name)
@@ -184,7 +184,7 @@ def lock(
 
 def _tag_files(ref: OllamaRef) -> tuple[LockedFile, ...]:
     with client() as http:
-        return _files(ollama.parse_manifest(_manifest(http, ref), _manifest_url(ref)))
+        return _files_of(ollama.parse_manifest(_manifest(http, ref), _manifest_url(ref)))
 
 
 def _hub_entry(name: str, text: HubRef, vision: HubRef | None) -> LockedModel:

@@ -101,7 +101,7 @@ def _from_hub(words: str) -> ModelFiles:
     locked = find_locked_file(ref)
     if locked is not None:
         return _from_lock(locked.name, words)
-    path = hub.cached(ref)
+    path = hub.find_cached(ref)
     if path is None:
         raise ModelError(f"{words} is not on this machine; fetch it: mllama pull {words}")
     sha256 = stored_sha256(path)
@@ -135,7 +135,7 @@ def locked_paths(locked: Any) -> list[Path] | None:
         if locked.source == "bundled":
             path: Path | None = DATA / file.file
         elif locked.source.startswith("hf:"):
-            path = hub.cached(locked.hub_ref(file))
+            path = hub.find_cached(locked.hub_ref(file))
         else:
             path = ollama.find_blob(file.blob)
         if path is None:

@@ -89,7 +89,7 @@ class Task:
         ]
         return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()
 
-    def measure(self, settings: Mapping[str, Any]) -> Point:
+    def measure_point(self, settings: Mapping[str, Any]) -> Point:
         """One point, in a process of its own. A failure is a point too."""
         request = {
             "model": os.fspath(self.model.resolve()),
@@ -287,7 +287,7 @@ def tune(
             settings = {**current, name: value}
             point = results.find(settings)
             if point is None:
-                point = task.measure(settings)
+                point = task.measure_point(settings)
                 results.add(point)
             seen.append(settings)
             on_point(point, len(seen), len(seen) + left + ahead)

@@ -124,7 +124,9 @@ def test_nothing_works(task: Task, tmp_path: Path) -> None:
 
 
 def test_the_errors_of_a_point_are_words(task: Task) -> None:
-    point = replace(task, function="mllama_gguf.tune.search:measure_caption").measure({**BASE, "n_batch": 0})
+    point = replace(task, function="mllama_gguf.tune.search:measure_caption").measure_point(
+        {**BASE, "n_batch": 0}
+    )
     assert point.error == "n_batch must be a whole number of at least 1, not 0"
     with pytest.raises(PointFailed, match=r"exit code 1: .*no_such"):
         run_point("no_such:thing", {}, 20)
@@ -186,7 +188,7 @@ def test_every_caption_encodes_its_picture(
     monkeypatch.setenv("MLLAMA_IMAGE_CACHE", str(kept))
     monkeypatch.setenv("MLLAMA_IMAGE_CACHE_SIZE", "100 MB")
     task = Task(DEMO, None, image, "What is it?", 2, 2, {"n_ctx": 256})
-    assert task.measure(BASE).error == ""
+    assert task.measure_point(BASE).error == ""
     request = {"model": str(DEMO), "mmproj": None, "image": str(image), "prompt": "", "max_tokens": 2}
     (answer,) = compare([0], {**request, "settings": {"n_ctx": 256}})
     assert answer.error == ""
