@@ -44,7 +44,7 @@ FLOORS = (
     "__main__",
 )
 # Arrows that run up or close a circle, and are to be turned round: (importing module, imported module).
-EXCEPTIONS = {("text.constraint", "text.vocab")}
+EXCEPTIONS: set[tuple[str, str]] = set()
 
 Arrow = tuple[str, str]
 

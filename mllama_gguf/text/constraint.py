@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 from weakref import ref
 
 import numpy as np
@@ -12,8 +12,19 @@ import numpy.typing as npt
 from ..errors import RequestError
 from .grammar import Grammar
 
-if TYPE_CHECKING:
-    from .vocab import Vocab
+
+class Vocabulary(Protocol):
+    """What is asked of a vocabulary; `vocab.Vocab` is one."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+
+    def piece(self, token: int) -> bytes: ...
+
+    def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]: ...
 
 
 class _Tokens:
@@ -23,7 +34,7 @@ class _Tokens:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, vocab: Vocab) -> None:
+    def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = ref(vocab)
         self.eos_token_id = min(vocab.stop_ids)
         self.tokens = [vocab.piece(token) for token in range(vocab.n_tokens)]
@@ -48,7 +59,7 @@ class Constraints:
         self._tokenizer: Any = None
         self._forbidden: npt.NDArray[np.uint8] | None = None
 
-    def begin(self, vocab: Vocab, grammar: Grammar) -> Matcher:
+    def begin(self, vocab: Vocabulary, grammar: Grammar) -> Matcher:
         """A reply that follows the grammar. Raises RequestError for a grammar that cannot be used."""
         from llguidance import LLMatcher
 
@@ -63,7 +74,7 @@ class Constraints:
             begun.allowed()  # a grammar of no text at all is found here
             return begun
 
-    def _build(self, vocab: Vocab) -> None:
+    def _build(self, vocab: Vocabulary) -> None:
         from llguidance import LLTokenizer
 
         tokens = _Tokens(vocab)
