@@ -25,7 +25,7 @@ from .decode.session import Session
 from .decode.slots import Slots
 from .errors import BusyError, MllamaError, ModelError, RequestError
 from .handles import OneProcess
-from .settings import KvType, Settings
+from .settings import DEFAULT_PROMPT, KvType, Settings
 from .store.resolve import resolve
 from .text.chat import ChatTemplate
 from .text.grammar import grammar_of
@@ -40,8 +40,6 @@ from .vision.preprocess import PREPROCESS_VERSION, TiledImage
 logger = logging.getLogger(__name__)
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-
-DEFAULT_PROMPT = "Describe this image."
 
 
 class Mllama(OneProcess):

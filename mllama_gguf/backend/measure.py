@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..cpus import default_threads
+from ..settings import DEFAULTS
 from .callbacks import Callbacks
 from .library import load as load_native
 from .local import devices, open_model
@@ -60,7 +61,7 @@ def measuring(
     mmproj_path: str | os.PathLike[str] | None = None,
     *,
     workers: Sequence[str] = (),
-    rpc_timeout: float = 300.0,
+    rpc_timeout: float = DEFAULTS["rpc_timeout"],
     isolate: bool = False,
     **settings: Any,
 ) -> Iterator[tuple[Measure, list[Device]]]:

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import RequestError
-from ..model import DEFAULT_PROMPT, Mllama
+from ..model import Mllama
 from ..reading import read_text
+from ..settings import DEFAULT_PROMPT
 from ..text.grammar import grammar_of
 from ..text.sampling import SamplingOptions
 from ..vision.embedding import Picture

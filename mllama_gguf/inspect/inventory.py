@@ -10,12 +10,13 @@ from typing import Literal
 
 from ..errors import MllamaError, ModelError
 from ..gguf.reader import read_gguf
+from ..settings import DEFAULTS
 from ..store import hub, ollama
 from ..store.lockfile import locked_models
 from ..store.resolve import BUNDLED, ModelFiles, resolve
 
 Place = Literal["bundled", "downloaded", "ollama", "hub"]
-N_CTX = 4096  # tokens, for the memory that a model takes
+N_CTX: int = DEFAULTS["n_ctx"]  # tokens, for the memory that a model takes
 
 
 @dataclass(frozen=True)

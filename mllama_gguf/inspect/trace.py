@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from ..backend.types import Floats
-from ..model import DEFAULT_PROMPT, Mllama
+from ..model import Mllama
+from ..settings import DEFAULT_PROMPT
 from ..vision.embedding import Picture
 
 # Names that ggml gives to unnamed tensors, and to views of tensors that are already shown.
