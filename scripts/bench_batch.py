@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Batch captions, without and with pictures encoded ahead, against the same calls in a plain loop: pictures a
-minute, and how busy the model is.
+"""Batch captions against the same calls in a plain loop, with and without encoding ahead: images a minute,
+and how busy the model is.
 
     python scripts/bench_batch.py [--pictures 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
                                   [--set web] [--encode-ahead auto|on|off|both] [--json FILE]
 
-Draws pictures of the sizes that cameras and web pages have, JPEG and PNG, and captions them with 1 and with 2
-processes at once, each with its share. Loading the model is not counted. The best of --repeat counts: other
-work on the machine only slows.
+Draws images of the sizes that cameras and web pages have, as JPEG and PNG. Captions them with one process,
+and with two that share them. Loading the model is not counted. The best of --repeat counts,
+because other work on the machine can only slow it down.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 Needs the extra ``bench`` and 11 GB on DIR's disk and in memory. The weights are random, Q4_K_M
 (full_shape.py).
 
-Equal bytes per token. A token that sees no image passes the cross-attention layers by, so the 11B model then
-is a Llama of its 32 other layers. llama.cpp runs a file of exactly these layers: the same tensors, the same
+Equal bytes per token. A token that sees no image skips the cross-attention layers, so the 11B model is then
+a Llama of its 32 other layers. llama.cpp runs a file of exactly these layers: the same tensors, the same
 types (of the 40 layers' mix), the same bytes. So not only the bytes are equal but the whole computation, and
 the logits after a few prompts are compared (not the replies: rows of the random output repeat, so that the
 two likeliest tokens may be equally likely to the bit). With an image there is nothing to compare with; the

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A caption from nothing to its end: load, encode, prompt, first token, tokens per second, peak memory.
+"""One whole caption: load, encode, prompt, first token, tokens per second, peak memory.
 
     python scripts/bench_e2e.py [--model NAME|PATH] [--mmproj PATH] [--tiles 1,4] [--json FILE]
     python scripts/bench_e2e.py --full --dir DIR
@@ -7,9 +7,9 @@
 Needs the extra ``bench``. The model is the bundled one, another that `mllama caption -m` knows, or with
 --full random weights of the 11B shape, vision included (full_shape.py; 8 GB on DIR's disk).
 
-Every round is a process of its own that opens the model and captions a drawn picture of each number of tiles,
-then asks another question about it, whose picture need not be encoded again. The figures are medians of the
-rounds. The image cache on disk is off. The file's pages are in memory already, unless it does not fit.
+Every round is a new process. It opens the model, captions a drawn image of each number of tiles, and asks a
+second question about it, for which the image is not encoded again. The figures are medians of the rounds. The
+image cache on disk is off. The file's pages are already in memory, unless they do not fit.
 """
 
 from __future__ import annotations

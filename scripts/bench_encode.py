@@ -5,7 +5,7 @@
 
 Needs the extra ``bench``. The weights are random, rounded to BF16, and the rows of the tile
 tables that a grid does not use are zero as in the published models. Every round runs every contestant once,
-one after the other with the same number of threads and the same picture; the table has the medians of the
+one after the other, with the same number of threads and the same image. The table has the medians of the
 rounds.
 
 --layers N keeps N local layers and one global layer of the 32 and 8; the projector stays whole from five

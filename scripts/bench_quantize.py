@@ -8,8 +8,8 @@ Two parts, on random weights (blocks of bell-shaped values, repeated), Q4_K_M by
 
 ratio  One set of bf16 tensors of the 11B text (fewer layers: --ratio-layers, no cross-attention, which
        llama.cpp does not know) in two files that differ in their keys alone, architecture llama and mllama.
-       llama.cpp's quantizer takes the one, ours the other, in turns, each in a process of its own with as
-       many threads; the outputs' tensors must be the same bytes.
+       llama.cpp's quantizer and ours alternate, each in its own process with the same number of threads.
+       The tensors of both outputs must be equal to the byte.
 full   A checkpoint of the whole 11B shape, vision included, as sharded safetensors of about 21 GB, straight
        to quantized text and bf16 vision: wall time and the process's peak resident memory. --layers makes it
        smaller.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What every number of offloaded layers gives for one image: the first vision values, the likeliest next
-tokens and the caption, with what differs from the first row marked.
+"""The results of every number of offloaded layers for one image: the first values of the encoder, the
+likeliest next tokens and the caption. Differences from the first row are marked.
 
     python scripts/compare_offload.py IMAGE -m MODEL [--rpc HOST:PORT,...] [--layers 0,1,2] [--json FILE]
 

@@ -1,10 +1,9 @@
-"""GGUF files of the 11B model's shape without the 11B model: every tensor at its true size and type.
+"""GGUF files of the shape of the 11B model: every tensor has its true size and type, but no real weights.
 
     python scripts/full_shape.py OUT.gguf       holes alone; enough for `mllama plan OUT.gguf`
 
 The data is one block of bell-shaped values in each ggml type, repeated to the length of a tensor: it costs as
-much to read and to multiply as real weights do. Of a sparse tensor nothing is written: a hole of zeros, that
-takes no disk.
+much to read and to multiply as real weights do. A sparse tensor is a hole of zeros that takes no disk.
 """
 
 from __future__ import annotations

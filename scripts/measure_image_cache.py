@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Time to the first token of a reply about a picture, at the shape of the 11B model: the first time, in
-another process, and in the same one.
+"""Time to the first token of a reply about an image, at the shape of the 11B model: for the first question,
+and for a second one in the same process and in another.
 
     python scripts/measure_image_cache.py --dir DIR [--tiles 1|2|4] [--threads N] [--rounds N]
 
 DIR needs 8 GB for the model, which is kept for the next run, and 1 GB for the cache, which is not. The
 weights are random (text Q4_K and Q6_K, vision BF16), so the replies mean nothing; the prompts are as long as
-those of the published model. Measured is from the call to the first token, with a model that is loaded, files
-that were hashed (once for all, 5 s) and a picture in memory. "other process" finds all pages of the cache's
-files in memory, "from disk" none of them: those are dropped before (which not every file system does). Of the
-first question there is one; of the others, rounds, and the one of the median time is shown.
+those of the published model. The time is from the call to the first token. The model is loaded, its files are
+hashed (once, 5 s), and the image is in memory. "other process" finds all pages of the cache's
+files in memory, "from disk" none of them: those are dropped before (which not every file system does). The
+first question is asked once. The others are asked once a round; the table shows the median.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where figures come from, the table on the screen, the JSON beside it."""
+"""Shared by the benchmarks: facts about the machine, the table on the screen, the JSON file."""
 
 from __future__ import annotations
 

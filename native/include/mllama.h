@@ -10,9 +10,9 @@
 //     mllama_context * ctx = NULL;
 //     mllama_context_new(model, &cp, &ctx);
 //
-//     mllama_encode(ctx, pixels, n_tiles, aspect_ratio_id, states);                  // image -> states
-//     mllama_image_fill(ctx, 1, &states_ptr, &n_tiles, &slot);                       // states -> cross-attention cache
-//     mllama_decode(ctx, tokens, n_tokens, slot, 1, MLLAMA_LOGITS_LAST, logits, cap);// tokens -> logits
+//     mllama_encode(ctx, pixels, n_tiles, aspect_ratio_id, states);                     // image -> states
+//     mllama_image_fill(ctx, 1, &states_ptr, &n_tiles, &slot);                          // states -> a slot
+//     mllama_decode(ctx, tokens, n_tokens, slot, 1, MLLAMA_LOGITS_LAST, logits, cap);   // tokens -> logits
 //
 // Every function that can fail returns a status. mllama_last_error() has the message, in the same thread. A model is
 // read-only and may be shared by contexts of several threads; a context belongs to one thread at a time. This header is
