@@ -8,7 +8,6 @@ import errno
 import io
 import os
 import re
-import stat
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -187,9 +186,6 @@ def _from_path(
 ) -> Image.Image:
     name = _named(given)
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode):  # <(command) of a shell
-            with open(path, "rb") as pipe:
-                return decode(io.BytesIO(pipe.read()), name, max_pixels, allow_truncated)
         with open_regular(os.fsdecode(path)) as file:
             return decode(file, name, max_pixels, allow_truncated)
     except ImageError:

@@ -270,10 +270,7 @@ def test_a_stream_that_cannot_seek(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rgb(load_image(file)), picture)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    thread = threading.Thread(target=lambda: fifo.write_bytes(encode(Image.fromarray(picture), "PNG")))
-    thread.start()
-    np.testing.assert_array_equal(rgb(load_image(fifo)), picture)
-    thread.join()
+    assert "it is a pipe, not a file" in error_of(fifo)  # nobody waits for a writer
 
 
 def test_the_callers_picture_is_not_changed() -> None:
