@@ -299,7 +299,7 @@ def test_more_pixels_can_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     data = big_png(16320, 12240)  # a telephone of 200 megapixels
     before = Image.MAX_IMAGE_PIXELS
     message = error_of(data)
-    assert "max_pixels" in message and MAX_PIXELS_VARIABLE in message and "--max-pixels" in message
+    assert "max_pixels" in message and MAX_PIXELS_VARIABLE in message
     tiled = preprocess_image(data, max_pixels=200_000_000, tile_size=56)
     assert tiled.image_size == (16320, 12240)
     assert before == Image.MAX_IMAGE_PIXELS
