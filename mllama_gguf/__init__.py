@@ -18,8 +18,10 @@ from .errors import *  # noqa: F403
 if TYPE_CHECKING:
     from .backend.types import Device as Device
     from .backend.types import HParams as HParams
+    from .decode.conversation import Conversation as Conversation
     from .decode.reply import Reply as Reply
-    from .decode.reply import Stats as Stats
+    from .decode.writer import Stats as Stats
+    from .loaded import LoadedModel as LoadedModel
     from .model import Mllama as Mllama
     from .vision.embedding import ImageEmbedding as ImageEmbedding
     from .vision.preprocess import TiledImage as TiledImage
@@ -29,12 +31,14 @@ __version__ = "0.1.0"
 
 # Public names that are imported when they are first asked for, and their modules.
 _LAZY = {
+    "Conversation": "decode.conversation",
     "Device": "backend.types",
     "HParams": "backend.types",
     "ImageEmbedding": "vision.embedding",
+    "LoadedModel": "loaded",
     "Mllama": "model",
     "Reply": "decode.reply",
-    "Stats": "decode.reply",
+    "Stats": "decode.writer",
     "TiledImage": "vision.preprocess",
     "preprocess_image": "vision.preprocess",
 }

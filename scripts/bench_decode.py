@@ -70,7 +70,7 @@ class Ours:
             use_mmap=use_mmap,
             image_cache=False,
         )
-        self.context = self.model._context
+        self.context: Any = self.model._conversation.context
         self.slot, self.n_visible = -1, 0
 
     def clear(self) -> None:
@@ -234,11 +234,11 @@ def time_chat(ours: Ours, n: int, options: dict[str, Any]) -> tuple[float, float
     try:
         marks = []
         messages = [{"role": "user", "content": "Tell me a tale."}]
-        for _ in ours.model.create_chat_completion(messages, stream=True, max_tokens=n, **options):
+        for _ in ours.model.reply(messages, max_tokens=n, **options):
             marks.append((time.perf_counter(), len(lib.seconds)))
     finally:
         ours.context.native = native
-    # Between two chunks there is one token, or more where one showed no text.
+    # Between two pieces there is one token, or more where one showed no text.
     whole, outside = [], []
     for (start, first), (end, last) in pairwise(marks):
         if last > first:

@@ -45,21 +45,17 @@ def picture(tiles: int, tile_size: int) -> Image.Image:
 
 def ask(model: Mllama, image: Image.Image, question: str, max_tokens: int) -> dict[str, float]:
     """Times of one reply, in seconds."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     start = time.perf_counter()
-    first, last = 0.0, {}
-    for last in model.create_chat_completion(
-        [{"role": "user", "content": content}], stream=True, max_tokens=max_tokens
-    ):
-        if not first and last["choices"][0]["delta"].get("content"):
-            first = time.perf_counter() - start
-    timings = last["timings"]
+    first, reply = 0.0, model.reply(image=image, prompt=question, max_tokens=max_tokens)
+    for _ in reply:
+        first = first or time.perf_counter() - start
+    stats = reply.stats
     return {
-        "encode": timings["seconds"]["encode"],
-        "prompt": timings["seconds"]["prompt"],
+        "encode": stats.seconds["encode"],
+        "prompt": stats.seconds["prompt"],
         "first_token": first or time.perf_counter() - start,  # a reply without text
-        "tokens_per_second": timings["tokens_per_second"]["decode"] or 0.0,
-        "tokens": last["usage"]["completion_tokens"],
+        "tokens_per_second": stats.tokens_per_second["decode"] or 0.0,
+        "tokens": stats.completion_tokens,
     }
 
 

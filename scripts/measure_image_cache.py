@@ -40,10 +40,11 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
     found = []
     with Mllama(model, n_threads=n_threads) as opened:
         # the weights' pages, and ggml's own threads
-        opened.create_chat_completion([{"role": "user", "content": "the"}], max_tokens=1)
+        opened.reply([{"role": "user", "content": "the"}], max_tokens=1).read()
         opened.reset()
-        opened._keys.image_kv(opened._keys.states(opened._images.prepare(picture)))  # hash the weights
-        fill, filling = opened._session.slots._fill, 0.0
+        shared, slots = opened._shared, opened._conversation.session.slots
+        shared.keys.image_kv(shared.keys.states(shared.images.prepare(picture)))  # hash the weights
+        fill, filling = slots._fill, 0.0
 
         def timed_fill(*args: Any) -> Any:
             nonlocal filling
@@ -52,28 +53,24 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
             filling += time.perf_counter() - began
             return slot
 
-        opened._session.slots._fill = timed_fill  # type: ignore[method-assign]
+        slots._fill = timed_fill  # type: ignore[method-assign]
         for question in questions:
             filling = 0.0
-            content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
             start = time.perf_counter()
-            chunks = opened.create_chat_completion(
-                [{"role": "user", "content": content}], max_tokens=2, stream=True
-            )
-            next(chunks)  # the role
-            pieces = [next(chunks)]
+            reply = opened.reply(image=picture, prompt=question, max_tokens=2)
+            pieces = [next(reply)]
             seconds = time.perf_counter() - start
-            *more, last = chunks
-            figures = last["timings"]["seconds"]
+            pieces += reply
+            stats = reply.stats
             found.append(
                 {
                     "total": seconds,
-                    "encode": figures["encode"],
+                    "encode": stats.seconds["encode"],
                     "fill": filling,
-                    "prompt": figures["prompt"] - filling,
-                    "tokens": last["usage"]["prompt_tokens"],
-                    "cached": last["usage"]["prompt_tokens_details"]["cached_tokens"],
-                    "reply": [chunk["choices"][0]["delta"]["content"] for chunk in pieces + more],
+                    "prompt": stats.seconds["prompt"] - filling,
+                    "tokens": stats.prompt_tokens,
+                    "cached": stats.cached_tokens,
+                    "reply": pieces,
                 }
             )
     return found

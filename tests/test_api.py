@@ -270,7 +270,7 @@ def test_requests_that_cannot_be_carried_out(model: Mllama) -> None:
     ):
         with pytest.raises(RequestError):
             model.caption(picture(1), **options)
-    with pytest.raises(TypeError):
+    with pytest.raises(RequestError, match="there is no option 'temprature'; there are: max_tokens, "):
         model.caption(picture(1), temprature=1)
     with pytest.raises(ImageError, match="no such file"):
         model.caption("nowhere.png")
@@ -444,7 +444,7 @@ def test_an_exception_in_a_callback_comes_out_and_the_model_lives(
     with Mllama(tiny_files("gqa").one, progress=progress, n_batch=4) as model:
         expected = model.caption(picture(1), max_tokens=10)
         model.caption(picture(2), max_tokens=10)
-        model._images.clear()
+        model._shared.images.clear()
         armed = True
         with pytest.raises(error):
             model.caption(picture(1), max_tokens=10)

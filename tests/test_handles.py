@@ -145,13 +145,13 @@ def objects_of(model: Mllama) -> dict[str, Any]:
 
     return {
         "Mllama": model,
-        "LocalModel": model._model,
-        "LocalContext": model._context,
+        "LocalModel": model._backend.model,
+        "LocalContext": model._conversation.context,
         "Vocab": model._vocab,
         "Handle": model._vocab.handle,
-        "Session": model._session,
+        "Session": model._conversation.session,
         "Sampler": Sampler(model._vocab, model.vocab_size, SamplingOptions(), []),
-        "Reply": model._reply([{"role": "user", "content": "x"}]),
+        "Reply": model.reply([{"role": "user", "content": "x"}]),
     }
 
 
@@ -180,7 +180,12 @@ def test_a_copy_error_is_of_both_kinds() -> None:
 
 def test_an_isolated_model_is_not_copied(tiny_files: Files) -> None:
     with Mllama(tiny_files("square").text, n_ctx=64, isolate=True) as model:
-        for thing in (model, model._model, model._context, model._model._supervisor):  # type: ignore[attr-defined]
+        for thing in (
+            model,
+            model._backend.model,
+            model._conversation.context,
+            model._backend.model._supervisor,
+        ):  # type: ignore[attr-defined]
             for way in COPIES.values():
                 with pytest.raises(CopyError):
                     way(thing)
@@ -210,8 +215,8 @@ def test_a_forked_process_is_told(model: Mllama) -> None:
         lambda: model.encoder_threads,
         lambda: next(stream),
         lambda: encoder.encode(picture(2)),
-        lambda: model._context.n_past,
-        lambda: list(model._model.tensors()),
+        lambda: model._conversation.context.n_past,
+        lambda: list(model._backend.model.tensors()),
     ]
 
     def child() -> None:
@@ -295,14 +300,14 @@ def use_shared(index: int) -> str:
 def test_a_forked_process_leaves_the_parents_engine_alone(tiny_files: Files) -> None:
     with Mllama(tiny_files("square").text, n_ctx=64, isolate=True) as model:
         expected = model.logits([1, 2])
-        process = model._model._supervisor._process  # type: ignore[attr-defined]
+        process = model._backend.model._supervisor._process  # type: ignore[attr-defined]
 
         def child() -> None:
             for use in (lambda: model.logits([1]), lambda: model.memory(), lambda: model.repairs):
                 with refused():
                     use()
             model.close()
-            model._model._supervisor.close()  # type: ignore[attr-defined]
+            model._backend.model._supervisor.close()  # type: ignore[attr-defined]
 
         assert in_fork(child) == 0
         assert process.alive
@@ -378,7 +383,7 @@ def test_threads_use_an_object_that_another_closes(tiny_files: Files) -> None:
 def test_a_closed_object_answers_with_an_error(tiny_files: Files) -> None:
     model = Mllama(tiny_files("square").one, n_ctx=64)
     encoder = model.image_encoder(1)
-    native, context, vocab = model._model, model._context, model._vocab
+    native, context, vocab = model._backend.model, model._conversation.context, model._vocab
     model.close()
     for use in (
         lambda: model.layout,

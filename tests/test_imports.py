@@ -33,6 +33,7 @@ FLOORS = (
     "vision",
     "decode",
     "convert",
+    "loaded",
     "model",
     "inspect",
     "tune",

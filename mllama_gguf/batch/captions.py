@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..decode.options import ReplyOptions
+from ..decode.writer import FinishReason
 from ..errors import RequestError
 from ..model import Mllama
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
-from ..text.grammar import grammar_of
-from ..text.sampling import SamplingOptions
 from ..vision.embedding import Picture
 from ..words import one_line
 
@@ -42,14 +42,19 @@ class CaptionOptions:
     def __post_init__(self) -> None:
         if self.schema is not None and (self.prefix or self.suffix):
             raise RequestError("a JSON schema leaves no room for prefix and suffix")
-        SamplingOptions(self.temperature, seed=self.seed, grammar=grammar_of(self.response_format, None))
+        _ = self.reply_options
 
-    @property
-    def response_format(self) -> dict[str, Any] | None:
-        """For `create_chat_completion`."""
-        if self.schema is None:
-            return None
-        return {"type": "json_schema", "json_schema": {"schema": self.schema}}
+    @cached_property
+    def reply_options(self) -> ReplyOptions:
+        """For `Mllama.reply`, checked once."""
+        options: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+        if self.schema is not None:
+            options["response_format"] = {"type": "json_schema", "json_schema": {"schema": self.schema}}
+        return ReplyOptions.checked(options)
 
     @cached_property
     def _validator(self) -> Any:
@@ -58,7 +63,7 @@ class CaptionOptions:
         assert self.schema is not None
         return validator_for(self.schema)(self.schema)
 
-    def check(self, text: str, finish_reason: str) -> None:
+    def check(self, text: str, finish_reason: FinishReason | None) -> None:
         """Raise RequestError if a schema is wanted and the text is not JSON of it."""
         if self.schema is None:
             return
@@ -80,7 +85,7 @@ class Caption:
     """seconds: encode, prompt and decode, as in `Stats`."""
 
     text: str
-    finish_reason: str
+    finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
     tokens: int
@@ -88,26 +93,19 @@ class Caption:
 
 
 def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> Caption:
-    """The caption of a picture. Raises what `create_chat_completion` raises, and RequestError for a reply
-    that does not fit the schema."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": options.prompt}]
-    reply = model.create_chat_completion(
-        [{"role": "user", "content": content}],
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        response_format=options.response_format,
-    )
-    choice, usage = reply["choices"][0], reply["usage"]
-    text, finish_reason = choice["message"]["content"], choice["finish_reason"]
-    options.check(text, finish_reason)
+    """The caption of an image. Raises what `create_chat_completion` raises, and RequestError for a reply that
+    does not fit the schema."""
+    reply = model.reply(image=image, prompt=options.prompt, options=options.reply_options)
+    text, stats = reply.read(), reply.stats
+    options.check(text, stats.finish_reason)
+    assert stats.finish_reason is not None  # it was read to its end
     return Caption(
         options.prefix + text + options.suffix,
-        finish_reason,
-        usage["prompt_tokens"],
-        usage["prompt_tokens_details"]["cached_tokens"],
-        usage["completion_tokens"],
-        reply["timings"]["seconds"],
+        stats.finish_reason,
+        stats.prompt_tokens,
+        stats.cached_tokens,
+        stats.completion_tokens,
+        stats.seconds,
     )
 
 

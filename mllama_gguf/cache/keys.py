@@ -76,7 +76,6 @@ class KeySettings:
     offload_kqv: bool
     repack: bool
     n_batch: int
-    n_threads: int
 
 
 class Keys(OneProcess):
@@ -113,16 +112,16 @@ class Keys(OneProcess):
         """The key of the image_kv of states with that key. stop: as in `states`."""
         return hashlib.sha256(f"{self._image_kv_identity(stop)}/{states_key}".encode()).hexdigest()
 
-    def prefix_kv(self, tokens: Sequence[int]) -> str:
+    def prefix_kv(self, tokens: Sequence[int], n_threads: int) -> str:
         """The key of what the first tokens of a prompt leave in the self-attention cache, before any
-        image."""
+        image. n_threads: of the context."""
         places = sorted((t.name, t.device, t.layout) for t in self._model.tensors() if not t.is_vision)
         s = self._settings
         parts = (
             (self._text.stamps, self._model.layout, self._model.repairs),
             places,
             self._code({device for _, device, _ in places}),
-            (s.type_k, s.type_v, s.flash_attn, s.offload_kqv, s.repack, s.n_batch, s.n_threads),
+            (s.type_k, s.type_v, s.flash_attn, s.offload_kqv, s.repack, s.n_batch, n_threads),
             list(tokens),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from ..settings import DEFAULT_PROMPT
 from .batch import BatchSettings, batch_options, run_batch
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
+
+if TYPE_CHECKING:
+    from ..decode.writer import Stats
 
 
 @click.command(
@@ -113,30 +116,21 @@ def caption_command(
         for image in images:
             name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs
             source = sys.stdin.buffer.read() if image == "-" else image
-            content = [{"type": "image", "image": source}, {"type": "text", "text": prompt}]
             try:
-                chunks = model.create_chat_completion(
-                    [{"role": "user", "content": content}],
-                    stream=True,
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    response_format=options.response_format,
-                )
+                reply = model.reply(image=source, prompt=prompt, options=options.reply_options)
             except ImageError as e:
                 click.echo(f"Error: {e}", err=True)
                 failed = True
                 continue
             if len(images) > 1 and not as_json:
                 click.echo(f"{name}: ", nl=False)
-            text, last = "", {}
-            for last in chunks:
-                piece = last["choices"][0]["delta"].get("content", "")
+            text = ""
+            for piece in reply:
                 text += piece
                 if not as_json:
                     click.echo(piece, nl=False)
                     sys.stdout.flush()
-            click.echo(json.dumps(_as_dict(name, text, last, load_seconds)) if as_json else "")
+            click.echo(json.dumps(_as_dict(name, text, reply.stats, load_seconds)) if as_json else "")
     return int(failed)
 
 
@@ -153,18 +147,17 @@ def _prompt(prompt: str | None, path: str | None) -> str:
         raise RequestError(f"{path}: the prompt is not UTF-8") from e
 
 
-def _as_dict(image: str, text: str, last: dict[str, Any], load_seconds: float) -> dict[str, Any]:
+def _as_dict(image: str, text: str, stats: Stats, load_seconds: float) -> dict[str, Any]:
     def rounded(values: dict[str, float | None]) -> dict[str, float | None]:
         return {name: None if value is None else round(value, 4) for name, value in values.items()}
 
-    usage, timings = last["usage"], last["timings"]
     return {
         "image": image,
         "caption": text,
-        "finish_reason": last["choices"][0]["finish_reason"],
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-        "completion_tokens": usage["completion_tokens"],
-        "seconds": rounded({"load": load_seconds, **timings["seconds"]}),
-        "tokens_per_second": rounded(timings["tokens_per_second"]),
+        "finish_reason": stats.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "cached_tokens": stats.cached_tokens,
+        "completion_tokens": stats.completion_tokens,
+        "seconds": rounded({"load": load_seconds, **stats.seconds}),
+        "tokens_per_second": rounded(stats.tokens_per_second),
     }

@@ -7,13 +7,14 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from .reply import Reply, Stats
+from .reply import Reply
+from .writer import Stats
 
 
 def completion(reply: Reply, model: str) -> dict[str, Any]:
     """The whole reply as a `chat.completion`."""
     head = _head("chat.completion", model)
-    text = "".join(reply)
+    text = reply.read()
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text},

@@ -118,7 +118,6 @@ def measure_caption(
     """Caption an image `repeats` times from empty caches: the fields of a `Point`, for `points`."""
     from ..model import Mllama
 
-    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
     start = time.perf_counter()
     with Mllama(model, mmproj, image_cache=False, **settings) as opened:
         load = time.perf_counter() - start
@@ -126,18 +125,13 @@ def measure_caption(
         caption = ""
         for _ in range(repeats):
             opened.reset()
-            chunks = opened.create_chat_completion(
-                [{"role": "user", "content": content}], stream=True, max_tokens=max_tokens
-            )
-            pieces, last = [], {}
-            for last in chunks:
-                pieces.append(last["choices"][0]["delta"].get("content", ""))
-            caption = "".join(pieces)
-            runs.append(last["timings"])
+            reply = opened.reply(image=image, prompt=prompt, max_tokens=max_tokens)
+            caption = reply.read()
+            runs.append(reply.stats)
         memory = {d.device: d.mapped + d.peak for d in opened.memory().devices}
     return {
-        "seconds": {"load": load, **_medians([run["seconds"] for run in runs])},
-        "tokens_per_second": _medians([run["tokens_per_second"] for run in runs]),
+        "seconds": {"load": load, **_medians([run.seconds for run in runs])},
+        "tokens_per_second": _medians([run.tokens_per_second for run in runs]),
         "memory": memory,
         "rss": max(_peak_rss(resource.RUSAGE_SELF), _peak_rss(resource.RUSAGE_CHILDREN)),
         "caption": caption,

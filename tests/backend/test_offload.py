@@ -76,7 +76,7 @@ def isolated(tiny_files: Files) -> Any:
 
 
 def child_of(model: Mllama) -> int:
-    pid: int = model._model._supervisor._process._child.pid  # type: ignore[attr-defined]
+    pid: int = model._backend.model._supervisor._process._child.pid  # type: ignore[attr-defined]
     return pid
 
 
@@ -91,12 +91,12 @@ def test_a_child_process_gives_the_same(isolated: Mllama, tiny_files: Files) -> 
 
 def test_a_dead_engine_is_one_error_and_the_next_call_starts_another(isolated: Mllama) -> None:
     tokens = [1, 2, 3, 4]
-    first, _ = isolated._session.feed(tokens)
+    first, _ = isolated._conversation.session.feed(tokens)
     pid = child_of(isolated)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(BackendError, match=r"ended with signal SIGKILL; the next call starts anew"):
-        isolated._session.feed(tokens)
-    again, reused = isolated._session.feed(tokens)
+        isolated._conversation.session.feed(tokens)
+    again, reused = isolated._conversation.session.feed(tokens)
     assert reused == 0 and np.array_equal(again, first)
     assert child_of(isolated) != pid
 
@@ -116,7 +116,7 @@ def test_callbacks_errors_come_out(tiny_files: Files) -> None:
 
 def test_errors_of_the_child_keep_their_type(isolated: Mllama) -> None:
     with pytest.raises(RequestError, match="no image in slot 9"):
-        isolated._context.decode([1], 9, 1)
+        isolated._conversation.context.decode([1], 9, 1)
     assert isolated.logits([1]).shape[0] == 1
 
 

@@ -54,7 +54,7 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
             image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
             assert image.n_tiles > 1
             tokens = [h.image_token_id, *[1] * (model.n_ctx - 1)]
-            model._session.feed(tokens, [model._encoding(image)])
+            model._conversation.session.feed(tokens, [model._conversation.encode(image)])
             (real,) = model.memory().devices
         assert (real.mapped, real.weights, real.self_kv) == (planned.mapped, planned.weights, planned.self_kv)
         assert real.staging == planned.staging
@@ -82,7 +82,7 @@ def test_repacked_weights(
             assert (real.mapped, real.weights, real.staging) == (
                 planned.mapped, planned.weights, planned.staging,
             )  # fmt: skip
-            layouts = Counter(t.layout for t in model._model.tensors() if t.layout)
+            layouts = Counter(t.layout for t in model._backend.model.tensors() if t.layout)
             record_property("layouts", f"{kind}, repack={repack}: {dict(layouts) or 'none'}")
             assert set(layouts) <= (set(usable_layouts()) if repack else set())
             logits[repack] = model.logits(tokens), real

@@ -277,10 +277,10 @@ def test_a_model_is_repacked_to_usable_layouts_only(
     quantize(tiny_files("quant").one, path, "q4_0")
     stand_in.code = DIES
     with Mllama(path, n_ctx=64, repack=True) as model:
-        assert {tensor.layout for tensor in model._model.tensors()} <= {"", "CPU_REPACK"}
+        assert {tensor.layout for tensor in model._backend.model.tensors()} <= {"", "CPU_REPACK"}
     assert stand_in.trials == ["AMX"]
     with Mllama(path, n_ctx=64) as model:
-        assert {tensor.layout for tensor in model._model.tensors()} == {""}
+        assert {tensor.layout for tensor in model._backend.model.tensors()} == {""}
     assert stand_in.trials == ["AMX"]
 
 
@@ -294,7 +294,7 @@ def test_a_layout_that_does_not_work_is_never_touched(
     monkeypatch.setattr(repack, "offered_layouts", lambda: ("CPU_REPACK",))
     stand_in.code = DIES
     with Mllama(path, n_ctx=64, repack=True) as model:
-        assert {tensor.layout for tensor in model._model.tensors()} == {""}
+        assert {tensor.layout for tensor in model._backend.model.tensors()} == {""}
     assert stand_in.trials == ["CPU_REPACK"]
 
 

@@ -466,7 +466,7 @@ class Failing:
         if self.opened > self._openings:
             raise BackendError("no device")
         outer, model = self, Mllama.from_pretrained("demo")
-        real = model.create_chat_completion
+        real = model.reply
 
         def lost_at_times(*args: Any, **kwargs: Any) -> Any:
             outer.calls += 1
@@ -474,7 +474,7 @@ class Failing:
                 raise BackendError("device lost")
             return real(*args, **kwargs)
 
-        model.create_chat_completion = lost_at_times  # type: ignore[method-assign]
+        model.reply = lost_at_times  # type: ignore[method-assign]
         return model
 
 

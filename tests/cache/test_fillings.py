@@ -43,13 +43,13 @@ class Watched:
     def open(self, *paths: Path, **options: Any) -> Iterator[Mllama]:
         self.encoded = self.filled = 0
         with Mllama(*paths, n_ctx=512, progress=self._progress, **options) as model:
-            fill = model._context.image_fill
+            fill = model._conversation.context.image_fill
 
             def image_fill(states: Any) -> int:
                 self.filled += sum(not isinstance(s, int) for s in states)
                 return fill(states)
 
-            model._context.image_fill = image_fill  # type: ignore[method-assign]
+            model._conversation.context.image_fill = image_fill  # type: ignore[method-assign]
             yield model
 
     def _progress(self, phase: str, done: int, total: int) -> None:
@@ -88,7 +88,7 @@ def test_answers_are_the_same_to_the_bit(
     for image_cache in (False, True, True):
         with watched.open(*paths, n_threads=1, image_cache=image_cache, **settings) as model:
             logits = model.logits(prompt.tokens, pictures)
-            steps = [model._session.step(token) for token in (3, 5, 7)]
+            steps = [model._conversation.session.step(token) for token in (3, 5, 7)]
             answers.append(np.concatenate([logits, np.array(steps)]))
         assert (watched.encoded == 0) == (watched.filled == 0) == (len(answers) == 3)
     assert np.array_equal(answers[1], answers[0])
@@ -183,7 +183,7 @@ def test_a_damaged_filling(
         next(folder.glob("*.states")).unlink()
     with watched.open(tiny_files("gqa").one) as model:
         assert model.caption(picture(1), max_tokens=9) == expected
-        assert len(model._session.slots) == 1
+        assert len(model._conversation.session.slots) == 1
     assert (watched.encoded, watched.filled) == (not with_states, 1)
     assert fillings(folder) == {name: whole}
     (record,) = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
@@ -199,23 +199,23 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
             model.caption(picture(1), max_tokens=9)
     with Mllama(tiny_files("gqa").one, abort=lambda: stop, isolate=isolate) as model:
         if call == "image_set":
-            model._context.image_mapped_size = lambda n_tiles: 0  # type: ignore[method-assign]
+            model._conversation.context.image_mapped_size = lambda n_tiles: 0  # type: ignore[method-assign]
         asked = "image_mapped_size" if call == "image_map" else "image_size"
-        size = getattr(model._context, asked)
+        size = getattr(model._conversation.context, asked)
 
         def image_size(*args: int) -> int:  # asked before
             nonlocal stop
             stop = True
             return size(*args)
 
-        setattr(model._context, asked, image_size)
+        setattr(model._conversation.context, asked, image_size)
         with pytest.raises(Aborted):
             model.caption(picture(1), max_tokens=9)
         stop = False
-        setattr(model._context, asked, size)
+        setattr(model._conversation.context, asked, size)
         before = len(fillings(folder))
         answer = model.caption(picture(1), max_tokens=9)
-        assert len(model._session.slots) == 1
+        assert len(model._conversation.session.slots) == 1
     assert before == (call != "image_get")
     assert not list(folder.glob(".*"))
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
@@ -232,14 +232,14 @@ def test_a_picture_alone_stays_in_its_file(
     with watched.open(tiny_files("gqa").one, isolate=isolate) as model:
         pieces = model.caption(picture(1), max_tokens=9, stream=True)
         text = next(pieces)
-        assert model._session._slot is not None
-        slot = model._session._slot.number
-        n_bytes = model._context.image_size(slot, 0)
-        assert n_bytes == model._context.image_mapped_size(4)
+        assert model._conversation.session._slot is not None
+        slot = model._conversation.session._slot.number
+        n_bytes = model._conversation.context.image_size(slot, 0)
+        assert n_bytes == model._conversation.context.image_mapped_size(4)
         with pytest.raises(RequestError, match="only read"):
-            model._context.image_set(slot, 0, 0, np.zeros(1, np.uint8))
+            model._conversation.context.image_set(slot, 0, 0, np.zeros(1, np.uint8))
         ((_, whole),) = fillings(folder).items()
-        assert model._context.image_get(slot, 0, 0, n_bytes).tobytes() == whole[64:-4]
+        assert model._conversation.context.image_get(slot, 0, 0, n_bytes).tobytes() == whole[64:-4]
         for path in folder.glob("*.filling"):
             path.unlink()
         assert text + "".join(pieces) == expected

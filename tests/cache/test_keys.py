@@ -20,7 +20,7 @@ KEY = "ab" * 32
 
 
 def tiles(model: Mllama) -> object:
-    return model._images.prepare(picture(1))
+    return model._shared.images.prepare(picture(1))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_opening_hashes_nothing(folder: Path, tiny_files: Files, hashed: list[Pa
 
 def test_threads_hash_once(folder: Path, tiny_files: Files, hashed: list[Path]) -> None:
     with Mllama(tiny_files("gqa").one) as model:
-        keys, image, found = model._keys, tiles(model), []
+        keys, image, found = model._shared.keys, tiles(model), []
         threads = [threading.Thread(target=lambda: found.append(keys.states(image))) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -74,7 +74,7 @@ def test_who_waits_for_another_s_hash_can_be_stopped(
 
     monkeypatch.setattr("mllama_gguf.cache.keys.weights_sha256", slow)
     with Mllama(tiny_files("gqa").one) as model:
-        keys, image = model._keys, tiles(model)
+        keys, image = model._shared.keys, tiles(model)
         thread = threading.Thread(target=keys.states, args=(image,))
         thread.start()
         assert begun.wait(20)

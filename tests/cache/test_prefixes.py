@@ -30,9 +30,9 @@ def ask(path: Path, n_before: int = 5, tokens: int = 3, **options: Any) -> tuple
         prompt = [1, *range(2, 1 + n_before), model.image_token_id, *range(1, tokens + 1)][
             -(n_before + tokens + 1) :
         ]
-        images = [model._encoding(tiled(arch, Picture(1)))]
-        logits, reused = model._session.feed(prompt, images)
-        rows = [logits[0], *(model._session.step(token) for token in (3, 5))]
+        images = [model._conversation.encode(tiled(arch, Picture(1)))]
+        logits, reused = model._conversation.session.feed(prompt, images)
+        rows = [logits[0], *(model._conversation.session.step(token) for token in (3, 5))]
         model.reset()
     return np.array(rows), reused
 
@@ -129,7 +129,7 @@ def test_a_chat(folder: Path, tiny_files: Files) -> None:
 
 def test_bytes_of_tokens(tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=32, image_cache=False) as model:
-        context = model._context
+        context = model._conversation.context
         context.decode([1, 2, 3, 4], -1, 0)
         data = context.past_get(3)
         assert data.nbytes == context.past_size(3) == 3 * context.past_size(1) > 0

@@ -205,7 +205,7 @@ def test_a_bug_is_one_line_too(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr(Mllama, "create_chat_completion", broken)
+    monkeypatch.setattr(Mllama, "reply", broken)
     assert run(["caption", photo, "-m", one]) == 1
     assert capsys.readouterr().err == "Error: unexpected ZeroDivisionError: a b (--verbose shows where)\n"
 

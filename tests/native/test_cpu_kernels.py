@@ -133,7 +133,7 @@ TEXT_ARCHS = ("square", "gqa", "wide", "threetiles")  # 1, 3, 2 and 2 heads shar
 
 def text_logits(model: Mllama, states: list[Floats], prompts: list[tuple[int, bool]]) -> Floats:
     """Logits of all tokens of prompts, each so many tokens that see the pictures or not."""
-    context = model._context
+    context = model._conversation.context
     context.clear()
     slot = context.image_fill(states)
     chance = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_types_of_values(made: str, tiny_files: Files, monkeypatch: pytest.Monke
         {"type_k": "f32", "type_v": "f32"},
     ):
         with Mllama(tiny_files("wide").one, n_ctx=256, **settings) as model:  # type: ignore[arg-type]
-            h, memory = model.hparams, model._context.memory()
+            h, memory = model.hparams, model._conversation.context.memory()
             values = h.head_dim * h.n_head_kv * 256 * (h.n_layer - h.n_cross_layers)
             sizes[tuple(settings.values())] = memory.self_kv / values
     half = 4 if made == "off" else 2
@@ -257,8 +257,8 @@ def test_products_of_quantized_weights(
     for name, n_threads in (("off", 2), (kernel, 1), (kernel, 3)):
         monkeypatch.setenv(VARIABLE, name)
         with Mllama(path, n_ctx=256, n_threads=n_threads) as model:
-            assert {t.name: t.type for t in model._model.tensors() if t.name in taken} == taken
-            context = model._context
+            assert {t.name: t.type for t in model._backend.model.tensors() if t.name in taken} == taken
+            context = model._conversation.context
             with model.tap(tap):
                 for n in COUNTS:
                     context.decode([2 + i % 300 for i in range(n)], -1, 0)
@@ -283,7 +283,7 @@ def test_text_stops(weights: str, tiny_files: Files, tmp_path: Path, monkeypatch
     stop = False
     prompt = [4] * 6000  # most of a second; the callback is asked every 50 ms
     with Mllama(path, n_ctx=6100, n_threads=2, abort=lambda: stop) as model:
-        context = model._context
+        context = model._conversation.context
         context.decode([1, 2, 3], -1, 0)
         expected = context.decode(prompt, -1, 0)
         context.truncate(3)
@@ -368,6 +368,6 @@ def test_a_context_keeps_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         model.reset()
         for name in ("off", "abacus"):
             monkeypatch.setenv(VARIABLE, name)
-            np.testing.assert_array_equal(model._context.encode(image.pixels[:1], 1), expected)
+            np.testing.assert_array_equal(model._conversation.context.encode(image.pixels[:1], 1), expected)
             np.testing.assert_array_equal(model.logits([1, 2, 3]), logits)
             model.reset()

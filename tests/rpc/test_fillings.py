@@ -34,13 +34,13 @@ def logits(prompt: Any, arch: tiny.Arch, *paths: Path, **settings: Any) -> tuple
         encoded += phase == "encode" and done == total
 
     with Mllama(*paths, n_ctx=512, n_threads=1, progress=progress, **settings) as model:
-        fill = model._context.image_fill
+        fill = model._conversation.context.image_fill
 
         def image_fill(states: Any) -> int:
             filled.extend(states)
             return fill(states)
 
-        model._context.image_fill = image_fill  # type: ignore[method-assign]
+        model._conversation.context.image_fill = image_fill  # type: ignore[method-assign]
         pictures = [tiled(arch, p) for p in prompt.pictures]
         return model.logits(prompt.tokens, pictures), encoded, filled
 
@@ -86,16 +86,16 @@ def test_a_worker_dies_while_a_picture_is_copied(
         (path,) = folder.glob("*.filling")
         path.unlink()
     with Mllama(tiny_files("gqa").one, **settings) as model:
-        original = getattr(model._context, call)
+        original = getattr(model._conversation.context, call)
 
         def strike(*args: Any) -> Any:
             worker.kill()
             return original(*args)
 
-        setattr(model._context, call, strike)
+        setattr(model._conversation.context, call, strike)
         with pytest.raises(BackendError, match=worker.name):
             model.caption(picture(1), max_tokens=9)
-        delattr(model._context, call)
+        delattr(model._conversation.context, call)
         worker.start()
         assert model.caption(picture(1), max_tokens=9) == expected
     assert len(list(folder.glob("*.filling"))) == 1

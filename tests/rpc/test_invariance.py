@@ -103,7 +103,7 @@ def answer(model: Mllama, prompt: Case, arch: tiny.Arch, encoder: Mllama | None 
     logits = model.logits(prompt.tokens, images)
     greedy = [int(logits[-1].argmax())]
     while len(greedy) < N_GREEDY:
-        greedy.append(int(model._session.step(greedy[-1]).argmax()))
+        greedy.append(int(model._conversation.session.step(greedy[-1]).argmax()))
     return Answer([image.states for image in images], logits, greedy)
 
 
@@ -239,7 +239,7 @@ def test_offload_beside_kernels_of_our_own(
 def check_placement(model: Mllama, setting: Setting) -> None:
     """The last N layers are on the devices, and nothing else of the text."""
     n_layer = model.hparams.n_layer
-    for tensor in model._model.tensors():
+    for tensor in model._backend.model.tensors():
         # Gates are numbers, not tensors; rope_freqs are copied to where they are needed.
         if tensor.is_vision or tensor.name.endswith("_gate") or tensor.name == "rope_freqs.weight":
             continue
@@ -326,9 +326,9 @@ def test_an_unused_worker_changes_nothing(
     workers: tuple[str, str], tiny_files: Callable[[str], TinyFiles]
 ) -> None:
     with Mllama(tiny_files("gqa").one, rpc_servers=workers, n_gpu_layers=-1, devices=["RPC1"]) as model:
-        assert {t.device for t in model._model.tensors()} <= {"CPU", "RPC1"}
+        assert {t.device for t in model._backend.model.tensors()} <= {"CPU", "RPC1"}
     with Mllama(tiny_files("gqa").one, rpc_servers=workers, n_gpu_layers=-1, main_gpu=1) as model:
-        assert {t.device for t in model._model.tensors()} <= {"CPU", "RPC1"}
+        assert {t.device for t in model._backend.model.tensors()} <= {"CPU", "RPC1"}
 
 
 def test_split_model(workers: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_split_model(workers: tuple[str, str], tmp_path: Path, monkeypatch: pyte
         expected = answer(model, prompt, arch)
     with Mllama(text, mmproj, rpc_servers=workers, n_gpu_layers=-1, n_threads=N_THREADS) as model:
         assert answer(model, prompt, arch).same_as(expected)
-        copies = [t.device for t in model._model.tensors() if t.name == "rope_freqs.weight"]
+        copies = [t.device for t in model._backend.model.tensors() if t.name == "rope_freqs.weight"]
     assert {"CPU", "RPC0", "RPC1"} == set(copies)
 
 

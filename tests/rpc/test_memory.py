@@ -42,7 +42,9 @@ def test_the_plan_is_what_is_allocated(
     with Mllama(path, rpc_servers=workers, n_ctx=n_ctx, **settings) as model:
         h = model.hparams
         image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
-        model._session.feed([h.image_token_id, *[1] * (n_ctx - 1)], [model._encoding(image)])
+        model._conversation.session.feed(
+            [h.image_token_id, *[1] * (n_ctx - 1)], [model._conversation.encode(image)]
+        )
         real = model.memory().devices
     assert [d.device for d in real] == [d.device for d in setting.devices]
     assert len(real) > 1

@@ -32,9 +32,9 @@ Files = Callable[[str], TinyFiles]
 
 def complete(model: Mllama) -> Floats:
     """Every phase: encode, fill, prompt, decode. The logits of the steps."""
-    images = [model._encoding(tiled(ARCH, picture)) for picture in PROMPT.pictures]
-    model._session.feed(PROMPT.tokens, images)
-    return np.stack([model._session.step(token) for token in (1, 2, 3)])
+    images = [model._conversation.encode(tiled(ARCH, picture)) for picture in PROMPT.pictures]
+    model._conversation.session.feed(PROMPT.tokens, images)
+    return np.stack([model._conversation.session.step(token) for token in (1, 2, 3)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,11 +130,11 @@ def test_a_worker_dies_between_two_calls(make_worker: Make, tiny_files: Files, e
         worker.start()
         # The conversation is in the cache no more, and a lone step cannot bring it back.
         with pytest.raises(BackendError, match=worker.name):
-            model._session.step(1)
+            model._conversation.session.step(1)
         with pytest.raises(BackendError, match="caches were lost"):
-            model._session.step(1)
+            model._conversation.session.step(1)
         assert np.array_equal(complete(model), expected)
-        assert model._session.n_past == len(PROMPT.tokens) + 3
+        assert model._conversation.session.n_past == len(PROMPT.tokens) + 3
 
 
 def test_a_worker_hangs(make_worker: Make, tiny_files: Files, expected: Floats) -> None:

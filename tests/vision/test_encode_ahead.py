@@ -221,7 +221,7 @@ def photos(tmp_path: Path) -> list[str]:
 class Batch:
     """Runs batches with a tiny model; each begins with a new output unless it goes on.
 
-    caption: called with the model's `create_chat_completion` and its arguments, in its place
+    caption: called with the model's `reply` and its arguments, in its place
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
@@ -238,8 +238,7 @@ class Batch:
             model.close()
         model = Mllama(self._path, n_ctx=512, n_threads=1, **self.settings)
         self.models.append(model)
-        create = partial(self.caption, model.create_chat_completion)
-        model.create_chat_completion = create  # type: ignore[method-assign]
+        model.reply = partial(self.caption, model.reply)  # type: ignore[method-assign]
         return model
 
     def run(self, pictures: list[str], ahead: bool | None, *, goes_on: bool = False) -> Summary:

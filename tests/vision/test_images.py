@@ -99,7 +99,7 @@ def test_waiting_is_stopped(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> N
         found = together(lambda: one.encode(picture(1)), stopped)
         assert {type(result) for result in found} == {Aborted, ImageEmbedding}
     assert slow.calls == 1
-    assert not model._images._running
+    assert not model._shared.images._running
 
 
 def test_a_callback_asks_for_the_image_that_is_computed(tiny_files: Files) -> None:
@@ -113,12 +113,12 @@ def test_a_callback_asks_for_the_image_that_is_computed(tiny_files: Files) -> No
         with model.image_encoder() as encoder:
             found = model.encode_image(picture(1))
         assert np.array_equal(found.states, asked[0].states)
-        assert not model._images._running
+        assert not model._shared.images._running
 
 
 def test_what_an_encoder_made_is_our_own(model: Mllama) -> None:
     """Its key names its content, whichever thread made it; nobody else's does."""
     with model.image_encoder() as encoder:
         ours = encoder.encode(picture(1))
-    assert model._images._is_own(ours)
-    assert not model._images._is_own(ImageEmbedding(ours.states, ours.aspect_ratio_id, ours.key))
+    assert model._shared.images._is_own(ours)
+    assert not model._shared.images._is_own(ImageEmbedding(ours.states, ours.aspect_ratio_id, ours.key))

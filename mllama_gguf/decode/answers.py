@@ -1,0 +1,123 @@
+"""The ways to ask for a reply, which conversations and `Mllama` have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+from ..errors import RequestError
+from ..settings import DEFAULT_PROMPT
+from ..vision.embedding import Picture
+from . import openai
+from .options import ReplyOptions
+from .reply import Reply
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+
+CAPTION_TOKENS = 256
+
+
+class Answers(ABC):
+    """`reply`, and what is made of it."""
+
+    @abstractmethod
+    def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
+        """A reply of which nothing is computed yet."""
+
+    @property
+    @abstractmethod
+    def _model_name(self) -> str:
+        """For OpenAI's shapes."""
+
+    def reply(
+        self,
+        messages: Messages | None = None,
+        *,
+        image: Picture | None = None,
+        prompt: str = DEFAULT_PROMPT,
+        options: ReplyOptions | None = None,
+        **more: Any,
+    ) -> Reply:
+        """The reply to a conversation, or to a question about an image.
+
+        messages: as in `create_chat_completion`; or else image and prompt, as in `caption`
+        options:  checked options; or else `more`, those of `create_chat_completion` by name
+
+        Everything is checked here; the pieces of text are computed as they are asked for. A reply ends with
+        an error once the conversation is used for something else; close it, or read it to its end.
+
+        Raises ImageError, RequestError, ContextFullError, BusyError; reading it raises BackendError and
+        Aborted too.
+        """
+        if (messages is None) == (image is None):
+            raise RequestError("reply needs either messages or an image")
+        if options is not None and more:
+            raise RequestError(f"reply takes checked options or {', '.join(more)}, not both")
+        if messages is None:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+            messages = [{"role": "user", "content": content}]
+        return self._begin_reply(messages, ReplyOptions.checked(more) if options is None else options)
+
+    @overload
+    def caption(
+        self, image: Picture, prompt: str = ..., *, stream: Literal[False] = ..., **options: Any
+    ) -> str: ...
+    @overload
+    def caption(
+        self, image: Picture, prompt: str = ..., *, stream: Literal[True], **options: Any
+    ) -> Iterator[str]: ...
+
+    def caption(
+        self, image: Picture, prompt: str = DEFAULT_PROMPT, *, stream: bool = False, **options: Any
+    ) -> str | Iterator[str]:
+        """What the model says to an image and a question about it.
+
+        image:   a path, bytes, a file object, a data URI, a PIL image, an array, a TiledImage, an
+                 ImageEmbedding
+        stream:  True: an iterator of pieces of text, a `Reply`
+        options: max_tokens (256) and the others of `create_chat_completion`
+
+        Raises what `create_chat_completion` raises.
+        """
+        options.setdefault("max_tokens", CAPTION_TOKENS)
+        reply = self.reply(image=image, prompt=prompt, **options)
+        return reply if stream else reply.read()
+
+    @overload
+    def create_chat_completion(
+        self, messages: Messages, *, stream: Literal[False] = ..., **options: Any
+    ) -> dict[str, Any]: ...
+    @overload
+    def create_chat_completion(
+        self, messages: Messages, *, stream: Literal[True], **options: Any
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def create_chat_completion(
+        self, messages: Messages, *, stream: bool = False, **options: Any
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """The reply to a conversation, in OpenAI's shapes.
+
+        messages: [{"role": "user", "content": "text" or [part, ...]}, ...]; a part is {"type": "text",
+                  "text": ...}, {"type": "image_url", "image_url": {"url": ...}} or {"type": "image", "image":
+                  ...} with whatever `caption` takes as an image
+        stream:   True: an iterator of chunks, of which the last has usage and timings
+        options:
+          max_tokens:      most tokens of the reply; None: until n_ctx is full (the default)
+          temperature:     0 (the default): always the likeliest token
+          top_k, top_p, min_p, repeat_penalty, seed: as in `SamplingOptions`
+          stop:            a string, or some, that end the reply and are not shown; they do not end JSON
+          response_format: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}},
+                           {"type": "regex", "regex": ...} and others: see `text.grammar.grammar_of`
+          grammar:         GBNF that the reply must follow
+
+        What the caches hold already, of this conversation or the last one, is not computed again. Everything
+        is checked before anything is computed. An open stream ends with an error once the object is used for
+        something else; close it, or read it to its end.
+
+        Raises ImageError, RequestError, ContextFullError, BusyError, BackendError, Aborted.
+        """
+        reply = self.reply(messages, **options)
+        if stream:
+            return openai.chunks(reply, self._model_name)
+        return openai.completion(reply, self._model_name)

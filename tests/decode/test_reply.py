@@ -1,0 +1,157 @@
+"""A reply as an object: read, closed, cancelled; what it took; and the options that it is asked for with."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TinyFiles, picture
+
+from mllama_gguf import Aborted, Mllama, MllamaError, Reply, RequestError, Stats
+from mllama_gguf.decode.options import ReplyOptions
+
+Files = Callable[[str], TinyFiles]
+QUESTION = [{"role": "user", "content": "the dog"}]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_files: Files) -> Iterator[Mllama]:
+    with Mllama(tiny_files("gqa").one, n_ctx=512, n_threads=1, image_cache=False) as model:
+        yield model
+
+
+@pytest.fixture
+def model(opened: Mllama) -> Mllama:
+    opened.reset()
+    return opened
+
+
+def test_text_and_stats(model: Mllama) -> None:
+    reply = model.reply(image=picture(1), prompt="the dog", max_tokens=9)
+    assert isinstance(reply, Reply)
+    assert (reply.finish_reason, reply.stats.completion_tokens) == (None, 0)  # nothing is computed yet
+    pieces = list(reply)
+    assert len(pieces) > 1
+    stats = reply.stats
+    assert isinstance(stats, Stats)
+    assert reply.finish_reason == stats.finish_reason == "length"
+    assert stats.completion_tokens == 9
+    assert stats.prompt_tokens > 0
+    assert all(seconds > 0 for seconds in stats.seconds.values())
+    assert (list(reply), reply.read()) == ([], "")  # it is read once
+    model.reset()
+    assert model.caption(picture(1), "the dog", max_tokens=9) == "".join(pieces)
+    content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "the dog"}]
+    again = model.reply([{"role": "user", "content": content}], max_tokens=9)
+    assert again.read() == "".join(pieces)
+    assert again.stats.cached_tokens > 0
+
+
+def test_reading_in_two_parts(model: Mllama) -> None:
+    whole = model.reply(QUESTION, max_tokens=9).read()
+    reply = model.reply(QUESTION, max_tokens=9)
+    assert next(reply) + reply.read() == whole
+    for piece in reply:
+        pytest.fail(piece)
+
+
+def test_a_closed_reply_has_no_more(model: Mllama) -> None:
+    reply = model.reply(QUESTION, max_tokens=50)
+    next(reply)
+    reply.close()
+    reply.close()
+    assert reply.read() == ""
+    assert reply.finish_reason is None
+    unread = model.reply(QUESTION)
+    unread.close()
+    assert unread.read() == ""
+    stream = model.caption(picture(1), stream=True)
+    assert isinstance(stream, Reply)
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_cancelled_reply(model: Mllama, when: str) -> None:
+    expected = model.reply(QUESTION, max_tokens=9).read()
+    reply = model.reply(QUESTION, max_tokens=50)
+    if when == "between":
+        next(reply)
+    reply.cancel()
+    with pytest.raises(Aborted, match="cancelled"):
+        next(reply)
+    assert reply.read() == ""
+    assert reply.finish_reason is None
+    assert model.reply(QUESTION, max_tokens=9).read() == expected  # others are not
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_cancelling_from_another_thread_while_it_computes(slow: Path, isolate: bool) -> None:
+    with Mllama(slow, n_ctx=512, n_threads=1, image_cache=False, isolate=isolate) as model:
+        reply = model.reply(image=picture(1, 900, 900), max_tokens=2)
+        raised: list[Exception] = []
+
+        def read() -> None:
+            try:
+                reply.read()
+            except Exception as e:
+                raised.append(e)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        time.sleep(0.7)
+        assert thread.is_alive()
+        begin = time.monotonic()
+        reply.cancel()
+        thread.join(20)
+        assert time.monotonic() - begin < 1
+        assert [type(e) for e in raised] == [Aborted]
+        assert model.reply(QUESTION, max_tokens=2).read()
+
+
+def test_a_reply_that_lost_its_conversation(model: Mllama) -> None:
+    first = model.reply(QUESTION, max_tokens=50)
+    next(first)
+    model.reply([{"role": "user", "content": "see"}], max_tokens=2).read()
+    with pytest.raises(MllamaError, match="this reply cannot go on: its Mllama was used"):
+        first.read()
+
+
+def test_what_reply_wants(model: Mllama) -> None:
+    options = ReplyOptions.checked({"max_tokens": 3})
+    assert model.reply(QUESTION, options=options).read() == model.reply(QUESTION, max_tokens=3).read()
+    for wrong, words in (
+        ({}, "either messages or an image"),
+        ({"messages": QUESTION, "image": picture(1)}, "either messages or an image"),
+        ({"messages": QUESTION, "options": options, "seed": 1}, "checked options or seed, not both"),
+        ({"messages": QUESTION, "n_tokens": 3}, "there is no option 'n_tokens'; there are: max_tokens"),
+        ({"messages": []}, "messages is empty"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            model.reply(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        *(({"max_tokens": n}, "max_tokens must be a whole number") for n in (0, -2, 1.5, True, "9")),
+        ({"temperature": -1}, "temperature must be"),
+        ({"stop": ""}, "stop must be"),
+        ({"seed": "x"}, "seed must be"),
+        ({"response_format": {"type": "xml"}}, "response_format type 'xml'"),
+        ({"grammar": 'root ::= "a"', "response_format": {"type": "json_object"}}, "exclude each other"),
+    ],
+)
+def test_options_that_cannot_be(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        ReplyOptions.checked(given)
+
+
+def test_options_and_their_defaults() -> None:
+    plain = ReplyOptions.checked({})
+    assert (plain.max_tokens, plain.stops, plain.sampling.temperature) == (None, (), 0.0)
+    given = ReplyOptions.checked({"max_tokens": -1, "stop": "a", "top_k": 3, "seed": 7})
+    assert (given.max_tokens, given.stops) == (None, ("a",))
+    assert (given.sampling.top_k, given.sampling.seed) == (3, 7)
