@@ -725,7 +725,7 @@ static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, 
     };
     TRY(prepare_graph(ctx, &shape));
     TRY(set_inputs(ctx, tokens));
-    text_graph_begin(&ctx->text, ctx->model);
+    graph_begin(&ctx->text.g);
     TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
     if (ctx->text.logits) {
         ggml_backend_tensor_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits));

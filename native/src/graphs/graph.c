@@ -1,5 +1,7 @@
 #include "graphs/graph.h"
 
+#include "ggml-backend.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +21,7 @@ mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env) {
     }
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->env        = *env;
+    g->tasks      = NULL;
     g->products   = NULL;
     g->n_products = g->max_products = 0;
     g->x          = NULL;
@@ -32,14 +35,22 @@ mllama_status graph_use_products(graph * g, size_t max_products) {
     }
     g->max_products = max_products;
     for (size_t i = 0; i < max_products; i++) {
-        g->products[i] = (cpu_product) { .stop = g->env.stop, .stop_data = g->env.stop_data };
+        g->products[i].kernel = g->env.kernel;
     }
     return MLLAMA_OK;
 }
 
+void graph_add_tasks(graph * g, tasks * t) {
+    t->stop      = g->env.stop;
+    t->stop_data = g->env.stop_data;
+    t->other     = g->tasks;
+    g->tasks     = t;
+    tasks_reset(t);
+}
+
 void graph_begin(graph * g) {
-    for (size_t i = 0; i < g->n_products; i++) {
-        cpu_product_reset(&g->products[i]);
+    for (tasks * t = g->tasks; t; t = t->other) {
+        tasks_reset(t);
     }
 }
 
@@ -51,7 +62,7 @@ void graph_free(graph * g) {
     g->gf  = NULL;
 }
 
-struct ggml_tensor * named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name) {
+struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name) {
     if (layer >= 0) {
         ggml_format_name(t, "%s.%d.%s", prefix, layer, name);
     } else {
@@ -60,25 +71,13 @@ struct ggml_tensor * named(struct ggml_tensor * t, const char * prefix, int32_t 
     return t;
 }
 
-int64_t block_columns(double flop_per_column) {
+int64_t graph_block_columns(double flop_per_column) {
     const double n = NODE_FLOP / flop_per_column;
     return n < 16.0 ? 16 : n > 1e9 ? (int64_t) 1e9 : (int64_t) n;
 }
 
-// dst = [left, right]. ggml_concat copies value by value, on one thread.
-static void join(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    (void) userdata;
-    const struct ggml_tensor * left = dst->src[0], * right = dst->src[1];
-    const int64_t              n    = dst->ne[1];
-    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
-        const bool   is_left = i < left->ne[1];
-        const char * column  = is_left ? (const char *) left->data + (size_t) i * left->nb[1] :
-                                         (const char *) right->data + (size_t) (i - left->ne[1]) * right->nb[1];
-        memcpy((char *) dst->data + (size_t) i * dst->nb[1], column, (size_t) dst->ne[0] * sizeof(float));
-    }
-}
-
-struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, block_fn fn, void * arg) {
+struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, graph_block_fn fn,
+                                     void * arg) {
     const int64_t n = x->ne[1];
     if (n <= n_max) {
         return fn(g, x, arg);
@@ -86,52 +85,59 @@ struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max,
     const int64_t        half  = n / 2;
     struct ggml_tensor * left  = ggml_view_2d(g->ctx, x, x->ne[0], half, x->nb[1], 0);
     struct ggml_tensor * right = ggml_view_2d(g->ctx, x, x->ne[0], n - half, x->nb[1], x->nb[1] * (size_t) half);
-    left  = in_blocks(g, left, n_max, on_cpu, fn, arg);
-    right = in_blocks(g, right, n_max, on_cpu, fn, arg);
+    left  = graph_in_blocks(g, left, n_max, on_cpu, fn, arg);
+    right = graph_in_blocks(g, right, n_max, on_cpu, fn, arg);
     if (!on_cpu) {
         return ggml_concat(g->ctx, left, right, 1);
     }
-    return ggml_custom_4d(g->ctx, GGML_TYPE_F32, left->ne[0], n, 1, 1, (struct ggml_tensor *[]) { left, right }, 2, join, GGML_N_TASKS_MAX,
-                          NULL);
+    return cpu_join_node(g->ctx, left, right);
 }
 
-static struct ggml_tensor * multiply(graph * g, struct ggml_tensor * x, void * w) {
+static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w) {
     return ggml_mul_mat(g->ctx, w, x);
 }
 
-// Mapped or copied, or in a layout of its own, which is no host memory to ggml.
-bool is_on_cpu(const struct ggml_tensor * t) {
-    const ggml_backend_dev_t device = t->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer)) : NULL;
-    return t->buffer && (ggml_backend_buffer_is_host(t->buffer) || (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU));
+// In the CPU's memory: mapped or copied, or in a layout of its own, which is no host memory to ggml
+static bool is_on_cpu(const struct ggml_tensor * t) {
+    if (!t->buffer || ggml_backend_buffer_is_host(t->buffer)) {
+        return t->buffer != NULL;
+    }
+    const ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
+    return device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
-struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
+struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return ggml_mul_mat(g->ctx, w, x);
     }
     if (g->n_products < g->max_products && cpu_product_supported(g->env.kernel, w)) {
         if (g->x != x) { // else another weight of the same input
             g->x         = x;
-            g->quantized = cpu_quantize_node(g->ctx, x);
+            g->quantized = cpu_quantize_node(g->ctx, g->env.kernel, x);
         }
-        return cpu_product_node(g->ctx, &g->products[g->n_products++], w, g->quantized, x->ne[1]);
+        cpu_product * product = &g->products[g->n_products++];
+        graph_add_tasks(g, &product->tasks);
+        return cpu_product_node(g->ctx, product, w, g->quantized, x->ne[1]);
     }
-    return in_blocks(g, x, block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]), true, multiply, w);
+    const int64_t most = graph_block_columns(2.0 * (double) w->ne[0] * (double) w->ne[1]);
+    return graph_in_blocks(g, x, most, true, mul_mat, w);
 }
 
-struct ggml_tensor * linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x) {
-    return ggml_add(g->ctx, linear(g, w, x), b);
+struct ggml_tensor * graph_linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b,
+                                       struct ggml_tensor * x) {
+    return ggml_add(g->ctx, graph_linear(g, w, x), b);
 }
 
-struct ggml_tensor * rms_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, float eps) {
+struct ggml_tensor * graph_rms_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, float eps) {
     return ggml_mul(g->ctx, ggml_rms_norm(g->ctx, x, eps), w);
 }
 
-struct ggml_tensor * layer_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, struct ggml_tensor * b, float eps) {
+struct ggml_tensor * graph_layer_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w,
+                                      struct ggml_tensor * b, float eps) {
     return ggml_add(g->ctx, ggml_mul(g->ctx, ggml_norm(g->ctx, x, eps), w), b);
 }
 
-struct ggml_tensor * split_heads(graph * g, struct ggml_tensor * x, int64_t n_head) {
+struct ggml_tensor * graph_split_heads(graph * g, struct ggml_tensor * x, int64_t n_head) {
     x = ggml_reshape_3d(g->ctx, x, x->ne[0] / n_head, n_head, x->ne[1]);
     return ggml_permute(g->ctx, x, 0, 2, 1, 3);
 }
@@ -143,7 +149,7 @@ typedef struct attention_args {
     int64_t              n_head;
 } attention_args;
 
-static struct ggml_tensor * attend(graph * g, struct ggml_tensor * q, void * arg) {
+static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, void * arg) {
     const attention_args * a       = arg;
     const int64_t          n_embd  = q->ne[0], n = q->ne[1];
     const float            scale   = 1.0f / sqrtf((float) (n_embd / a->n_head));
@@ -164,11 +170,12 @@ static struct ggml_tensor * attend(graph * g, struct ggml_tensor * q, void * arg
     return ggml_cont_2d(g->ctx, ggml_permute(g->ctx, out, 0, 2, 1, 3), n_embd, n);
 }
 
-struct ggml_tensor * attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
-                               struct ggml_tensor * mask, int64_t n_head) {
+struct ggml_tensor * graph_attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
+                                     struct ggml_tensor * mask, int64_t n_head) {
     attention_args args = { .k = k, .v = v, .mask = mask, .n_head = n_head };
     if (mask) { // text: batches are small, and the mask has a row for each query
-        return attend(g, q, &args);
+        return attend_columns(g, q, &args);
     }
-    return in_blocks(g, q, block_columns(4.0 * (double) q->ne[0] * (double) k->ne[1]), false, attend, &args);
+    const int64_t most = graph_block_columns(4.0 * (double) q->ne[0] * (double) k->ne[1]);
+    return graph_in_blocks(g, q, most, false, attend_columns, &args);
 }

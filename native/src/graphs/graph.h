@@ -1,8 +1,8 @@
 // What the two graphs share: norms, linear layers, attention, and cutting large work into nodes of bounded time.
 #pragma once
 
-#include "kernels/cpu_products.h"
-#include "model/model.h"
+#include "kernels/kernels.h"
+#include "status.h"
 
 #include "ggml.h"
 
@@ -10,6 +10,7 @@ typedef struct graph {
     struct ggml_context * ctx; // holds the tensors' descriptions, no data
     struct ggml_cgraph *  gf;
     compute_env           env;
+    tasks *               tasks;          // of its nodes, one after the other
     cpu_product *         products;       // with quantized weights
     size_t                n_products, max_products;
     struct ggml_tensor *  x, * quantized; // of the last of them
@@ -18,30 +19,34 @@ typedef struct graph {
 mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env);
 // Quantized weights in memory are multiplied by the kernel, in max_products nodes at most.
 mllama_status graph_use_products(graph * g, size_t max_products);
+// The tasks of a node of this graph, which live as long as it does
+void          graph_add_tasks(graph * g, tasks * t);
 void          graph_begin(graph * g); // before each time that it is computed
 void          graph_free(graph * g);
 
 // Names a tensor as "prefix.layer.name" (as "prefix.name" for layer -1), for taps.
-struct ggml_tensor * named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name);
+struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name);
 
 // x [n_in, n] -> W x [n_out, n]
-struct ggml_tensor * linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
-bool                 is_on_cpu(const struct ggml_tensor * t); // in its memory
-// as linear, plus a bias [n_out]
-struct ggml_tensor * linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x);
-struct ggml_tensor * rms_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, float eps);
-struct ggml_tensor * layer_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, struct ggml_tensor * b, float eps);
+struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
+// as graph_linear, plus a bias [n_out]
+struct ggml_tensor * graph_linear_bias(graph * g, struct ggml_tensor * w, struct ggml_tensor * b,
+                                       struct ggml_tensor * x);
+struct ggml_tensor * graph_rms_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w, float eps);
+struct ggml_tensor * graph_layer_norm(graph * g, struct ggml_tensor * x, struct ggml_tensor * w,
+                                      struct ggml_tensor * b, float eps);
 
-// q [head_dim * n_head, n]; k, v [head_dim, n_kv, n_head_kv] views; mask [n_kv, n] F16 or NULL -> [head_dim * n_head, n].
-struct ggml_tensor * attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
-                               struct ggml_tensor * mask, int64_t n_head);
+// q [head_dim * n_head, n]; k, v [head_dim, n_kv, n_head_kv] views; mask [n_kv, n] F16 or NULL -> as q
+struct ggml_tensor * graph_attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
+                                     struct ggml_tensor * mask, int64_t n_head);
 
-// [n_embd, n] -> [head_dim, n, n_head], the layout in which attention() takes k and v
-struct ggml_tensor * split_heads(graph * g, struct ggml_tensor * x, int64_t n_head);
+// [n_embd, n] -> [head_dim, n, n_head], the layout in which graph_attention takes k and v
+struct ggml_tensor * graph_split_heads(graph * g, struct ggml_tensor * x, int64_t n_head);
 
 // Runs fn over x [c, n] in blocks of at most n_max columns and joins the results. One node of a graph is the smallest
 // thing that can be interrupted, so nodes that would take long on a CPU are cut. on_cpu: fn surely runs there.
-typedef struct ggml_tensor * (*block_fn)(graph * g, struct ggml_tensor * x, void * arg);
-struct ggml_tensor * in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, block_fn fn, void * arg);
+typedef struct ggml_tensor * (*graph_block_fn)(graph * g, struct ggml_tensor * x, void * arg);
+struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, graph_block_fn fn,
+                                     void * arg);
 // Columns that a node with this many floating point operations a column may have.
-int64_t block_columns(double flop_per_column);
+int64_t graph_block_columns(double flop_per_column);

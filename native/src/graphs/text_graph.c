@@ -1,4 +1,32 @@
 // Llama 3 with cross-attention layers (llama_models/llama3/multimodal/model.py).
+//
+// One graph computes some tokens, one after the other in the sequence, that see the same images. What they see:
+//
+//                                  self-attention layer: the cells of the cache      cross-attention layer: a slot
+//
+//                                  0 .. n_past - 1   n_past ...       .. n_kv        rows of images       others
+//     token 0 of the graph         seen              seen  .    .     .              seen                 .
+//     token 1                      seen              seen  seen .     .              seen                 .
+//     token 2                      seen              seen  seen seen  .              seen                 .
+//
+//     written by this graph        no                yes              no             no: by fill_graph    no
+//
+// The mask hides cells: those after the token itself, and the rest of n_kv, which is rounded up so that one graph
+// serves many tokens. Cross-attention has no mask: every token of the graph sees the first n_rows rows of the slot, all
+// rows of the images before it. Tokens before the first image see none: then the cross-attention layers are left out,
+// and x passes through them unchanged. Text after another image needs another call, with another n_rows or slot.
+//
+// Tensors that taps see, for layer N:
+//     text.tokens, text.positions, text.cells, text.mask        inputs
+//     text.token_embd                                           rows of the embedding
+//     blk.N.attn_norm                                           input of attention
+//     blk.N.q, blk.N.k, blk.N.v                                 self-attention; q and k after RoPE
+//     blk.N.cross_q                                             cross-attention, after its norm
+//     blk.N.attn_out, blk.N.attn_residual                       after W_o, before the gate; x + that
+//     blk.N.ffn_norm, blk.N.ffn_out                             input and output of the feed-forward part
+//     blk.N.layer_out                                           x after the layer
+//     text.output_norm, text.logits
+// and of fill_graph: text.states (input), blk.N.cross_k (after its norm), blk.N.cross_v.
 #include "graphs/text_graph.h"
 
 #include <stdlib.h>
@@ -16,27 +44,31 @@ typedef struct decoder {
 // The first n_kv rows of a cache tensor as [head_dim, n_kv, n_head_kv]
 static struct ggml_tensor * cache_view(const decoder * d, struct ggml_tensor * cache, int64_t n_kv) {
     const int64_t head_dim = d->p->head_dim;
-    return ggml_view_3d(d->g->ctx, cache, head_dim, n_kv, d->p->n_head_kv, cache->nb[1], ggml_row_size(cache->type, head_dim), 0);
+    return ggml_view_3d(d->g->ctx, cache, head_dim, n_kv, d->p->n_head_kv, cache->nb[1],
+                        ggml_row_size(cache->type, head_dim), 0);
 }
 
-// Values as a layer's cache holds them on any device: where they are F32 only because ggml's kernel needs that, they are rounded like
-// the others, so that the answer does not depend on where a layer is.
-static struct ggml_tensor * rounded(struct ggml_context * ctx, const kv_cache * cache, int32_t il, struct ggml_tensor * v) {
+// Values as a layer's cache holds them on any device: where they are F32 only because ggml's kernel needs that, they
+// are rounded like the others, so that the answer does not depend on where a layer is.
+static struct ggml_tensor * rounded(struct ggml_context * ctx, const kv_cache * cache, int32_t il,
+                                    struct ggml_tensor * v) {
     if (cache->type_v != GGML_TYPE_F16 || cache->v[il]->type == GGML_TYPE_F16) {
         return v;
     }
     return ggml_cast(ctx, ggml_cast(ctx, v, GGML_TYPE_F16), GGML_TYPE_F32);
 }
 
-// q [head_dim * n_head, n] over the first n_rows of a layer's caches; mask as in attention()
-static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struct ggml_tensor * q, struct ggml_tensor * k,
-                                            struct ggml_tensor * v, int64_t n_rows, struct ggml_tensor * mask) {
+// q [head_dim * n_head, n] over the first n_rows of a layer's caches; mask as in graph_attention
+static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struct ggml_tensor * q,
+                                            struct ggml_tensor * k, struct ggml_tensor * v, int64_t n_rows,
+                                            struct ggml_tensor * mask) {
     cpu_cache_attention * a = &d->tg->attention[il];
     a->n_rows = n_rows;
     if (cpu_cache_attention_fits(a, k, v)) {
+        graph_add_tasks(d->g, &a->tasks);
         return cpu_cache_attention_node(d->g->ctx, a, q, k, v, mask);
     }
-    return attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
+    return graph_attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
 }
 
 static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct ggml_tensor * x, int64_t n_head) {
@@ -48,13 +80,14 @@ static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct
     return ggml_reshape_2d(ctx, x, d->p->head_dim * n_head, n);
 }
 
-static struct ggml_tensor * self_attention(const decoder * d, const text_layer * l, int32_t il, struct ggml_tensor * x) {
+static struct ggml_tensor * self_attention(const decoder * d, const text_layer * l, int32_t il,
+                                           struct ggml_tensor * x) {
     graph *               g   = d->g;
     struct ggml_context * ctx = g->ctx;
 
-    struct ggml_tensor * q = named(rope(d, l, linear(g, l->q, x), d->p->n_head), "blk", il, "q");
-    struct ggml_tensor * k = named(rope(d, l, linear(g, l->k, x), d->p->n_head_kv), "blk", il, "k");
-    struct ggml_tensor * v = named(linear(g, l->v, x), "blk", il, "v");
+    struct ggml_tensor * q = graph_named(rope(d, l, graph_linear(g, l->q, x), d->p->n_head), "blk", il, "q");
+    struct ggml_tensor * k = graph_named(rope(d, l, graph_linear(g, l->k, x), d->p->n_head_kv), "blk", il, "k");
+    struct ggml_tensor * v = graph_named(graph_linear(g, l->v, x), "blk", il, "v");
     ggml_build_forward_expand(g->gf, q);
     ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->k[il], k, d->tg->cells));
     ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->v[il], rounded(ctx, d->cache, il, v), d->tg->cells));
@@ -62,14 +95,15 @@ static struct ggml_tensor * self_attention(const decoder * d, const text_layer *
     return cache_attention(d, il, q, d->cache->k[il], d->cache->v[il], d->tg->shape.n_kv, d->tg->mask);
 }
 
-static struct ggml_tensor * cross_attention(const decoder * d, const text_layer * l, int32_t il, struct ggml_tensor * x) {
+static struct ggml_tensor * cross_attention(const decoder * d, const text_layer * l, int32_t il,
+                                            struct ggml_tensor * x) {
     graph *               g   = d->g;
     struct ggml_context * ctx = g->ctx;
     const int64_t         n   = x->ne[1], n_q = (int64_t) d->p->head_dim * d->p->n_head;
 
-    struct ggml_tensor * q = ggml_reshape_3d(ctx, linear(g, l->q, x), d->p->head_dim, d->p->n_head, n);
-    q = ggml_reshape_2d(ctx, rms_norm(g, q, l->q_norm, d->p->rms_eps), n_q, n);
-    named(q, "blk", il, "cross_q");
+    struct ggml_tensor * q = ggml_reshape_3d(ctx, graph_linear(g, l->q, x), d->p->head_dim, d->p->n_head, n);
+    q = ggml_reshape_2d(ctx, graph_rms_norm(g, q, l->q_norm, d->p->rms_eps), n_q, n);
+    graph_named(q, "blk", il, "cross_q");
     return cache_attention(d, il, q, d->slot->kv.k[il], d->slot->kv.v[il], d->tg->shape.n_rows, NULL);
 }
 
@@ -87,35 +121,36 @@ static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct 
     struct ggml_context * ctx = g->ctx;
     const text_layer *    l   = &d->model->layers[il];
 
-    struct ggml_tensor * norm = named(rms_norm(g, x, l->attn_norm, d->p->rms_eps), "blk", il, "attn_norm");
+    struct ggml_tensor * norm = graph_named(graph_rms_norm(g, x, l->attn_norm, d->p->rms_eps), "blk", il, "attn_norm");
     struct ggml_tensor * attn = l->is_cross ? cross_attention(d, l, il, norm) : self_attention(d, l, il, norm);
     if (il == d->p->n_layer - 1) {
         attn = wanted_columns(d, attn);
         x    = wanted_columns(d, x);
     }
-    attn = named(linear(g, l->o, attn), "blk", il, "attn_out");
+    attn = graph_named(graph_linear(g, l->o, attn), "blk", il, "attn_out");
     if (l->is_cross) {
         attn = ggml_scale(ctx, attn, l->attn_gate);
     }
-    x = named(ggml_add(ctx, x, attn), "blk", il, "attn_residual");
+    x = graph_named(ggml_add(ctx, x, attn), "blk", il, "attn_residual");
 
-    norm = named(rms_norm(g, x, l->ffn_norm, d->p->rms_eps), "blk", il, "ffn_norm");
-    struct ggml_tensor * ffn = ggml_swiglu_split(ctx, linear(g, l->ffn_gate, norm), linear(g, l->ffn_up, norm));
-    ffn = named(linear(g, l->ffn_down, ffn), "blk", il, "ffn_out");
+    norm = graph_named(graph_rms_norm(g, x, l->ffn_norm, d->p->rms_eps), "blk", il, "ffn_norm");
+    struct ggml_tensor * ffn = graph_linear(g, l->ffn_gate, norm);
+    ffn = ggml_swiglu_split(ctx, ffn, graph_linear(g, l->ffn_up, norm));
+    ffn = graph_named(graph_linear(g, l->ffn_down, ffn), "blk", il, "ffn_out");
     if (l->is_cross) {
         ffn = ggml_scale(ctx, ffn, l->mlp_gate);
     }
-    return named(ggml_add(ctx, x, ffn), "blk", il, "layer_out");
+    return graph_named(ggml_add(ctx, x, ffn), "blk", il, "layer_out");
 }
 
 static struct ggml_tensor * input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name) {
     struct ggml_tensor * t = ggml_new_tensor_2d(g->ctx, type, ne0, ne1);
-    ggml_set_input(named(t, "text", -1, name));
+    ggml_set_input(graph_named(t, "text", -1, name));
     return t;
 }
 
-mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
-                               const compute_env * env, text_graph * tg) {
+mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot,
+                               const text_shape * shape, const compute_env * env, text_graph * tg) {
     const mllama_hparams * p = &model->hp.pub;
     memset(tg, 0, sizeof(*tg));
     tg->attention = calloc((size_t) p->n_layer, sizeof(*tg->attention));
@@ -125,7 +160,6 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     for (int32_t il = 0; il < p->n_layer; il++) {
         tg->attention[il] = (cpu_cache_attention) {
             .kernel = env->kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim,
-            .stop = env->stop, .stop_data = env->stop_data,
         };
     }
     // Batches of many tokens are cut into blocks, which adds nodes.
@@ -139,7 +173,8 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     tg->mask      = input(g, GGML_TYPE_F16, shape->n_kv, shape->n_tokens, "mask");
 
     const decoder        d = { .g = g, .model = model, .p = p, .cache = cache, .slot = slot, .tg = tg };
-    struct ggml_tensor * x = named(ggml_get_rows(g->ctx, model->token_embd, tg->tokens), "text", -1, "token_embd");
+    struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);
+    graph_named(x, "text", -1, "token_embd");
     for (int32_t il = 0; il < p->n_layer; il++) {
         if (model->layers[il].is_cross && !slot) {
             if (il == p->n_layer - 1) {
@@ -150,8 +185,8 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
         x = decoder_layer(&d, il, x);
     }
     if (shape->logits != MLLAMA_LOGITS_NONE) {
-        x = named(rms_norm(g, x, model->output_norm, p->rms_eps), "text", -1, "output_norm");
-        x = named(linear(g, model->output, x), "text", -1, "logits");
+        x = graph_named(graph_rms_norm(g, x, model->output_norm, p->rms_eps), "text", -1, "output_norm");
+        x = graph_named(graph_linear(g, model->output, x), "text", -1, "logits");
         ggml_set_output(x);
         tg->logits = x;
     }
@@ -159,17 +194,14 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     return MLLAMA_OK;
 }
 
-void text_graph_begin(text_graph * tg, const mllama_model * model) {
-    for (int32_t il = 0; il < model->hp.pub.n_layer; il++) {
-        cpu_cache_attention_reset(&tg->attention[il]);
-    }
-    graph_begin(&tg->g);
-}
-
 void text_graph_free(text_graph * tg) {
     free(tg->attention);
     tg->attention = NULL;
     graph_free(&tg->g);
+}
+
+static struct ggml_tensor * rows_of(struct ggml_context * ctx, struct ggml_tensor * cache, int64_t first, int64_t n) {
+    return ggml_view_2d(ctx, cache, cache->ne[0], n, cache->nb[1], cache->nb[1] * (size_t) first);
 }
 
 mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
@@ -186,13 +218,14 @@ mllama_status fill_graph_build(const mllama_model * model, const image_slot * sl
     for (int32_t i = 0; i < p->n_cross_layers; i++) {
         const int32_t        il = model->hp.cross_layers[i];
         const text_layer *   l  = &model->layers[il];
-        struct ggml_tensor * k  = ggml_reshape_3d(ctx, linear(g, l->k, fg->states), p->head_dim, p->n_head_kv, n_rows);
-        k = named(ggml_reshape_2d(ctx, rms_norm(g, k, l->k_norm, p->rms_eps), n_embd, n_rows), "blk", il, "cross_k");
-        struct ggml_tensor * v = named(linear(g, l->v, fg->states), "blk", il, "cross_v");
+        struct ggml_tensor * k  = graph_linear(g, l->k, fg->states);
+        k = ggml_reshape_3d(ctx, k, p->head_dim, p->n_head_kv, n_rows);
+        k = ggml_reshape_2d(ctx, graph_rms_norm(g, k, l->k_norm, p->rms_eps), n_embd, n_rows);
+        graph_named(k, "blk", il, "cross_k");
+        struct ggml_tensor * v = graph_named(graph_linear(g, l->v, fg->states), "blk", il, "cross_v");
         v = rounded(ctx, &slot->kv, il, v);
-        struct ggml_tensor * to_k = slot->kv.k[il], * to_v = slot->kv.v[il];
-        ggml_build_forward_expand(g->gf, ggml_cpy(ctx, k, ggml_view_2d(ctx, to_k, n_embd, n_rows, to_k->nb[1], to_k->nb[1] * (size_t) first)));
-        ggml_build_forward_expand(g->gf, ggml_cpy(ctx, v, ggml_view_2d(ctx, to_v, n_embd, n_rows, to_v->nb[1], to_v->nb[1] * (size_t) first)));
+        ggml_build_forward_expand(g->gf, ggml_cpy(ctx, k, rows_of(ctx, slot->kv.k[il], first, n_rows)));
+        ggml_build_forward_expand(g->gf, ggml_cpy(ctx, v, rows_of(ctx, slot->kv.v[il], first, n_rows)));
     }
     return MLLAMA_OK;
 }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "caches.h"
-#include "kernels/cpu_kernels.h"
 #include "graphs/graph.h"
+#include "model/model.h"
 
 // What a decode graph was built for; a graph serves every later call of the same shape.
 typedef struct text_shape {
@@ -27,9 +27,8 @@ typedef struct text_graph {
 } text_graph;
 
 // slot: NULL when shape->n_rows is 0
-mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot, const text_shape * shape,
-                               const compute_env * env, text_graph * graph);
-void          text_graph_begin(text_graph * graph, const mllama_model * model); // before each time that it is computed
+mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot,
+                               const text_shape * shape, const compute_env * env, text_graph * graph);
 void          text_graph_free(text_graph * graph);
 
 typedef struct fill_graph {

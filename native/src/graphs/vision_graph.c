@@ -1,14 +1,15 @@
-// Meta's encoder (llama_models/llama3/multimodal/image_transform.py and model.py), with its attention mask replaced by an order.
+// Meta's encoder (llama_models/llama3/multimodal/image_transform.py and model.py), with its attention mask replaced by
+// an order.
 //
-// A position is a pad if it is a pad row of a used tile or any row of an unused tile. Only pad-to-pad pairs are masked: real
-// queries attend to every key, pad queries to the real keys. With the tokens ordered
+// A position is a pad if it is a pad row of a used tile or any row of an unused tile. Only pad-to-pad pairs are masked:
+// real queries attend to every key, pad queries to the real keys. With the tokens ordered
 //
 //     [rows of used tiles | rows of unused tiles | pad rows of all tiles]        n_real = P * n_tiles come first
 //
 // those are two plain attention calls over contiguous views. Attention does not depend on the order of its keys.
 //
-// Unused tiles are black, and in the published models their rows of the tile tables are zero: they begin alike, and as they
-// see the same keys they stay alike. Then one of them is computed, and counts as all of them where it is a key.
+// Unused tiles are black, and in the published models their rows of the tile tables are zero: they begin alike, and as
+// they see the same keys they stay alike. Then one of them is computed, and counts as all of them where it is a key.
 #include "graphs/vision_graph.h"
 
 #include <stdlib.h>
@@ -21,7 +22,7 @@ typedef struct encoder {
     int64_t                n_used, tiles; // tiles of the picture; tiles that are computed
     int64_t                n_real;        // tokens that are not pads
     compute_env            env;           // kernel NULL: ggml's own operations
-    cpu_attention *        next;          // that of the next layer
+    cpu_attention *        next_attention;
     cpu_linear *           next_linear;
 } encoder;
 
@@ -43,12 +44,23 @@ void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_us
     memset(out, 0, (size_t) ((n_tiles - n_used) * side * side * patch * patch * 3) * sizeof(float));
 }
 
+static cpu_attention * new_attention(encoder * e) {
+    graph_add_tasks(e->g, &e->next_attention->tasks);
+    return e->next_attention++;
+}
+
+static cpu_linear * new_linear(encoder * e) {
+    graph_add_tasks(e->g, &e->next_linear->tasks);
+    return e->next_linear++;
+}
+
 // W x + b; b NULL: none
-static struct ggml_tensor * project(encoder * e, struct ggml_tensor * w, struct ggml_tensor * b, struct ggml_tensor * x) {
+static struct ggml_tensor * project(encoder * e, struct ggml_tensor * w, struct ggml_tensor * b,
+                                    struct ggml_tensor * x) {
     if (cpu_linear_supported(e->env.kernel, w)) {
-        return cpu_linear_node(e->g->ctx, e->next_linear++, w, b, x);
+        return cpu_linear_node(e->g->ctx, new_linear(e), w, b, x);
     }
-    return b ? linear_bias(e->g, w, b, x) : linear(e->g, w, x);
+    return b ? graph_linear_bias(e->g, w, b, x) : graph_linear(e->g, w, x);
 }
 
 // The row of a table for this aspect ratio, as [n_embd, rows, tiles], times its gate.
@@ -56,8 +68,8 @@ static struct ggml_tensor * table_row(encoder * e, struct ggml_tensor * table, s
     struct ggml_context * ctx = e->g->ctx;
     struct ggml_tensor *  row = ggml_get_rows(ctx, table, id);
     const int64_t         n   = e->p->vision_embd, rows = table->ne[0] / n / e->p->max_tiles;
-    return ggml_scale(ctx, ggml_view_3d(ctx, row, n, rows, e->tiles, ggml_row_size(row->type, n), ggml_row_size(row->type, n * rows), 0),
-                      gate);
+    const size_t          nb1 = ggml_row_size(row->type, n), nb2 = ggml_row_size(row->type, n * rows);
+    return ggml_scale(ctx, ggml_view_3d(ctx, row, n, rows, e->tiles, nb1, nb2, 0), gate);
 }
 
 // -> [n_embd, P, tiles]: what each position of each tile is before the first layer
@@ -68,10 +80,12 @@ static struct ggml_tensor * embed(encoder * e, vision_graph * vg) {
     const int64_t          n_embd  = p->vision_embd, n_patches = p->n_positions - 1, tiles = e->tiles;
     const int64_t          n_pixel = (int64_t) p->patch_size * p->patch_size * 3;
 
-    struct ggml_tensor * kernel = ggml_reshape_2d(ctx, v->patch_embd, n_pixel, n_embd);
-    struct ggml_tensor * x      = project(e, kernel, NULL, ggml_reshape_2d(ctx, vg->patches, n_pixel, n_patches * tiles));
-    x = named(ggml_reshape_3d(ctx, x, n_embd, n_patches, tiles), "v", -1, "patch_embd");
-    x = named(ggml_add(ctx, x, table_row(e, v->pre_tile_embd, vg->aspect_ratio_id, v->pre_tile_gate)), "v", -1, "pre_tile_embd");
+    struct ggml_tensor * kernel  = ggml_reshape_2d(ctx, v->patch_embd, n_pixel, n_embd);
+    struct ggml_tensor * patches = ggml_reshape_2d(ctx, vg->patches, n_pixel, n_patches * tiles);
+    struct ggml_tensor * x       = project(e, kernel, NULL, patches);
+    x = graph_named(ggml_reshape_3d(ctx, x, n_embd, n_patches, tiles), "v", -1, "patch_embd");
+    x = ggml_add(ctx, x, table_row(e, v->pre_tile_embd, vg->aspect_ratio_id, v->pre_tile_gate));
+    graph_named(x, "v", -1, "pre_tile_embd");
 
     struct ggml_tensor * class_embd = ggml_reshape_3d(ctx, v->class_embd, n_embd, 1, 1);
     class_embd = ggml_repeat_4d(ctx, class_embd, n_embd, 1, tiles, 1);
@@ -79,14 +93,14 @@ static struct ggml_tensor * embed(encoder * e, vision_graph * vg) {
 
     x = ggml_add(ctx, x, ggml_scale(ctx, v->position_embd, v->position_gate));
     x = ggml_add(ctx, x, table_row(e, v->tile_position_embd, vg->aspect_ratio_id, v->tile_position_gate));
-    x = named(x, "v", -1, "position_embd");
-    return named(layer_norm(e->g, x, v->pre_ln, v->pre_ln_b, p->vision_eps), "v", -1, "pre_ln");
+    x = graph_named(x, "v", -1, "position_embd");
+    return graph_named(graph_layer_norm(e->g, x, v->pre_ln, v->pre_ln_b, p->vision_eps), "v", -1, "pre_ln");
 }
 
 typedef struct mlp_args {
     encoder *            e;
     const vision_layer * layer;
-    bool                 whole; // all columns at once, by our own products
+    bool                 whole; // all columns in one node, by our own products
 } mlp_args;
 
 static struct ggml_tensor * mlp(graph * g, struct ggml_tensor * x, void * arg) {
@@ -94,15 +108,16 @@ static struct ggml_tensor * mlp(graph * g, struct ggml_tensor * x, void * arg) {
     const vision_layer * l    = args->layer;
     encoder *            e    = args->e;
     if (args->whole) {
-        cpu_linear * a = e->next_linear++, * b = e->next_linear++;
+        cpu_linear * a = new_linear(e), * b = new_linear(e);
         return cpu_mlp_node(g->ctx, a, l->fc1, l->fc1_b, b, l->fc2, l->fc2_b, x, e->env.n_threads);
     }
     if (e->env.kernel) {
-        x = cpu_bias_gelu_node(g->ctx, e->env.kernel, linear(g, l->fc1, x), l->fc1_b);
+        x = cpu_bias_gelu_node(g->ctx, e->env.kernel, graph_linear(g, l->fc1, x), l->fc1_b);
     } else {
-        x = ggml_gelu_erf(g->ctx, linear_bias(g, l->fc1, l->fc1_b, x)); // ggml_gelu goes through a table of 16-bit values
+        x = graph_linear_bias(g, l->fc1, l->fc1_b, x);
+        x = ggml_gelu_erf(g->ctx, x); // ggml_gelu goes through a table of 16-bit values
     }
-    return linear_bias(g, l->fc2, l->fc2_b, x);
+    return graph_linear_bias(g, l->fc2, l->fc2_b, x);
 }
 
 // x + gate * y; the gates of local layers are 1
@@ -128,7 +143,8 @@ static struct ggml_tensor * repeat_unused(const encoder * e, struct ggml_tensor 
         for (int j = 0; j < 2; j++) {
             const int64_t n = rows[j][1] - rows[j][0];
             if (n > 0) {
-                out = ggml_concat(e->g->ctx, out, ggml_view_2d(e->g->ctx, x, x->ne[0], n, x->nb[1], x->nb[1] * (size_t) rows[j][0]), 1);
+                const size_t at = x->nb[1] * (size_t) rows[j][0];
+                out = ggml_concat(e->g->ctx, out, ggml_view_2d(e->g->ctx, x, x->ne[0], n, x->nb[1], at), 1);
             }
         }
     }
@@ -136,22 +152,23 @@ static struct ggml_tensor * repeat_unused(const encoder * e, struct ggml_tensor 
 }
 
 // q, k, v [n_embd, n_all], or q [n_embd, n_real] -> as q
-static struct ggml_tensor * attend(encoder * e, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v) {
+static struct ggml_tensor * plain_attention(encoder * e, struct ggml_tensor * q, struct ggml_tensor * k,
+                                            struct ggml_tensor * v) {
     graph *               g      = e->g;
     struct ggml_context * ctx    = g->ctx;
     const int64_t         n_embd = q->ne[0], n = q->ne[1], n_real = e->n_real, n_head = e->p->vision_head;
-    k = split_heads(g, repeat_unused(e, k), n_head); // [head_dim, keys, n_head]
-    v = split_heads(g, repeat_unused(e, v), n_head);
+    k = graph_split_heads(g, repeat_unused(e, k), n_head); // [head_dim, keys, n_head]
+    v = graph_split_heads(g, repeat_unused(e, v), n_head);
 
     struct ggml_tensor * q_real = ggml_view_2d(ctx, q, n_embd, n_real, q->nb[1], 0);
-    struct ggml_tensor * attn   = attention(g, q_real, k, v, NULL, n_head);
+    struct ggml_tensor * attn   = graph_attention(g, q_real, k, v, NULL, n_head);
     if (n == n_real) {
         return attn;
     }
     struct ggml_tensor * q_pad  = ggml_view_2d(ctx, q, n_embd, n - n_real, q->nb[1], q->nb[1] * (size_t) n_real);
     struct ggml_tensor * k_real = ggml_view_3d(ctx, k, k->ne[0], n_real, n_head, k->nb[1], k->nb[2], 0);
     struct ggml_tensor * v_real = ggml_view_3d(ctx, v, v->ne[0], n_real, n_head, v->nb[1], v->nb[2], 0);
-    return ggml_concat(ctx, attn, attention(g, q_pad, k_real, v_real, NULL, n_head), 1);
+    return ggml_concat(ctx, attn, graph_attention(g, q_pad, k_real, v_real, NULL, n_head), 1);
 }
 
 // x [n_embd, n_all] -> [n_embd, n_all], or [n_embd, n_real] when nobody reads the pads afterwards
@@ -161,7 +178,8 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
     struct ggml_context * ctx    = g->ctx;
     const int64_t         n_embd = x->ne[0];
 
-    struct ggml_tensor * norm = named(layer_norm(g, x, l->attn_norm, l->attn_norm_b, e->p->vision_eps), prefix, il, "attn_norm");
+    struct ggml_tensor * norm = graph_layer_norm(g, x, l->attn_norm, l->attn_norm_b, e->p->vision_eps);
+    graph_named(norm, prefix, il, "attn_norm");
     struct ggml_tensor * k    = project(e, l->k, NULL, norm);
     struct ggml_tensor * v    = project(e, l->v, NULL, norm);
     if (only_real) {
@@ -169,16 +187,20 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
         x    = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
     }
     struct ggml_tensor * q    = project(e, l->q, NULL, norm);
-    struct ggml_tensor * attn = e->env.kernel ? cpu_attention_node(ctx, e->next++, q, k, v) : attend(e, q, k, v);
-    x = named(add_gated(g, x, named(project(e, l->o, NULL, attn), prefix, il, "attn_out"), l->attn_gate), prefix, il, "attn_residual");
+    struct ggml_tensor * attn = e->env.kernel ? cpu_attention_node(ctx, new_attention(e), q, k, v)
+                                              : plain_attention(e, q, k, v);
+    attn = graph_named(project(e, l->o, NULL, attn), prefix, il, "attn_out");
+    x    = graph_named(add_gated(g, x, attn, l->attn_gate), prefix, il, "attn_residual");
 
-    norm = named(layer_norm(g, x, l->ffn_norm, l->ffn_norm_b, e->p->vision_eps), prefix, il, "ffn_norm");
+    norm = graph_named(graph_layer_norm(g, x, l->ffn_norm, l->ffn_norm_b, e->p->vision_eps), prefix, il, "ffn_norm");
     // Our own nodes can be interrupted while they work, and each packs its weights.
-    const bool           whole = cpu_linear_supported(e->env.kernel, l->fc1) && cpu_linear_supported(e->env.kernel, l->fc2);
-    mlp_args             args  = { .e = e, .layer = l, .whole = whole };
-    const int64_t        most  = whole ? norm->ne[1] : block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff);
-    struct ggml_tensor * out   = in_blocks(g, norm, most, e->env.kernel != NULL, mlp, &args);
-    return named(add_gated(g, x, named(out, prefix, il, "ffn_out"), l->ffn_gate), prefix, il, "layer_out");
+    const cpu_kernel *   kernel = e->env.kernel;
+    const bool           whole  = cpu_linear_supported(kernel, l->fc1) && cpu_linear_supported(kernel, l->fc2);
+    const int64_t        block  = graph_block_columns(2.0 * (double) n_embd * (double) e->p->vision_ff);
+    const int64_t        most   = whole ? norm->ne[1] : block;
+    mlp_args             args   = { .e = e, .layer = l, .whole = whole };
+    struct ggml_tensor * out    = graph_in_blocks(g, norm, most, kernel != NULL, mlp, &args);
+    return graph_named(add_gated(g, x, graph_named(out, prefix, il, "ffn_out"), l->ffn_gate), prefix, il, "layer_out");
 }
 
 // x [n_embd, n_all] plus the row of its tile: first P rows of each tile, then the pad rows of each tile
@@ -186,9 +208,11 @@ static struct ggml_tensor * add_post_tile(encoder * e, vision_graph * vg, struct
     struct ggml_context * ctx    = e->g->ctx;
     const int64_t         n_embd = x->ne[0], tiles = e->tiles, positions = e->p->n_positions;
     const int64_t         pads   = e->p->n_positions_padded - positions;
-    struct ggml_tensor *  post   = table_row(e, e->model->vision.post_tile_embd, vg->aspect_ratio_id, e->model->vision.post_tile_gate);
+    const vision_weights * v     = &e->model->vision;
+    struct ggml_tensor *  post   = table_row(e, v->post_tile_embd, vg->aspect_ratio_id, v->post_tile_gate);
 
-    struct ggml_tensor * rows = ggml_view_3d(ctx, x, n_embd, positions, tiles, x->nb[1], x->nb[1] * (size_t) positions, 0);
+    const size_t         tile = x->nb[1] * (size_t) positions;
+    struct ggml_tensor * rows = ggml_view_3d(ctx, x, n_embd, positions, tiles, x->nb[1], tile, 0);
     rows = ggml_reshape_2d(ctx, ggml_add(ctx, rows, post), n_embd, positions * tiles);
     if (pads == 0) {
         return rows;
@@ -230,10 +254,11 @@ static void build(encoder * e, vision_graph * vg, struct ggml_tensor ** inputs) 
     struct ggml_context *  ctx = e->g->ctx;
     const int64_t          pads = p->n_positions_padded - p->n_positions, n_patches = p->n_positions - 1;
 
-    vg->patches = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, (int64_t) p->patch_size * p->patch_size * 3, n_patches, e->tiles);
-    ggml_set_input(named(vg->patches, "v", -1, "patches"));
+    const int64_t n_pixel = (int64_t) p->patch_size * p->patch_size * 3;
+    vg->patches = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_pixel, n_patches, e->tiles);
+    ggml_set_input(graph_named(vg->patches, "v", -1, "patches"));
     vg->aspect_ratio_id = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-    ggml_set_input(named(vg->aspect_ratio_id, "v", -1, "aspect_ratio_id"));
+    ggml_set_input(graph_named(vg->aspect_ratio_id, "v", -1, "aspect_ratio_id"));
 
     struct ggml_tensor * x = embed(e, vg);
     x = ggml_reshape_2d(ctx, x, p->vision_embd, (int64_t) p->n_positions * e->tiles);
@@ -244,15 +269,15 @@ static void build(encoder * e, vision_graph * vg, struct ggml_tensor ** inputs) 
         inputs[il] = x;
         x = encoder_layer(e, &v->local[il], "v.blk", il, x, false);
     }
-    x = named(layer_norm(e->g, x, v->post_ln, v->post_ln_b, p->vision_eps), "v", -1, "post_ln");
-    x = named(add_post_tile(e, vg, x), "v", -1, "post_tile_embd");
+    x = graph_named(graph_layer_norm(e->g, x, v->post_ln, v->post_ln_b, p->vision_eps), "v", -1, "post_ln");
+    x = graph_named(add_post_tile(e, vg, x), "v", -1, "post_tile_embd");
     for (int32_t il = 0; il < p->n_vision_global_layer; il++) {
         x = encoder_layer(e, &v->global[il], "v.global.blk", il, x, il == p->n_vision_global_layer - 1);
     }
     x = ggml_view_2d(ctx, x, p->vision_embd, e->n_real, x->nb[1], 0);
 
-    x = named(collect(e, x, inputs), "v", -1, "features");
-    vg->states = named(project(e, v->projector, v->projector_b, x), "v", -1, "cross_attention_states");
+    x = graph_named(collect(e, x, inputs), "v", -1, "features");
+    vg->states = graph_named(project(e, v->projector, v->projector_b, x), "v", -1, "cross_attention_states");
     ggml_set_output(vg->states);
     ggml_build_forward_expand(e->g->gf, vg->states);
 }
@@ -281,20 +306,19 @@ static mllama_status init_kernels(encoder * e, vision_graph * vg) {
         a->repeats   = (float) (1 + p->max_tiles - e->tiles);
         // Where the weights are BF16 all other products round their factors too.
         a->bf16      = cpu_kernel_has_bf16(e->env.kernel) && layer_of(e, i)->q->type == GGML_TYPE_BF16;
-        a->stop      = e->env.stop;
-        a->stop_data = e->env.stop_data;
         repeated_rows(e, a->repeated);
     }
     for (size_t i = 0; i < linears; i++) {
-        vg->linears[i] = (cpu_linear) { .kernel = e->env.kernel, .stop = e->env.stop, .stop_data = e->env.stop_data };
+        vg->linears[i].kernel = e->env.kernel;
     }
-    e->next        = vg->attentions;
-    e->next_linear = vg->linears;
+    e->next_attention = vg->attentions;
+    e->next_linear    = vg->linears;
     return MLLAMA_OK;
 }
 
 // Whether all unused tiles have the same values in this row of a table
-static mllama_status unused_alike(const struct ggml_tensor * table, int32_t row, int32_t n_used, int32_t n_tiles, bool * alike) {
+static mllama_status unused_alike(const struct ggml_tensor * table, int32_t row, int32_t n_used, int32_t n_tiles,
+                                  bool * alike) {
     const size_t tile = table->nb[1] / (size_t) n_tiles, size = tile * (size_t) (n_tiles - n_used);
     char *       raw  = malloc(size);
     if (!raw) {
@@ -306,7 +330,8 @@ static mllama_status unused_alike(const struct ggml_tensor * table, int32_t row,
     return MLLAMA_OK;
 }
 
-static mllama_status count_tiles(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, int32_t * n_tiles) {
+static mllama_status count_tiles(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id,
+                                 int32_t * n_tiles) {
     const vision_weights *     v        = &model->vision;
     const struct ggml_tensor * tables[] = { v->pre_tile_embd, v->post_tile_embd, v->tile_position_embd };
     bool                       alike    = aspect_ratio_id > 0;
@@ -326,14 +351,15 @@ static bool uses_kernel(const mllama_model * model) {
     return model->plan.vision == model->plan.cpu && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head);
 }
 
-mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id, const compute_env * env,
-                                 vision_graph * vg) {
+mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id,
+                                 const compute_env * env, vision_graph * vg) {
     const mllama_hparams * p = &model->hp.pub;
     memset(vg, 0, sizeof(*vg));
     TRY(count_tiles(model, n_used, aspect_ratio_id, &vg->n_tiles));
     // Blocks multiply the nodes of a layer, at most by the number of halvings of 2^10 pieces for the largest shapes.
     const double flop   = (double) p->n_positions_padded * p->max_tiles * p->vision_embd;
-    const size_t blocks = 1 + (size_t) (flop * ((double) p->n_positions_padded * p->max_tiles * 4 + 8.0 * p->vision_ff) / 2e10 * 4);
+    const double keys   = (double) p->n_positions_padded * p->max_tiles * 4;
+    const size_t blocks = 1 + (size_t) (flop * (keys + 8.0 * p->vision_ff) / 2e10 * 4);
     const size_t layer  = 64 + 8 * (size_t) p->max_tiles + 16 * blocks;
     const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * layer + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;

@@ -1,54 +1,22 @@
-#include "kernels/cpu_products.h"
+// Products with Q4_K and Q6_K by AVX512-VNNI, with AVX-512BW, FMA and F16C
+#include "kernels/k_quants.h"
 
-#include "kernels/cpu_common.h"
-
-#include "ggml-backend.h"
-
+#include <immintrin.h>
 #include <string.h>
 
-void cpu_product_reset(cpu_product * a) {
-    atomic_store(&a->next, 0);
-    atomic_store(&a->stopped, false);
-}
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,fma,f16c")))
-#define INLINE TARGET static inline __attribute__((always_inline))
-
 enum {
-    BLOCK        = 256, // weights with a common factor, in both types
-    PANEL        = 16,  // rows, one for each 32-bit lane
-    PANELS       = 2,   // that are multiplied together
-    STEPS        = BLOCK / 4,
-    GROUP        = 6,   // columns whose sums are in registers
-    TASK_ROWS    = 64,  // of a single column
-    TASK_COLUMNS = 96,  // of several
-    LINE         = 64,  // bytes
+    PANEL        = 16,   // rows, one for each 32-bit lane
+    PANELS       = 2,    // that are multiplied together
+    STEPS        = QUANT_BLOCK / 4,
+    COLUMN_GROUP = 6,    // columns whose sums are in registers
+    TASK_COLUMNS = 96,
+    LINE         = 64,   // bytes
     AHEAD        = 8192, // bytes of rows that are on their way from memory while one is multiplied by a single column
 };
 
-// ---- layouts ------------------------------------------------------------------------------------------------------
-
-// As ggml lays it out: weight 32 s + i is d * scale[s] * q - dmin * min[s]
-typedef struct q4_k_block {
-    ggml_fp16_t d, dmin;
-    uint8_t     scales[12]; // eight scales and eight mins of 6 bits
-    uint8_t     q[128];     // low halves: weights 64 j + i, high halves: 64 j + 32 + i
-} q4_k_block;
-
-// Likewise: weight 128 h + 32 s + i is d * scale[8 h + 2 s + i / 16] * (q - 32)
-typedef struct q6_k_block {
-    uint8_t     low[128]; // 4 bits: byte 64 h + 32 a + i has s = a and, above it, s = 2 + a
-    uint8_t     high[64]; // 2 bits: byte 32 h + i has s = 0, 1, 2, 3
-    int8_t      scales[16];
-    ggml_fp16_t d;
-} q6_k_block;
-
 // 256 values of a column. Groups of 32 are in the order 0, 2, 1, 3, 4, 6, 5, 7, as the halves of weights come.
 typedef struct q8_column {
-    int8_t  q[BLOCK];
+    int8_t  q[QUANT_BLOCK];
     int32_t offsets[16]; // -32 times the sum of each 16 values, in this order
     int16_t sums16[16];  // of each 16 values, from the first to the last
     int16_t sums32[8];
@@ -57,28 +25,20 @@ typedef struct q8_column {
 
 static const int PLACE[8] = { 0, 2, 1, 3, 4, 6, 5, 7 };
 
-static bool has_vnni(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-}
-
-bool cpu_product_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
-    return kernel && cpu_kernel_lanes(kernel) == 16 && has_vnni() && (weight->type == GGML_TYPE_Q4_K || weight->type == GGML_TYPE_Q6_K) &&
-           weight->buffer && ggml_backend_buffer_is_host(weight->buffer);
-}
-
 // ---- columns ------------------------------------------------------------------------------------------------------
 
 // Rounds n values to 8 bits
-TARGET static void quantize_column(const float * x, int64_t n, q8_column * out) {
-    for (; n > 0; n -= BLOCK, x += BLOCK, out++) {
+static void quantize(const float * x, int64_t n, void * to) {
+    q8_column * out = to;
+    for (; n > 0; n -= QUANT_BLOCK, x += QUANT_BLOCK, out++) {
         __m512 most = _mm512_setzero_ps();
-        for (int i = 0; i < BLOCK; i += 16) {
+        for (int i = 0; i < QUANT_BLOCK; i += 16) {
             most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
         }
         const float  largest = _mm512_reduce_max_ps(most);
         const __m512 factor  = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
         out->d = largest / 127.0f;
-        for (int i = 0; i < BLOCK / 16; i++) {
+        for (int i = 0; i < QUANT_BLOCK / 16; i++) {
             const int     at = 2 * PLACE[i / 2] + i % 2;
             const __m512i q  = _mm512_cvtps_epi32(_mm512_mul_ps(factor, _mm512_loadu_ps(x + 16 * i)));
             _mm_storeu_si128((__m128i *) (out->q + 16 * at), _mm512_cvtsepi32_epi8(q));
@@ -89,19 +49,6 @@ TARGET static void quantize_column(const float * x, int64_t n, q8_column * out) 
         for (int i = 0; i < 8; i++) {
             out->sums32[i] = (int16_t) (out->sums16[2 * i] + out->sums16[2 * i + 1]);
         }
-    }
-}
-
-// Where the columns begin in a tensor for them, which ggml aligns to less
-static q8_column * columns_of(const struct ggml_tensor * t) {
-    return (q8_column *) (((uintptr_t) t->data + 63) & ~(uintptr_t) 63);
-}
-
-static void quantize_columns(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const struct ggml_tensor * x = dst->src[0];
-    (void) userdata;
-    for (int64_t i = ith; i < x->ne[1]; i += nth) {
-        quantize_column((const float *) ((const char *) x->data + (size_t) i * x->nb[1]), x->ne[0], columns_of(dst) + i * (x->ne[0] / BLOCK));
     }
 }
 
@@ -146,8 +93,10 @@ INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n, const ch
         };
         __m512i block = _mm512_setzero_si512();
         UNROLL for (int j = 0; j < 4; j++) {
-            const __m512i products = _mm512_maddubs_epi16(q[j], _mm512_load_si512(x[i].q + 64 * j)); // two at most 15 * 127
-            block = _mm512_dpwssd_epi32(block, products, _mm512_permutexvar_epi16(index[j], _mm512_castsi128_si512(scales)));
+            // two at most 15 * 127
+            const __m512i products = _mm512_maddubs_epi16(q[j], _mm512_load_si512(x[i].q + 64 * j));
+            const __m512i scale    = _mm512_permutexvar_epi16(index[j], _mm512_castsi128_si512(scales));
+            block = _mm512_dpwssd_epi32(block, products, scale);
         }
         int32_t both; // d and dmin
         memcpy(&both, &w[i], sizeof(both));
@@ -164,13 +113,14 @@ INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n, const ch
     const q6_k_block * w    = row;
     const __m512i      low  = _mm512_set1_epi8(0x0f), all = _mm512_set1_epi8(0x3f);
     const __m512i      down = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1); // to s = 2 and 3
-    // to bits 4 and 5; a rotation to the right is one to the left
+    // to bits 4 and 5; a rotation by 30 to the left is one by 2 to the right
     const __m512i turn[2] = { _mm512_inserti64x4(_mm512_set1_epi32(4), _mm256_setzero_si256(), 1),
                               _mm512_inserti64x4(_mm512_set1_epi32(2), _mm256_set1_epi32(30), 1) };
     __m512i       index[4];
     UNROLL for (int i = 0; i < 4; i++) { // the scales of the four times 16 weights in a vector
         const int16_t first = (int16_t) (8 * (i / 2) + 2 * (i % 2));
-        const __m256i a     = _mm256_inserti128_si256(_mm256_set1_epi16(first), _mm_set1_epi16((int16_t) (first + 1)), 1);
+        const __m128i next  = _mm_set1_epi16((int16_t) (first + 1));
+        const __m256i a     = _mm256_inserti128_si256(_mm256_set1_epi16(first), next, 1);
         index[i] = _mm512_inserti64x4(_mm512_castsi256_si512(a), _mm256_add_epi16(a, _mm256_set1_epi16(4)), 1);
     }
     __m512 sum = _mm512_setzero_ps();
@@ -178,14 +128,18 @@ INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n, const ch
         fetch(ahead + (size_t) i * sizeof(*w), sizeof(*w));
         const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) w[i].scales));
         const __m256i least  = _mm256_madd_epi16(scales, _mm256_load_si256((const __m256i *) x[i].sums16));
-        __m512i       block  = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_zextsi256_si512(least)), 5);
+        const __m512i taken  = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_zextsi256_si512(least));
+        __m512i       block  = _mm512_slli_epi32(taken, 5);
         UNROLL for (int j = 0; j < 4; j++) {
             const __m512i a = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) (w[i].low + 32 * j)));
             const __m512i b = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) (w[i].high + 32 * (j / 2))));
-            // low bits of the one, others of the other
-            const __m512i both     = _mm512_ternarylogic_epi32(low, _mm512_srlv_epi16(a, down), _mm512_rolv_epi32(b, turn[j % 2]), 0xca);
-            const __m512i products = _mm512_maddubs_epi16(_mm512_and_si512(both, all), _mm512_load_si512(x[i].q + 64 * j)); // two at most 63 * 127
-            block = _mm512_dpwssd_epi32(block, products, _mm512_permutexvar_epi16(index[j], _mm512_castsi256_si512(scales)));
+            const __m512i lower = _mm512_srlv_epi16(a, down), upper = _mm512_rolv_epi32(b, turn[j % 2]);
+            const __m512i both  = _mm512_ternarylogic_epi32(low, lower, upper, 0xca); // low ? lower : upper
+            const __m512i q     = _mm512_and_si512(both, all);
+            // two at most 63 * 127
+            const __m512i products = _mm512_maddubs_epi16(q, _mm512_load_si512(x[i].q + 64 * j));
+            const __m512i scale    = _mm512_permutexvar_epi16(index[j], _mm512_castsi256_si512(scales));
+            block = _mm512_dpwssd_epi32(block, products, scale);
         }
         const __m512 d = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_set1_epi16((int16_t) w[i].d)), _mm512_set1_ps(x[i].d));
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(block), d, sum);
@@ -193,13 +147,16 @@ INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n, const ch
     return _mm512_reduce_add_ps(sum);
 }
 
-// out[first .. end - 1] of W x. The rows from `then` on come next. Left alone, a processor foresees badly where a column does not fit
-// the first-level cache beside the rows.
-TARGET static void multiply_rows(const struct ggml_tensor * w, const q8_column * x, int64_t first, int64_t end, int64_t then, float * out) {
-    const int64_t n = w->ne[0] / BLOCK, stride = (int64_t) w->nb[1], n_ahead = (AHEAD + stride - 1) / stride;
+// Rows are fetched ahead: left alone, a processor foresees badly where a column does not fit the first-level cache
+// beside the rows.
+static void multiply_column(const struct ggml_tensor * w, const void * columns, int64_t first, int64_t end,
+                            int64_t then, float * out) {
+    const q8_column * x = columns;
+    const int64_t     n = w->ne[0] / QUANT_BLOCK, stride = (int64_t) w->nb[1], n_ahead = (AHEAD + stride - 1) / stride;
     for (int64_t i = first; i < end; i++) {
-        const char * row   = (const char *) w->data + i * stride;
-        const char * ahead = (const char *) w->data + (i + n_ahead < end ? i + n_ahead : then + i + n_ahead - end) * stride;
+        const int64_t next  = i + n_ahead < end ? i + n_ahead : then + i + n_ahead - end;
+        const char *  row   = (const char *) w->data + i * stride;
+        const char *  ahead = (const char *) w->data + next * stride;
         out[i] = w->type == GGML_TYPE_Q4_K ? dot_q4_k(row, x, n, ahead) : dot_q6_k(row, x, n, ahead);
     }
 }
@@ -209,7 +166,8 @@ TARGET static void multiply_rows(const struct ggml_tensor * w, const q8_column *
 // A block of each of 16 rows
 typedef struct panel {
     uint8_t w[STEPS][PANEL][4];  // four weights of each row, as the columns' values come
-    float   scales[16][PANEL];   // d times the scale of every 32 (Q4_K, the first eight) or 16 (Q6_K) weights, in the same order
+    float   scales[16][PANEL];   // d times the scale of every 32 (Q4_K, the first eight) or 16 (Q6_K) weights, in the
+                                 // same order
     int16_t mins[4][PANEL][2];   // Q4_K: of weights 64 j + i and 64 j + 32 + i
     float   dmin[PANEL];
 } __attribute__((aligned(64))) panel;
@@ -220,7 +178,8 @@ INLINE void transpose(const char * const * rows, size_t at, __m512i * out) {
     UNROLL for (int i = 0; i < 4; i++) { // rows i, 4 + i, 8 + i, 12 + i
         v[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) (rows[i] + at)));
         UNROLL for (int j = 1; j < 4; j++) {
-            v[i] = _mm512_mask_broadcast_i32x4(v[i], (__mmask16) (0xf << 4 * j), _mm_loadu_si128((const __m128i *) (rows[4 * j + i] + at)));
+            const __m128i row = _mm_loadu_si128((const __m128i *) (rows[4 * j + i] + at));
+            v[i] = _mm512_mask_broadcast_i32x4(v[i], (__mmask16) (0xf << 4 * j), row);
         }
     }
     const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
@@ -235,7 +194,7 @@ INLINE void store_step(panel * p, int group, int i, __m512i w) {
     _mm512_store_si512(p->w[8 * PLACE[group] + i], w);
 }
 
-TARGET static void unpack_q4_k(const char * const * rows, panel * p) {
+static void unpack_q4_k(const char * const * rows, panel * p) {
     const __m512i low = _mm512_set1_epi8(0x0f);
     UNROLL for (int j = 0; j < 8; j++) { // 16 bytes each
         __m512i w[4];
@@ -254,22 +213,25 @@ TARGET static void unpack_q4_k(const char * const * rows, panel * p) {
         _mm512_and_si512(head[1], six),
         _mm512_or_si512(_mm512_and_si512(head[3], low), _mm512_and_si512(_mm512_srli_epi16(head[1], 2), top)),
     };
+    const __m512i high    = _mm512_srli_epi16(head[3], 4);
     const __m512i mins[2] = {
         _mm512_and_si512(head[2], six),
-        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(head[3], 4), low), _mm512_and_si512(_mm512_srli_epi16(head[2], 2), top)),
+        _mm512_or_si512(_mm512_and_si512(high, low), _mm512_and_si512(_mm512_srli_epi16(head[2], 2), top)),
     };
     UNROLL for (int j = 0; j < 8; j++) {
-        const __m512i one = _mm512_and_si512(_mm512_srli_epi32(scales[j / 4], (unsigned) (8 * (j % 4))), _mm512_set1_epi32(0xff));
+        const __m512i byte = _mm512_srli_epi32(scales[j / 4], (unsigned) (8 * (j % 4)));
+        const __m512i one  = _mm512_and_si512(byte, _mm512_set1_epi32(0xff));
         _mm512_store_ps(p->scales[PLACE[j]], _mm512_mul_ps(d, _mm512_cvtepi32_ps(one)));
     }
     UNROLL for (int j = 0; j < 4; j++) {
         const __m512i two = _mm512_srli_epi32(mins[j / 2], (unsigned) (16 * (j % 2)));
-        _mm512_store_si512(p->mins[j], _mm512_or_si512(_mm512_and_si512(two, _mm512_set1_epi32(0xff)),
-                                                       _mm512_and_si512(_mm512_slli_epi32(two, 8), _mm512_set1_epi32(0xff0000))));
+        const __m512i first = _mm512_and_si512(two, _mm512_set1_epi32(0xff));
+        const __m512i then  = _mm512_and_si512(_mm512_slli_epi32(two, 8), _mm512_set1_epi32(0xff0000));
+        _mm512_store_si512(p->mins[j], _mm512_or_si512(first, then));
     }
 }
 
-TARGET static void unpack_q6_k(const char * const * rows, panel * p) {
+static void unpack_q6_k(const char * const * rows, panel * p) {
     const __m512i low = _mm512_set1_epi8(0x0f), top = _mm512_set1_epi8(0x30);
     for (int half = 0; half < 2; half++) {
         UNROLL for (int j = 0; j < 2; j++) { // 16 bytes each
@@ -279,14 +241,14 @@ TARGET static void unpack_q6_k(const char * const * rows, panel * p) {
             transpose(rows, offsetof(q6_k_block, low) + at + 32, b);
             transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
             UNROLL for (int i = 0; i < 4; i++) {
-                const __m512i s[4] = {
-                    _mm512_or_si512(_mm512_and_si512(a[i], low), _mm512_and_si512(_mm512_slli_epi16(high[i], 4), top)),
-                    _mm512_or_si512(_mm512_and_si512(b[i], low), _mm512_and_si512(_mm512_slli_epi16(high[i], 2), top)),
-                    _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(a[i], 4), low), _mm512_and_si512(high[i], top)),
-                    _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(b[i], 4), low), _mm512_and_si512(_mm512_srli_epi16(high[i], 2), top)),
+                const __m512i lower[4] = { a[i], b[i], _mm512_srli_epi16(a[i], 4), _mm512_srli_epi16(b[i], 4) };
+                const __m512i upper[4] = {
+                    _mm512_slli_epi16(high[i], 4), _mm512_slli_epi16(high[i], 2), high[i],
+                    _mm512_srli_epi16(high[i], 2),
                 };
                 UNROLL for (int k = 0; k < 4; k++) {
-                    store_step(p, 4 * half + k, 4 * j + i, s[k]);
+                    const __m512i s = _mm512_or_si512(_mm512_and_si512(lower[k], low), _mm512_and_si512(upper[k], top));
+                    store_step(p, 4 * half + k, 4 * j + i, s);
                 }
             }
         }
@@ -312,9 +274,10 @@ INLINE __m512i spread(const void * p) {
 }
 
 // sums[c] += the panels' block times that of column c; the columns lie n blocks apart
-INLINE void multiply_block(const panel * p, const bool q4, const q8_column * x, int64_t n, float (*sums)[PANELS * PANEL], const int columns) {
+INLINE void multiply_block(const panel * p, const bool q4, const q8_column * x, int64_t n,
+                           float (*sums)[PANELS * PANEL], const int columns) {
     enum { SCALED = 4 }; // steps with the same scale in Q6_K; half of those in Q4_K
-    __m512 block[GROUP][PANELS];
+    __m512 block[COLUMN_GROUP][PANELS];
     UNROLL for (int c = 0; c < columns; c++) {
         UNROLL for (int k = 0; k < PANELS; k++) {
             block[c][k] = _mm512_setzero_ps();
@@ -322,7 +285,7 @@ INLINE void multiply_block(const panel * p, const bool q4, const q8_column * x, 
     }
     const int steps = q4 ? 2 * SCALED : SCALED;
     for (int s = 0; s < STEPS / steps; s++) {
-        __m512i dot[GROUP][PANELS];
+        __m512i dot[COLUMN_GROUP][PANELS];
         UNROLL for (int c = 0; c < columns; c++) {
             UNROLL for (int k = 0; k < PANELS; k++) {
                 dot[c][k] = q4 ? _mm512_setzero_si512() : _mm512_set1_epi32(x[c * n].offsets[s]);
@@ -352,7 +315,8 @@ INLINE void multiply_block(const panel * p, const bool q4, const q8_column * x, 
             if (q4) {
                 __m512i taken = _mm512_setzero_si512();
                 UNROLL for (int j = 0; j < 4; j++) {
-                    taken = _mm512_dpwssd_epi32(taken, _mm512_load_si512(p[k].mins[j]), spread(x[c * n].sums32 + 2 * j));
+                    const __m512i mins = _mm512_load_si512(p[k].mins[j]);
+                    taken = _mm512_dpwssd_epi32(taken, mins, spread(x[c * n].sums32 + 2 * j));
                 }
                 block[c][k] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(taken), _mm512_load_ps(p[k].dmin), block[c][k]);
             }
@@ -362,15 +326,15 @@ INLINE void multiply_block(const panel * p, const bool q4, const q8_column * x, 
     }
 }
 
-TARGET static __attribute__((noinline)) void multiply_group(const panel * p, bool q4, const q8_column * x, int64_t n,
+static __attribute__((noinline)) void multiply_group(const panel * p, bool q4, const q8_column * x, int64_t n,
                                                             float (*sums)[PANELS * PANEL], int64_t columns) {
-#define CASE(c)                                        \
-    case c:                                            \
-        if (q4) {                                      \
-            multiply_block(p, true, x, n, sums, c);    \
-        } else {                                       \
-            multiply_block(p, false, x, n, sums, c);   \
-        }                                              \
+#define CASE(c)                                      \
+    case c:                                          \
+        if (q4) {                                    \
+            multiply_block(p, true, x, n, sums, c);  \
+        } else {                                     \
+            multiply_block(p, false, x, n, sums, c); \
+        }                                            \
         break;
     switch (columns) {
         CASE(1)
@@ -383,20 +347,20 @@ TARGET static __attribute__((noinline)) void multiply_group(const panel * p, boo
 #undef CASE
 }
 
-// Rows first to first + PANELS * PANEL of W x, as far as there are any, for TASK_COLUMNS columns at most; out [n_columns][n_out].
-// Meanwhile those from `ahead` on are fetched from memory.
-TARGET static void multiply_panels(const struct ggml_tensor * w, const q8_column * x, int64_t n_columns, int64_t first, int64_t ahead,
-                                   float * out) {
-    const int64_t n = w->ne[0] / BLOCK, n_groups = (n_columns + GROUP - 1) / GROUP;
-    const bool    q4 = w->type == GGML_TYPE_Q4_K;
-    panel         panels[PANELS];
-    float         sums[TASK_COLUMNS][PANELS * PANEL] __attribute__((aligned(64)));
-    const char *  rows[PANELS * PANEL];
+// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
+static void multiply_columns(const struct ggml_tensor * w, const void * columns, int64_t n_columns, int64_t first,
+                             int64_t then, float * out) {
+    const q8_column * x = columns;
+    const int64_t     n = w->ne[0] / QUANT_BLOCK, n_groups = (n_columns + COLUMN_GROUP - 1) / COLUMN_GROUP;
+    const bool        q4 = w->type == GGML_TYPE_Q4_K;
+    panel             panels[PANELS];
+    float             sums[TASK_COLUMNS][PANELS * PANEL] __attribute__((aligned(64)));
+    const char *      rows[PANELS * PANEL];
     for (int64_t i = 0; i < PANELS * PANEL; i++) { // the last row for those that do not exist
         rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
     }
     memset(sums, 0, sizeof(sums[0]) * (size_t) n_columns);
-    const char *  fetched = (const char *) w->data + (size_t) ahead * w->nb[1];
+    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
     const int64_t piece   = round_up(PANELS * PANEL * (int64_t) w->nb[1] / n / (PANELS + n_groups), LINE);
     for (int64_t block = 0; block < n; block++) {
         for (int k = 0; k < PANELS; k++, fetched += piece) {
@@ -418,61 +382,12 @@ TARGET static void multiply_panels(const struct ggml_tensor * w, const q8_column
     }
 }
 
-// ---- nodes --------------------------------------------------------------------------------------------------------
-
-static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    cpu_product *              a = userdata;
-    const struct ggml_tensor * w = dst->src[0];
-    const q8_column *          x = columns_of(dst->src[1]);
-    const int64_t              n = dst->ne[1], n_out = dst->ne[0];
-    const int64_t              rows  = n == 1 ? TASK_ROWS : PANELS * PANEL;
-    const int64_t              parts = (n_out + rows - 1) / rows, tasks = parts * ((n + TASK_COLUMNS - 1) / TASK_COLUMNS);
-    (void) nth;
-    for (int64_t i = atomic_fetch_add(&a->next, 1), then; i < tasks; i = then) {
-        if (ith == 0 && a->stop && a->stop(a->stop_data)) {
-            atomic_store(&a->stopped, true);
-        }
-        if (atomic_load(&a->stopped)) {
-            return;
-        }
-        then = atomic_fetch_add(&a->next, 1);
-        const int64_t first = i % parts * rows, column = i / parts * TASK_COLUMNS;
-        if (n == 1) {
-            multiply_rows(w, x, first, first + rows < n_out ? first + rows : n_out, then < parts ? then * rows : first, dst->data);
-        } else {
-            multiply_panels(w, x + column * (w->ne[0] / BLOCK), n - column < TASK_COLUMNS ? n - column : TASK_COLUMNS, first,
-                          then % parts * rows, (float *) dst->data + column * n_out);
-        }
-    }
-}
-
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, struct ggml_tensor * x) {
-    const int64_t size = (int64_t) sizeof(q8_column) * x->ne[1] * (x->ne[0] / BLOCK) + 64;
-    return ggml_custom_4d(ctx, GGML_TYPE_I8, size, 1, 1, 1, (struct ggml_tensor *[]) { x }, 1, quantize_columns, GGML_N_TASKS_MAX, NULL);
-}
-
-struct ggml_tensor * cpu_product_node(struct ggml_context * ctx, cpu_product * a, struct ggml_tensor * weight,
-                                      struct ggml_tensor * quantized, int64_t n) {
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, weight->ne[1], n, 1, 1, (struct ggml_tensor *[]) { weight, quantized }, 2, multiply,
-                          GGML_N_TASKS_MAX, a);
-}
-
-#else
-
-bool cpu_product_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
-    (void) kernel, (void) weight;
-    return false;
-}
-
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, struct ggml_tensor * x) {
-    (void) ctx, (void) x;
-    return NULL;
-}
-
-struct ggml_tensor * cpu_product_node(struct ggml_context * ctx, cpu_product * a, struct ggml_tensor * weight,
-                                      struct ggml_tensor * quantized, int64_t n) {
-    (void) ctx, (void) a, (void) weight, (void) quantized, (void) n;
-    return NULL;
-}
-
-#endif
+const cpu_quantized cpu_quantized_vnni = {
+    .block_size       = sizeof(q8_column),
+    .rows_alone       = 64,
+    .rows             = PANELS * PANEL,
+    .columns          = TASK_COLUMNS,
+    .quantize         = quantize,
+    .multiply_column  = multiply_column,
+    .multiply_columns = multiply_columns,
+};
