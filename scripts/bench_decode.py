@@ -13,6 +13,9 @@ the logits after a few prompts are compared (not the replies: rows of the random
 two likeliest tokens may be equally likely to the bit). With an image there is nothing to compare with; the
 table gives the bytes that such a token reads, cross-attention cache included, and the bandwidth that makes.
 
+llama.cpp runs in a process of its own. If that dies, as with its AMX products on some builds, the table says
+so, and it runs again without its faster layouts.
+
 Both have the same threads, n_batch and flash attention, and map the file (--no-mmap: ours copies it); the
 caches' types are each one's default.
 Every round runs everything once, with the two in turn first; the figures are medians of the rounds, and a
@@ -41,8 +44,10 @@ import full_shape
 import numpy as np
 import numpy.typing as npt
 import report
+from contestant import Contestant, first_that_lives
 
 from mllama_gguf import Mllama
+from mllama_gguf.backend.library import load as load_native
 
 TOKENS = 128000  # those below are words
 N_CTX = 2048
@@ -109,6 +114,7 @@ class LlamaCpp:
     def __init__(self, path: Path, threads: int, repack: bool) -> None:
         from llama_cpp import llama_cpp as llama
 
+        load_native()  # its log goes where ours goes
         self._llama = llama
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -182,17 +188,26 @@ def time_images(ours: Ours, prompt: Prompt, n: int) -> dict[str, float]:
     return figures
 
 
-def compare(ours: Ours, theirs: LlamaCpp) -> dict[str, float]:
+def logits_of(who: Ours | LlamaCpp, prompt: Prompt) -> Floats:
+    """The logits after a prompt that nothing precedes."""
+    who.clear()
+    return who.logits(prompt).copy()
+
+
+def decode(who: Ours | LlamaCpp, prompt: Prompt) -> int:
+    """The likeliest token after a prompt and whatever precedes it."""
+    return who.decode(prompt)
+
+
+def compare(ours: Ours, theirs: Contestant) -> dict[str, float]:
     """How much the logits after some prompts differ (relative L2, median), and how often they have the same
     largest."""
     chance = np.random.default_rng(1)
     errors, same = [], 0
     for _ in range(PROMPTS):
         prompt = chance.integers(0, TOKENS, 16).tolist()
-        ours.clear()
-        theirs.clear()
-        a = ours.logits(prompt)
-        b = theirs.logits(prompt)[: a.size]
+        a = logits_of(ours, prompt)
+        b = theirs.run(logits_of, prompt)[: a.size]
         a = a[: b.size]
         errors.append(float(np.linalg.norm(a - b) / np.linalg.norm(b)))
         same += int(b[a.argmax()] >= b.max())
@@ -283,42 +298,85 @@ def bytes_per_token(text: list[full_shape.Tensor], tiles: int, cache: int) -> in
 # ---- the benchmark -----------------------------------------------------------------------------------------
 
 
-def loaded(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    before, start = report.anonymous_memory(), time.perf_counter()
-    made = work()
-    seconds = time.perf_counter() - start
-    return made, {"seconds": seconds, "own_bytes": report.anonymous_memory() - before}
+class Loaded:
+    """Somebody whose loading was timed."""
+
+    def __init__(self, make: Callable[..., Ours | LlamaCpp], *args: Any) -> None:
+        before, start = report.anonymous_memory(), time.perf_counter()
+        self.who = make(*args)
+        seconds = time.perf_counter() - start
+        self.load = {"seconds": seconds, "own_bytes": report.anonymous_memory() - before}
+
+
+# What `Contestant` runs in the process of llama.cpp: it knows functions of a module only.
+
+
+def load_of(loaded: Loaded) -> dict[str, float]:
+    return loaded.load
+
+
+def run_there(loaded: Loaded, work: Callable[..., Any], *args: Any) -> Any:
+    return work(loaded.who, *args)
+
+
+class There(Contestant):
+    """llama.cpp, loaded, in its process."""
+
+    def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        return super().run(run_there, work, *args)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     text = full_shape.write_mllama(folder / "mllama.gguf", args.layers, vision=False)
     full_shape.write_llama(folder / "llama.gguf", text)
-    ours, our_load = loaded(lambda: Ours(folder / "mllama.gguf", args.threads, args.repack, args.mmap))
-    theirs, their_load = loaded(lambda: LlamaCpp(folder / "llama.gguf", args.threads, args.llama_repack))
-    both: dict[str, Ours | LlamaCpp] = {"ours": ours, "llama.cpp": theirs}
+    ours = Loaded(Ours, folder / "mllama.gguf", args.threads, args.repack, args.mmap)
+
+    def measure_both(extra_bufts: bool) -> dict[str, Any]:
+        with There(Loaded, LlamaCpp, folder / "llama.gguf", args.threads, extra_bufts) as theirs:
+            return measure(args, text, ours, theirs)
+
+    names = {True: "llama.cpp, use_extra_bufts=True", False: "llama.cpp, use_extra_bufts=False"}
+    result, deaths = first_that_lives([True, False] if args.llama_repack else [False], measure_both)
+    if result is None:
+        result = measure(args, text, ours, None)
+    return {**result, "deaths": {names[extra_bufts]: how for extra_bufts, how in deaths}}
+
+
+def measure(
+    args: argparse.Namespace, text: list[full_shape.Tensor], ours: Loaded, theirs: There | None
+) -> dict[str, Any]:
+    """All rounds. theirs: None if llama.cpp does not live here. Raises Died."""
+    assert isinstance(ours.who, Ours)
+    mine = ours.who
+    both: dict[str, Callable[..., Any]] = {"ours": lambda work, *more: work(mine, *more)}
+    if theirs is not None:
+        both["llama.cpp"] = theirs.run
     chance = np.random.default_rng(0)
     prompt, short = (chance.integers(0, TOKENS, n).tolist() for n in (args.prompt, args.context))
-    for who in both.values():  # reads the pages in
-        who.decode(short)
-    comparison = compare(ours, theirs)
+    for run_with in both.values():  # reads the pages in
+        run_with(decode, short)
+    comparison = None if theirs is None else compare(mine, theirs)
+    load = {"ours": ours.load}
+    if theirs is not None:
+        load["llama.cpp"] = Contestant.run(theirs, load_of)
 
     rounds: list[dict[str, Any]] = []
     for i in range(args.rounds):
         print(f"round {i + 1} of {args.rounds}", file=sys.stderr, flush=True)
         figures: dict[str, Any] = {"bandwidth": read_bandwidth(args.threads)}
         for name in list(both) if i % 2 == 0 else list(both)[::-1]:
-            figures[f"decode {name}"] = time_tokens(both[name], short, args.tokens)
-        figures |= time_images(ours, short, args.tokens)
+            figures[f"decode {name}"] = both[name](time_tokens, short, args.tokens)
+        figures |= time_images(mine, short, args.tokens)
         for kind, options in CHATS.items():
-            figures[f"token {kind}"], figures[f"outside {kind}"] = time_chat(ours, args.tokens, options)
+            figures[f"token {kind}"], figures[f"outside {kind}"] = time_chat(mine, args.tokens, options)
         if args.prompt:
             for name in list(both) if i % 2 == 0 else list(both)[::-1]:
-                figures[f"prompt {name}"] = time_prompt(both[name], prompt)
+                figures[f"prompt {name}"] = both[name](time_prompt, prompt)
         rounds.append(figures)
     median = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
     caches = {tiles: int(median[f"cache {tiles}"]) for tiles in TILES}
     return {
-        "load": {"ours": our_load, "llama.cpp": their_load},
+        "load": load,
         "bytes_per_token": {
             tiles: bytes_per_token(text, tiles, caches.get(tiles, 0)) for tiles in (0, *TILES)
         },
@@ -330,27 +388,27 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def show(result: dict[str, Any], args: argparse.Namespace) -> None:
     m, per_token = result["median"], result["bytes_per_token"]
-    load = result["load"]
+    mine, theirs = result["load"]["ours"], result["load"].get("llama.cpp")
+    both = [("decode, tokens/s", m["decode ours"], m.get("decode llama.cpp"), ">= 0.95")]
+    if args.prompt:
+        what = f"prompt of {args.prompt}, tokens/s"
+        both.append((what, m["prompt ours"], m.get("prompt llama.cpp"), ">= 0.95"))
+    both.append(("load, s", mine["seconds"], theirs and theirs["seconds"], ""))
+    both.append(("own memory, GB", mine["own_bytes"] / 1e9, theirs and theirs["own_bytes"] / 1e9, ""))
     rows = [
-        (what, f"{a:.2f}", f"{b:.2f}", f"{a / b:.3f}", target)
-        for what, a, b, target in (
-            ("decode, tokens/s", m["decode ours"], m["decode llama.cpp"], ">= 0.95"),
-            *(
-                [(f"prompt of {args.prompt}, tokens/s", m["prompt ours"], m["prompt llama.cpp"], ">= 0.95")]
-                if args.prompt
-                else []
-            ),
-            ("load, s", load["ours"]["seconds"], load["llama.cpp"]["seconds"], ""),
-            ("own memory, GB", load["ours"]["own_bytes"] / 1e9, load["llama.cpp"]["own_bytes"] / 1e9, ""),
-        )
+        (what, f"{a:.2f}", "" if b is None else f"{b:.2f}", "" if b is None else f"{a / b:.3f}", target)
+        for what, a, b, target in both
     ]
+    rows += [(who, "", how, "", "") for who, how in result["deaths"].items()]
     title = f"{args.layers} layers, {args.threads} threads, medians of {args.rounds}"
     report.show(f"Without an image; {title}", ("", "ours", "llama.cpp", "ratio", "target"), rows)
     c = result["logits"]
-    print(
-        f"logits differ from llama.cpp's by {c['relative_error']:.1%}, the same largest after "
-        f"{c['same_largest']} of {c['prompts']} prompts; read bandwidth {m['bandwidth'] / 1e9:.1f} GB/s"
-    )
+    if c:
+        print(
+            f"logits differ from llama.cpp's by {c['relative_error']:.1%}, the same largest after "
+            f"{c['same_largest']} of {c['prompts']} prompts"
+        )
+    print(f"read bandwidth {m['bandwidth'] / 1e9:.1f} GB/s")
 
     rows = []
     for tiles in (0, *TILES):

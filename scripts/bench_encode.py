@@ -6,7 +6,7 @@
 Needs the extra ``bench``. The weights are random, rounded to BF16, and the rows of the tile
 tables that a grid does not use are zero as in the published models. Every round runs every contestant once,
 one after the other, with the same number of threads and the same image. The table has the medians of the
-rounds.
+rounds. transformers runs in a process of its own; if that dies, the table says so.
 
 --layers N keeps N local layers and one global layer of the 32 and 8; the projector stays whole from five
 layers on. The table and the JSON say which fraction of the layers ran.
@@ -21,11 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import report
+from contestant import Contestant, Died
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -71,10 +73,11 @@ def ours(files: tuple[Path, Path], threads: int) -> Callable[[np.ndarray[Any, An
     return encode
 
 
-def theirs(checkpoint: Path, dtype: str) -> Callable[[np.ndarray[Any, Any], int, int], Any]:
+def theirs(checkpoint: Path, dtype: str, threads: int) -> Callable[[np.ndarray[Any, Any], int, int], Any]:
     import torch
     from transformers import MllamaForConditionalGeneration
 
+    torch.set_num_threads(threads)
     model = MllamaForConditionalGeneration.from_pretrained(
         checkpoint, torch_dtype=getattr(torch, dtype)
     ).eval()
@@ -91,6 +94,13 @@ def theirs(checkpoint: Path, dtype: str) -> Callable[[np.ndarray[Any, Any], int,
         return states[0, 0, :tiles].float().numpy()
 
     return encode
+
+
+def timed(encode: Callable[..., Any], *picture: Any) -> tuple[Any, float, float]:
+    """States, seconds and the seconds of all CPUs together."""
+    start, cpu = time.perf_counter(), time.process_time()
+    states = encode(*picture)
+    return states, time.perf_counter() - start, time.process_time() - cpu
 
 
 def main() -> None:
@@ -110,43 +120,58 @@ def main() -> None:
     fraction = (arch.local_layers + arch.global_layers) / 40
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         checkpoint, files = write_models(arch, Path(folder))
-        contestants = {f"ours {kind}": ours(files[kind], args.threads) for kind in files}
+        encoders = {f"ours {kind}": ours(files[kind], args.threads) for kind in files}
         pictures = {}
         for tiles, grid in PICTURES.items():
             ratio = arch.grids.index(grid) + 1
             pictures[tiles] = (tiny.make_pixels(arch, ratio), ratio, tiles)
-        # before torch is there: its heap would hide ours
         memory = {
-            tiles: report.peak_memory(lambda p=p: contestants["ours bf16"](*p))
-            for tiles, p in pictures.items()
+            tiles: report.peak_memory(lambda p=p: encoders["ours bf16"](*p)) for tiles, p in pictures.items()
         }
-
-        import torch
-
-        torch.set_num_threads(args.threads)
-        contestants["torch bfloat16"] = theirs(checkpoint, "bfloat16")
-        contestants["torch float32"] = theirs(checkpoint, "float32")
+        contestants: dict[str, Callable[..., Any]] = {
+            name: partial(timed, encode) for name, encode in encoders.items()
+        }
+        deaths: dict[str, str] = {}
+        for dtype in ("bfloat16", "float32"):
+            try:
+                there = Contestant(theirs, checkpoint, dtype, args.threads)
+                contestants[f"torch {dtype}"] = partial(there.run, timed)
+            except Died as e:
+                deaths[f"torch {dtype}"] = str(e)
         seconds: dict[tuple[int, str], list[float]] = {}
         user: dict[tuple[int, str], list[float]] = {}
         states: dict[tuple[int, str], Any] = {}
         for _ in range(args.rounds):
             for tiles, picture in pictures.items():
                 for name, encode in contestants.items():
-                    start, cpu = time.perf_counter(), time.process_time()
-                    states[tiles, name] = encode(*picture)
-                    seconds.setdefault((tiles, name), []).append(time.perf_counter() - start)
-                    user.setdefault((tiles, name), []).append(time.process_time() - cpu)
+                    if name in deaths:
+                        continue
+                    try:
+                        states[tiles, name], wall, cpu = encode(*picture)
+                    except Died as e:
+                        deaths[name] = str(e)
+                        continue
+                    seconds.setdefault((tiles, name), []).append(wall)
+                    user.setdefault((tiles, name), []).append(cpu)
 
     rows: list[dict[str, Any]] = []
     for tiles in PICTURES:
-        exact = states[tiles, "torch float32"]
-        bf16, f32 = (statistics.median(seconds[tiles, f"torch {t}"]) for t in ("bfloat16", "float32"))
+        exact = None if "torch float32" in deaths else states[tiles, "torch float32"]
+        bf16, f32 = (
+            None if f"torch {t}" in deaths else statistics.median(seconds[tiles, f"torch {t}"])
+            for t in ("bfloat16", "float32")
+        )
         for name in contestants:
+            if name in deaths:
+                continue
             t, cpu = statistics.median(seconds[tiles, name]), statistics.median(user[tiles, name])
-            error = float(np.linalg.norm(states[tiles, name] - exact) / np.linalg.norm(exact))
+            error = None
+            if exact is not None:
+                error = float(np.linalg.norm(states[tiles, name] - exact) / np.linalg.norm(exact))
             rows.append({
-                "tiles": tiles, "name": name, "seconds": t, "cpu_seconds": cpu, "to_torch_bf16": t / bf16,
-                "to_torch_f32": t / f32, "relative_error": error, "all_seconds": seconds[tiles, name],
+                "tiles": tiles, "name": name, "seconds": t, "cpu_seconds": cpu,
+                "to_torch_bf16": bf16 and t / bf16, "to_torch_f32": f32 and t / f32, "relative_error": error,
+                "all_seconds": seconds[tiles, name],
             })  # fmt: skip
     title = (
         f"{arch.local_layers} local and {arch.global_layers} global layers, {fraction:.0%} of all; "
@@ -154,10 +179,13 @@ def main() -> None:
     )
     columns = ("", "tiles", "seconds", "CPU s", "/ torch BF16", "/ torch F32", "error")
     report.show(title, columns, (
-        (r["name"], r["tiles"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['to_torch_bf16']:.2f}",
-         f"{r['to_torch_f32']:.2f}", f"{r['relative_error']:.1e}")
+        (r["name"], r["tiles"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}",
+         *("" if r[what] is None else format(r[what], form)
+           for what, form in (("to_torch_bf16", ".2f"), ("to_torch_f32", ".2f"), ("relative_error", ".1e"))))
         for r in rows
     ))  # fmt: skip
+    for name, how in deaths.items():
+        print(f"{name}: {how}")
     for tiles, n_bytes in memory.items():
         print(f"{tiles} tiles: memory beyond the weights at most {n_bytes / 1e6:.0f} MB")
     about = report.about(
@@ -166,7 +194,7 @@ def main() -> None:
         layers=[arch.local_layers, arch.global_layers],
         fraction=fraction,
     )
-    report.write_json(args.json, {"about": about, "rows": rows, "memory_bytes": memory})
+    report.write_json(args.json, {"about": about, "rows": rows, "deaths": deaths, "memory_bytes": memory})
 
 
 if __name__ == "__main__":

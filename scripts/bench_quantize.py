@@ -38,6 +38,7 @@ import gguf
 import numpy as np
 import report
 import tiny  # full_shape knows where it is
+from contestant import Died, how_it_ended
 
 from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.convert.quantize import TARGETS, quantize
@@ -91,10 +92,13 @@ def child(args: argparse.Namespace) -> None:
 
 
 def timed(what: str, source: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
+    """What `child` prints. Raises Died."""
     command = [sys.executable, __file__, "--dir", str(args.dir), "--type", args.type]
     command += ["--threads", str(args.threads), "--child", what, "--source", str(source), "--out", str(out)]
     out.unlink(missing_ok=True)  # to replace a file waits for the disk, and llama.cpp does not
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if done.returncode != 0:
+        raise Died(how_it_ended(done.returncode))
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -116,24 +120,34 @@ def ratio(args: argparse.Namespace) -> dict[str, Any]:
         for name, arch in (("llama.cpp", "llama"), ("ours", "mllama")):
             n_values = write_text(sources[name], arch, args.ratio_layers, block)
         runs: dict[str, list[dict[str, float]]] = {"llama.cpp": [], "ours": []}
+        deaths: dict[str, str] = {}
         for _ in range(args.runs):
             for name in runs:
-                runs[name].append(timed(name, sources[name], outs[name], args))
+                try:
+                    runs[name].append(timed(name, sources[name], outs[name], args))
+                except Died as e:
+                    if name == "ours":
+                        raise
+                    deaths[name] = str(e)
         billions = n_values / 1e9
         median = {
             name: {what: statistics.median(r[what] for r in results) for what in ("seconds", "cpu", "peak")}
             for name, results in runs.items()
+            if name not in deaths
         }
         rows = [
             (name, f"{m['seconds']:.1f}", f"{m['seconds'] / billions:.2f}", f"{m['cpu']:.1f}",
              f"{m['peak'] / 1e9:.2f}", ", ".join(f"{r['seconds']:.1f}" for r in runs[name]))
             for name, m in median.items()
         ]  # fmt: skip
+        rows += [(name, how, "", "", "", "") for name, how in deaths.items()]
         report.show(
             f"{args.type}, {args.ratio_layers} layers, {billions:.2f} G values, {args.threads} threads",
             ("medians", "seconds", "ns a value", "CPU s", "peak GB", "each"),
             rows,
         )
+        if deaths:
+            return {"values": n_values, "runs": runs, "median": median, "deaths": deaths}
         ratios = {w: median["ours"][w] / median["llama.cpp"][w] for w in ("seconds", "cpu")}
         same = same_tensors(*outs.values())
         print(

@@ -1,8 +1,9 @@
-"""Points that crash, for the tests of tuning and comparing; each runs in a process of its own."""
+"""What crashes, for the tests of tuning, comparing and benchmarks; each runs in a process of its own."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -34,3 +35,27 @@ def compute(**request: Any) -> dict[str, Any]:
         answer["vision"][0] += 1.0
         answer["caption"] += "!"
     return answer
+
+
+class Rival:
+    """Another program of a benchmark, in a process of its own; see scripts/contestant.py."""
+
+    def __init__(self, dies: str) -> None:
+        """dies: when and how, or ""."""
+        self._dies = dies
+        if dies == "at once":
+            os.kill(os.getpid(), signal.SIGILL)
+        if dies == "in words":
+            raise ValueError("no such model")
+
+    def add(self, a: int, b: int) -> int:
+        if self._dies == "later":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self._dies == "by exit":
+            os._exit(3)
+        return a + b
+
+
+def add(rival: Rival, a: int, b: int) -> tuple[int, int]:
+    """The sum, and the process that made it."""
+    return rival.add(a, b), os.getpid()
