@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 from helpers import TinyFiles
@@ -18,6 +23,40 @@ from mllama_gguf.convert.huggingface import convert
 # Tests, and the processes that they start, neither find nor leave pictures on disk; those of the image cache
 # turn it on.
 os.environ[SIZE_VARIABLE] = "0"
+
+
+# A shell starts what runs in the background (`pytest &`) with Ctrl-C ignored, and so would be our children.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def children() -> set[int]:
+    """The ids of the processes that this one has started, but for the one by which multiprocessing cleans
+    up."""
+    tasks = glob.glob("/proc/self/task/*/children")
+    if not tasks:
+        found = {child.pid for child in psutil.Process().children()}
+    else:
+        found = set()
+        for task in tasks:
+            with suppress(OSError), open(task) as file:
+                found |= {int(word) for word in file.read().split()}
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    return found - {tracker}
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """A test that fails in its middle leaves no process behind."""
+    before = children()
+    yield
+    for pid in children() - before:
+        with suppress(psutil.NoSuchProcess):
+            child = psutil.Process(pid)
+            for process in (*child.children(recursive=True), child):
+                process.kill()
+            with suppress(psutil.TimeoutExpired):
+                child.wait(10)
 
 
 @pytest.fixture(autouse=True)
