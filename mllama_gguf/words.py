@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 
 from .errors import RequestError
 
@@ -24,6 +25,12 @@ def one_line(words: object, longest: int = 300) -> str:
     """An error or another object in one line, without a dot at its end; the name of its type if it says
     nothing."""
     return show_name(" ".join(str(words).split()).rstrip("."), longest) or type(words).__name__
+
+
+def brief(value: object, longest: int = 60) -> str:
+    """A value that somebody gave, as Python writes it, in one short line. It may be huge or circular."""
+    text = repr(value[:longest]) if isinstance(value, str) else reprlib.repr(value)
+    return show_name(text, longest) + ("..." if isinstance(value, str) and len(value) > longest else "")
 
 
 def os_reason(error: OSError) -> str:

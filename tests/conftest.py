@@ -116,3 +116,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in report.user_properties:
             if name == "layouts" and report.when == "call":
                 terminalreporter.write_line(f"repack: {report.nodeid.rpartition('::')[2]}: {value}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--schemas", type=int, help="Random schemas of tests/text/test_schema.py.  [default: 300]"
+    )

@@ -15,6 +15,7 @@ from ..errors import RequestError
 from ..model import Mllama
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
+from ..text.grammar import grammar_of, json_schema
 from ..vision.embedding import Picture
 from ..words import one_line
 
@@ -26,6 +27,7 @@ class CaptionOptions:
     max_tokens:     most tokens of a caption
     temperature, seed: as in `create_chat_completion`
     schema:         a JSON schema; every caption is JSON of that schema
+    form:           a `response_format` of `create_chat_completion`, in place of a schema
     prefix, suffix: put around every caption; not around JSON
 
     Raises RequestError for values that cannot be used.
@@ -38,46 +40,44 @@ class CaptionOptions:
     schema: Mapping[str, Any] | None = None
     prefix: str = ""
     suffix: str = ""
+    form: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.schema is not None and (self.prefix or self.suffix):
+        if self.schema is not None and self.form is not None:
+            raise RequestError("a JSON schema and another form exclude each other")
+        grammar = grammar_of(self.response_format, None)
+        if grammar is not None and grammar.is_json and (self.prefix or self.suffix):
             raise RequestError("a JSON schema leaves no room for prefix and suffix")
         _ = self.reply_options
+
+    @property
+    def response_format(self) -> Mapping[str, Any] | None:
+        """The form of every caption, as `Mllama.reply` takes it."""
+        if self.schema is None:
+            return self.form
+        return {"type": "json_schema", "json_schema": {"schema": self.schema}}
 
     @cached_property
     def reply_options(self) -> ReplyOptions:
         """For `Mllama.reply`, checked once."""
-        options: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
-        if self.schema is not None:
-            options["response_format"] = {"type": "json_schema", "json_schema": {"schema": self.schema}}
-        return ReplyOptions.checked(options)
+        return ReplyOptions.checked(
+            {
+                "max_tokens": self.max_tokens,
+                "temperature": self.temperature,
+                "seed": self.seed,
+                "response_format": self.response_format,
+            }
+        )
 
-    @cached_property
-    def _validator(self) -> Any:
-        from jsonschema.validators import validator_for
-
-        assert self.schema is not None
-        return validator_for(self.schema)(self.schema)
-
-    def check(self, text: str, finish_reason: FinishReason | None) -> None:
-        """Raise RequestError if a schema is wanted and the text is not JSON of it."""
-        if self.schema is None:
-            return
-        if finish_reason == "length":
+    def check(self, finish_reason: FinishReason | None) -> None:
+        """Raise RequestError if a caption that must have a form was cut."""
+        kind = str((self.response_format or {}).get("type", "text"))
+        if finish_reason == "length" and kind != "text":
+            what = "its JSON" if "json" in kind else "its form"
             raise RequestError(
-                f"the caption was cut off before its JSON was complete ({self.max_tokens} tokens, or n_ctx); "
+                f"the caption was cut off before {what} was complete ({self.max_tokens} tokens, or n_ctx); "
                 "raise max_tokens or n_ctx"
             )
-        try:
-            wrong = next(self._validator.iter_errors(json.loads(text)), None)
-        except ValueError as e:
-            raise RequestError(f"the caption is not JSON: {e}") from e
-        if wrong is not None:
-            raise RequestError(f"the caption does not fit the JSON schema: {one_line(wrong.message)}")
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class Caption:
 
 def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> Caption:
     """The caption of an image. Raises what `create_chat_completion` raises, and RequestError for a reply that
-    does not fit the schema."""
+    was cut before its form was complete."""
     reply = model.reply(image=image, prompt=options.prompt, options=options.reply_options)
     text, stats = reply.read(), reply.stats
-    options.check(text, stats.finish_reason)
+    options.check(stats.finish_reason)
     assert stats.finish_reason is not None  # it was read to its end
     return Caption(
         options.prefix + text + options.suffix,
@@ -110,20 +110,39 @@ def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> C
 
 
 def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON schema from a file. Raises RequestError for a file that is none."""
-    from jsonschema import SchemaError
-    from jsonschema.validators import validator_for
-
+    """A JSON schema from a file. Raises RequestError for a file that is none, and for a schema that cannot be
+    obeyed."""
+    name = os.fspath(path)
     try:
         schema = json.loads(read_text(path))
     except OSError as e:
-        raise RequestError(f"{os.fspath(path)}: cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise RequestError(f"{os.fspath(path)}: is not JSON: {one_line(e)}") from e
+        raise RequestError(f"{name}: cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"{name}: is not JSON: {one_line(e)}") from e
     if not isinstance(schema, dict):
-        raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {type(schema).__name__}, not an object")
+        raise RequestError(f"{name}: is not a JSON schema: {type(schema).__name__}, not an object")
     try:
-        validator_for(schema).check_schema(schema)
-    except SchemaError as e:
-        raise RequestError(f"{os.fspath(path)}: is not a JSON schema: {one_line(e.message)}") from e
+        json_schema(schema)
+    except RequestError as e:
+        raise RequestError(f"{name}: {e}") from e
     return schema
+
+
+def load_grammar(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A `response_format` from a file with a grammar: Lark if it is called *.lark, else GBNF.
+
+    Raises RequestError for a file that cannot be read, and for a grammar that cannot be obeyed.
+    """
+    name = os.fspath(path)
+    try:
+        text = read_text(path)
+    except OSError as e:
+        raise RequestError(f"{name}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{name}: is not UTF-8") from e
+    form = {"type": "lark" if name.lower().endswith(".lark") else "gbnf", "grammar": text}
+    try:
+        grammar_of(form, None)
+    except RequestError as e:
+        raise RequestError(f"{name}: {e}") from e
+    return form

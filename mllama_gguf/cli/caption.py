@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     type=click.Path(),
     help="Write captions as JSON of the schema in FILE.",
 )
+@click.option("--regex", metavar="REGEX", help="Every caption is text that REGEX matches (as Python's re).")
+@click.option(
+    "--grammar",
+    metavar="FILE",
+    type=click.Path(),
+    help="Every caption follows the grammar in FILE: GBNF or *.lark.",
+)
 @click.option(
     "-n",
     "--max-tokens",
@@ -70,6 +77,8 @@ def caption_command(
     prompt: str | None,
     prompt_file: str | None,
     json_schema: str | None,
+    regex: str | None,
+    grammar: str | None,
     max_tokens: int,
     temperature: float,
     seed: int | None,
@@ -95,17 +104,21 @@ def caption_command(
     line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
     Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
-    from ..batch.captions import CaptionOptions, load_schema
+    from ..batch.captions import CaptionOptions, load_grammar, load_schema
 
     if not no_tuned:
         choice = with_tuned(choice)
     prompt = _prompt(prompt, prompt_file)
+    if sum(form is not None for form in (json_schema, regex, grammar)) > 1:
+        raise click.UsageError("--json-schema, --regex and --grammar exclude each other")
     schema = None if json_schema is None else load_schema(json_schema)
+    form = None if regex is None else {"type": "regex", "regex": regex}
+    form = form if grammar is None else load_grammar(grammar)
     batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit, encode_ahead)
     is_batch = batch.wanted
-    options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix)
+    options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix, form)
     if is_batch:
-        inputs = [path for path in (prompt_file, json_schema) if path]
+        inputs = [path for path in (prompt_file, json_schema, grammar) if path]
         return run_batch(images, batch, options, as_json, choice, inputs)
 
     start = time.perf_counter()
@@ -131,6 +144,9 @@ def caption_command(
                     click.echo(piece, nl=False)
                     sys.stdout.flush()
             click.echo(json.dumps(_as_dict(name, text, reply.stats, load_seconds)) if as_json else "")
+            if reply.finish_reason == "length":
+                n = reply.stats.completion_tokens
+                click.echo(f"{name}: cut off after {n} tokens (see -n)", err=True)
     return int(failed)
 
 

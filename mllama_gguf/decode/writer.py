@@ -65,7 +65,8 @@ class Writer(OneProcess):
         self._stop_ids = stop_ids
         self._max_tokens = options.max_tokens
         self._sampler = Sampler(vocab, vocab_size, options.sampling, prompt)
-        grammar = options.sampling.grammar
+        grammar = self._grammar = options.sampling.grammar
+        self._said: list[str] = []  # for the grammar's last look
         self._text = TextStream(() if grammar is not None and grammar.is_json else options.stops)
 
     def take(self, logits: Floats, *, is_full: bool) -> tuple[int, str]:
@@ -88,4 +89,8 @@ class Writer(OneProcess):
                 stats.finish_reason = "length"
         if stats.finish_reason is not None:
             piece += self._text.finish()
+        if self._grammar is not None:
+            self._said.append(piece)
+            if stats.finish_reason == "stop":
+                self._grammar.check("".join(self._said))
         return token, piece

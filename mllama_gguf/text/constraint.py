@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import threading
-from typing import Any, Protocol, cast
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError
+from ..words import one_line
 from .grammar import Grammar
 
 
@@ -25,6 +30,29 @@ class Vocabulary(Protocol):
     def piece(self, token: int) -> bytes: ...
 
     def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]: ...
+
+
+T = TypeVar("T")
+
+# llguidance's own limits. What is allowed in schemas and grammars (text/schema.py, text/gbnf.py) is such that
+# these are reached by few, and that a grammar is built in well under a second.
+LIMITS = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
+MAX_BUILD_SECONDS = 4.0
+KEPT = 8  # grammars, with what was found out about them
+USES = 64  # replies of a kept grammar: what is found out about it takes memory
+# llguidance goes through schemas by recursion, 8 KB for each of up to 5000 schemas that lead to each other.
+_STACK_BYTES = 64 << 20
+_TRIAL_TOKENS = 24
+_TRIAL_SECONDS = 0.1
 
 
 class _Tokens:
@@ -52,53 +80,81 @@ class _Tokens:
 
 
 class Constraints:
-    """What llguidance makes of a vocabulary, once for all its replies. Thread-safe."""
+    """What llguidance knows about a vocabulary and some grammars, for all replies. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokenizer: Any = None
-        self._forbidden: npt.NDArray[np.uint8] | None = None
+        self._permitted = np.zeros(0, np.uint8)
+        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()  # and how often it was used
 
     def begin(self, vocab: Vocabulary, grammar: Grammar) -> Matcher:
-        """A reply that follows the grammar. Raises RequestError for a grammar that cannot be used."""
-        from llguidance import LLMatcher
+        """A reply that follows the grammar.
 
+        Raises RequestError for a grammar that cannot be obeyed. Ctrl-C is heard meanwhile.
+        """
         with self._lock:
-            if self._tokenizer is None:
-                self._build(vocab)
-            matcher = LLMatcher(self._tokenizer, grammar.source, log_level=0)
-            if matcher.is_error():
-                raise RequestError(f"the grammar cannot be used: {_words(matcher.get_error())}")
-            assert self._forbidden is not None
-            begun = Matcher(matcher, self._forbidden)
-            begun.allowed()  # a grammar of no text at all is found here
-            return begun
+            self._build_tokenizer(vocab)
+            matcher, uses = self._kept.pop(grammar.source, (None, 0))
+        if matcher is None or uses >= USES:
+            matcher, uses = self._build(grammar), 0
+        with self._lock:
+            self._kept[grammar.source] = (matcher, uses + 1)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return Matcher(matcher.deep_copy(), self._permitted, lambda: self._build(grammar, try_out=False))
 
-    def _build(self, vocab: Vocabulary) -> None:
+    def _build_tokenizer(self, vocab: Vocabulary) -> None:
+        if self._tokenizer is not None:
+            return
         from llguidance import LLTokenizer
 
         tokens = _Tokens(vocab)
         self._tokenizer = LLTokenizer(cast(Any, tokens), eos_token=sorted(vocab.stop_ids))
-        forbidden = np.zeros(-(-len(tokens.tokens) // 32) * 32, bool)
-        forbidden[tokens.special_token_ids] = True
-        forbidden[list(vocab.stop_ids)] = False
-        self._forbidden = np.packbits(forbidden, bitorder="little")
+        permitted = np.ones(-(-len(tokens.tokens) // 32) * 32, bool)
+        # A Lark grammar can ask for special tokens by their names.
+        permitted[tokens.special_token_ids] = False
+        permitted[list(vocab.stop_ids)] = True
+        self._permitted = np.packbits(permitted, bitorder="little")
+        del tokens.tokens  # llguidance has a copy, and holds `tokens`
+
+    def _build(self, grammar: Grammar, try_out: bool = True) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        def build() -> Any:
+            limits = LLParserLimits(**cast(Any, LIMITS))
+            matcher = LLMatcher(self._tokenizer, grammar.source, log_level=0, limits=limits)
+            if matcher.is_error():
+                raise RequestError(_words(matcher.get_error()))
+            if try_out:
+                _try_out(Matcher(matcher.deep_copy(), self._permitted))
+            return matcher
+
+        try:
+            return _in_thread(build)
+        except RequestError as e:
+            what = "JSON schema" if grammar.is_json else "grammar"
+            raise RequestError(f"the {what} cannot be obeyed: {e}") from e
 
 
 class Matcher:
     """The state of one reply. Not thread-safe."""
 
-    def __init__(self, matcher: Any, forbidden: npt.NDArray[np.uint8]) -> None:
+    def __init__(
+        self, matcher: Any, permitted: npt.NDArray[np.uint8], build: Callable[[], Any] | None = None
+    ) -> None:
+        """permitted: a bit for each token that may be in a reply at all; build: makes another matcher, in
+        the state of the beginning"""
         self._matcher = matcher
-        self._permitted = ~forbidden
-        self._mask = np.zeros(len(forbidden) // 4, np.uint32)
+        self._permitted = permitted
+        self._build = build
+        self._mask = np.zeros(len(permitted) // 4, np.uint32)
+        self._tokens: list[int] = []
 
     def allowed(self) -> npt.NDArray[np.intp]:
         """The tokens that may come next, in ascending order. Raises RequestError if there are none."""
         mask = self._mask
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise RequestError(f"the grammar cannot be followed: {_words(self._matcher.get_error())}")
+        self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes))
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8) & self._permitted, bitorder="little"))
         if not len(allowed):
             raise RequestError("the grammar allows no token of this vocabulary here")
@@ -106,14 +162,91 @@ class Matcher:
 
     def accept(self, token: int) -> None:
         """Go on with this token. Raises RequestError if it is not allowed."""
-        if not self._matcher.consume_token(token):
-            raise RequestError(f"the grammar cannot be followed: {_words(self._matcher.get_error())}")
+        self._call(lambda matcher: matcher.consume_token(token))
+        self._tokens.append(token)
 
     @property
     def finished(self) -> bool:
         """Whether the reply is complete and nothing can follow."""
         return bool(self._matcher.is_stopped())
 
+    def _call(self, do: Callable[[Any], object]) -> None:
+        do(self._matcher)
+        if self._failed() and self._build is not None:
+            # The states of a kept grammar add up over its replies. Without them there is room again.
+            self._matcher, self._build = self._build(), None
+            self._matcher.try_consume_tokens(self._tokens)
+            do(self._matcher)
+        if self._failed():
+            words = _words(self._matcher.get_error()) or self._matcher.stop_reason()
+            raise RequestError(f"the grammar cannot be followed here: {words}")
+
+    def _failed(self) -> bool:
+        return bool(self._matcher.is_error()) or self._matcher.stop_reason() in _FAILURES
+
+
+_FAILURES = ("InternalError", "LexerTooComplex", "ParserTooComplex", "MaxTokensTotal", "MaxTokensParser")
+
+
+def _try_out(matcher: Matcher) -> None:
+    """Write the beginning of a reply at random: a grammar that allows no text, or is too complex, is found
+    before anything is computed."""
+    rng = random.Random(0)
+    end = time.perf_counter() + _TRIAL_SECONDS
+    for _ in range(_TRIAL_TOKENS):
+        allowed = matcher.allowed()
+        matcher.accept(int(allowed[rng.randrange(len(allowed))]))
+        if matcher.finished or time.perf_counter() > end:
+            return
+
+
+def _in_thread(build: Callable[[], T]) -> T:
+    """Call it in a thread with a large stack, while this thread hears Ctrl-C.
+
+    Raises what it raises, and RequestError if that takes very long; the thread then goes on to its end.
+    """
+    done = threading.Event()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(build())
+        except BaseException as e:  # such as a panic of Rust, which is none of Exception's
+            errors.append(e)
+        done.set()
+
+    with _starting:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, daemon=True, name="mllama-grammar").start()
+        except RuntimeError as e:
+            raise RequestError("no thread for the grammar can be started; is there no memory?") from e
+        finally:
+            threading.stack_size(before)
+    if not done.wait(MAX_BUILD_SECONDS):
+        raise RequestError(f"it takes more than {MAX_BUILD_SECONDS:g} s to read")
+    if errors:
+        if isinstance(errors[0], RequestError):
+            raise errors[0]
+        raise RequestError(_words(str(errors[0]))) from errors[0]
+    return results[0]
+
+
+_starting = threading.Lock()
+
+
+_IN_OTHER_WORDS = {
+    "oneOf constraints": "'oneOf', of which two choices may be true at the same time",
+    "are not disjoint": "'patternProperties', of which two may match the same name",
+    "regexes are disjoint": "'patternProperties', of which two may match the same name",
+    "Regex is empty": "no text has its pattern, its format and its length",
+    "circular references": "'$ref' that leads back to itself and stands beside other keywords",
+}
+
 
 def _words(error: str) -> str:
-    return " ".join(error.replace("<non-verbose/>", "").split())
+    for part, words in _IN_OTHER_WORDS.items():
+        if part in error:
+            return words
+    return one_line(error.partition("<backtrace>")[0].replace("<non-verbose/>", ""))

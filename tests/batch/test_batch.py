@@ -369,7 +369,9 @@ def test_json_of_a_schema(photos: Path, tmp_path: Path, capsys: Captured) -> Non
     capsys.readouterr()
     for text, words in (
         ("{", "is not JSON"),
-        ('{"type": "objekt"}', "is not a JSON schema"),
+        ('{"type": "objekt"}', "'type' cannot be 'objekt'"),
+        ('{"uniqueItems": true}', "'uniqueItems' cannot be obeyed"),
+        ("[" * 100_000, "is not JSON"),
         ("3", "not an object"),
     ):
         path.write_text(text)
@@ -380,12 +382,39 @@ def test_json_of_a_schema(photos: Path, tmp_path: Path, capsys: Captured) -> Non
     assert "no room for prefix" in capsys.readouterr().err
 
 
-def test_a_caption_that_does_not_fit_its_schema() -> None:
-    options = CaptionOptions(schema=SCHEMA)
-    options.check('{"what": "x", "sure": true}', "stop")
-    for text, words in (("{", "is not JSON"), ('{"what": 3, "sure": true}', "does not fit")):
+def test_a_caption_that_is_cut() -> None:
+    CaptionOptions().check("length")
+    CaptionOptions(form={"type": "text"}).check("length")
+    for options, words in (
+        (CaptionOptions(schema=SCHEMA), "before its JSON was complete"),
+        (CaptionOptions(form={"type": "regex", "regex": "[a-z]+"}), "before its form was complete"),
+    ):
+        options.check("stop")
         with pytest.raises(RequestError, match=words):
-            options.check(text, "stop")
+            options.check("length")
+    with pytest.raises(RequestError, match="exclude each other"):
+        CaptionOptions(schema=SCHEMA, form={"type": "text"})
+
+
+def test_captions_of_an_expression_and_of_a_grammar(photos: Path, tmp_path: Path, capsys: Captured) -> None:
+    out, grammar = tmp_path / "c.jsonl", tmp_path / "g.lark"
+    grammar.write_text('start: "a " ("red" | "green") " thing"\n')
+    for form in (["--regex", "(red|green) thing"], ["--grammar", str(grammar)]):
+        assert run(["caption", str(photos), "--out", str(out), "--limit", "2", "--suffix", "!", *form]) == 0
+        for row in rows(out):
+            assert row["caption"].removeprefix("a ") in ("red thing!", "green thing!")
+        out.unlink()
+    capsys.readouterr()
+    grammar.write_text("start: other\n")
+    assert run(["caption", str(photos), "--out", str(out), "--grammar", str(grammar)]) == 3
+    assert "the grammar cannot be obeyed" in capsys.readouterr().err
+    for wrong, words in (
+        (["--regex", "("], "not valid"),
+        (["--grammar", str(tmp_path / "none.gbnf")], "none.gbnf"),
+        (["--regex", "a", "--grammar", str(grammar)], "exclude each other"),
+    ):
+        assert run(["caption", str(photos), "--out", str(out), *wrong]) in (1, 2)
+        assert words in capsys.readouterr().err
 
 
 def test_events(photos: Path, capsys: Captured) -> None:
