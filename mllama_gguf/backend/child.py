@@ -116,9 +116,9 @@ class Child:
         """Keep what was logged as an error."""
         self._last_error = words
 
-    def devices(self) -> list[Device]:
+    def devices(self, *, start: bool = False) -> list[Device]:
         """As `local.devices`."""
-        return local.devices()
+        return local.devices(start=start)
 
     def measure(self, *args: Any, **settings: Any) -> tuple[Memory, HParams]:
         """As `measure.measure`."""

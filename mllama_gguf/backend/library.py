@@ -66,8 +66,12 @@ class Native:
     def error(self, status: int) -> MllamaError:
         """The exception for a status, with the library's words. Must be asked for on the thread of the
         failure."""
-        words = self.text(self.lib.mllama_last_error()) or f"libmllama: error {status}"
+        words = self.last_error() or f"libmllama: error {status}"
         return _ERRORS.get(status, BackendError)(words)
+
+    def last_error(self) -> str:
+        """The library's words for the last failure of this thread."""
+        return self.text(self.lib.mllama_last_error())
 
     def check(self, status: int) -> None:
         """Raise the exception for a status other than MLLAMA_OK."""

@@ -19,13 +19,20 @@ from .types import Device, HParams, TensorInfo
 _DEVICE_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
 
-def devices() -> list[Device]:
-    """All ggml devices of the process, in the order that indices count. Raises BackendError."""
+def devices(*, start: bool = False) -> list[Device]:
+    """All ggml devices of the process, in the order that indices count.
+
+    start: start each, to find those that cannot be used (`Device.error`)
+
+    Raises BackendError when there is no device at all, not even the CPU.
+    """
     native = library.load()
     info = native.ffi.new("mllama_device_info *")
     found = []
+    native.check(native.lib.mllama_device_get(0, info))
     for index in range(native.lib.mllama_device_count()):
         native.check(native.lib.mllama_device_get(index, info))
+        status = native.lib.mllama_device_start(index) if start else library.OK
         found.append(
             Device(
                 native.text(info.name),
@@ -33,6 +40,7 @@ def devices() -> list[Device]:
                 _DEVICE_TYPES.get(info.type, "other"),
                 info.memory_free,
                 info.memory_total,
+                None if status == library.OK else native.last_error(),
             )
         )
     return found

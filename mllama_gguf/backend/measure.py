@@ -71,7 +71,7 @@ def measuring(
     if not workers and not isolate:
         yield (
             lambda n: measure(model_path, mmproj_path, callbacks=callbacks, n_gpu_layers=n, **settings),
-            devices(),
+            devices(start=True),
         )
         return
     supervisor = Supervisor(workers, rpc_timeout)
@@ -84,6 +84,6 @@ def measuring(
         return found
 
     try:
-        yield measure_there, supervisor.call(callbacks, "", "devices")
+        yield measure_there, supervisor.call(callbacks, "", "devices", settings={"start": True})
     finally:
         supervisor.close()

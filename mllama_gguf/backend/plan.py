@@ -120,7 +120,7 @@ def lacking(memory: Memory, limits: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def offload_devices(devices: Sequence[Device], settings: Mapping[str, Any]) -> list[Device]:
-    """Those that layers go to, in the order that tensor_split and main_gpu count: workers first."""
+    """Those that layers go to, workers first. tensor_split and main_gpu count those that cannot be used too."""
     gpus = [device for device in devices if device.type in ("gpu", "igpu")]
     gpus.sort(key=lambda device: not device.name.startswith("RPC"))
     if settings.get("devices") is not None:
@@ -130,7 +130,8 @@ def offload_devices(devices: Sequence[Device], settings: Mapping[str, Any]) -> l
             key=lambda device: wanted.index(device.name.lower()),
         )
     main_gpu = settings.get("main_gpu", -1)
-    return gpus if main_gpu < 0 else gpus[main_gpu : main_gpu + 1]
+    chosen = gpus if main_gpu < 0 else gpus[main_gpu : main_gpu + 1]
+    return [device for device in chosen if device.error is None]
 
 
 def device_limits(

@@ -72,6 +72,7 @@ class Device:
     type: str  # cpu, gpu, igpu or accel
     memory_free: int  # bytes
     memory_total: int  # bytes
+    error: str | None = None  # why it cannot be used, where that was tried
 
 
 @dataclass(frozen=True)

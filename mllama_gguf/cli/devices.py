@@ -21,14 +21,17 @@ from .verbose import verbose_option
 def devices_command(as_json: bool, rpc: list[str] | None) -> None:
     """List the devices of the installed ggml, which is llama-cpp-python's.
 
-    The names are those that --device and --vision-device take.
+    The names are those that --device and --vision-device take. Each device is started once. One that cannot
+    be used is listed with the reason, and nothing is offloaded to it.
     """
     from ..backend.isolated import parse_workers, remote_devices
     from ..backend.local import devices
 
-    for device in remote_devices(parse_workers(rpc)) if rpc else devices():
+    for device in remote_devices(parse_workers(rpc)) if rpc else devices(start=True):
         if as_json:
             click.echo(json.dumps(asdict(device)))
         else:
-            memory = f"{show_size(device.memory_free)} of {show_size(device.memory_total)} free"
-            click.echo(f"{device.name:10}  {device.type:5}  {device.description}, {memory}")
+            state = f"{show_size(device.memory_free)} of {show_size(device.memory_total)} free"
+            if device.error is not None:
+                state = f"cannot be used: {device.error}"
+            click.echo(f"{device.name:10}  {device.type:5}  {device.description}, {state}")

@@ -63,15 +63,18 @@ typedef enum mllama_device_type {
 } mllama_device_type;
 
 typedef struct mllama_device_info {
-    const char * name;         // as ggml names it: "CPU", "CUDA0", "Metal"
+    const char * name;         // as ggml names it: "CPU", "CUDA0", "Metal"; "device3" where its backend fails to tell
     const char * description;
     int32_t      type;         // mllama_device_type
-    uint64_t     memory_free;  // bytes
+    uint64_t     memory_free;  // bytes; 0 where that is unknown
     uint64_t     memory_total; // bytes
 } mllama_device_info;
 
 int32_t       mllama_device_count(void);
 mllama_status mllama_device_get(int32_t index, mllama_device_info * info);
+// Starts the device and stops it again, unless that went well before. MLLAMA_ERR_BACKEND: it cannot be used; mllama_last_error()
+// has the reason. mllama_model_load leaves such a device out, or fails where the caller names it.
+mllama_status mllama_device_start(int32_t index);
 
 // ggml's RPC backend: devices of other processes. It has no authentication, and ends the process when a worker
 // vanishes.

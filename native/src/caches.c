@@ -1,5 +1,6 @@
 #include "caches.h"
 
+#include "guard.h"
 #include "memory.h"
 
 #include <errno.h>
@@ -15,17 +16,19 @@ static enum ggml_type type_of_values(const mllama_model * model, ggml_backend_de
     return device == model->plan.cpu ? types.v_cpu : device_is_rpc(device) && types.v == GGML_TYPE_F16 ? GGML_TYPE_F32 : types.v;
 }
 
-// The buffer of the tensors of ctx: new, or memory that is there, in which they follow each other
-static ggml_backend_buffer_t buffer_of(struct ggml_context * ctx, ggml_backend_dev_t device, bool no_alloc, char * data, uint64_t size,
-                                       uint64_t * allocated) {
+// The buffer of the tensors of ctx: new, or memory that is there, in which they follow each other. *buffer NULL: no room.
+static mllama_status make_buffer(struct ggml_context * ctx, ggml_backend_dev_t device, bool no_alloc, char * data, uint64_t size,
+                                 ggml_backend_buffer_t * buffer, uint64_t * allocated) {
     if (!data) {
-        return memory_alloc(ctx, ggml_backend_dev_buffer_type(device), no_alloc, allocated);
+        ggml_backend_buffer_type_t type = NULL;
+        TRY(guard_buffer_type(device, &type));
+        return memory_alloc(ctx, type, no_alloc, buffer, allocated);
     }
-    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(data, size);
-    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); buffer && t; data += ggml_nbytes(t), t = ggml_get_next_tensor(ctx, t)) {
-        ggml_backend_tensor_alloc(buffer, t, data);
+    TRY(guard_wrap_memory(data, size, buffer));
+    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); *buffer && t; data += ggml_nbytes(t), t = ggml_get_next_tensor(ctx, t)) {
+        TRY(guard_place_tensor(*buffer, t, data));
     }
-    return buffer;
+    return MLLAMA_OK;
 }
 
 // k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device or all on the CPU.
@@ -65,16 +68,16 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
         if (size == 0) {
             continue;
         }
-        ggml_backend_buffer_t buffer = buffer_of(ctx, device, model->no_alloc, data, size, &cache->sizes[d + 1]);
-        if (!buffer) {
+        ggml_backend_buffer_t * buffer = &cache->buffers[cache->n_buffers - 1];
+        TRY(make_buffer(ctx, device, model->no_alloc, data, size, buffer, &cache->sizes[d + 1]));
+        if (!*buffer) {
             return fail(MLLAMA_ERR_MEMORY, "device %s has no room for a %s cache of %llu MiB; %s", device_label(device),
                         cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
                         cross ? "use fewer images" : "lower n_ctx");
         }
         if (!cross) { // A masked row still enters a product with weight 0, so it must hold numbers; a slot has no such rows.
-            ggml_backend_buffer_clear(buffer, 0);
+            TRY(guard_clear(*buffer, 0));
         }
-        cache->buffers[cache->n_buffers - 1] = buffer;
     }
     return MLLAMA_OK;
 }
@@ -85,7 +88,7 @@ mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool o
 
 void kv_cache_free(kv_cache * cache) {
     for (int32_t i = 0; i < cache->n_buffers; i++) {
-        ggml_backend_buffer_free(cache->buffers[i]);
+        guard_buffer_free(cache->buffers[i]);
         ggml_free(cache->contexts[i]);
     }
     free(cache->k);
@@ -104,25 +107,27 @@ uint64_t kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows) 
 }
 
 // n bytes of a tensor to *get or from *set, one of which is NULL; the other goes on behind them.
-static void copy_part(struct ggml_tensor * t, uint64_t offset, uint64_t n, char ** get, const char ** set) {
+static mllama_status copy_part(struct ggml_tensor * t, uint64_t offset, uint64_t n, char ** get, const char ** set) {
     if (*get) {
-        ggml_backend_tensor_get(t, *get, offset, n);
+        TRY(guard_get(t, *get, offset, n));
         *get += n;
     } else {
-        ggml_backend_tensor_set(t, *set, offset, n);
+        TRY(guard_set(t, *set, offset, n));
         *set += n;
     }
+    return MLLAMA_OK;
 }
 
-void kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set) {
+mllama_status kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set) {
     for (int32_t i = 0; i < 2 * n_layer; i++) {
         struct ggml_tensor * t = i % 2 ? cache->v[i / 2] : cache->k[i / 2];
         const size_t         n = t ? (size_t) n_rows * t->nb[1] : 0;
         if (n == 0) {
             continue;
         }
-        copy_part(t, 0, n, &get, &set);
+        TRY(copy_part(t, 0, n, &get, &set));
     }
+    return MLLAMA_OK;
 }
 
 static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
@@ -221,8 +226,8 @@ uint64_t image_slot_size(const image_slot * slot, const mllama_model * model, in
     return size;
 }
 
-void image_slot_copy(const image_slot * slot, const mllama_model * model, int32_t image, uint64_t offset, uint64_t n_bytes, char * get,
-                     const char * set) {
+mllama_status image_slot_copy(const image_slot * slot, const mllama_model * model, int32_t image, uint64_t offset,
+                              uint64_t n_bytes, char * get, const char * set) {
     for (int32_t i = 0; i < 2 * model->hp.pub.n_cross_layers && n_bytes > 0; i++) {
         const int32_t        il    = model->hp.cross_layers[i / 2];
         struct ggml_tensor * t     = i % 2 ? slot->kv.v[il] : slot->kv.k[il];
@@ -233,8 +238,9 @@ void image_slot_copy(const image_slot * slot, const mllama_model * model, int32_
             continue;
         }
         const uint64_t n = size - offset < n_bytes ? size - offset : n_bytes;
-        copy_part(t, first + offset, n, &get, &set);
+        TRY(copy_part(t, first + offset, n, &get, &set));
         offset = 0;
         n_bytes -= n;
     }
+    return MLLAMA_OK;
 }

@@ -23,7 +23,7 @@ mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool o
 void          kv_cache_free(kv_cache * cache);
 // The bytes of the first n_rows rows: for each layer those of k, then those of v. One of get and set is NULL.
 uint64_t      kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows);
-void          kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set);
+mllama_status kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set);
 
 // One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
 // sees, the first n images, is one view.
@@ -50,5 +50,5 @@ mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool
 // The bytes of one image: for each cross-attention layer its rows of k, then those of v.
 uint64_t      image_slot_size(const image_slot * slot, const mllama_model * model, int32_t image);
 // Part of these bytes, which must be within their size. One of get and set is NULL.
-void          image_slot_copy(const image_slot * slot, const mllama_model * model, int32_t image, uint64_t offset, uint64_t n_bytes,
-                              char * get, const char * set);
+mllama_status image_slot_copy(const image_slot * slot, const mllama_model * model, int32_t image, uint64_t offset,
+                              uint64_t n_bytes, char * get, const char * set);

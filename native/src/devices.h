@@ -1,27 +1,34 @@
-// What ggml can compute on, and which part of a model goes where.
+// What ggml can compute on: every device with the facts that do not change, asked for once.
 #pragma once
 
 #include "status.h"
 
 #include "ggml-backend.h"
 
-enum { MAX_DEVICES = 16 };
+#ifdef __cplusplus
+extern "C" {
+#endif
 
-typedef struct device_plan {
-    ggml_backend_dev_t   cpu;
-    ggml_backend_dev_t   gpus[MAX_DEVICES]; // those that layers or vision go to, each once
-    int32_t              n_gpus;
-    ggml_backend_dev_t * layers;            // [n_layer + 1], the last for the output
-    ggml_backend_dev_t   vision;
-} device_plan;
+enum { MAX_DEVICES = 16 }; // that one model may be offloaded to
 
-// Loads ggml's backends once and checks that this ggml is the one compiled against.
+// Registers ggml's devices and checks that this ggml is the one compiled against. Notices devices that were added since.
 mllama_status devices_init(void);
-// n_layer counts the text layers, without the output.
-mllama_status device_plan_make(const mllama_model_params * params, int32_t n_layer, device_plan * plan);
-void          device_plan_free(device_plan * plan);
-// Name for messages; that of a remote device tells its worker.
-const char *  device_label(ggml_backend_dev_t device);
-bool          device_is_rpc(ggml_backend_dev_t device);
-// Device types that take part in computing with the CPU (BLAS, AMX).
-bool          device_is_accel(ggml_backend_dev_t device);
+
+// The rest is about what the last devices_init has found.
+int32_t            devices_count(void);
+ggml_backend_dev_t devices_get(int32_t index); // NULL: no such device
+ggml_backend_dev_t devices_cpu(void);
+
+// Starts a device and stops it again, unless that went well before. MLLAMA_ERR_BACKEND: it cannot be used, for these reasons.
+mllama_status      device_start(ggml_backend_dev_t device);
+
+const char *       device_name(ggml_backend_dev_t device);
+const char *       device_label(ggml_backend_dev_t device); // name for messages; that of a remote device tells its worker
+bool               device_is_cpu(ggml_backend_dev_t device);
+bool               device_is_gpu(ggml_backend_dev_t device);
+bool               device_is_rpc(ggml_backend_dev_t device);
+bool               device_is_accel(ggml_backend_dev_t device); // takes part in computing with the CPU (BLAS, AMX)
+
+#ifdef __cplusplus
+}
+#endif

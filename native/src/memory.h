@@ -6,5 +6,6 @@
 #include "ggml-backend.h"
 
 // One buffer for all tensors of ctx, and its bytes. With no_alloc an empty buffer, which tells ggml where the tensors are to
-// be and nothing more. NULL: no room.
-ggml_backend_buffer_t memory_alloc(struct ggml_context * ctx, ggml_backend_buffer_type_t type, bool no_alloc, uint64_t * size);
+// be and nothing more. *buffer NULL: no room.
+mllama_status memory_alloc(struct ggml_context * ctx, ggml_backend_buffer_type_t type, bool no_alloc,
+                           ggml_backend_buffer_t * buffer, uint64_t * size);

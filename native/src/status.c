@@ -83,3 +83,7 @@ void log_warn(const char * format, ...) {
     strcat(text, "\n");
     log_emit(GGML_LOG_LEVEL_WARN, text);
 }
+
+void mllama_fatal_set(mllama_fatal_callback callback) {
+    ggml_set_abort_callback(callback);
+}

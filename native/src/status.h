@@ -3,6 +3,10 @@
 
 #include "mllama.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // Formats the words of mllama_last_error() and returns the status, so that callers can `return fail(...)`.
 mllama_status fail(mllama_status status, const char * format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -21,3 +25,7 @@ void log_warn(const char * format, ...) __attribute__((format(printf, 1, 2)));
         const mllama_status try_ = (expr);    \
         if (try_ != MLLAMA_OK) return try_;   \
     } while (0)
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,6 +1,7 @@
 // A conversation: its backends, its caches, and the running of graphs on them.
 #include "graphs/text_graph.h"
 #include "graphs/vision_graph.h"
+#include "guard.h"
 #include "model/weights.h"
 
 #include <stdlib.h>
@@ -44,6 +45,7 @@ struct mllama_context {
     void *                tap_user_data;
     float *               tap_values;
     size_t                tap_capacity;
+    mllama_status         tap_status;                 // of the call that runs: a tensor that could not be read
 };
 
 // ---- aborting, progress, taps -------------------------------------------------------------------------------------
@@ -82,6 +84,7 @@ static bool should_abort(void * user_data) {
 
 static void begin(mllama_context * ctx, int32_t phase) {
     ctx->aborted    = false;
+    ctx->tap_status = MLLAMA_OK;
     ctx->looked_at  = ggml_time_us();
     ctx->phase      = phase;
     ctx->nodes_done = ctx->nodes_total = 0;
@@ -107,6 +110,9 @@ static void to_floats(const struct ggml_tensor * t, const char * raw, float * ou
 
 static bool show_tensor(struct ggml_tensor * t, bool ask, void * user_data) {
     mllama_context * ctx = user_data;
+    if (ctx->tap_status != MLLAMA_OK) {
+        return false;
+    }
     if (ask) {
         const bool readable = t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float;
         return readable && ctx->tap(t->name, t->ne, NULL, ctx->tap_user_data);
@@ -121,7 +127,10 @@ static bool show_tensor(struct ggml_tensor * t, bool ask, void * user_data) {
         ctx->tap_capacity = need;
     }
     char * raw = (char *) (ctx->tap_values + n);
-    ggml_backend_tensor_get(t, raw, 0, raw_size);
+    ctx->tap_status = guard_get(t, raw, 0, raw_size);
+    if (ctx->tap_status != MLLAMA_OK) {
+        return false; // the computation ends
+    }
     to_floats(t, raw, ctx->tap_values);
     ctx->tap(t->name, t->ne, ctx->tap_values, ctx->tap_user_data);
     return true;
@@ -138,10 +147,7 @@ void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * u
 // ---- running a graph ----------------------------------------------------------------------------------------------
 
 static mllama_status new_sched(mllama_context * ctx, size_t n_nodes, ggml_backend_sched_t * sched) {
-    *sched = ggml_backend_sched_new(ctx->backends, NULL, ctx->n_backends, n_nodes, false, false);
-    if (!*sched) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
+    TRY(guard_sched_new(ctx->backends, ctx->n_backends, n_nodes, sched));
     if (ctx->tap) {
         ggml_backend_sched_set_eval_callback(*sched, show_tensor, ctx);
     }
@@ -191,33 +197,36 @@ static void note_sizes(const mllama_context * ctx, ggml_backend_sched_t sched, c
     }
 }
 
-// most: raised to what the buffers take. Without memory nothing but that is done.
-static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, uint64_t * most,
+// most: raised to what the buffers take. Without memory nothing but that is done. *sched becomes NULL when a device throws.
+static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t * sched, struct ggml_cgraph * gf, uint64_t * most,
                                  const char * what, const char * remedy) {
-    ggml_backend_sched_reset(sched);
+    ggml_backend_sched_reset(*sched);
     log_forget();
     if (ctx->model->no_alloc && ctx->params.offload_kqv) {
         size_t sizes[MAX_BACKENDS];
-        ggml_backend_sched_reserve_size(sched, gf, sizes);
-        note_sizes(ctx, sched, sizes, most);
+        TRY(guard_sched_measure(sched, gf, sizes));
+        note_sizes(ctx, *sched, sizes, most);
         return MLLAMA_OK;
     }
     if (!ctx->params.offload_kqv) {
-        keep_attention_on_cpu(ctx, sched, gf);
+        keep_attention_on_cpu(ctx, *sched, gf);
     }
     // ggml_backend_sched_reserve_size forgets what was said about the attention, so buffers are made and given back.
-    const bool ok = ctx->model->no_alloc ? ggml_backend_sched_reserve(sched, gf) : ggml_backend_sched_alloc_graph(sched, gf);
+    bool ok = false;
+    TRY(guard_sched_alloc(sched, gf, !ctx->model->no_alloc, &ok));
     if (!ok) {
         return fail(MLLAMA_ERR_MEMORY, "no room for the compute buffers of %s%s%s; %s", what, log_last_error()[0] ? ": " : "",
                     log_last_error(), remedy);
     }
-    note_sizes(ctx, sched, NULL, most);
+    note_sizes(ctx, *sched, NULL, most);
     return MLLAMA_OK;
 }
 
 static mllama_status compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what) {
+    enum ggml_status status;
     log_forget();
-    const enum ggml_status status = ggml_backend_sched_graph_compute(sched, gf);
+    TRY(guard_sched_compute(sched, gf, &status));
+    TRY(ctx->tap_status);
     if (ctx->aborted || status == GGML_STATUS_ABORTED) {
         return fail(MLLAMA_ERR_ABORTED, "%s was stopped", what);
     }
@@ -249,17 +258,16 @@ static mllama_status add_backend(mllama_context * ctx, ggml_backend_dev_t device
     if (ctx->n_backends == MAX_BACKENDS) {
         return fail(MLLAMA_ERR_BACKEND, "too many devices");
     }
-    ggml_backend_t backend = ggml_backend_dev_init(device, NULL);
+    ggml_backend_t backend   = NULL;
+    void *         set_abort = NULL;
+    TRY(guard_start(device, &backend));
     if (!backend) {
         return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started", device_label(device));
     }
     ctx->backends[ctx->n_backends++] = backend;
-
-    const ggml_backend_reg_t                reg       = ggml_backend_dev_backend_reg(device);
-    const ggml_backend_set_abort_callback_t set_abort =
-        (ggml_backend_set_abort_callback_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_abort_callback");
+    TRY(guard_function(device, "ggml_backend_set_abort_callback", &set_abort));
     if (set_abort) {
-        set_abort(backend, should_abort, ctx);
+        ((ggml_backend_set_abort_callback_t) set_abort)(backend, should_abort, ctx);
     }
     return MLLAMA_OK;
 }
@@ -325,16 +333,18 @@ static mllama_status init(mllama_context * ctx) {
     for (int32_t i = 0; i < model->plan.n_gpus; i++) {
         TRY(add_backend(ctx, model->plan.gpus[i]));
     }
-    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        if (device_is_accel(ggml_backend_dev_get(i))) {
-            TRY(add_backend(ctx, ggml_backend_dev_get(i)));
+    for (int32_t i = 0; i < devices_count(); i++) {
+        if (!device_is_accel(devices_get(i))) {
+            continue;
         }
+        if (device_start(devices_get(i)) != MLLAMA_OK) {
+            log_warn("the CPU works without it: %s", mllama_last_error());
+            continue;
+        }
+        TRY(add_backend(ctx, devices_get(i)));
     }
     TRY(add_backend(ctx, model->plan.cpu));
     mllama_set_n_threads(ctx, ctx->params.n_threads);
-    const size_t n_nodes = 256 + (size_t) model->hp.pub.n_layer * (128 + (size_t) ctx->params.n_batch);
-    TRY(new_sched(ctx, n_nodes, &ctx->sched));
-
     // what is attended is rounded up, so the cache is too
     const int32_t rows = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP;
     return kv_cache_init(&ctx->cache, model, ctx->params.offload_kqv, rows, ctx->types);
@@ -365,7 +375,7 @@ void mllama_context_free(mllama_context * ctx) {
         return;
     }
     text_graph_free(&ctx->text);
-    ggml_backend_sched_free(ctx->sched);
+    guard_sched_free(ctx->sched);
     for (int32_t i = 0; i < ctx->n_slots; i++) {
         image_slot_free(&ctx->slots[i]);
     }
@@ -374,7 +384,7 @@ void mllama_context_free(mllama_context * ctx) {
         kv_cache_free(&ctx->cache);
     }
     for (int32_t i = 0; i < ctx->n_backends; i++) {
-        ggml_backend_free(ctx->backends[i]);
+        guard_backend_free(ctx->backends[i]);
     }
     free(ctx->tap_values);
     free(ctx);
@@ -396,11 +406,10 @@ void mllama_set_n_threads(mllama_context * ctx, int32_t n_threads) {
     n_threads = n_threads > GGML_MAX_N_THREADS ? GGML_MAX_N_THREADS : n_threads;
     ctx->env.n_threads = n_threads;
     for (int32_t i = 0; i < ctx->n_backends; i++) {
-        const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx->backends[i]));
-        const ggml_backend_set_n_threads_t set =
-            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+        void * set = NULL;
+        guard_function(ggml_backend_get_device(ctx->backends[i]), "ggml_backend_set_n_threads", &set);
         if (set) {
-            set(ctx->backends[i], n_threads);
+            ((ggml_backend_set_n_threads_t) set)(ctx->backends[i], n_threads);
         }
     }
 }
@@ -416,7 +425,7 @@ mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mll
     const device_plan *      plan   = &ctx->model->plan;
     const ggml_backend_dev_t device = index == 0 ? plan->cpu : plan->gpus[index - 1];
     memset(memory, 0, sizeof(*memory));
-    memory->device = ggml_backend_dev_name(device);
+    memory->device = device_name(device);
     weights_memory(ctx->model->weights, device, memory);
     memory->self_kv = ctx->cache.sizes[index];
     for (int32_t i = 0; i < ctx->n_slots; i++) {
@@ -430,19 +439,18 @@ mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mll
 // ---- images -------------------------------------------------------------------------------------------------------
 
 // patches NULL: only the buffers are made.
-static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t sched, vision_graph * vg, const float * patches,
+static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sched, vision_graph * vg, const float * patches,
                                 int32_t aspect_ratio_id, float * states) {
     TRY(alloc_graph(ctx, sched, vg->g.gf, ctx->vision, "the vision encoder", "free some memory, or put the encoder on the CPU"));
     if (!patches) {
         return MLLAMA_OK;
     }
-    ggml_backend_tensor_set(vg->patches, patches, 0, ggml_nbytes(vg->patches));
-    ggml_backend_tensor_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id));
+    TRY(guard_set(vg->patches, patches, 0, ggml_nbytes(vg->patches)));
+    TRY(guard_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id)));
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
-    TRY(compute(ctx, sched, vg->g.gf, "encoding the image"));
+    TRY(compute(ctx, *sched, vg->g.gf, "encoding the image"));
     report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
-    ggml_backend_tensor_get(vg->states, states, 0, ggml_nbytes(vg->states));
-    return MLLAMA_OK;
+    return guard_get(vg->states, states, 0, ggml_nbytes(vg->states));
 }
 
 // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
@@ -465,10 +473,10 @@ static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t 
         if (patches) {
             vision_patches(p, pixels, n_tiles, vg.n_tiles, patches);
         }
-        status = run_encode(ctx, sched, &vg, patches, aspect_ratio_id, states);
+        status = run_encode(ctx, &sched, &vg, patches, aspect_ratio_id, states);
     }
     free(patches);
-    ggml_backend_sched_free(sched);
+    guard_sched_free(sched);
     vision_graph_free(&vg);
     return status;
 }
@@ -504,13 +512,15 @@ static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, in
         status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
     }
     if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx, sched, fg.g.gf, ctx->vision, "the cross-attention cache", "free some memory");
+        status = alloc_graph(ctx, &sched, fg.g.gf, ctx->vision, "the cross-attention cache", "free some memory");
     }
     if (status == MLLAMA_OK && states) {
-        ggml_backend_tensor_set(fg.states, states, 0, ggml_nbytes(fg.states));
+        status = guard_set(fg.states, states, 0, ggml_nbytes(fg.states));
+    }
+    if (status == MLLAMA_OK && states) {
         status = compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
     }
-    ggml_backend_sched_free(sched);
+    guard_sched_free(sched);
     fill_graph_free(&fg);
     return status;
 }
@@ -647,8 +657,7 @@ static mllama_status copy_image(const mllama_context * ctx, int32_t slot, int32_
     if (set && ctx->slots[slot].map) {
         return fail(MLLAMA_ERR_ARGUMENT, "the image in slot %d is in a file, which is only read", slot);
     }
-    image_slot_copy(&ctx->slots[slot], ctx->model, image, offset, n_bytes, get, set);
-    return MLLAMA_OK;
+    return image_slot_copy(&ctx->slots[slot], ctx->model, image, offset, n_bytes, get, set);
 }
 
 mllama_status mllama_image_get(mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, void * data) {
@@ -667,6 +676,11 @@ static bool same_shape(const text_shape * a, const text_shape * b) {
            a->generation == b->generation && a->logits == b->logits;
 }
 
+// Of a text graph
+static size_t most_nodes(const mllama_context * ctx) {
+    return 256 + (size_t) ctx->model->hp.pub.n_layer * (128 + (size_t) ctx->params.n_batch);
+}
+
 // Makes ctx->text an allocated graph of this shape; most tokens find it there already.
 static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shape) {
     if (ctx->text.g.ctx && same_shape(&ctx->text.shape, shape)) {
@@ -675,13 +689,21 @@ static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shap
     text_graph_free(&ctx->text);
     const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
     mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, &ctx->env, &ctx->text);
+    if (status == MLLAMA_OK && !ctx->sched) {
+        status = new_sched(ctx, most_nodes(ctx), &ctx->sched);
+    }
     if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx, ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
+        status = alloc_graph(ctx, &ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
     }
     if (status != MLLAMA_OK) {
         text_graph_free(&ctx->text);
     }
     return status;
+}
+
+// A model of cross-attention layers only reads neither positions nor mask.
+static mllama_status set_input(struct ggml_tensor * input, const void * data) {
+    return input->buffer ? guard_set(input, data, 0, ggml_nbytes(input)) : MLLAMA_OK;
 }
 
 static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
@@ -690,8 +712,8 @@ static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
     int32_t *          positions = malloc((size_t) n * sizeof(*positions));
     int64_t *          cells     = malloc((size_t) n * sizeof(*cells));
     ggml_fp16_t *      mask      = malloc((size_t) (n * n_kv) * sizeof(*mask));
-    const bool         ok        = positions && cells && mask;
-    if (ok) {
+    mllama_status      status    = positions && cells && mask ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+    if (status == MLLAMA_OK) {
         const ggml_fp16_t seen = ggml_fp32_to_fp16(0.0f), unseen = 0xfc00; // -inf
         for (int64_t i = 0; i < n; i++) {
             positions[i] = (int32_t) (ctx->n_past + i);
@@ -700,16 +722,16 @@ static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
                 mask[i * n_kv + j] = j <= ctx->n_past + i ? seen : unseen;
             }
         }
-        ggml_backend_tensor_set(tg->tokens, tokens, 0, (size_t) n * sizeof(*tokens));
-        // a model of cross-attention layers only reads neither positions nor mask
-        if (tg->positions->buffer) ggml_backend_tensor_set(tg->positions, positions, 0, (size_t) n * sizeof(*positions));
-        if (tg->cells->buffer) ggml_backend_tensor_set(tg->cells, cells, 0, (size_t) n * sizeof(*cells));
-        if (tg->mask->buffer) ggml_backend_tensor_set(tg->mask, mask, 0, (size_t) (n * n_kv) * sizeof(*mask));
+        const void *         data[]   = { tokens, positions, cells, mask };
+        struct ggml_tensor * inputs[] = { tg->tokens, tg->positions, tg->cells, tg->mask };
+        for (int i = 0; i < 4 && status == MLLAMA_OK; i++) {
+            status = set_input(inputs[i], data[i]);
+        }
     }
     free(positions);
     free(cells);
     free(mask);
-    return ok ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+    return status;
 }
 
 static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
@@ -728,7 +750,7 @@ static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, 
     graph_begin(&ctx->text.g);
     TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
     if (ctx->text.logits) {
-        ggml_backend_tensor_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits));
+        TRY(guard_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits)));
     }
     ctx->n_past = end;
     return MLLAMA_OK;
@@ -814,13 +836,13 @@ uint64_t mllama_past_size(const mllama_context * ctx, int32_t n_tokens) {
 
 mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
     TRY(check_past(ctx, n_tokens, ctx->n_past, n_bytes, data));
-    kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, data, NULL);
-    return MLLAMA_OK;
+    return kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, data, NULL);
 }
 
 mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {
     TRY(check_past(ctx, n_tokens, ctx->params.n_ctx, n_bytes, data));
-    kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, NULL, data);
+    ctx->n_past = 0; // what a failure leaves is worth nothing
+    TRY(kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, NULL, data));
     ctx->n_past = n_tokens;
     return MLLAMA_OK;
 }

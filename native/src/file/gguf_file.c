@@ -1,5 +1,7 @@
 #include "file/gguf_file.h"
 
+#include "guard.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -70,8 +72,7 @@ static mllama_status open_checked(gguf_file * file) {
     }
 
     log_forget();
-    struct gguf_init_params params = { .no_alloc = true };
-    file->gguf = gguf_init_from_file(file->path, params);
+    TRY(guard_gguf_open(file->path, &file->gguf));
     if (!file->gguf) {
         const char * words = log_last_error();
         const char * colon = strstr(words, ": "); // skip the name of ggml's function

@@ -1,6 +1,6 @@
 #include "graphs/graph.h"
 
-#include "ggml-backend.h"
+#include "guard.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -99,11 +99,11 @@ static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w)
 
 // In the CPU's memory: mapped or copied, or in a layout of its own, which is no host memory to ggml
 static bool is_on_cpu(const struct ggml_tensor * t) {
-    if (!t->buffer || ggml_backend_buffer_is_host(t->buffer)) {
+    if (!t->buffer || guard_is_host(t->buffer)) {
         return t->buffer != NULL;
     }
     const ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
-    return device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    return device && device_is_cpu(device);
 }
 
 struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {

@@ -12,6 +12,8 @@
 // they see the same keys they stay alike. Then one of them is computed, and counts as all of them where it is a key.
 #include "graphs/vision_graph.h"
 
+#include "guard.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -324,10 +326,10 @@ static mllama_status unused_alike(const struct ggml_tensor * table, int32_t row,
     if (!raw) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    ggml_backend_tensor_get(table, raw, table->nb[1] * (size_t) row + tile * (size_t) n_used, size);
-    *alike = *alike && memcmp(raw, raw + tile, size - tile) == 0;
+    const mllama_status status = guard_get(table, raw, table->nb[1] * (size_t) row + tile * (size_t) n_used, size);
+    *alike = *alike && status == MLLAMA_OK && memcmp(raw, raw + tile, size - tile) == 0;
     free(raw);
-    return MLLAMA_OK;
+    return status;
 }
 
 static mllama_status count_tiles(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id,

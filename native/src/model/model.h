@@ -1,7 +1,7 @@
 // The weights of a model by their role, wherever they live.
 #pragma once
 
-#include "devices.h"
+#include "device_plan.h"
 #include "file/hparams.h"
 #include "file/layout.h"
 

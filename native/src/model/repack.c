@@ -1,30 +1,32 @@
 #include "model/repack.h"
 
 #include "devices.h"
+#include "guard.h"
 
-#include "ggml-alloc.h"
 #include "ggml-cpu.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 ggml_backend_buffer_type_t * repack_layouts(ggml_backend_dev_t cpu) {
-    const ggml_backend_reg_t                 reg = ggml_backend_dev_backend_reg(cpu);
-    const ggml_backend_dev_get_extra_bufts_t get =
-        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
-    return get ? get(cpu) : NULL;
+    void * function = NULL;
+    if (guard_function(cpu, "ggml_backend_dev_get_extra_bufts", &function) != MLLAMA_OK || !function) {
+        return NULL;
+    }
+    return ((ggml_backend_dev_get_extra_bufts_t) function)(cpu);
 }
 
 bool repack_multiplies(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t layout, const struct ggml_tensor * matrix) {
     struct ggml_context * ctx    = ggml_init((struct ggml_init_params) { .mem_size = 4 * ggml_tensor_overhead(), .no_alloc = true });
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(layout, 0);
-    bool                  ok     = ctx && buffer;
-    if (ok) {
+    ggml_backend_buffer_t buffer = NULL;
+    bool                  ok     = false;
+    if (ctx && guard_alloc_buffer(layout, 0, &buffer) == MLLAMA_OK && buffer) {
         struct ggml_tensor * w = ggml_new_tensor(ctx, matrix->type, 4, matrix->ne);
+        struct ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, matrix->ne[0], 1);
         w->buffer = buffer;
-        ok = ggml_backend_dev_supports_op(cpu, ggml_mul_mat(ctx, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, matrix->ne[0], 1)));
+        ok = guard_supports_op(cpu, ggml_mul_mat(ctx, w, x), &ok) == MLLAMA_OK && ok;
     }
-    ggml_backend_buffer_free(buffer);
+    guard_buffer_free(buffer);
     ggml_free(ctx);
     return ok;
 }
@@ -58,7 +60,7 @@ static bool can_be_tried(int32_t type) {
 ggml_backend_buffer_type_t repack_choose(ggml_backend_dev_t cpu, const char * names, const struct ggml_tensor * matrix) {
     ggml_backend_buffer_type_t * layout = can_be_tried((int32_t) matrix->type) ? repack_layouts(cpu) : NULL;
     for (; layout && *layout; layout++) {
-        if (is_named(names, ggml_backend_buft_name(*layout)) && repack_multiplies(cpu, *layout, matrix)) {
+        if (is_named(names, guard_layout_name(*layout)) && repack_multiplies(cpu, *layout, matrix)) {
             return *layout;
         }
     }
@@ -68,11 +70,11 @@ ggml_backend_buffer_type_t repack_choose(ggml_backend_dev_t cpu, const char * na
 // ---- a trial ------------------------------------------------------------------------------------------------------
 
 const char * mllama_repack_layout(int32_t index) {
-    ggml_backend_dev_t           cpu    = devices_init() == MLLAMA_OK ? ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : NULL;
+    ggml_backend_dev_t           cpu    = devices_init() == MLLAMA_OK ? devices_cpu() : NULL;
     ggml_backend_buffer_type_t * layout = cpu && index >= 0 ? repack_layouts(cpu) : NULL;
     for (int32_t i = 0; layout && *layout; i++, layout++) {
         if (i == index) {
-            return ggml_backend_buft_name(*layout);
+            return guard_layout_name(*layout);
         }
     }
     return NULL;
@@ -88,9 +90,9 @@ typedef struct product {
 } product;
 
 static void product_free(product * p) {
-    ggml_backend_buffer_free(p->w_buffer);
-    ggml_backend_buffer_free(p->xy_buffer);
-    ggml_backend_free(p->backend);
+    guard_buffer_free(p->w_buffer);
+    guard_buffer_free(p->xy_buffer);
+    guard_backend_free(p->backend);
     ggml_free(p->weights);
     ggml_free(p->values);
     free(p->packed);
@@ -103,21 +105,37 @@ static mllama_status product_init(product * p, ggml_backend_buffer_type_t layout
     p->weights = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
     p->values  = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
     p->packed  = malloc(ggml_row_size(type, n_in) * (size_t) n_out);
-    p->backend = ggml_backend_cpu_init();
+    TRY(guard_start(devices_cpu(), &p->backend));
     if (!p->weights || !p->values || !p->packed || !p->backend) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    p->w        = ggml_new_tensor_2d(p->weights, type, n_in, n_out);
-    p->w_buffer = ggml_backend_alloc_ctx_tensors_from_buft(p->weights, layout ? layout : ggml_backend_cpu_buffer_type());
-    p->x        = ggml_new_tensor_2d(p->values, GGML_TYPE_F32, n_in, n_columns);
-    p->y        = ggml_mul_mat(p->values, p->w, p->x);
-    p->xy_buffer = ggml_backend_alloc_ctx_tensors_from_buft(p->values, ggml_backend_cpu_buffer_type());
+    p->w = ggml_new_tensor_2d(p->weights, type, n_in, n_out);
+    TRY(guard_alloc_tensors(p->weights, layout ? layout : ggml_backend_cpu_buffer_type(), &p->w_buffer));
+    p->x = ggml_new_tensor_2d(p->values, GGML_TYPE_F32, n_in, n_columns);
+    p->y = ggml_mul_mat(p->values, p->w, p->x);
+    TRY(guard_alloc_tensors(p->values, ggml_backend_cpu_buffer_type(), &p->xy_buffer));
     return p->w_buffer && p->xy_buffer ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+}
+
+// y = w x, with w [n_out, n_in] and x [n_columns, n_in] float32
+static mllama_status product_compute(product * p, const float * w, const float * x, float * y, int32_t n_threads) {
+    enum ggml_status     status;
+    struct ggml_cgraph * graph = ggml_new_graph(p->weights);
+    ggml_quantize_chunk(p->w->type, w, p->packed, 0, p->w->ne[1], p->w->ne[0], NULL);
+    TRY(guard_set(p->w, p->packed, 0, ggml_nbytes(p->w)));
+    TRY(guard_set(p->x, x, 0, ggml_nbytes(p->x)));
+    ggml_build_forward_expand(graph, p->y);
+    ggml_backend_cpu_set_n_threads(p->backend, n_threads);
+    TRY(guard_compute(p->backend, graph, &status));
+    if (status != GGML_STATUS_SUCCESS) {
+        return fail(MLLAMA_ERR_BACKEND, "a product failed: %s", ggml_status_to_string(status));
+    }
+    return guard_get(p->y, y, 0, ggml_nbytes(p->y));
 }
 
 static mllama_status find_layout(const char * name, ggml_backend_dev_t cpu, ggml_backend_buffer_type_t * layout) {
     for (ggml_backend_buffer_type_t * one = repack_layouts(cpu); one && *one; one++) {
-        if (strcmp(ggml_backend_buft_name(*one), name) == 0) {
+        if (strcmp(guard_layout_name(*one), name) == 0) {
             *layout = *one;
             return MLLAMA_OK;
         }
@@ -128,12 +146,13 @@ static mllama_status find_layout(const char * name, ggml_backend_dev_t cpu, ggml
 mllama_status mllama_repack_product(const char * layout, int32_t type, const float * w, const float * x, float * y, int32_t n_in,
                                     int32_t n_out, int32_t n_columns, int32_t n_threads) {
     TRY(devices_init());
-    const ggml_backend_dev_t   cpu   = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const ggml_backend_dev_t   cpu   = devices_cpu();
     ggml_backend_buffer_type_t place = NULL;
     if (layout) {
         TRY(find_layout(layout, cpu, &place));
     }
-    if (type < 0 || type >= GGML_TYPE_COUNT || !w || !x || !y || n_in < 1 || n_out < 1 || n_columns < 1 || n_threads < 1 || n_threads > GGML_MAX_N_THREADS) {
+    if (type < 0 || type >= GGML_TYPE_COUNT || !w || !x || !y || n_in < 1 || n_out < 1 || n_columns < 1 || n_threads < 1 ||
+        n_threads > GGML_MAX_N_THREADS) {
         return fail(MLLAMA_ERR_ARGUMENT, "no product of type %d with %d x %d weights, %d columns and %d threads", type, n_in, n_out,
                     n_columns, n_threads);
     }
@@ -147,17 +166,7 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
     product       p      = { 0 };
     mllama_status status = product_init(&p, place, wanted.type, n_in, n_out, n_columns);
     if (status == MLLAMA_OK) {
-        ggml_quantize_chunk(wanted.type, w, p.packed, 0, n_out, n_in, NULL);
-        ggml_backend_tensor_set(p.w, p.packed, 0, ggml_nbytes(p.w));
-        ggml_backend_tensor_set(p.x, x, 0, ggml_nbytes(p.x));
-        struct ggml_cgraph * graph = ggml_new_graph(p.weights);
-        ggml_build_forward_expand(graph, p.y);
-        ggml_backend_cpu_set_n_threads(p.backend, n_threads);
-        if (ggml_backend_graph_compute(p.backend, graph) == GGML_STATUS_SUCCESS) {
-            ggml_backend_tensor_get(p.y, y, 0, ggml_nbytes(p.y));
-        } else {
-            status = fail(MLLAMA_ERR_BACKEND, "layout %s: a product failed", layout ? layout : "CPU");
-        }
+        status = product_compute(&p, w, x, y, n_threads);
     }
     product_free(&p);
     return status;

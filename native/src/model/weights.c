@@ -1,5 +1,6 @@
 #include "model/weights.h"
 
+#include "guard.h"
 #include "memory.h"
 #include "model/repack.h"
 
@@ -442,9 +443,9 @@ static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * 
                 permute(ld->floats, (float *) ld->staging, count);
                 memcpy(ld->floats, ld->staging, (size_t) count * sizeof(float));
             }
-            ggml_backend_tensor_set(tensor, ld->floats, at / item * sizeof(float), (size_t) count * sizeof(float));
+            TRY(guard_set(tensor, ld->floats, at / item * sizeof(float), (size_t) count * sizeof(float)));
         } else {
-            ggml_backend_tensor_set(tensor, ld->staging, at, n);
+            TRY(guard_set(tensor, ld->staging, at, n));
         }
         at += n;
         TRY(report(ld, (int64_t) n));
@@ -490,8 +491,12 @@ static mllama_status load_mapped(loader * ld, gguf_file * file) {
                 TRY(gguf_file_map(file));
             }
             TRY(new_context(list, w->device, true, &ctx));
-            ggml_backend_buffer_t buffer = no_alloc ? ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 0) :
-                                                      ggml_backend_cpu_buffer_from_ptr(file->map, file->size);
+            ggml_backend_buffer_t buffer = NULL;
+            if (no_alloc) {
+                TRY(guard_alloc_buffer(ggml_backend_cpu_buffer_type(), 0, &buffer));
+            } else {
+                TRY(guard_wrap_memory(file->map, file->size, &buffer));
+            }
             if (!buffer) {
                 return fail(MLLAMA_ERR_MEMORY, "%s: out of memory", file->path);
             }
@@ -503,8 +508,8 @@ static mllama_status load_mapped(loader * ld, gguf_file * file) {
         place->size += ggml_nbytes(t);
         if (no_alloc) {
             t->buffer = place->buffer;
-        } else if (ggml_backend_tensor_alloc(place->buffer, t, (char *) file->map + gguf_file_position(file, w->source)) != GGML_STATUS_SUCCESS) {
-            return fail(MLLAMA_ERR_BACKEND, "%s: tensor '%s' cannot be used in place", file->path, t->name);
+        } else {
+            TRY(guard_place_tensor(place->buffer, t, (char *) file->map + gguf_file_position(file, w->source)));
         }
         TRY(report(ld, (int64_t) ggml_nbytes(t)));
     }
@@ -533,14 +538,17 @@ static mllama_status load_copied(loader * ld, ggml_backend_dev_t device, ggml_ba
     if (!ctx) {
         return MLLAMA_OK;
     }
-    ggml_backend_buffer_t buffer = memory_alloc(ctx, repacked ? repacked : ggml_backend_dev_buffer_type(device), ld->model->no_alloc,
-                                                &list->buffers[list->n_buffers - 1].size);
-    if (!buffer) {
+    weight_buffer *            place = &list->buffers[list->n_buffers - 1];
+    ggml_backend_buffer_type_t type  = repacked;
+    if (!type) {
+        TRY(guard_buffer_type(device, &type));
+    }
+    TRY(memory_alloc(ctx, type, ld->model->no_alloc, &place->buffer, &place->size));
+    if (!place->buffer) {
         return fail(MLLAMA_ERR_MEMORY, "device %s has no room for %llu MiB of weights; %s", device_label(device),
                     (unsigned long long) (size >> 20), repacked ? "load them without repack" : "offload fewer layers");
     }
-    ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    list->buffers[list->n_buffers - 1].buffer = buffer;
+    ggml_backend_buffer_set_usage(place->buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     for (int32_t i = 0; i < list->n; i++) {
         const weight * w = &list->items[i];
         if (!ld->model->no_alloc && is_copied(ld, w, device, repacked)) {
@@ -614,7 +622,7 @@ void weights_free(weight_list * list) {
         return;
     }
     for (int32_t i = 0; i < list->n_buffers; i++) {
-        ggml_backend_buffer_free(list->buffers[i].buffer);
+        guard_buffer_free(list->buffers[i].buffer);
         ggml_free(list->buffers[i].context);
     }
     free(list->buffers);
@@ -629,7 +637,7 @@ void weights_memory(const weight_list * list, ggml_backend_dev_t device, mllama_
             *(b->mapped ? &memory->mapped : &memory->weights) += b->size;
         }
     }
-    memory->staging = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? list->staging : 0;
+    memory->staging = device_is_cpu(device) ? list->staging : 0;
 }
 
 int32_t weights_count(const weight_list * list) {
@@ -645,8 +653,8 @@ mllama_status weights_info(const weight_list * list, int32_t index, mllama_tenso
     info->type      = ggml_type_name(w->source->type);
     memcpy(info->ne, w->source->ne, sizeof(info->ne));
     info->n_bytes   = ggml_nbytes(w->source);
-    info->device    = w->device ? ggml_backend_dev_name(w->device) : "CPU";
+    info->device    = w->device ? device_name(w->device) : "CPU";
     info->is_vision = w->is_vision;
-    info->layout    = w->repacked ? ggml_backend_buft_name(w->repacked) : "";
+    info->layout    = w->repacked ? guard_layout_name(w->repacked) : "";
     return MLLAMA_OK;
 }
