@@ -41,6 +41,8 @@ class Vocab(OneProcess):
         params = llama.llama_model_default_params()
         params.vocab_only = True
         params.n_gpu_layers = 0
+        no_devices = (ctypes.c_void_p * 1)()  # else llama.cpp asks every GPU, and one may throw
+        params.devices = ctypes.addressof(no_devices)
         overrides = (llama.llama_model_kv_override * 2)()  # the second, empty, ends the list
         overrides[0].tag = llama.LLAMA_KV_OVERRIDE_TYPE_STR
         overrides[0].key = b"general.architecture"

@@ -15,7 +15,7 @@ enum { MAX_KNOWN = 256 };
 typedef enum device_state {
     DEVICE_UNTRIED,
     DEVICE_WORKS,
-    DEVICE_BROKEN, // does not even say what it is
+    DEVICE_BROKEN, // did not even say what it is
 } device_state;
 
 typedef struct device_facts {
@@ -23,7 +23,6 @@ typedef struct device_facts {
     char                       name[128];
     char                       description[256];
     char                       label[400];
-    char                       error[512]; // of a broken device
     enum ggml_backend_dev_type type;
     bool                       is_rpc;
     device_state               state;
@@ -84,8 +83,7 @@ static mllama_status add(int32_t index) {
     }
     if (status != MLLAMA_OK) {
         f->state = DEVICE_BROKEN;
-        snprintf(f->error, sizeof(f->error), "%s", mllama_last_error());
-        log_warn("%s", f->error);
+        log_warn("%s", mllama_last_error());
     }
     return MLLAMA_OK;
 }
@@ -169,12 +167,13 @@ bool device_is_rpc(ggml_backend_dev_t device) {
 
 // ---- starting -----------------------------------------------------------------------------------------------------
 
-static mllama_status try_start(const device_facts * f) {
+static mllama_status try_start(device_facts * f) {
     ggml_backend_t             backend = NULL;
     ggml_backend_buffer_type_t type    = NULL;
     size_t                     free_bytes, total_bytes;
     if (f->state == DEVICE_BROKEN) {
-        return fail(MLLAMA_ERR_BACKEND, "%s", f->error);
+        TRY(ask_facts(f));
+        f->state = DEVICE_UNTRIED;
     }
     log_forget();
     TRY(guard_start(f->device, &backend));

@@ -3,6 +3,8 @@
 
 #include "devices.h"
 
+#include "ggml-alloc.h"
+
 #include <cctype>
 #include <cstdio>
 #include <cstdlib>
@@ -33,8 +35,8 @@ struct words {
     }
 };
 
-// Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding (a thread that ends, which Python's daemon threads do
-// in a callback while the interpreter finalizes) must go on, so none of these functions is noexcept.
+// Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding must go on, so none of these functions is
+// noexcept: it ends a thread, as Python does with a daemon thread that is in a callback when the interpreter finalizes.
 template <class Call, class Describe> mllama_status guarded(Call && call, Describe && describe) {
     try {
         call();
@@ -75,51 +77,84 @@ ggml_backend_dev_t device_of(const ggml_tensor * t) {
     return buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) : nullptr;
 }
 
-// Whether a backend still does the simplest things
-bool answers(ggml_backend_t backend) {
-    bool       ok     = false;
-    const auto ignore = [](const char *, bool) { return MLLAMA_ERR_BACKEND; };
-    guarded([&] {
-        ggml_backend_synchronize(backend);
-        const ggml_backend_buffer_t buffer = ggml_backend_alloc_buffer(backend, 4096);
-        ok = buffer != nullptr;
-        ggml_backend_buffer_free(buffer);
-    }, ignore);
-    return ok;
-}
-
-// A scheduler's exception does not tell which device it is from: the one that does not answer any more, else each that it can be.
-template <class Call> mllama_status in_sched(ggml_backend_sched_t sched, const char * doing, Call && call) {
-    return guarded(call, [&](const char * what, bool of_memory) {
-        char where[400] = "", all[300] = "";
-        bool found = false;
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); i++) {
-            const ggml_backend_t     backend = ggml_backend_sched_get_backend(sched, i);
-            const ggml_backend_dev_t device  = ggml_backend_get_device(backend);
-            if (device_is_rpc(device) || device_is_cpu(device)) { // the first ends the process instead, the second does not fail
-                continue;
-            }
-            const bool silent = !answers(backend);
-            if (silent && !found) {
-                all[0] = '\0';
-                found  = true;
-            }
-            if (silent || !found) {
-                const size_t n = std::strlen(all);
-                std::snprintf(all + n, sizeof(all) - n, "%s%s", n ? " or " : "", device_label(device));
-            }
-        }
-        std::snprintf(where, sizeof(where), "device %s failed while %s", *all ? all : "CPU", doing);
-        return say(where, what, of_memory);
-    });
-}
-
 // For what cannot fail: an object that is given back
 template <class Call> void freeing(Call && call) {
     guarded(call, [](const char * what, bool) {
         log_warn("a device failed while memory was given back: %s", what);
         return MLLAMA_ERR_BACKEND;
     });
+}
+
+// Whether a backend still does the simplest things: takes two numbers, adds them, gives the sum back
+bool answers(ggml_backend_t backend) {
+    bool                  ok     = false;
+    ggml_backend_buffer_t buffer = nullptr;
+    ggml_context *        ctx    = ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true });
+    if (!ctx) {
+        return true; // who knows
+    }
+    const auto add = [&] {
+        const float   numbers[64] = { 1.0f };
+        float         sum         = 0.0f;
+        ggml_tensor * x = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 64), * y = ggml_add(ctx, x, x);
+        ggml_cgraph * gf = ggml_new_graph(ctx);
+        ggml_build_forward_expand(gf, y);
+        ggml_backend_synchronize(backend);
+        buffer = ggml_backend_dev_supports_op(ggml_backend_get_device(backend), y) ? ggml_backend_alloc_ctx_tensors(ctx, backend) : nullptr;
+        if (buffer && ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(buffer))) {
+            ggml_backend_buffer_is_host(buffer);
+            ggml_backend_buffer_reset(buffer);
+            ggml_backend_tensor_set(x, numbers, 0, sizeof(numbers));
+            const bool computed = ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS;
+            ggml_backend_tensor_get(y, &sum, 0, sizeof(sum));
+            ok = computed && sum == 2.0f;
+        }
+    };
+    guarded(add, [](const char *, bool) { return MLLAMA_ERR_BACKEND; });
+    freeing([&] { ggml_backend_buffer_free(buffer); });
+    ggml_free(ctx);
+    return ok;
+}
+
+// An exception of a graph that is spread over devices does not tell which of them it is from. Names the ones that do not answer any
+// more, or else all that it can be from.
+void name_suspects(const ggml_backend_t * backends, int n, char * names, size_t size) {
+    bool found = false;
+    std::snprintf(names, size, "CPU");
+    for (int i = 0, listed = 0; i < n; i++) {
+        const ggml_backend_dev_t device = ggml_backend_get_device(backends[i]);
+        if (device_is_rpc(device) || device_is_cpu(device)) { // the one ends the process instead, the other has no exceptions
+            continue;
+        }
+        const bool silent = !answers(backends[i]);
+        if (silent && !found) {
+            found  = true;
+            listed = 0;
+        }
+        if (silent || !found) {
+            const size_t used = listed ? std::strlen(names) : 0;
+            std::snprintf(names + used, size - used, "%s%s", listed ? " or " : "", device_label(device));
+            listed++;
+        }
+    }
+}
+
+template <class Call> mllama_status on_backends(const ggml_backend_t * backends, int n, const char * doing, Call && call) {
+    return guarded(call, [&](const char * what, bool of_memory) {
+        char names[300], where[400];
+        name_suspects(backends, n, names, sizeof(names));
+        std::snprintf(where, sizeof(where), "device %s failed while %s", names, doing);
+        return say(where, what, of_memory);
+    });
+}
+
+template <class Call> mllama_status in_sched(ggml_backend_sched_t sched, const char * doing, Call && call) {
+    ggml_backend_t backends[64];
+    int            n = 0;
+    for (; n < ggml_backend_sched_get_n_backends(sched) && n < 64; n++) {
+        backends[n] = ggml_backend_sched_get_backend(sched, n);
+    }
+    return on_backends(backends, n, doing, call);
 }
 
 template <class Call> mllama_status in_registry(Call && call) {
@@ -315,8 +350,8 @@ void guard_buffer_free(ggml_backend_buffer_t buffer) {
 
 mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes, ggml_backend_sched_t * sched) {
     *sched = nullptr;
-    return guarded([&] { *sched = ggml_backend_sched_new(backends, nullptr, n_backends, n_nodes, false, false); },
-                   [](const char * what, bool of_memory) { return say("no graph can be scheduled", what, of_memory); });
+    return on_backends(backends, n_backends, "getting ready",
+                       [&] { *sched = ggml_backend_sched_new(backends, nullptr, n_backends, n_nodes, false, false); });
 }
 
 mllama_status guard_sched_alloc(ggml_backend_sched_t * sched, struct ggml_cgraph * gf, bool place, bool * ok) {

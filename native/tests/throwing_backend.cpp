@@ -26,8 +26,9 @@ int         fault_device = -1; // -1: any
 int         fault_after;       // calls that go well before
 long        n_thrown;
 
+// device -1: what all of them have in common
 void may_throw(const char * place, int device) {
-    if (fault_place != place || (fault_device != -1 && device != fault_device) || fault_after-- > 0) {
+    if (fault_place != place || (device != -1 && fault_device != -1 && device != fault_device) || fault_after-- > 0) {
         return;
     }
     n_thrown++;

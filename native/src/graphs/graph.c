@@ -1,5 +1,6 @@
 #include "graphs/graph.h"
 
+#include "devices.h"
 #include "guard.h"
 
 #include <math.h>

@@ -1,7 +1,7 @@
 // The text's attention to rows of a cache, see kernels.h
+#include "guard.h"
 #include "kernels/kernel.h"
 
-#include "ggml-backend.h"
 
 #include <math.h>
 #include <string.h>
@@ -16,7 +16,7 @@ static bool is_float(enum ggml_type type) {
 }
 
 static bool is_in_memory(const struct ggml_tensor * t) {
-    return t->buffer && ggml_backend_buffer_is_host(t->buffer);
+    return t->buffer && guard_is_host(t->buffer);
 }
 
 // Queries of one token that share a head of K and V

@@ -1,7 +1,8 @@
 // Linear layers of the encoder, see kernels.h
+#include "devices.h"
+#include "guard.h"
 #include "kernels/kernel.h"
 
-#include "ggml-backend.h"
 
 #include <string.h>
 
@@ -9,11 +10,14 @@ enum { PIECE = 64 }; // values of a row that are widened at a time
 
 // Whether ggml's CPU backend was built with these instructions, and the processor has them
 static bool ggml_has(const char * name) {
-    const ggml_backend_dev_t          cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    const ggml_backend_reg_t          reg = ggml_backend_dev_backend_reg(cpu);
-    const ggml_backend_get_features_t get =
-        (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_features");
-    for (struct ggml_backend_feature * f = get ? get(reg) : NULL; f && f->name; f++) {
+    const ggml_backend_dev_t cpu = devices_cpu();
+    void *                   get = NULL;
+    if (!cpu || guard_function(cpu, "ggml_backend_get_features", &get) != MLLAMA_OK || !get) {
+        return false;
+    }
+    const ggml_backend_reg_t      reg = ggml_backend_dev_backend_reg(cpu);
+    struct ggml_backend_feature * f   = ((ggml_backend_get_features_t) get)(reg);
+    for (; f && f->name; f++) {
         if (strcmp(f->name, name) == 0) {
             return strcmp(f->value, "1") == 0;
         }
@@ -28,7 +32,7 @@ static bool in_bf16(const cpu_kernel * kernel, const struct ggml_tensor * weight
 
 bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
     const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
-    if (!kernel || !kernel->f32->multiplies || !buffer || !ggml_backend_buffer_is_host(buffer)) {
+    if (!kernel || !kernel->f32->multiplies || !buffer || !guard_is_host(buffer)) {
         return false;
     }
     switch (weight->type) {

@@ -1,13 +1,13 @@
 // Products of the text's Q4_K and Q6_K weights, see kernels.h
+#include "guard.h"
 #include "kernels/kernel.h"
 
-#include "ggml-backend.h"
 
 enum { ALIGNMENT = 64 }; // of columns; ggml aligns tensors to less
 
 bool cpu_product_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
     return kernel && kernel->quantized && (weight->type == GGML_TYPE_Q4_K || weight->type == GGML_TYPE_Q6_K) &&
-           weight->buffer && ggml_backend_buffer_is_host(weight->buffer);
+           weight->buffer && guard_is_host(weight->buffer);
 }
 
 // Where the columns begin in a tensor for them

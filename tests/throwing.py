@@ -87,7 +87,7 @@ class Use:
         native = load()
         self.model = open_model(path, None, callbacks=Callbacks(native), **{"n_gpu_layers": -1, **settings})
         try:
-            self.context = NativeContext(self.model, Callbacks(native), n_ctx=256)
+            self.context = NativeContext(self.model, Callbacks(native), n_ctx=256, type_k="f32", type_v="f32")
         except BaseException:
             self.model.close()
             raise
@@ -186,8 +186,9 @@ def closing(standin: Standin, model: str) -> None:
 
 
 def command(standin: Standin, place: str, *words: str) -> None:
-    """A command line, with Standin1 throwing."""
-    standin.throw(place)
+    """A command line, with Standin1 throwing; place may be "PLACE:KIND"."""
+    place, _, kind = place.partition(":")
+    standin.throw(place, kind=kind or "error")
     tell(exit_code=run(list(words)))
 
 
