@@ -1,6 +1,7 @@
-"""One process with two devices that throw where they are told: `python throwing.py LIBRARY FUNCTION ARGUMENTS`.
+"""Two devices that throw where they are told: `python throwing.py LIBRARY FUNCTION ARGUMENTS`.
 
-The functions print JSON, one object a line, for test_throwing.py. LIBRARY is native/tests/throwing_backend.cpp, compiled.
+The functions print JSON, one object a line, for test_throwing.py. LIBRARY is native/tests/throwing_backend.cpp,
+compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
-from mllama_gguf.backend.local import NativeContext, devices, open_model
+from mllama_gguf.backend.local import devices, open_model
 from mllama_gguf.backend.types import Floats
 from mllama_gguf.cli.main import run
 from mllama_gguf.errors import MllamaError
@@ -84,10 +85,10 @@ class Use:
     """A model on both devices and a context, as opened; closed at the end of a with block."""
 
     def __init__(self, path: str, **settings: Any) -> None:
-        native = load()
-        self.model = open_model(path, None, callbacks=Callbacks(native), **{"n_gpu_layers": -1, **settings})
+        callbacks = Callbacks(load())
+        self.model = open_model(path, None, callbacks=callbacks, **{"n_gpu_layers": -1, **settings})
         try:
-            self.context = NativeContext(self.model, Callbacks(native), n_ctx=256, type_k="f32", type_v="f32")
+            self.context = self.model.open_context(callbacks, n_ctx=256, type_k="f32", type_v="f32")
         except BaseException:
             self.model.close()
             raise
@@ -136,7 +137,9 @@ def start(standin: Standin, place: str, model: str) -> None:
     log.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("mllama_gguf.native").addHandler(log)
     with Use(model) as rest:
-        tell(same=compare(rest.compute(), expected), devices=[d.device for d in rest.context.memory().devices])
+        tell(
+            same=compare(rest.compute(), expected), devices=[d.device for d in rest.context.memory().devices]
+        )
     tell(warnings=[words for words in warnings if "offload" in words])
     tell(split=error_of(lambda: Use(model, tensor_split=[1, 3]).__exit__()))
     names = [device.name for device in devices()]
@@ -194,7 +197,9 @@ def command(standin: Standin, place: str, *words: str) -> None:
 
 def main(library: str, function: str, *arguments: str) -> None:
     standin = Standin(library)
-    {"start": start, "compute": compute, "closing": closing, "command": command}[function](standin, *arguments)
+    {"start": start, "compute": compute, "closing": closing, "command": command}[function](
+        standin, *arguments
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def lacking(memory: Memory, limits: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def offload_devices(devices: Sequence[Device], settings: Mapping[str, Any]) -> list[Device]:
-    """Those that layers go to, workers first. tensor_split and main_gpu count those that cannot be used too."""
+    """Those that layers go to, workers first. main_gpu counts those that cannot be used too."""
     gpus = [device for device in devices if device.type in ("gpu", "igpu")]
     gpus.sort(key=lambda device: not device.name.startswith("RPC"))
     if settings.get("devices") is not None:

@@ -48,7 +48,8 @@ static mllama_status read_shares(const mllama_model_params * params, gpu_list * 
         }
         sum += gpus->shares[d] = share;
     }
-    return params->tensor_split && sum == 0.0 ? fail(MLLAMA_ERR_ARGUMENT, "tensor_split gives no device a share") : MLLAMA_OK;
+    return params->tensor_split && sum == 0.0 ? fail(MLLAMA_ERR_ARGUMENT, "tensor_split gives no device a share")
+                                              : MLLAMA_OK;
 }
 
 // All that may be used. Workers come first, as in llama.cpp.
@@ -70,10 +71,12 @@ static mllama_status list_gpus(const mllama_model_params * params, gpu_list * gp
         return MLLAMA_OK;
     }
     if (params->main_gpu >= gpus->n) {
-        return fail(MLLAMA_ERR_ARGUMENT, "main_gpu is %d; there are %d devices to offload to, counted from 0", params->main_gpu, gpus->n);
+        return fail(MLLAMA_ERR_ARGUMENT, "main_gpu is %d; there are %d devices to offload to, counted from 0",
+                    params->main_gpu, gpus->n);
     }
     if (params->tensor_split) {
-        return fail(MLLAMA_ERR_ARGUMENT, "main_gpu and tensor_split exclude each other: one device takes all, or they share");
+        return fail(MLLAMA_ERR_ARGUMENT,
+                    "main_gpu and tensor_split exclude each other: one device takes all, or they share");
     }
     gpus->devices[0] = gpus->devices[params->main_gpu];
     gpus->n          = 1;
@@ -140,7 +143,8 @@ static mllama_status place_layers(const mllama_model_params * params, int32_t n_
     if (n_offload > 0) {
         TRY(keep_working(params, &gpus));
         if (gpus.n == 0) {
-            log_warn("n_gpu_layers is %d, but ggml has no usable GPU device here: everything runs on the CPU", params->n_gpu_layers);
+            log_warn("n_gpu_layers is %d, but ggml has no usable GPU device here: everything runs on the CPU",
+                     params->n_gpu_layers);
             n_offload = 0;
         }
     }

@@ -28,7 +28,8 @@ typedef struct device_facts {
     device_state               state;
 } device_facts;
 
-// Entries are added and never changed but for their state, nor moved, so that those up to n_known can be read by any thread.
+// Entries are added and never changed but for their state, nor moved, so that those up to n_known can be read by any
+// thread.
 static device_facts *  known[MAX_KNOWN];
 static atomic_int      n_known;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; // of adding, and of starting devices
@@ -100,8 +101,8 @@ static mllama_status notice(void) {
 
 mllama_status devices_init(void) {
     if (strcmp(ggml_version(), MLLAMA_GGML_VERSION) != 0) {
-        return fail(MLLAMA_ERR_BACKEND, "compiled for ggml %s, but ggml %s is loaded; reinstall mllama_gguf", MLLAMA_GGML_VERSION,
-                    ggml_version());
+        return fail(MLLAMA_ERR_BACKEND, "compiled for ggml %s, but ggml %s is loaded; reinstall mllama_gguf",
+                    MLLAMA_GGML_VERSION, ggml_version());
     }
     log_install();
     pthread_mutex_lock(&mutex);
@@ -178,7 +179,8 @@ static mllama_status try_start(device_facts * f) {
     log_forget();
     TRY(guard_start(f->device, &backend));
     if (!backend) {
-        return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started%s%s", f->label, log_last_error()[0] ? ": " : "", log_last_error());
+        return fail(MLLAMA_ERR_BACKEND, "device %s cannot be started%s%s", f->label, log_last_error()[0] ? ": " : "",
+                    log_last_error());
     }
     mllama_status status = guard_buffer_type(f->device, &type);
     if (status == MLLAMA_OK) {

@@ -22,21 +22,20 @@ struct words {
     explicit words(const char * what) {
         std::snprintf(text, sizeof(text), "%s", what && *what ? what : "no reason given");
         for (char * c = text; *c; c++) {
-            if (std::iscntrl((unsigned char) *c)) *c = ' ';
-        }
-        for (size_t n = std::strlen(text); n > 0 && text[n - 1] == ' '; n--) {
-            text[n - 1] = '\0';
+            if (std::iscntrl((unsigned char) *c)) *c = c[1] ? ' ' : '\0';
         }
     }
 
-    // Vulkan's exceptions and others' are std::runtime_error whatever the reason.
+    // Drivers' exceptions have one type for all reasons.
     bool of_memory() const {
-        return std::strstr(text, "OutOfDeviceMemory") || std::strstr(text, "OutOfHostMemory") || std::strstr(text, "ut of memory");
+        return std::strstr(text, "OutOfDeviceMemory") || std::strstr(text, "OutOfHostMemory") ||
+               std::strstr(text, "ut of memory");
     }
 };
 
-// Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding must go on, so none of these functions is
-// noexcept: it ends a thread, as Python does with a daemon thread that is in a callback when the interpreter finalizes.
+// Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding must go on, so none of these
+// functions is noexcept: it ends a thread, as Python does with a daemon thread that is in a callback when the
+// interpreter finalizes.
 template <class Call, class Describe> mllama_status guarded(Call && call, Describe && describe) {
     try {
         call();
@@ -100,7 +99,9 @@ bool answers(ggml_backend_t backend) {
         ggml_cgraph * gf = ggml_new_graph(ctx);
         ggml_build_forward_expand(gf, y);
         ggml_backend_synchronize(backend);
-        buffer = ggml_backend_dev_supports_op(ggml_backend_get_device(backend), y) ? ggml_backend_alloc_ctx_tensors(ctx, backend) : nullptr;
+        buffer = ggml_backend_dev_supports_op(ggml_backend_get_device(backend), y)
+                     ? ggml_backend_alloc_ctx_tensors(ctx, backend)
+                     : nullptr;
         if (buffer && ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(buffer))) {
             ggml_backend_buffer_is_host(buffer);
             ggml_backend_buffer_reset(buffer);
@@ -116,19 +117,19 @@ bool answers(ggml_backend_t backend) {
     return ok;
 }
 
-// An exception of a graph that is spread over devices does not tell which of them it is from. Names the ones that do not answer any
-// more, or else all that it can be from.
+// An exception of a graph that is spread over devices does not tell which of them it is from. Names the ones that do
+// not answer any more, or else all that it can be from.
 void name_suspects(const ggml_backend_t * backends, int n, char * names, size_t size) {
     bool found = false;
     std::snprintf(names, size, "CPU");
     for (int i = 0, listed = 0; i < n; i++) {
         const ggml_backend_dev_t device = ggml_backend_get_device(backends[i]);
-        if (device_is_rpc(device) || device_is_cpu(device)) { // the one ends the process instead, the other has no exceptions
-            continue;
+        if (device_is_rpc(device) || device_is_cpu(device)) {
+            continue; // the one ends the process instead, the other has no exceptions
         }
         const bool silent = !answers(backends[i]);
         if (silent && !found) {
-            found  = true;
+            found = true;
             listed = 0;
         }
         if (silent || !found) {
@@ -139,7 +140,8 @@ void name_suspects(const ggml_backend_t * backends, int n, char * names, size_t 
     }
 }
 
-template <class Call> mllama_status on_backends(const ggml_backend_t * backends, int n, const char * doing, Call && call) {
+template <class Call>
+mllama_status on_backends(const ggml_backend_t * backends, int n, const char * doing, Call && call) {
     return guarded(call, [&](const char * what, bool of_memory) {
         char names[300], where[400];
         name_suspects(backends, n, names, sizeof(names));
@@ -160,6 +162,14 @@ template <class Call> mllama_status in_sched(ggml_backend_sched_t sched, const c
 template <class Call> mllama_status in_registry(Call && call) {
     return guarded(call, [](const char * what, bool of_memory) {
         return say("ggml cannot register the devices of this machine", what, of_memory);
+    });
+}
+
+template <class Call> mllama_status with_worker(const char * endpoint, const char * state, Call && call) {
+    return guarded(call, [&](const char * what, bool of_memory) {
+        char where[300];
+        std::snprintf(where, sizeof(where), "worker %s %s", endpoint, state);
+        return say(where, what, of_memory);
     });
 }
 
@@ -215,7 +225,8 @@ mllama_status guard_type(ggml_backend_dev_t device, enum ggml_backend_dev_type *
 }
 
 mllama_status guard_registry_name(ggml_backend_dev_t device, const char ** name) {
-    return on_device(device, "telling its backend", [&] { *name = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)); });
+    return on_device(device, "telling its backend",
+                     [&] { *name = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)); });
 }
 
 mllama_status guard_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes) {
@@ -240,8 +251,9 @@ mllama_status guard_supports_op(ggml_backend_dev_t device, const struct ggml_ten
 
 mllama_status guard_function(ggml_backend_dev_t device, const char * name, void ** function) {
     *function = nullptr;
-    return on_device(device, "telling its functions",
-                     [&] { *function = ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), name); });
+    return on_device(device, "telling its functions", [&] {
+        *function = ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), name);
+    });
 }
 
 const char * guard_layout_name(ggml_backend_buffer_type_t type) {
@@ -278,26 +290,19 @@ mllama_status guard_rpc_add(rpc_add_server_fn add_server, const char * endpoint,
             ggml_backend_register(reg);
         }
     };
-    return guarded(call, [&](const char * what, bool of_memory) {
-        char where[300];
-        std::snprintf(where, sizeof(where), "worker %s cannot be added", endpoint);
-        return say(where, what, of_memory);
-    });
+    return with_worker(endpoint, "cannot be added", call);
 }
 
-mllama_status guard_rpc_serve(rpc_start_server_fn start_server, const char * endpoint, const char * cache_dir, int32_t n_threads,
-                              int32_t n_devices, ggml_backend_dev_t * devices) {
+mllama_status guard_rpc_serve(rpc_start_server_fn start_server, const char * endpoint, const char * cache_dir,
+                              int32_t n_threads, int32_t n_devices, ggml_backend_dev_t * devices) {
     const auto call = [&] { start_server(endpoint, cache_dir, (size_t) n_threads, (size_t) n_devices, devices); };
-    return guarded(call, [&](const char * what, bool of_memory) {
-        char where[300];
-        std::snprintf(where, sizeof(where), "the worker at %s stopped", endpoint);
-        return say(where, what, of_memory);
-    });
+    return with_worker(endpoint, "stopped", call);
 }
 
 // ---- buffers and tensors ------------------------------------------------------------------------------------------
 
-mllama_status guard_alloc_tensors(struct ggml_context * ctx, ggml_backend_buffer_type_t type, ggml_backend_buffer_t * buffer) {
+mllama_status guard_alloc_tensors(struct ggml_context * ctx, ggml_backend_buffer_type_t type,
+                                  ggml_backend_buffer_t * buffer) {
     *buffer = nullptr;
     return in_type(type, "allocating memory", [&] { *buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, type); });
 }
@@ -321,11 +326,13 @@ mllama_status guard_place_tensor(ggml_backend_buffer_t buffer, struct ggml_tenso
     enum ggml_status status = GGML_STATUS_FAILED;
     TRY(in_type(ggml_backend_buffer_get_type(buffer), "placing a tensor",
                 [&] { status = ggml_backend_tensor_alloc(buffer, t, address); }));
-    return status == GGML_STATUS_SUCCESS ? MLLAMA_OK : fail(MLLAMA_ERR_BACKEND, "tensor '%s' cannot be used in place", t->name);
+    return status == GGML_STATUS_SUCCESS ? MLLAMA_OK
+                                         : fail(MLLAMA_ERR_BACKEND, "tensor '%s' cannot be used in place", t->name);
 }
 
 mllama_status guard_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    return in_type(ggml_backend_buffer_get_type(buffer), "clearing memory", [&] { ggml_backend_buffer_clear(buffer, value); });
+    return in_type(ggml_backend_buffer_get_type(buffer), "clearing memory",
+                   [&] { ggml_backend_buffer_clear(buffer, value); });
 }
 
 mllama_status guard_set(struct ggml_tensor * t, const void * data, size_t offset, size_t size) {
@@ -338,7 +345,8 @@ mllama_status guard_get(const struct ggml_tensor * t, void * data, size_t offset
 
 bool guard_is_host(ggml_backend_buffer_t buffer) {
     bool is_host = false;
-    in_type(ggml_backend_buffer_get_type(buffer), "telling its kind of memory", [&] { is_host = ggml_backend_buffer_is_host(buffer); });
+    in_type(ggml_backend_buffer_get_type(buffer), "telling its kind of memory",
+            [&] { is_host = ggml_backend_buffer_is_host(buffer); });
     return is_host;
 }
 
@@ -348,7 +356,8 @@ void guard_buffer_free(ggml_backend_buffer_t buffer) {
 
 // ---- graphs -------------------------------------------------------------------------------------------------------
 
-mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes, ggml_backend_sched_t * sched) {
+mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes,
+                              ggml_backend_sched_t * sched) {
     *sched = nullptr;
     return on_backends(backends, n_backends, "getting ready",
                        [&] { *sched = ggml_backend_sched_new(backends, nullptr, n_backends, n_nodes, false, false); });
@@ -366,7 +375,8 @@ mllama_status guard_sched_alloc(ggml_backend_sched_t * sched, struct ggml_cgraph
 }
 
 mllama_status guard_sched_measure(ggml_backend_sched_t * sched, struct ggml_cgraph * gf, size_t * sizes) {
-    const mllama_status status = in_sched(*sched, "measuring a graph", [&] { ggml_backend_sched_reserve_size(*sched, gf, sizes); });
+    const mllama_status status = in_sched(*sched, "measuring a graph",
+                                          [&] { ggml_backend_sched_reserve_size(*sched, gf, sizes); });
     if (status != MLLAMA_OK) {
         *sched = nullptr;
     }
@@ -380,7 +390,8 @@ mllama_status guard_sched_compute(ggml_backend_sched_t sched, struct ggml_cgraph
 
 mllama_status guard_compute(ggml_backend_t backend, struct ggml_cgraph * gf, enum ggml_status * status) {
     *status = GGML_STATUS_FAILED;
-    return on_device(ggml_backend_get_device(backend), "computing", [&] { *status = ggml_backend_graph_compute(backend, gf); });
+    return on_device(ggml_backend_get_device(backend), "computing",
+                     [&] { *status = ggml_backend_graph_compute(backend, gf); });
 }
 
 void guard_sched_free(ggml_backend_sched_t sched) {

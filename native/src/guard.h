@@ -1,8 +1,8 @@
-// Calls into ggml's backends, some of which throw C++ exceptions: a driver that refuses a device, a device that is lost,
-// memory that is not there. No exception may enter C, so every call that a backend answers goes through here.
+// Calls into ggml's backends, some of which throw C++ exceptions: a driver that refuses a device, a device that is
+// lost, memory that is not there. No exception may enter C, so every call that a backend answers goes through here.
 //
-// An exception becomes MLLAMA_ERR_MEMORY or MLLAMA_ERR_BACKEND, and one line for mllama_last_error() that names the device.
-// What ggml reports without an exception (NULL, false) is the caller's to judge: the status is then MLLAMA_OK.
+// An exception becomes MLLAMA_ERR_MEMORY or MLLAMA_ERR_BACKEND, and one line for mllama_last_error() that names the
+// device. What ggml reports without an exception (NULL, false) is the caller's to judge: the status is then MLLAMA_OK.
 #pragma once
 
 #include "status.h"
@@ -42,13 +42,14 @@ typedef void (*rpc_start_server_fn)(const char * endpoint, const char * cache_di
 mllama_status guard_rpc_function(const char * name, void ** function); // NULL: ggml has no RPC
 // *found: whether the worker has devices. Those that are not there yet are registered.
 mllama_status guard_rpc_add(rpc_add_server_fn add_server, const char * endpoint, bool * found);
-mllama_status guard_rpc_serve(rpc_start_server_fn start_server, const char * endpoint, const char * cache_dir, int32_t n_threads,
-                              int32_t n_devices, ggml_backend_dev_t * devices);
+mllama_status guard_rpc_serve(rpc_start_server_fn start_server, const char * endpoint, const char * cache_dir,
+                              int32_t n_threads, int32_t n_devices, ggml_backend_dev_t * devices);
 
 // ---- buffers and tensors ------------------------------------------------------------------------------------------
 
 // One buffer for all tensors of ctx
-mllama_status guard_alloc_tensors(struct ggml_context * ctx, ggml_backend_buffer_type_t type, ggml_backend_buffer_t * buffer);
+mllama_status guard_alloc_tensors(struct ggml_context * ctx, ggml_backend_buffer_type_t type,
+                                  ggml_backend_buffer_t * buffer);
 mllama_status guard_measure_tensors(struct ggml_context * ctx, ggml_backend_buffer_type_t type, uint64_t * size);
 mllama_status guard_alloc_buffer(ggml_backend_buffer_type_t type, size_t size, ggml_backend_buffer_t * buffer);
 // CPU memory that is there already
@@ -62,9 +63,11 @@ void          guard_buffer_free(ggml_backend_buffer_t buffer);  // what it throw
 
 // ---- graphs -------------------------------------------------------------------------------------------------------
 
-mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes, ggml_backend_sched_t * sched);
-// Makes the buffers of a graph, and with `place` puts its tensors there. *ok: whether there was room. After an exception *sched
-// is NULL and its memory is lost: ggml may have freed a buffer that it still lists, and would free it again.
+mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes,
+                              ggml_backend_sched_t * sched);
+// Makes the buffers of a graph, and with `place` puts its tensors there. *ok: whether there was room. After an
+// exception *sched is NULL and its memory is lost: ggml may have freed a buffer that it still lists, and would free it
+// again.
 mllama_status guard_sched_alloc(ggml_backend_sched_t * sched, struct ggml_cgraph * gf, bool place, bool * ok);
 mllama_status guard_sched_measure(ggml_backend_sched_t * sched, struct ggml_cgraph * gf, size_t * sizes);
 mllama_status guard_sched_compute(ggml_backend_sched_t sched, struct ggml_cgraph * gf, enum ggml_status * status);

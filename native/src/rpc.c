@@ -5,9 +5,10 @@
 #include "ggml.h"
 
 static mllama_status no_rpc(void) {
-    return fail(MLLAMA_ERR_BACKEND,
-                "the installed llama-cpp-python has no RPC; run: CMAKE_ARGS=\"-DGGML_RPC=ON\" pip install --force-reinstall "
-                "--no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==" MLLAMA_LLAMA_CPP_VERSION);
+    return fail(
+        MLLAMA_ERR_BACKEND,
+        "the installed llama-cpp-python has no RPC; run: CMAKE_ARGS=\"-DGGML_RPC=ON\" pip install --force-reinstall "
+        "--no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==" MLLAMA_LLAMA_CPP_VERSION);
 }
 
 static mllama_status find_function(const char * name, void ** function) {
@@ -37,7 +38,8 @@ mllama_status mllama_rpc_serve(const char * endpoint, const char * cache_dir, in
         return fail(MLLAMA_ERR_ARGUMENT, "%d devices to serve; 1 to %d are possible", n_devices, MAX_DEVICES);
     }
     if (n_threads > GGML_MAX_N_THREADS) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%d threads to serve with; at most %d are possible", n_threads, GGML_MAX_N_THREADS);
+        return fail(MLLAMA_ERR_ARGUMENT, "%d threads to serve with; at most %d are possible", n_threads,
+                    GGML_MAX_N_THREADS);
     }
     ggml_backend_dev_t served[MAX_DEVICES];
     for (int32_t i = 0; i < n_devices; i++) {
@@ -47,6 +49,7 @@ mllama_status mllama_rpc_serve(const char * endpoint, const char * cache_dir, in
         }
         TRY(device_start(served[i]));
     }
-    TRY(guard_rpc_serve((rpc_start_server_fn) function, endpoint, cache_dir, n_threads > 0 ? n_threads : 1, n_devices, served));
+    TRY(guard_rpc_serve((rpc_start_server_fn) function, endpoint, cache_dir, n_threads > 0 ? n_threads : 1, n_devices,
+                        served));
     return fail(MLLAMA_ERR_BACKEND, "the worker at %s stopped; is the port in use?", endpoint);
 }

@@ -1,5 +1,6 @@
-// The tables by which ggml calls a backend, as far as a stand-in needs them. ggml does not install its own header of them; the order
-// of the entries is version 2 of its backend interface (ggml 0.25), which `abi_fits` checks in the loaded library.
+// The tables by which ggml calls a backend, as far as a stand-in needs them. ggml does not install its own header of
+// them; the order of the entries is version 2 of its backend interface (ggml 0.25), which `fits` checks in the
+// loaded library.
 #pragma once
 
 #include "ggml-backend.h"

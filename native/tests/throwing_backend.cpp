@@ -1,5 +1,6 @@
-// Devices for tests: "Standin0", "Standin1", ... compute in the host's memory with ggml's CPU backend, but as far as ggml knows they
-// are GPUs. A test names a place in which one of them throws. tests/backend/test_throwing.py drives them.
+// Devices for tests: "Standin0", "Standin1", ... compute in the host's memory with ggml's CPU backend, but as far as
+// ggml knows they are GPUs. A test names a place in which one of them throws. tests/backend/test_throwing.py drives
+// them.
 #include "backend_abi.h"
 
 #include <cstdio>
@@ -49,9 +50,18 @@ ggml_backend_dev_t device(int i) { return reinterpret_cast<ggml_backend_dev_t>(&
 void * memory(ggml_backend_buffer_t b) { return reinterpret_cast<abi::buffer *>(b)->context; }
 
 const abi::buffer_table buffer_functions = {
-    [](ggml_backend_buffer_t b) { may_throw("free_buffer", index_of(b)); std::free(memory(b)); },
-    [](ggml_backend_buffer_t b) { may_throw("get_base", index_of(b)); return memory(b); },
-    [](ggml_backend_buffer_t b, ggml_tensor *) { may_throw("init_tensor", index_of(b)); return GGML_STATUS_SUCCESS; },
+    [](ggml_backend_buffer_t b) {
+        may_throw("free_buffer", index_of(b));
+        std::free(memory(b));
+    },
+    [](ggml_backend_buffer_t b) {
+        may_throw("get_base", index_of(b));
+        return memory(b);
+    },
+    [](ggml_backend_buffer_t b, ggml_tensor *) {
+        may_throw("init_tensor", index_of(b));
+        return GGML_STATUS_SUCCESS;
+    },
     [](ggml_backend_buffer_t b, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
         may_throw("memset_tensor", index_of(b));
         std::memset((char *) t->data + offset, value, size);
@@ -64,8 +74,12 @@ const abi::buffer_table buffer_functions = {
         may_throw("get_tensor", index_of(b));
         std::memcpy(data, (const char *) t->data + offset, size);
     },
-    nullptr, nullptr,
-    [](ggml_backend_buffer_t b, const ggml_tensor *, ggml_tensor *) { may_throw("cpy_tensor", index_of(b)); return false; },
+    nullptr,
+    nullptr,
+    [](ggml_backend_buffer_t b, const ggml_tensor *, ggml_tensor *) {
+        may_throw("cpy_tensor", index_of(b));
+        return false;
+    },
     [](ggml_backend_buffer_t b, uint8_t value) {
         may_throw("clear", index_of(b));
         std::memset(memory(b), value, ggml_backend_buffer_get_size(b));
@@ -80,10 +94,22 @@ const abi::buffer_type_table type_functions = {
         void * data = std::aligned_alloc(64, (size + 63) / 64 * 64);
         return reinterpret_cast<ggml_backend_buffer_t>(new abi::buffer { buffer_functions, t, data, size, 0 });
     },
-    [](ggml_backend_buffer_type_t t) { may_throw("get_alignment", index_of(t)); return (size_t) 64; },
-    [](ggml_backend_buffer_type_t t) { may_throw("get_max_size", index_of(t)); return SIZE_MAX; },
-    [](ggml_backend_buffer_type_t t, const ggml_tensor * tensor) { may_throw("get_alloc_size", index_of(t)); return ggml_nbytes(tensor); },
-    [](ggml_backend_buffer_type_t t) { may_throw("is_host", index_of(t)); return false; },
+    [](ggml_backend_buffer_type_t t) {
+        may_throw("get_alignment", index_of(t));
+        return (size_t) 64;
+    },
+    [](ggml_backend_buffer_type_t t) {
+        may_throw("get_max_size", index_of(t));
+        return SIZE_MAX;
+    },
+    [](ggml_backend_buffer_type_t t, const ggml_tensor * tensor) {
+        may_throw("get_alloc_size", index_of(t));
+        return ggml_nbytes(tensor);
+    },
+    [](ggml_backend_buffer_type_t t) {
+        may_throw("is_host", index_of(t));
+        return false;
+    },
 };
 
 // ---- computing ----------------------------------------------------------------------------------------------------
@@ -171,8 +197,10 @@ __attribute__((visibility("default"))) const char * standin_register(int n) {
     return nullptr;
 }
 
-// Lets a device (-1: any) throw in a place after some calls that go well. kind: "error", "memory" or "odd". place "": nowhere.
-__attribute__((visibility("default"))) void standin_throw(const char * place, int device, const char * kind, int after) {
+// Lets a device (-1: any) throw in a place after some calls that go well. kind: "error", "memory" or "odd". place "":
+// nowhere.
+__attribute__((visibility("default"))) void standin_throw(const char * place, int device, const char * kind,
+                                                          int after) {
     fault_place  = place;
     fault_device = device;
     fault_kind   = kind;

@@ -1,5 +1,6 @@
-// Preloaded (LD_PRELOAD), it stands before ggml's CPU backend: ggml's registration of all devices fails, as it does when a driver
-// throws there. MLLAMA_TEST_REGISTRY: "vulkan", as long as Vulkan is not disabled; "always". MLLAMA_TEST_GGML_CPU: libggml-cpu.
+// Preloaded (LD_PRELOAD), it stands before ggml's CPU backend: ggml's registration of all devices fails, as it does
+// when a driver throws there. MLLAMA_TEST_REGISTRY: "vulkan", as long as Vulkan is not disabled; "always".
+// MLLAMA_TEST_GGML_CPU: libggml-cpu.
 #include "ggml-backend.h"
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-"""What the C code may call: exceptions of ggml's backends are caught in one file, and everything declared exists."""
+"""What the C code calls and has: backends are called through the guard alone, and all that is declared exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllama_gguf.backend.library import declarations, load
 
 NATIVE = Path(__file__).parents[2] / "native"
 
-# These only look into ggml's own structures. All others ask a backend, which may throw; see native/src/guard.h.
+# These only look into ggml's own structures. All others ask a backend, which may throw: see guard.h.
 HARMLESS = {
     "ggml_backend_buffer_get_size",
     "ggml_backend_buffer_get_type",
@@ -19,6 +19,7 @@ HARMLESS = {
     "ggml_backend_buft_get_alignment",  # of the CPU's memory
     "ggml_backend_buft_get_device",
     "ggml_backend_cpu_buffer_type",
+    "ggml_backend_cpu_set_n_threads",
     "ggml_backend_dev_backend_reg",
     "ggml_backend_get_device",
     "ggml_backend_sched_get_buffer_size",

@@ -10,7 +10,7 @@ from helpers import TinyFiles
 
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
-from mllama_gguf.backend.local import NativeContext, NativeModel
+from mllama_gguf.backend.local import LocalModel
 from mllama_gguf.errors import RequestError
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -18,13 +18,13 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 def test_any_number_of_threads(tiny_files: Callable[[str], TinyFiles]) -> None:
     callbacks = Callbacks(load())
-    model = NativeModel(tiny_files("gqa").one, None, callbacks)
+    model = LocalModel(tiny_files("gqa").one, None, callbacks)
     for n in (513, 1024, 999_999, INT_MAX):
         with pytest.raises(RequestError, match=f"n_threads is {n}; at most 512 are possible"):
-            NativeContext(model, callbacks, n_ctx=64, n_threads=n)
+            model.open_context(callbacks, n_ctx=64, n_threads=n)
     expected = None
     for n in (INT_MIN, -1, 0, 1, 40):
-        context = NativeContext(model, callbacks, n_ctx=64, n_threads=n)
+        context = model.open_context(callbacks, n_ctx=64, n_threads=n)
         for again in (n, INT_MIN, INT_MAX, 0, 3):
             with context.handle as pointer:
                 context.native.lib.mllama_set_n_threads(pointer, again)

@@ -17,7 +17,8 @@ ggml_backend_buffer_type_t * repack_layouts(ggml_backend_dev_t cpu) {
 }
 
 bool repack_multiplies(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t layout, const struct ggml_tensor * matrix) {
-    struct ggml_context * ctx    = ggml_init((struct ggml_init_params) { .mem_size = 4 * ggml_tensor_overhead(), .no_alloc = true });
+    struct ggml_context * ctx = ggml_init(
+        (struct ggml_init_params){ .mem_size = 4 * ggml_tensor_overhead(), .no_alloc = true });
     ggml_backend_buffer_t buffer = NULL;
     bool                  ok     = false;
     if (ctx && guard_alloc_buffer(layout, 0, &buffer) == MLLAMA_OK && buffer) {
@@ -50,14 +51,18 @@ static bool can_be_tried(int32_t type) {
         case GGML_TYPE_F32: case GGML_TYPE_F16: case GGML_TYPE_BF16:
         case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q8_0:
         case GGML_TYPE_Q2_K: case GGML_TYPE_Q3_K: case GGML_TYPE_Q4_K: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K:
-        case GGML_TYPE_IQ3_XXS: case GGML_TYPE_IQ3_S: case GGML_TYPE_IQ4_NL: case GGML_TYPE_IQ4_XS: case GGML_TYPE_MXFP4:
-            return true;
+        case GGML_TYPE_IQ3_XXS:
+        case GGML_TYPE_IQ3_S:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_IQ4_XS:
+        case GGML_TYPE_MXFP4: return true;
         default:
             return false;
     }
 }
 
-ggml_backend_buffer_type_t repack_choose(ggml_backend_dev_t cpu, const char * names, const struct ggml_tensor * matrix) {
+ggml_backend_buffer_type_t repack_choose(ggml_backend_dev_t cpu, const char * names,
+                                         const struct ggml_tensor * matrix) {
     ggml_backend_buffer_type_t * layout = can_be_tried((int32_t) matrix->type) ? repack_layouts(cpu) : NULL;
     for (; layout && *layout; layout++) {
         if (is_named(names, guard_layout_name(*layout)) && repack_multiplies(cpu, *layout, matrix)) {
@@ -99,8 +104,8 @@ static void product_free(product * p) {
 }
 
 // layout NULL: the plain one
-static mllama_status product_init(product * p, ggml_backend_buffer_type_t layout, enum ggml_type type, int32_t n_in, int32_t n_out,
-                                  int32_t n_columns) {
+static mllama_status product_init(product * p, ggml_backend_buffer_type_t layout, enum ggml_type type, int32_t n_in,
+                                  int32_t n_out, int32_t n_columns) {
     const size_t size = 16 * ggml_tensor_overhead() + ggml_graph_overhead();
     p->weights = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
     p->values  = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
@@ -143,25 +148,26 @@ static mllama_status find_layout(const char * name, ggml_backend_dev_t cpu, ggml
     return fail(MLLAMA_ERR_ARGUMENT, "the CPU has no layout '%s' here", name);
 }
 
-mllama_status mllama_repack_product(const char * layout, int32_t type, const float * w, const float * x, float * y, int32_t n_in,
-                                    int32_t n_out, int32_t n_columns, int32_t n_threads) {
+mllama_status mllama_repack_product(const char * layout, int32_t type, const float * w, const float * x, float * y,
+                                    int32_t n_in, int32_t n_out, int32_t n_columns, int32_t n_threads) {
     TRY(devices_init());
     const ggml_backend_dev_t   cpu   = devices_cpu();
     ggml_backend_buffer_type_t place = NULL;
     if (layout) {
         TRY(find_layout(layout, cpu, &place));
     }
-    if (type < 0 || type >= GGML_TYPE_COUNT || !w || !x || !y || n_in < 1 || n_out < 1 || n_columns < 1 || n_threads < 1 ||
-        n_threads > GGML_MAX_N_THREADS) {
-        return fail(MLLAMA_ERR_ARGUMENT, "no product of type %d with %d x %d weights, %d columns and %d threads", type, n_in, n_out,
-                    n_columns, n_threads);
+    if (type < 0 || type >= GGML_TYPE_COUNT || !w || !x || !y || n_in < 1 || n_out < 1 || n_columns < 1 ||
+        n_threads < 1 || n_threads > GGML_MAX_N_THREADS) {
+        return fail(MLLAMA_ERR_ARGUMENT, "no product of type %d with %d x %d weights, %d columns and %d threads", type,
+                    n_in, n_out, n_columns, n_threads);
     }
     const struct ggml_tensor wanted = { .type = (enum ggml_type) type, .ne = { n_in, n_out, 1, 1 } };
     if (!can_be_tried(type) || n_in % ggml_blck_size(wanted.type) != 0) {
         return fail(MLLAMA_ERR_ARGUMENT, "rows of %d values cannot be made %s", n_in, ggml_type_name(wanted.type));
     }
     if (place && !repack_multiplies(cpu, place, &wanted)) {
-        return fail(MLLAMA_ERR_ARGUMENT, "layout %s has no products with %s matrices of %d x %d", layout, ggml_type_name(wanted.type), n_in, n_out);
+        return fail(MLLAMA_ERR_ARGUMENT, "layout %s has no products with %s matrices of %d x %d", layout,
+                    ggml_type_name(wanted.type), n_in, n_out);
     }
     product       p      = { 0 };
     mllama_status status = product_init(&p, place, wanted.type, n_in, n_out, n_columns);
