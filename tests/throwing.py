@@ -1,7 +1,7 @@
 """Two devices that throw where they are told: `python throwing.py LIBRARY FUNCTION ARGUMENTS`.
 
-The functions print JSON, one object a line, for test_throwing.py. LIBRARY is native/tests/throwing_backend.cpp,
-compiled.
+The functions print JSON, one object a line, for test_throwing.py. LIBRARY is the compiled
+native/tests/throwing_backend.cpp.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the C code calls and has: backends are called through the guard alone, and all that is declared exists."""
+"""The C code calls backends through the guard alone, and the library has all that its header declares."""
 
 from __future__ import annotations
 
