@@ -3,7 +3,6 @@
 #include "guard.h"
 #include "kernels/kernel.h"
 
-
 #include <string.h>
 
 enum { PIECE = 64 }; // values of a row that are widened at a time
