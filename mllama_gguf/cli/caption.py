@@ -144,7 +144,8 @@ def caption_command(
                     click.echo(piece, nl=False)
                     sys.stdout.flush()
             click.echo(json.dumps(_as_dict(name, text, reply.stats, load_seconds)) if as_json else "")
-            if reply.finish_reason == "length":
+            # Plain text of -n tokens is what was asked for; half a JSON document is not.
+            if reply.finish_reason == "length" and options.response_format is not None:
                 n = reply.stats.completion_tokens
                 click.echo(f"{name}: cut off after {n} tokens (see -n)", err=True)
     return int(failed)
