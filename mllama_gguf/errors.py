@@ -6,7 +6,7 @@ class MllamaError(Exception):
 
 
 class ImageError(MllamaError, ValueError):
-    """A picture that cannot be used: missing, corrupt, of an unsupported kind, empty or absurdly large."""
+    """An image that cannot be used: missing, corrupt, of an unsupported kind, empty or absurdly large."""
 
 
 class ModelError(MllamaError, ValueError):
@@ -35,13 +35,13 @@ class Aborted(MllamaError):
 
 
 class RequestError(MllamaError, ValueError):
-    """A request that cannot be carried out as asked: messages, options, a grammar, or pictures for a text
+    """A request that cannot be carried out as asked: messages, options, a grammar, or images for a text
     model."""
 
 
 class BusyError(MllamaError, RuntimeError):
-    """One object used from two threads at once, or while one of its own callbacks runs; open one for each
-    thread."""
+    """One conversation used by two threads at the same time, or by one of its own callbacks; open one for
+    each thread."""
 
 
 class CopyError(MllamaError, TypeError):

@@ -12,7 +12,8 @@
 
 `read_images` works too; pictures of bytes keep their EXIF orientation, though, and one that cannot be decoded
 is an error in its row and not the end of the job. The weights are mapped into memory: the actors of one
-machine share them. Ray starts an actor that died anew and gives it the rows that have no result yet.
+machine share them. Ray starts a new actor in place of one that died, and gives it the rows that have no
+result yet.
 
 This module does not import Ray: only the extra `ray` brings it.
 """

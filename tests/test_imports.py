@@ -6,6 +6,7 @@ Every import counts: at the top of a file, inside a function, for types alone.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -115,6 +116,25 @@ def test_every_arrow_leads_down() -> None:
     assert len(found) > 100
     assert {part_of(module) for arrow in found for module in arrow} <= set(FLOORS)
     assert upward(found, FLOORS) <= EXCEPTIONS
+
+
+def test_the_map_is_the_house() -> None:
+    """docs/architecture.md lists the parts from the roof to the ground, and every folder of the C library."""
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "architecture.md").read_text("utf-8")
+    listing = text[text.index("mllama_gguf/\n") : text.index("native/\n")]
+    listed = [
+        name.removesuffix(".py").rstrip("/")
+        for line in listing.splitlines()[1:]
+        for name in re.findall(r"\b[a-z_]+(?:\.py|/)", line.split("   ")[0])
+    ]
+    expected = [part for part in reversed(FLOORS) if not part.startswith("__")]
+    assert listed == expected
+    source = root / "native" / "src"
+    inside = text[text.index("native/\n") : text.index("tests/        ")]
+    for path in source.iterdir():
+        name = f"src/{path.name}/" if path.is_dir() else path.name
+        assert path.suffix == ".h" or name in inside, name
 
 
 def test_no_circles() -> None:

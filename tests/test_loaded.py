@@ -279,7 +279,7 @@ def test_after_a_loss_of_the_child_all_conversations_go_on(tiny_files: Files) ->
         expected = [c.caption(picture(i), max_tokens=9) for i, c in enumerate((one, two))]
         supervisor = model._backend.model._supervisor  # type: ignore[attr-defined]
         os.kill(supervisor._process._child.pid, signal.SIGKILL)
-        with pytest.raises(BackendError, match="the next call starts anew"):
+        with pytest.raises(BackendError, match="the next call starts a new process"):
             two.caption(picture(1), max_tokens=9)
         assert [c.caption(picture(i), max_tokens=9) for i, c in enumerate((one, two))] == expected
 

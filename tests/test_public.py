@@ -42,6 +42,12 @@ def test_type_checkers_see_the_names_that_are_imported_late() -> None:
     assert seen == mllama_gguf._LAZY
 
 
+def test_every_public_name_has_its_page() -> None:
+    pages = (Path(__file__).parents[1] / "docs" / "api.md").read_text("utf-8")
+    for name, module in mllama_gguf._LAZY.items():
+        assert f"::: mllama_gguf.{module}.{name}\n" in pages, name
+
+
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, mllama_gguf, mllama_gguf.cli.main\n"

@@ -100,7 +100,7 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def load() -> Native:
-    """Load llama.cpp's libraries and libmllama; at once after the first time.
+    """Load llama.cpp's libraries and libmllama. Later calls return the same object.
 
     Raises BackendError saying what to install when a library is missing or does not fit.
     """

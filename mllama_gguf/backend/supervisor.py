@@ -202,4 +202,4 @@ class Supervisor(OneProcess):
         where = ", ".join(f"{worker} ({state})" if state else worker for worker, state in guilty.items())
         if where:
             words = f"worker{'s' if len(guilty) > 1 else ''} {where}: {words}"
-        raise BackendError(f"{words}; the next call starts anew") from None
+        raise BackendError(f"{words}; the next call starts a new process") from None

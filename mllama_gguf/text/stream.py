@@ -1,4 +1,4 @@
-"""Bytes of tokens to text that can be shown at once: whole characters only, and nothing of a stop string."""
+"""Bytes of tokens to text that can be shown already: whole characters only, and nothing of a stop string."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_after_a_loss_each_is_opened_again(
     logits(two, 1)
     epoch = one.epoch
     os.kill(child(supervisor), signal.SIGKILL)
-    with pytest.raises(BackendError, match="SIGKILL; the next call starts anew"):
+    with pytest.raises(BackendError, match="SIGKILL; the next call starts a new process"):
         logits(one, 2)
     assert two.n_past == 0
     assert one.epoch == two.epoch == epoch + 1
