@@ -126,17 +126,37 @@ class Conversation(OneProcess, Answers):
         return self._shared.model_name
 
     def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
+        return self.reply_to(*self.prompt(messages), options)
+
+    def prompt(self, messages: Messages) -> tuple[list[int], tuple[Picture, ...]]:
+        """The tokens of messages, and the images that their image tokens stand for. Raises RequestError."""
+        self.check_open()
+        prompt = self._shared.template.render(messages)
+        tokens = self._tokenize_prompt(prompt.pieces)
+        if tokens.count(self.context.hparams.image_token_id) != len(prompt.images):
+            raise RequestError("the chat template does not give every picture one image token")
+        return tokens, prompt.images
+
+    def reply_to(self, tokens: Sequence[int], images: Sequence[Picture], options: ReplyOptions) -> Reply:
+        """The reply to a prompt.
+
+        tokens: with one image token for each of `images`, in order
+
+        Raises ImageError, RequestError, ContextFullError, BusyError.
+        """
+        self.check_open()
         shared, hparams = self._shared, self.context.hparams
+        wrong = [token for token in tokens if not 0 <= token < hparams.n_token_embd]
+        if wrong:
+            raise RequestError(f"token {wrong[0]} is not in the vocabulary")
+        if list(tokens).count(hparams.image_token_id) != len(images):
+            raise RequestError(f"the prompt has not one image token for each of {len(images)} images")
         with self.exclusive(changes=False):
-            prompt = shared.template.render(messages)
-            images = [shared.images.prepare(image) for image in prompt.images]
-            tokens = self._tokenize_prompt(prompt.pieces)
-            if tokens.count(hparams.image_token_id) != len(images):
-                raise RequestError("the chat template does not give every picture one image token")
             self.session.check_fits(len(tokens))
+            prepared = [shared.images.prepare(image) for image in images]
             writer = Writer(shared.vocab, hparams.vocab_size, shared.vocab.stop_ids, tokens, options)
             cancelled = threading.Event()
-            return Reply(self._write(tokens, images, writer, cancelled), writer.stats, cancelled)
+            return Reply(self._write(tokens, prepared, writer, cancelled), writer.stats, cancelled)
 
     def _tokenize_prompt(self, pieces: Sequence[str]) -> list[int]:
         vocab = self._shared.vocab

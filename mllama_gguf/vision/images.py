@@ -115,6 +115,17 @@ class Images(OneProcess):
         key = self._image_kv_key(self._keys.states(image, stop), stop)
         return self._disk is None or not self._disk.has_kv(key)
 
+    def key(self, image: TiledImage | ImageEmbedding, stop: Callable[[], bool]) -> str:
+        """What names the states of a prepared image, see `ImageEmbedding`. Raises Aborted."""
+        return image.key if isinstance(image, ImageEmbedding) else self._keys.states(image, stop)
+
+    def known(self, key: str) -> ImageEmbedding | None:
+        """The states of that key, in memory or on disk; None if they are gone."""
+        found = self._store.get(key)
+        if found is not None:
+            self._add_own(found)
+        return found
+
     def clear(self) -> None:
         """Forget the states in memory."""
         self._store.clear()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import TinyFiles, picture
 
-from mllama_gguf import Aborted, Mllama, MllamaError, Reply, RequestError, Stats
+from mllama_gguf import Aborted, LoadedModel, Mllama, MllamaError, Reply, RequestError, Stats
 from mllama_gguf.decode.options import ReplyOptions
 
 Files = Callable[[str], TinyFiles]
@@ -155,3 +155,19 @@ def test_options_and_their_defaults() -> None:
     given = ReplyOptions.checked({"max_tokens": -1, "stop": "a", "top_k": 3, "seed": 7})
     assert (given.max_tokens, given.stops) == (None, ("a",))
     assert (given.sampling.top_k, given.sampling.seed) == (3, 7)
+
+
+def test_a_prompt_of_tokens_is_answered_as_its_messages_are(tiny_files: Files) -> None:
+    with LoadedModel(tiny_files("gqa").one, n_ctx=256) as model, model.conversation() as conversation:
+        content = [{"type": "image", "image": picture(3)}, {"type": "text", "text": "the dog"}]
+        messages = [{"role": "user", "content": content}]
+        expected = conversation.reply(messages, max_tokens=9).read()
+        tokens, images = conversation.prompt(messages)
+        options = ReplyOptions.checked({"max_tokens": 9})
+        assert tokens.count(model.image_token_id) == len(images) == 1
+        assert conversation.reply_to(tokens, images, options).read() == expected
+        with pytest.raises(RequestError, match="image token for each of 0 images"):
+            conversation.reply_to(tokens, (), options)
+        for wrong in (-1, model.hparams.n_token_embd):
+            with pytest.raises(RequestError, match=f"token {wrong} is not in the vocabulary"):
+                conversation.reply_to([wrong], (), options)
