@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mllama_gguf"
 LICENCES = {"LICENSE", "THIRD_PARTY.md"}
 # Named here, so that a file that is lost from the source tree is missed as well.
-NEEDED = {"data/demo.gguf", "data/models.lock", "lib/mllama.h", "py.typed", "__main__.py"}
+DATA = {"data/demo.gguf", "data/models.lock", "data/selftest.json"}
+NEEDED = DATA | {"lib/mllama.h", "py.typed", "__main__.py"}
 
 
 def fail(words: str) -> None:

@@ -1,0 +1,49 @@
+"""`mllama doctor`: what this installation can do, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import click
+
+from .verbose import verbose_option
+
+MARKS = {"ok": "\u2713", "note": "!", "problem": "\u2717"}
+PLAIN_MARKS = {"ok": "+", "note": "!", "problem": "x"}
+COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@click.command("doctor", epilog="\b\nExamples:\n  mllama doctor\n  mllama doctor --json > report.jsonl")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each finding, one a line.")
+@verbose_option
+def doctor_command(as_json: bool) -> int:
+    """Check this installation: versions, processor, devices, memory, disk, models.
+
+    Each device computes an answer that is known, in a process of its own. The exit code is 1 if something
+    does not work. Paste what it prints into a bug report; your name and your home directory are not in it.
+    """
+    from ..inspect.doctor import examine
+
+    marks = MARKS if can_show("".join(MARKS.values())) else PLAIN_MARKS
+    is_well = True
+    for finding in examine():
+        is_well = is_well and finding.mark != "problem"
+        if as_json:
+            click.echo(json.dumps(asdict(finding), ensure_ascii=False))
+            continue
+        mark = click.style(marks[finding.mark], fg=COLOURS[finding.mark])
+        click.echo(f"{mark} {finding.name}: {finding.words}")
+        if finding.advice:
+            click.echo(f"    {finding.advice}")
+    return 0 if is_well else 1
+
+
+def can_show(characters: str) -> bool:
+    """Whether standard output's encoding has these characters."""
+    try:
+        characters.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

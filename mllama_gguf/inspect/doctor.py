@@ -1,0 +1,276 @@
+"""What a person who wants to help needs to know about an installation, and what is wrong with it.
+
+`examine` looks at one thing after another. What it says holds no name of the user, so that it can be shown to
+others: the home directory is `~`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import __version__
+from ..backend.repack import offered_layouts, usable_layouts
+from ..cpus import usable_cpus
+from ..errors import MllamaError
+from ..words import one_line, show_size
+
+Mark = Literal["ok", "note", "problem"]
+PACKAGES = ("llama-cpp-python", "gguf", "llguidance", "numpy", "pillow")
+# A note below this: the 11B model as Q4_K_M takes so much.
+REAL_MEMORY, REAL_DISK = 9_000_000_000, 8_000_000_000
+VARIABLES = ("MLLAMA_", "OLLAMA_MODELS", "HF_HOME", "GGML_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    mark:   ok; note: good to know; problem: something does not work
+    words:  one line
+    advice: what to do about it, one line, or ""
+    facts:  the same for programs, values of JSON
+    """
+
+    name: str
+    mark: Mark
+    words: str
+    advice: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, the quick things first. Nothing is written but the caches of ggml's trials."""
+    yield _versions()
+    try:
+        yield _library()
+    except MllamaError as e:
+        yield _problem("library", e, "pip install --force-reinstall --no-cache-dir mllama_gguf")
+        return  # nothing else can be looked at
+    yield _processor()
+    yield _memory()
+    yield from _disk()
+    yield from _environment()
+    yield from _models()
+    yield from _devices()
+    yield _caption()
+
+
+def private(words: str) -> str:
+    """Words without the user's name and home directory."""
+    home = str(Path.home())
+    for path in {home, os.path.realpath(home)} - {"/"}:
+        words = re.sub(re.escape(path) + r"(?=$|[/\s'\":,;)])", "~", words)
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return words
+    if len(name) < 3 or name == "root":
+        return words
+    return re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "USER", words)
+
+
+def _problem(name: str, error: BaseException, advice: str = "") -> Finding:
+    return Finding(name, "problem", private(one_line(error)), advice)
+
+
+def _versions() -> Finding:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    missing = [package for package, number in found.items() if number is None]
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    words = f"mllama_gguf {__version__}, {system}, " + ", ".join(
+        f"{package} {number or 'missing'}" for package, number in found.items()
+    )
+    advice = f"pip install {' '.join(missing)}" if missing else ""
+    facts = {"mllama_gguf": __version__, "python": platform.python_version(), "packages": found}
+    facts |= {"system": platform.system(), "machine": platform.machine()}
+    return Finding("versions", "problem" if missing else "ok", words, advice, facts)
+
+
+def _library() -> Finding:
+    from ..backend.library import load
+    from ..backend.local import devices
+
+    native = load()
+    ggml = native.text(native.lib.mllama_ggml_version_loaded())
+    has_rpc = bool(native.lib.mllama_rpc_available())
+    found = {device.name.rstrip("0123456789") for device in devices()} | ({"RPC"} if has_rpc else set())
+    backends = sorted(found)
+    words = f"libmllama {native.text(native.lib.mllama_version())}, ggml {ggml} with {', '.join(backends)}"
+    return Finding("library", "ok", words, "", {"ggml": ggml, "backends": backends, "rpc": has_rpc})
+
+
+def _processor() -> Finding:
+    from ..backend.library import load
+
+    kernel = load().cpu_kernel()
+    usable = usable_layouts()
+    layouts = {layout: layout in usable for layout in offered_layouts()}
+    name, cpus = _processor_name(), usable_cpus()
+    words = f"{name}, {cpus} usable CPU{'s' if cpus > 1 else ''}, kernel {kernel or 'off'}"
+    if layouts:
+        states = (f"{layout} {'works' if works else 'fails'}" for layout, works in layouts.items())
+        words += f", repacked layouts: {', '.join(states)}"
+    facts = {"name": name, "cpus": cpus, "kernel": kernel or None, "layouts": layouts}
+    if kernel:
+        return Finding("processor", "ok", words, "", facts)
+    return Finding("processor", "note", words, "unset MLLAMA_CPU_KERNEL to use the fast kernels", facts)
+
+
+def _processor_name() -> str:
+    """As the system calls it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    return one_line(value)
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    free, total = int(memory.available), int(memory.total)
+    words = f"{show_size(free)} of {show_size(total)} available"
+    facts = {"available": free, "total": total}
+    if free >= REAL_MEMORY:
+        return Finding("memory", "ok", words, "", facts)
+    advice = f"the 11B model as Q4_K_M takes about {show_size(REAL_MEMORY)}; close other programs"
+    return Finding("memory", "note", words, advice, facts)
+
+
+def _disk() -> Iterator[Finding]:
+    from ..cache.disk import ImageCache
+    from ..store.ollama import downloads
+
+    try:
+        info = ImageCache().info()
+        used = f"{show_size(info.n_bytes)} of at most {show_size(info.max_bytes)}"
+        place = info.directory
+        words = private(f"{used} in {place}, {show_size(_free(place))} free")
+        facts = {"bytes": info.n_bytes, "max_bytes": info.max_bytes, "directory": private(str(place))}
+        yield Finding("image cache", "ok", words, "", facts)
+    except (OSError, MllamaError) as e:
+        yield _problem("image cache", e, "set MLLAMA_IMAGE_CACHE to a folder that you may write to")
+    try:
+        place = downloads()
+        free = _free(place)
+    except OSError as e:
+        yield _problem("downloads", e, "set MLLAMA_DOWNLOADS to a folder that you may write to")
+        return
+    words = private(f"{show_size(free)} free for models in {place}")
+    facts = {"free": free, "directory": private(str(place))}
+    if free >= REAL_DISK:
+        yield Finding("downloads", "ok", words, "", facts)
+    else:
+        need = f"the 11B model as Q4_K_M takes {show_size(REAL_DISK)}"
+        advice = f"{need}; set MLLAMA_DOWNLOADS to a folder on a larger disk"
+        yield Finding("downloads", "note", words, advice, facts)
+
+
+def _free(folder: Path) -> int:
+    """Bytes for this user on the disk where a folder is or would be. Raises OSError."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _environment() -> Iterator[Finding]:
+    found = {name: private(value) for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    if found:
+        words = ", ".join(f"{name}={one_line(value, 60)}" for name, value in found.items())
+        yield Finding("variables", "note", words, "", found)
+
+
+def _models() -> Iterator[Finding]:
+    from .inventory import closed_stores, inventory
+
+    models = inventory()
+    for found in models:
+        name, words = f"model {private(found.name)}", f"{found.place}, {show_size(found.size)}"
+        facts = {"name": private(found.name), "place": found.place, "size": found.size}
+        facts |= {"memory": found.memory, "fits": found.fits}
+        if found.problem:
+            yield Finding(name, "problem", private(one_line(found.problem)), "", facts)
+        elif found.fits:
+            yield Finding(name, "ok", f"{words}, needs {show_size(found.memory or 0)}", "", facts)
+        else:
+            words += f", needs {show_size(found.memory or 0)}: more than the available memory"
+            yield Finding(name, "note", words, "", facts)
+    if all(found.place == "bundled" for found in models):
+        advice = "mllama pull llama3.2-vision-11b, or see the README for files that you have"
+        yield Finding("models", "note", "no model but the bundled demo", advice)
+    for store in closed_stores():
+        advice = "run as the user that owns it, or make it readable"
+        yield Finding("models", "note", private(f"{store}: this user may not read it"), advice)
+
+
+def _devices() -> Iterator[Finding]:
+    """Each device computes a known answer."""
+    from ..backend.local import devices
+    from .selftest import compare, verdict
+
+    for device in devices(start=True):
+        name, advice = f"device {device.name}", ""
+        free = f"{show_size(device.memory_free)} of {show_size(device.memory_total)} free"
+        about = f"{private(device.description)}, {free}"
+        facts: dict[str, Any] = {"type": device.type, "error": device.error}
+        facts |= {"free": device.memory_free, "total": device.memory_total}
+        if device.error is not None:
+            words = f"{about}, cannot be used: {device.error}"
+            advice = "the other devices work; look at its driver"
+            yield Finding(name, "problem", private(one_line(words)), advice, facts)
+            continue
+        if device.type not in ("cpu", "gpu", "igpu"):
+            yield Finding(name, "ok", f"{about}; it helps the CPU", "", facts)
+            continue
+        start = time.perf_counter()
+        try:
+            errors = compare(device.name, is_cpu=device.type == "cpu")
+        except MllamaError as e:
+            yield Finding(name, "problem", private(f"{about}; {one_line(e)}"), "please report this", facts)
+            continue
+        seconds = time.perf_counter() - start
+        is_right, words = verdict(errors)
+        facts |= {"states_error": errors[0], "logits_error": errors[1], "seconds": seconds}
+        if not is_right:
+            advice = "its answers are wrong; please report this, and use -ngl 0" + (
+                " with MLLAMA_CPU_KERNEL=off" if device.type == "cpu" else ""
+            )
+        yield Finding(name, "ok" if is_right else "problem", f"{about}; known answer: {words}", advice, facts)
+
+
+def _caption() -> Finding:
+    """The way of an image from end to end, in this process."""
+    from ..model import Mllama
+    from ..store.resolve import resolve
+    from .selftest import image
+
+    start = time.perf_counter()
+    try:
+        with Mllama(resolve("demo").text, image_cache=False) as model:
+            opened = time.perf_counter() - start
+            text = model.caption(image(), max_tokens=20)
+    except MllamaError as e:
+        return _problem("caption", e, "please report this")
+    seconds = time.perf_counter() - start
+    words = f"{len(text)} characters in {seconds:.2f} s, {opened:.2f} of them to open the demo model"
+    return Finding("caption", "ok", words, "", {"seconds": seconds, "open_seconds": opened})
