@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,8 +25,9 @@ from .decode.conversation import Conversation, Shared
 from .errors import MllamaError, ModelError, RequestError
 from .handles import OneProcess
 from .settings import Settings
+from .store.defaults import Defaults
 from .store.resolve import resolve
-from .text.chat import ChatTemplate
+from .text.chat import LLAMA_3_2_TEMPLATE, ChatTemplate
 from .text.vocab import Vocab
 from .vision.encoder import ImageEncoder
 from .vision.images import Images
@@ -47,11 +49,19 @@ class LoadedModel(OneProcess):
     several threads.
     """
 
+    _given: frozenset[str]  # names of the arguments that the caller gave, beside paths
+
+    def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        made = super().__new__(cls, *args, **kwargs)
+        made._given = frozenset(kwargs)
+        return made
+
     def __init__(
         self,
         model_path: str | os.PathLike[str],
         mmproj_path: str | os.PathLike[str] | None = None,
         *,
+        defaults: Defaults | None = None,
         verbose: bool = False,
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
@@ -62,6 +72,15 @@ class LoadedModel(OneProcess):
         Aborted."""
         if verbose:
             _log_to_stderr()
+        if _is_name(model_path):
+            files = resolve(model_path, mmproj_path)
+            model_path, mmproj_path = files.text, files.mmproj
+            own = {name: value for name, value in files.parameters.items() if name not in self._given}
+            settings = {**settings, **own}
+            defaults = files.defaults if defaults is None else defaults
+        self.defaults = Defaults() if defaults is None else defaults
+        for note in self.defaults.notes:
+            warnings.warn(note, stacklevel=3)
         self.model_path = Path(model_path)
         self.mmproj_path = None if mmproj_path is None else Path(mmproj_path)
         self.settings = Settings.checked(settings)
@@ -92,8 +111,9 @@ class LoadedModel(OneProcess):
         if settings.n_ctx and settings.n_ctx > hparams.n_ctx_train:
             words = "n_ctx %d is more than the model was trained with; %d is used"
             logger.warning(words, settings.n_ctx, hparams.n_ctx_train)
+        own_template = LLAMA_3_2_TEMPLATE if self.defaults.llama_template else vocab.chat_template
         template = ChatTemplate(
-            settings.chat_template or vocab.chat_template,
+            settings.chat_template or own_template,
             bos=vocab.text(vocab.bos),
             eos=vocab.text(vocab.eos),
             image=vocab.text(hparams.image_token_id) if hparams.has_vision else "<|image|>",
@@ -109,6 +129,7 @@ class LoadedModel(OneProcess):
             images=Images(hparams, self.model_path.name, keys, disk),
             keys=keys,
             disk=disk,
+            defaults=self.defaults,
         )
 
     @classmethod
@@ -135,7 +156,7 @@ class LoadedModel(OneProcess):
             from .store.verify import require_verified
 
             require_verified(files)
-        return cls(files.text, files.mmproj, **{**files.parameters, **kwargs})
+        return cls(files.text, files.mmproj, **{"defaults": files.defaults, **files.parameters, **kwargs})
 
     # ---- facts ---------------------------------------------------------------------------------------------
 
@@ -326,6 +347,11 @@ class LoadedModel(OneProcess):
         self.check_process()
         if self._closed:
             raise MllamaError(f"{self.model_path.name}: this {type(self).__name__} is closed")
+
+
+def _is_name(model: str | os.PathLike[str]) -> bool:
+    """Whether this is the name of a model in a store rather than a path."""
+    return isinstance(model, str) and model.startswith(("ollama:", "hf:")) and not os.path.exists(model)
 
 
 def _image_cache(settings: Settings) -> ImageCache | None:

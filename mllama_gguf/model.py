@@ -14,6 +14,7 @@ from .decode.options import ReplyOptions
 from .decode.reply import Reply
 from .loaded import LoadedModel
 from .settings import KvType
+from .store.defaults import Defaults
 from .vision.embedding import ImageEmbedding, Picture
 
 
@@ -54,13 +55,14 @@ class Mllama(LoadedModel, Answers):
         allow_quantized_vision: bool = False,
         chat_template: str | None = None,
         image_cache: bool | str | os.PathLike[str] = True,
+        defaults: Defaults | None = None,
         verbose: bool = False,
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
     ) -> None:
         """Load a model.
 
-        model_path:     GGUF with the text model, or with all of it
+        model_path:     GGUF with the text model, or with all of it; or ollama:NAME[:TAG], hf:OWNER/REPO/FILE
         mmproj_path:    GGUF with vision encoder and projector, if they are not in model_path
         n_gpu_layers:   how many of the last layers (the output counts as one) go to GPU devices; -1: all;
                         "auto": as many as fit with a margin, fewer if a device still refuses
@@ -90,6 +92,8 @@ class Mllama(LoadedModel, Answers):
         chat_template:  Jinja source in place of the file's
         image_cache:    keep the results of images on disk, where the environment says or the platform
                         keeps caches; a path: there; False: in memory only. See the module `cache.disk`
+        defaults:       options, system message and first messages of replies, used where a call says
+                        nothing; None: of ollama:NAME those of its manifest, else nothing
         verbose:        the log to stderr
         progress:       called with "load", "encode" or "prompt", how much is done, and of how much
         abort:          called every 50 ms while something computes; True stops it with Aborted
@@ -119,6 +123,7 @@ class Mllama(LoadedModel, Answers):
             allow_quantized_vision=allow_quantized_vision,
             chat_template=chat_template,
             image_cache=image_cache,
+            defaults=defaults,
             verbose=verbose,
             progress=progress,
             abort=abort,
@@ -150,8 +155,12 @@ class Mllama(LoadedModel, Answers):
     def _model_name(self) -> str:
         return self._shared.model_name
 
+    @property
+    def _defaults(self) -> Defaults:
+        return self.defaults
+
     def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
-        return self._conversation.reply(messages, options=options)
+        return self._conversation._begin_reply(messages, options)
 
     def logits(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> Floats:
         """The logits at every position of a prompt, from an empty cache: float32 [n_tokens, vocab_size].

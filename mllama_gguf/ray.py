@@ -69,7 +69,12 @@ class MllamaCaptioner:
         files = resolve(model, mmproj)
         self._paths = (files.text, files.mmproj)
         # A job sees each picture once: kept on disk, they would only push out those that are asked about.
-        self._settings = {"n_threads": ray_threads(), "image_cache": False, **files.parameters}
+        self._settings = {
+            "n_threads": ray_threads(),
+            "image_cache": False,
+            "defaults": files.defaults,
+            **files.parameters,
+        }
         self._settings.update(model_options)
         self._model: Mllama | None = self._open()
 

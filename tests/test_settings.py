@@ -167,7 +167,7 @@ def test_the_class_takes_the_settings_with_their_defaults() -> None:
     assert set(DESCRIPTIONS) <= set(parameters)
     assert {name: parameters[name].default for name in DESCRIPTIONS} == DEFAULTS
     others = set(parameters) - set(DESCRIPTIONS)
-    assert others == {"model_path", "mmproj_path", "verbose", "progress", "abort"}
+    assert others == {"model_path", "mmproj_path", "defaults", "verbose", "progress", "abort"}
 
 
 def test_every_setting_is_described() -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..decode.answers import CAPTION_TOKENS
 from ..decode.options import ReplyOptions
+from ..decode.reply import Reply
 from ..decode.writer import FinishReason
 from ..errors import RequestError
 from ..model import Mllama
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
+from ..store.defaults import Defaults
 from ..text.grammar import grammar_of, json_schema
 from ..vision.embedding import Picture
 from ..words import one_line
@@ -24,23 +26,28 @@ from ..words import one_line
 class CaptionOptions:
     """How every picture is captioned.
 
-    max_tokens:     most tokens of a caption
-    temperature, seed: as in `create_chat_completion`
+    max_tokens:     most tokens of a caption; None: what the model says, or 256
+    temperature, seed: as in `create_chat_completion`; None: what the model says, or 0 and a fresh one
     schema:         a JSON schema; every caption is JSON of that schema
     form:           a `response_format` of `create_chat_completion`, in place of a schema
     prefix, suffix: put around every caption; not around JSON
+    system:         the system message; "": none; None: the model's own, or none
 
     Raises RequestError for values that cannot be used.
     """
 
     prompt: str = DEFAULT_PROMPT
-    max_tokens: int = 256
-    temperature: float = 0.0
+    max_tokens: int | None = None
+    temperature: float | None = None
     seed: int | None = None
     schema: Mapping[str, Any] | None = None
     prefix: str = ""
     suffix: str = ""
     form: Mapping[str, Any] | None = None
+    system: str | None = None
+    _checked: tuple[Defaults, ReplyOptions] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.schema is not None and self.form is not None:
@@ -48,7 +55,7 @@ class CaptionOptions:
         grammar = grammar_of(self.response_format, None)
         if grammar is not None and grammar.is_json and (self.prefix or self.suffix):
             raise RequestError("a JSON schema leaves no room for prefix and suffix")
-        _ = self.reply_options
+        self.reply_options(Defaults())
 
     @property
     def response_format(self) -> Mapping[str, Any] | None:
@@ -57,17 +64,26 @@ class CaptionOptions:
             return self.form
         return {"type": "json_schema", "json_schema": {"schema": self.schema}}
 
-    @cached_property
-    def reply_options(self) -> ReplyOptions:
-        """For `Mllama.reply`, checked once."""
-        return ReplyOptions.checked(
-            {
-                "max_tokens": self.max_tokens,
-                "temperature": self.temperature,
-                "seed": self.seed,
-                "response_format": self.response_format,
-            }
-        )
+    def reply_options(self, defaults: Defaults) -> ReplyOptions:
+        """For `Mllama.reply`, with what the model says where nothing is asked for. Checked once for a
+        model."""
+        if self._checked is None or self._checked[0] is not defaults:
+            asked = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
+            given = {name: value for name, value in asked.items() if value is not None}
+            options = {"max_tokens": CAPTION_TOKENS, **defaults.options, **given}
+            checked = ReplyOptions.checked({**options, "response_format": self.response_format})
+            object.__setattr__(self, "_checked", (defaults, checked))
+        assert self._checked is not None
+        return self._checked[1]
+
+    def messages(self, image: Picture, defaults: Defaults) -> list[dict[str, Any]]:
+        """The conversation about an image, as `Mllama.reply` takes it. defaults: the model's."""
+        content = [{"type": "image", "image": image}, {"type": "text", "text": self.prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        # An empty message has work to do only where the model has one of its own.
+        if self.system or (self.system is not None and defaults.system):
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
 
     def check(self, finish_reason: FinishReason | None) -> None:
         """Raise RequestError if a caption that must have a form was cut."""
@@ -75,8 +91,8 @@ class CaptionOptions:
         if finish_reason == "length" and kind != "text":
             what = "its JSON" if "json" in kind else "its form"
             raise RequestError(
-                f"the caption was cut off before {what} was complete ({self.max_tokens} tokens, or n_ctx); "
-                "raise max_tokens or n_ctx"
+                f"the caption was cut off before {what} was complete "
+                f"({self.max_tokens or CAPTION_TOKENS} tokens, or n_ctx); raise max_tokens or n_ctx"
             )
 
 
@@ -92,10 +108,16 @@ class Caption:
     seconds: Mapping[str, float]
 
 
+def begin_caption(model: Mllama, image: Picture, options: CaptionOptions) -> Reply:
+    """The caption of an image, which is still to be read. Raises what `create_chat_completion` raises."""
+    messages = options.messages(image, model.defaults)
+    return model.reply(messages, options=options.reply_options(model.defaults))
+
+
 def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> Caption:
     """The caption of an image. Raises what `create_chat_completion` raises, and RequestError for a reply that
     was cut before its form was complete."""
-    reply = model.reply(image=image, prompt=options.prompt, options=options.reply_options)
+    reply = begin_caption(model, image, options)
     text, stats = reply.read(), reply.stats
     options.check(stats.finish_reason)
     assert stats.finish_reason is not None  # it was read to its end

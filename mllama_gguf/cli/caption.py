@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ import click
 from ..errors import ImageError, RequestError
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
+from ..words import os_reason, show_name
 from .batch import BatchSettings, batch_options, run_batch
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option("-p", "--prompt", help=f"Question about the image.  [default: {DEFAULT_PROMPT}]")
 @click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Read the prompt from FILE.")
+@click.option("--system", metavar="TEXT", help="System message.  [default: what the model says; '': none]")
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(),
+    help="Use the Jinja template in FILE in place of the model's.",
+)
 @click.option(
     "--json-schema",
     metavar="FILE",
@@ -53,18 +62,15 @@ if TYPE_CHECKING:
     "--max-tokens",
     metavar="MAX",
     type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Stop a reply after MAX tokens.",
+    help="Stop a reply after MAX tokens.  [default: 256, or what the model says]",
 )
 @click.option(
     "--temp",
     "temperature",
     metavar="T",
     type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Temperature. 0: always the likeliest token; higher: more variety.",
+    help="Temperature. 0: always the likeliest token; higher: more variety.  [default: 0, or what the model "
+    "says]",
 )
 @click.option("--seed", metavar="S", type=int, help="Random seed (with --temp above 0).")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, one a line.")
@@ -76,11 +82,13 @@ def caption_command(
     images: tuple[str, ...],
     prompt: str | None,
     prompt_file: str | None,
+    system: str | None,
+    chat_template: str | None,
     json_schema: str | None,
     regex: str | None,
     grammar: str | None,
-    max_tokens: int,
-    temperature: float,
+    max_tokens: int | None,
+    temperature: float | None,
     seed: int | None,
     as_json: bool,
     no_cache: bool,
@@ -104,11 +112,14 @@ def caption_command(
     line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
     Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
-    from ..batch.captions import CaptionOptions, load_grammar, load_schema
+    from ..batch.captions import CaptionOptions, begin_caption, load_grammar, load_schema
 
     if not no_tuned:
         choice = with_tuned(choice)
     prompt = _prompt(prompt, prompt_file)
+    if chat_template is not None:
+        template = _read(chat_template, "chat template")
+        choice = replace(choice, settings={**choice.settings, "chat_template": template})
     if sum(form is not None for form in (json_schema, regex, grammar)) > 1:
         raise click.UsageError("--json-schema, --regex and --grammar exclude each other")
     schema = None if json_schema is None else load_schema(json_schema)
@@ -116,9 +127,11 @@ def caption_command(
     form = form if grammar is None else load_grammar(grammar)
     batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit, encode_ahead)
     is_batch = batch.wanted
-    options = CaptionOptions(prompt, max_tokens, temperature, seed, schema, prefix, suffix, form)
+    options = CaptionOptions(
+        prompt, max_tokens, temperature, seed, schema, prefix, suffix, form, system=system
+    )
     if is_batch:
-        inputs = [path for path in (prompt_file, json_schema, grammar) if path]
+        inputs = [path for path in (prompt_file, chat_template, json_schema, grammar) if path]
         return run_batch(images, batch, options, as_json, choice, inputs)
 
     start = time.perf_counter()
@@ -130,7 +143,7 @@ def caption_command(
             name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs
             source = sys.stdin.buffer.read() if image == "-" else image
             try:
-                reply = model.reply(image=source, prompt=prompt, options=options.reply_options)
+                reply = begin_caption(model, source, options)
             except ImageError as e:
                 click.echo(f"Error: {e}", err=True)
                 failed = True
@@ -156,12 +169,17 @@ def _prompt(prompt: str | None, path: str | None) -> str:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
     if path is None:
         return DEFAULT_PROMPT if prompt is None else prompt
+    return _read(path, "prompt").rstrip("\n")
+
+
+def _read(path: str, what: str) -> str:
+    """The text of a file. Raises RequestError."""
     try:
-        return read_text(path).rstrip("\n")
+        return read_text(path)
     except OSError as e:
-        raise RequestError(f"{path}: the prompt cannot be read: {e.strerror}") from e
+        raise RequestError(f"{show_name(path)}: the {what} cannot be read: {os_reason(e)}") from e
     except UnicodeDecodeError as e:
-        raise RequestError(f"{path}: the prompt is not UTF-8") from e
+        raise RequestError(f"{show_name(path)}: the {what} is not UTF-8") from e
 
 
 def _as_dict(image: str, text: str, stats: Stats, load_seconds: float) -> dict[str, Any]:

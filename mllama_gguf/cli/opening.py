@@ -77,13 +77,21 @@ def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = Fa
     """The chosen model; bar: with a progress bar on a terminal; image_cache: keep encoded images on disk."""
     from ..model import Mllama
 
+    show_warnings("mllama_gguf.loaded")
     files = find_files(choice)
     settings = settings_of(choice, files).replace(image_cache=image_cache)
+    for note in files.defaults.notes:
+        click.echo(f"Warning: {note}", err=True)
+    if words := files.defaults.in_words():
+        click.echo(f"Of {files.name} itself: {words} (options go before)", err=True)
     if image_cache:
         show_warnings("mllama_gguf.cache.disk")
+    defaults = replace(files.defaults, notes=())  # they are shown
     with (
         phase_bar() if bar else nullcontext() as progress,
-        Mllama(files.text, files.mmproj, progress=progress, **settings.as_dict()) as opened,
+        Mllama(
+            files.text, files.mmproj, defaults=defaults, progress=progress, **settings.as_dict()
+        ) as opened,
     ):
         yield opened
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 from ..errors import RequestError
 from ..settings import DEFAULT_PROMPT
+from ..store.defaults import Defaults
 from ..vision.embedding import Picture
 from . import openai
 from .options import ReplyOptions
@@ -30,6 +31,11 @@ class Answers(ABC):
     def _model_name(self) -> str:
         """For OpenAI's shapes."""
 
+    @property
+    @abstractmethod
+    def _defaults(self) -> Defaults:
+        """What counts where a caller says nothing."""
+
     def reply(
         self,
         messages: Messages | None = None,
@@ -44,6 +50,9 @@ class Answers(ABC):
         messages: as in `create_chat_completion`; or else image and prompt, as in `caption`
         options:  checked options; or else `more`, those of `create_chat_completion` by name
 
+        What the model brings along (`Defaults`) counts where the caller says nothing: options unless
+        they are checked already, system message and first messages always.
+
         Everything is checked here; the pieces of text are computed as they are asked for. A reply ends with
         an error once the conversation is used for something else; close it, or read it to its end.
 
@@ -57,7 +66,9 @@ class Answers(ABC):
         if messages is None:
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
             messages = [{"role": "user", "content": content}]
-        return self._begin_reply(messages, ReplyOptions.checked(more) if options is None else options)
+        if options is None:
+            options = ReplyOptions.checked({**self._defaults.options, **more})
+        return self._begin_reply(self._defaults.precede(messages), options)
 
     @overload
     def caption(
@@ -80,7 +91,7 @@ class Answers(ABC):
 
         Raises what `create_chat_completion` raises.
         """
-        options.setdefault("max_tokens", CAPTION_TOKENS)
+        options.setdefault("max_tokens", self._defaults.options.get("max_tokens", CAPTION_TOKENS))
         reply = self.reply(image=image, prompt=prompt, **options)
         return reply if stream else reply.read()
 

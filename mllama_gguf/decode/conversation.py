@@ -18,6 +18,7 @@ from ..cache.keys import Keys
 from ..cpus import check_threads
 from ..errors import Aborted, BusyError, MllamaError, RequestError
 from ..handles import OneProcess
+from ..store.defaults import Defaults
 from ..text.chat import ChatTemplate
 from ..text.vocab import Vocab
 from ..vision.embedding import Encoding, ImageEmbedding, Picture
@@ -39,6 +40,7 @@ class Shared:
     file_name:  of the model, for errors
     model_name: of the model, for replies
     disk:       the image cache; None: there is none
+    defaults:   of replies
     """
 
     file_name: str
@@ -49,6 +51,7 @@ class Shared:
     images: Images
     keys: Keys
     disk: ImageCache | None
+    defaults: Defaults
 
 
 class Conversation(OneProcess, Answers):
@@ -124,6 +127,10 @@ class Conversation(OneProcess, Answers):
     @property
     def _model_name(self) -> str:
         return self._shared.model_name
+
+    @property
+    def _defaults(self) -> Defaults:
+        return self._shared.defaults
 
     def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
         return self.reply_to(*self.prompt(messages), options)

@@ -40,15 +40,17 @@ class Found:
 def inventory() -> list[Found]:
     """All models that `resolve` finds by name: bundled, downloaded, in Ollama's stores, in
     the hub's cache. Models of Ollama and of the hub that are not mllama are left out."""
-    found: dict[tuple[Path, ...], Found] = {}
+    found: dict[tuple[object, ...], Found] = {}
     for name, place in _names():
         try:
             files = resolve(name)
         except MllamaError as e:
-            found[(Path(name),)] = Found(name, place, problem=str(e))
+            found[(name,)] = Found(name, place, problem=str(e))
             continue
-        if files.paths not in found and (place == "bundled" or _is_text_model(files.text)):
-            found[files.paths] = look(name, place, files)
+        # Tags of Ollama may share their weights and differ in what their manifests say.
+        key = (*files.paths, files.ollama and files.ollama.digest)
+        if key not in found and (place == "bundled" or _is_text_model(files.text)):
+            found[key] = look(name, place, files)
     return list(found.values())
 
 
@@ -59,8 +61,8 @@ def _names() -> Iterator[tuple[str, Place]]:
     for store in ollama.find_stores():
         place: Place = "downloaded" if store == ollama.downloads() else "ollama"
         for ref, _ in ollama.list_tags(store):
-            if ref not in seen:
-                seen.add(ref)
+            if ref.key not in seen:
+                seen.add(ref.key)
                 yield str(ref), place
     for name, locked in locked_models().items():
         if locked.source != "bundled" and _is_here(name):

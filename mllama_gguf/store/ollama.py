@@ -3,70 +3,140 @@
     manifests/HOST/NAMESPACE/NAME/TAG    JSON; its layers name blobs and what they are
     blobs/sha256-HEX                     a file of that digest
 
-`mllama pull` downloads from a registry into our own store, which has the same shape. This module only reads
-stores, and blobs are used in place.
+Newer versions of Ollama write `manifests-v2` instead, with links to blobs, and call their own host
+ollama.com. `mllama pull` downloads from a registry into our own store, which has the older shape. This module
+only reads stores, and blobs are used in place.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import MllamaError, ModelError
 from ..reading import open_regular
-from .digests import Blob, is_sha256
-from .references import OllamaRef
+from ..words import brief, os_reason
+from .defaults import Defaults
+from .digests import Blob
+from .manifest import LARGEST_CONFIG, LARGEST_MANIFEST, SMALL_LAYERS, Manifest, parse_manifest, read_json
+from .parameters import (
+    idle_parameters,
+    is_llama_template,
+    options_of,
+    read_messages,
+    read_params,
+    read_text_layer,
+    settings_of,
+)
+from .references import HOST_ALIASES, OllamaRef
 
-MEDIA_TYPE = "application/vnd.ollama.image."
-LARGEST_MANIFEST = 1 << 20  # bytes; real ones take one or two thousand
+FOLDERS = ("manifests-v2", "manifests")  # of manifests in a store, in the order in which Ollama looks
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The parts of a model that are weights. projector: of a model in two files."""
+class OllamaModel:
+    """A model in a store, with what its manifest says about its use.
 
-    model: Blob
-    projector: Blob | None
+    path:     the manifest
+    digest:   sha256 of the manifest, 64 hexadecimal digits
+    modified: when the manifest was written, as `time.time` counts
+    size:     bytes of all layers
+    params:   the parameters as Ollama spells them; see `settings` and `defaults` for what they mean here
+    system:   the system message, or ""
+    template: Go source of the chat template, or ""
+    messages: how every conversation begins, as `create_chat_completion` takes messages
+    licenses: texts
+    config:   "model_family", "model_type" and the like
+    missing:  kinds of small layers that the manifest names and no store has
+    """
+
+    ref: OllamaRef
+    path: Path
+    files: tuple[Path, ...]  # of the weights, in the order of `manifest.blobs`
+    manifest: Manifest
+    digest: str
+    modified: float = field(compare=False)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    template: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    licenses: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
-    def blobs(self) -> tuple[Blob, ...]:
-        return (self.model,) if self.projector is None else (self.model, self.projector)
+    def size(self) -> int:
+        return self.manifest.size
+
+    @property
+    def family(self) -> str:
+        return self._config("model_family") or "mllama"
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        named = self.config.get("model_families")
+        return tuple(map(str, named)) if isinstance(named, list) and named else (self.family,)
+
+    @property
+    def parameter_size(self) -> str:
+        """As in "10.7B", or ""."""
+        return self._config("model_type")
+
+    @property
+    def quantization_level(self) -> str:
+        """As in "Q4_K_M", or ""."""
+        return self._config("file_type")
+
+    @property
+    def format(self) -> str:
+        return self._config("model_format") or "gguf"
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """As Ollama names them."""
+        return ("completion", "vision") if "mllama" in self.families else ("completion",)
+
+    @property
+    def has_known_template(self) -> bool:
+        """Whether the template prompts as Llama 3.2 was trained. So does a model without a template."""
+        return not self.template or is_llama_template(self.template)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the parameters say about opening the model: arguments of `Mllama`."""
+        return settings_of(self.params)
+
+    @property
+    def defaults(self) -> Defaults:
+        """What the layers say about replies."""
+        known = bool(self.template) and self.has_known_template
+        return Defaults(options_of(self.params), self.system, self.messages, known, tuple(self._notes()))
+
+    def _notes(self) -> Iterator[str]:
+        if not self.has_known_template:
+            yield (
+                f"{self.ref}: has a Go template of its own, which is not read; the chat template in its GGUF "
+                "file is used (another: --chat-template)"
+            )
+        if idle := idle_parameters(self.params):
+            yield f"{self.ref}: parameters without effect here: {', '.join(idle)}"
+        if self.missing:
+            kinds = ", ".join(dict.fromkeys(self.missing))
+            yield f"{self.ref}: its {kinds} is not on this machine; fetch it: mllama pull {self.ref}"
+        if self.manifest.unknown:
+            kinds = ", ".join(brief(one) for one in dict.fromkeys(self.manifest.unknown))
+            yield f"{self.ref}: layers of unknown kinds, which are not read: {kinds}"
+
+    def _config(self, key: str) -> str:
+        value = self.config.get(key)
+        return value if isinstance(value, str) and len(value) <= 100 else ""
 
 
-def parse_manifest(data: bytes, origin: object) -> Manifest:
-    """Read and check a manifest's JSON. origin: its file or URL, for messages. Raises ModelError."""
-    try:
-        layers = json.loads(data)["layers"]
-        if not isinstance(layers, list):
-            raise TypeError
-        found = {
-            kind: [_blob(x, origin) for x in layers if x["mediaType"] == MEDIA_TYPE + kind]
-            for kind in ("model", "projector")
-        }
-    except ModelError:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise ModelError(f"{origin}: not a manifest of Ollama") from e
-    if len(found["model"]) != 1 or len(found["projector"]) > 1:
-        numbers = f"{len(found['model'])} model and {len(found['projector'])} projector layers"
-        raise ModelError(f"{origin}: {numbers}; a model in GGUF has one model and at most one projector")
-    return Manifest(found["model"][0], found["projector"][0] if found["projector"] else None)
-
-
-def _blob(layer: dict[str, Any], origin: object) -> Blob:
-    algorithm, _, sha256 = str(layer["digest"]).partition(":")
-    if algorithm != "sha256" or not is_sha256(sha256):
-        raise ModelError(
-            f"{origin}: {layer['digest']!r:.100} is no digest (sha256: and 64 hexadecimal digits)"
-        )
-    size = layer["size"]
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ModelError(f"{origin}: {size!r:.100} is no size")
-    return Blob(sha256, size)
+# ---- stores ------------------------------------------------------------------------------------------------
 
 
 def downloads() -> Path:
@@ -106,47 +176,144 @@ def find_blob(blob: Blob) -> Path | None:
     return None
 
 
-def find(ref: OllamaRef) -> tuple[Manifest, list[Path]] | None:
-    """The manifest and the files of a model, in the first store that has its manifest and, somewhere, all of
-    its blobs. None if no store has the manifest.
+def find(ref: OllamaRef) -> OllamaModel | None:
+    """The model of that name, in the first store that has its manifest and, somewhere, all of its weights.
+    Names differ in more than upper and lower case. None if no store has the manifest.
 
-    Raises ModelError: a store cannot be read, the manifest is bad, or a blob is missing.
+    Raises ModelError: a store cannot be read, the manifest or a layer is bad, or weights are missing.
     """
     problem: ModelError | None = None
     for store in find_stores():
-        path = store / "manifests" / ref.path
         try:
-            manifest = parse_manifest(_read(path), path)
-            files = [find_blob(blob) for blob in manifest.blobs]
+            path = find_manifest(store, ref)
+            if path is not None:
+                return read_model(path, ref)
         except FileNotFoundError:
             continue
         except ModelError as e:
             problem = problem or e
-            continue
-        whole = [file for file in files if file is not None]
-        if len(whole) == len(files):
-            return manifest, whole
-        missing = next(blob for blob, file in zip(manifest.blobs, files, strict=True) if file is None)
-        problem = problem or ModelError(
-            f"{path}: its blob {missing.file_name} is missing or not of {missing.size} bytes; "
-            f"fetch it again: mllama pull {ref}"
-        )
     if problem:
         raise problem
     return None
 
 
-def _read(path: Path) -> bytes:
-    """A manifest's bytes. Raises FileNotFoundError, and ModelError for what else goes wrong."""
+def find_manifest(store: Path, ref: OllamaRef) -> Path | None:
+    """The manifest of a name in a store: of that spelling, or else of one that differs in case. Raises
+    ModelError if the store cannot be read."""
+    hosts = HOST_ALIASES if ref.host.lower() in HOST_ALIASES else (ref.host,)
+    try:
+        for exact in (True, False):
+            for folder in FOLDERS:
+                for host in hosts:
+                    parts = (host, ref.namespace, ref.name, ref.tag)
+                    root = store / folder
+                    path = root.joinpath(*parts) if exact else _folded(root, parts)
+                    if path is not None and os.path.lexists(path):
+                        os.stat(path)  # a folder that is closed, or a link to nothing
+                        return path
+    except PermissionError as e:
+        raise _closed(e) from e
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise ModelError(f"{e.filename}: {os_reason(e)}") from e
+    return None
+
+
+def _folded(folder: Path, parts: tuple[str, ...]) -> Path | None:
+    """The path below a folder whose parts are the same but for their case; the first by name."""
+    if not parts:
+        return folder
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    for name in names:
+        if name.lower() == parts[0].lower():
+            found = _folded(folder / name, parts[1:])
+            if found is not None:
+                return found
+    return None
+
+
+def read_model(path: Path, ref: OllamaRef) -> OllamaModel:
+    """The model of a manifest's file. Raises FileNotFoundError, ModelError."""
+    data, modified = _read_manifest(path)
+    manifest = parse_manifest(data, path, _read_listed)
+    files = []
+    for blob in manifest.blobs:
+        file = find_blob(blob)
+        if file is None:
+            raise ModelError(
+                f"{path}: its blob {blob.file_name} is missing or not of {blob.size} bytes; "
+                f"fetch it again: mllama pull {ref}"
+            )
+        files.append(file)
+    digest = hashlib.sha256(data).hexdigest()
+    return OllamaModel(ref, path, tuple(files), manifest, digest, modified, **_read_layers(manifest))
+
+
+def _read_layers(manifest: Manifest) -> dict[str, Any]:
+    """The small layers as fields of `OllamaModel`; of several of a kind the last counts."""
+    found: dict[str, Any] = {}
+    licenses, missing = [], []
+    for layer in manifest.layers:
+        blob = layer.blob
+        path = find_blob(blob)
+        if path is None:
+            missing.append(layer.kind)
+            continue
+        data = _read(path, SMALL_LAYERS[layer.kind])
+        if layer.kind == "params":
+            found["params"] = read_params(data, path)
+        elif layer.kind == "messages":
+            found["messages"] = read_messages(data, path)
+        elif layer.kind == "license":
+            licenses.append(data.decode("utf-8", "replace"))
+        else:
+            found[layer.kind] = read_text_layer(data, path, layer.kind)
+    found["licenses"] = tuple(licenses)
+    found["missing"] = tuple(kind for kind in missing if kind != "license")
+    path = None if manifest.config is None else find_blob(manifest.config)
+    if path is not None:
+        config = read_json(_read(path, LARGEST_CONFIG), path, "its config")
+        if not isinstance(config, dict):
+            raise ModelError(f"{path}: its config is {type(config).__name__}, not an object")
+        found["config"] = config
+    return found
+
+
+def _read_manifest(path: Path) -> tuple[bytes, float]:
+    """A manifest's bytes, and when it was written. Raises FileNotFoundError, ModelError."""
+    try:
+        modified = os.lstat(path).st_mtime
+    except OSError:
+        modified = 0.0
+    return _read(path, LARGEST_MANIFEST), modified
+
+
+def _read_listed(blob: Blob) -> bytes:
+    """A manifest that a list of manifests names."""
+    path = find_blob(blob)
+    if path is None:
+        raise ModelError(f"the manifest {blob.file_name}, which a list of manifests names, is missing")
+    return _read(path, LARGEST_MANIFEST)
+
+
+def _read(path: Path, most: int) -> bytes:
+    """A small file. Raises FileNotFoundError, ModelError."""
     try:
         with open_regular(path) as file:
-            return file.read(LARGEST_MANIFEST)
+            data = file.read(most + 1)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise FileNotFoundError(path) from e
     except PermissionError as e:
         raise _closed(e) from e
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror or e}") from e
+    if len(data) > most:
+        raise ModelError(f"{path}: has more than {most} bytes")
+    return data
 
 
 def _closed(error: OSError) -> ModelError:
@@ -156,17 +323,32 @@ def _closed(error: OSError) -> ModelError:
     )
 
 
-def list_tags(store: Path) -> Iterator[tuple[OllamaRef, Manifest | MllamaError]]:
-    """All models that a store has manifests of, by name; the error for what cannot be read."""
-    root = store / "manifests"
-    for path in sorted(root.glob("*/*/*/*")):
-        try:
-            ref = OllamaRef.parse("/".join(path.relative_to(root).parts[:3]) + f":{path.name}")
-        except ModelError:
-            continue  # no name that could be asked for: .DS_Store and the like
-        try:
-            yield ref, parse_manifest(_read(path), path)
-        except FileNotFoundError:
-            continue
-        except ModelError as e:
-            yield ref, e
+def list_tags(store: Path) -> Iterator[tuple[OllamaRef, OllamaModel | MllamaError]]:
+    """All models that a store has manifests of, by name; the error for what cannot be used."""
+    seen = set()
+    for folder in FOLDERS:
+        root = store / folder
+        for path in sorted(root.glob("*/*/*/*")):
+            try:
+                ref = OllamaRef.parse("/".join(path.relative_to(root).parts[:3]) + f":{path.name}")
+            except ModelError:
+                continue  # no name that could be asked for: .DS_Store and the like
+            if ref.key in seen:
+                continue
+            seen.add(ref.key)
+            try:
+                yield ref, read_model(path, ref)
+            except FileNotFoundError:
+                continue
+            except ModelError as e:
+                yield ref, e
+
+
+def list_models() -> Iterator[OllamaModel]:
+    """The models of all stores that can be used, each name once. Of any architecture: see `family`."""
+    seen = set()
+    for store in find_stores():
+        for ref, model in list_tags(store):
+            if ref.key not in seen and isinstance(model, OllamaModel):
+                seen.add(ref.key)
+                yield model

@@ -13,7 +13,7 @@ from . import hub, ollama
 from .digests import Blob, TransferProgress
 from .download import Dropped, check_space, check_status, client, download, patiently
 from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
-from .ollama import Manifest
+from .manifest import Manifest, parse_manifest
 from .references import HubRef, OllamaRef
 from .resolve import BUNDLED, ModelFiles, resolve
 
@@ -52,7 +52,7 @@ def _find_entry(name: str) -> LockedModel:
 
 def _pull_locked(locked: LockedModel, progress: TransferProgress | None) -> None:
     if locked.source.startswith("ollama:"):
-        _pull_blobs(locked.ollama_ref(), locked.files, progress)
+        _pull_blobs(locked.ollama_ref(), [(file.blob, file.likely_size) for file in locked.files], progress)
         return
     for file in locked.files:
         hub.fetch(locked.hub_ref(file), file.blob, progress)
@@ -69,9 +69,12 @@ def _pull_from_hub(ref: HubRef, progress: TransferProgress | None) -> None:
 def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     with client() as http:
         words = _manifest(http, ref)
-    _pull_blobs(ref, _files_of(ollama.parse_manifest(words, _manifest_url(ref))), progress)
-    # Last: a manifest in the store says that its blobs are there.
-    path = ollama.downloads() / "manifests" / ref.path
+    manifest = parse_manifest(words, _manifest_url(ref))
+    blobs = (*manifest.small, *manifest.blobs)
+    _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
+    # Last: a manifest in the store says that its blobs are there. Names ignore case.
+    store = ollama.downloads()
+    path = ollama.find_manifest(store, ref) or store / "manifests" / ref.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -80,20 +83,20 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
         raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
-def _pull_blobs(ref: OllamaRef, files: Sequence[LockedFile], progress: TransferProgress | None) -> None:
-    """Fetch to our store those blobs that are in none."""
+def _pull_blobs(ref: OllamaRef, blobs: Sequence[tuple[Blob, int]], progress: TransferProgress | None) -> None:
+    """Fetch to our store those blobs that are in none; each with its likely size."""
     store = ollama.downloads()
-    missing = [file for file in files if _find_blob(file.blob) is None]
+    missing = [(blob, size) for blob, size in blobs if _find_blob(blob) is None]
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise DownloadError(f"{store}: cannot be made: {e.strerror or e}") from e
-    partials = [store / "partial" / file.blob.file_name for file in missing]
+    partials = [store / "partial" / blob.file_name for blob, _ in missing]
     here = sum(partial.stat().st_size for partial in partials if partial.is_file())
-    check_space(store, max(0, sum(file.likely_size for file in missing) - here))
+    check_space(store, max(0, sum(size for _, size in missing) - here))
     with client() as http:
-        for file, partial in zip(missing, partials, strict=True):
-            url, blob = f"{ref.url}/blobs/sha256:{file.sha256}", file.blob
+        for (blob, _), partial in zip(missing, partials, strict=True):
+            url = f"{ref.url}/blobs/sha256:{blob.sha256}"
             download(http, url, store / "blobs" / blob.file_name, blob, partial, progress)
 
 
@@ -184,7 +187,7 @@ def lock(
 
 def _tag_files(ref: OllamaRef) -> tuple[LockedFile, ...]:
     with client() as http:
-        return _files_of(ollama.parse_manifest(_manifest(http, ref), _manifest_url(ref)))
+        return _files_of(parse_manifest(_manifest(http, ref), _manifest_url(ref)))
 
 
 def _hub_entry(name: str, text: HubRef, vision: HubRef | None) -> LockedModel:

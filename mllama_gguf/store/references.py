@@ -11,6 +11,8 @@ from ..errors import ModelError
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
+# Names of Ollama's own registry: in addresses, and in the stores of newer versions.
+HOST_ALIASES = (DEFAULT_HOST, "ollama.com")
 
 # One part of a path: it cannot be "..", hidden, or hold a separator.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -29,8 +31,10 @@ class OllamaRef:
 
     @classmethod
     def parse(cls, words: str) -> OllamaRef:
-        """`ollama:[[HOST/]NAMESPACE/]NAME[:TAG]`, with or without the `ollama:`. Raises ModelError."""
-        *before, last = words.removeprefix("ollama:").split("/")
+        """`ollama:[[HOST/]NAMESPACE/]NAME[:TAG]`, with or without the `ollama:`, and with or without
+        `https://` before the host. Raises ModelError."""
+        name = words.removeprefix("ollama:")
+        *before, last = re.sub("^https?://", "", name, flags=re.IGNORECASE).split("/")
         name, _, tag = last.partition(":")
         namespace = before.pop() if before else DEFAULT_NAMESPACE
         host = before.pop() if before else DEFAULT_HOST
@@ -42,7 +46,12 @@ class OllamaRef:
             or not all(_PART.fullmatch(part) for part in parts)
         ):
             raise ModelError(f"{words!r} is no model's name; write ollama:[[HOST/]NAMESPACE/]NAME[:TAG]")
-        return cls(host, *parts)
+        return cls(DEFAULT_HOST if host.lower() in HOST_ALIASES else host, *parts)
+
+    @property
+    def key(self) -> str:
+        """The same for names that differ only in case, which Ollama ignores."""
+        return self.path.lower()
 
     def __str__(self) -> str:
         short = (self.host, self.namespace) == (DEFAULT_HOST, DEFAULT_NAMESPACE)

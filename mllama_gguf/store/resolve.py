@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .defaults import Defaults
 from .digests import stored_sha256
+
+if TYPE_CHECKING:
+    from .ollama import OllamaModel
 
 BUNDLED = {"demo": Path(__file__).parents[1] / "data" / "demo.gguf"}
 
@@ -20,6 +24,8 @@ class ModelFiles:
 
     sha256:     what they must hash to, where that is known
     parameters: arguments of `Mllama` that the model needs
+    defaults:   what the model says about replies
+    ollama:     the model in Ollama's store that this is
     """
 
     name: str
@@ -27,6 +33,8 @@ class ModelFiles:
     mmproj: Path | None = None
     sha256: Mapping[Path, str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Defaults = field(default_factory=Defaults)
+    ollama: OllamaModel | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -64,7 +72,7 @@ def resolve(
     if mmproj is None:
         return files
     other = _from_hub(os.fspath(mmproj)) if os.fspath(mmproj).startswith("hf:") else _from_path(Path(mmproj))
-    return ModelFiles(files.name, files.text, other.text, {**files.sha256, **other.sha256}, files.parameters)
+    return replace(files, mmproj=other.text, sha256={**files.sha256, **other.sha256})
 
 
 def _from_path(path: Path) -> ModelFiles:
@@ -84,12 +92,13 @@ def _from_ollama(words: str) -> ModelFiles:
     from .references import OllamaRef
 
     ref = OllamaRef.parse(words)
-    found = ollama.find(ref)
-    if found is None:
+    model = ollama.find(ref)
+    if model is None:
         raise ModelError(f"{words} is not on this machine; fetch it: mllama pull {words}")
-    manifest, paths = found
-    sha256 = {path: blob.sha256 for path, blob in zip(paths, manifest.blobs, strict=True)}
-    return ModelFiles(str(ref), paths[0], paths[1] if len(paths) > 1 else None, sha256)
+    paths = model.files
+    sha256 = {path: blob.sha256 for path, blob in zip(paths, model.manifest.blobs, strict=True)}
+    mmproj = paths[1] if len(paths) > 1 else None
+    return ModelFiles(str(ref), paths[0], mmproj, sha256, model.settings, model.defaults, model)
 
 
 def _from_hub(words: str) -> ModelFiles:

@@ -27,7 +27,7 @@ from mllama_gguf.cli.main import run
 from mllama_gguf.inspect.inventory import inventory, look
 from mllama_gguf.store import download
 from mllama_gguf.store.lockfile import SHIPPED, locked_models, read_lock, write_locked
-from mllama_gguf.store.ollama import parse_manifest
+from mllama_gguf.store.manifest import parse_manifest
 from mllama_gguf.store.pull import lock, pull
 from mllama_gguf.store.references import HubRef, OllamaRef
 from mllama_gguf.store.resolve import BUNDLED, ModelFiles, resolve
@@ -254,7 +254,8 @@ def test_pull(server: ModelServer, home: Path) -> None:
     files = pull(tag(server), lambda *step: seen.append(step))
     assert [path.read_bytes() for path in files.paths] == [DATA, b"p"]
     assert ("download", len(DATA), len(DATA)) in seen
-    assert files_in(home / "downloads") == sorted(["1", *(p.name for p in files.paths)])
+    licence = f"sha256-{hashlib.sha256(b'words').hexdigest()}"
+    assert files_in(home / "downloads") == sorted(["1", licence, *(p.name for p in files.paths)])
     n_requests = len(server.requests)
     assert pull(tag(server)) == files
     assert len(server.requests) == n_requests + 1  # the manifest
