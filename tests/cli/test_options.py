@@ -27,7 +27,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
     class Refused:
-        def __init__(self, *_: Any, progress: Any, **settings: Any) -> None:
+        def __init__(self, *_: Any, progress: Any, defaults: Any, **settings: Any) -> None:
             seen.append(settings)
             raise ModelError("not opened")
 
