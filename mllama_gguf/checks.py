@@ -66,6 +66,44 @@ class Whole:
         return str(value)
 
 
+class AnyWhole:
+    """Whole numbers of any size, those of NumPy too."""
+
+    words = "a whole number"
+
+    def read(self, value: Any) -> int:
+        return _whole(value)
+
+    def parse(self, words: str) -> int:
+        return int(words)
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+class Number:
+    """Numbers between two bounds, which are numbers that it takes too."""
+
+    def __init__(self, least: float, most: float) -> None:
+        self.least, self.most = least, most
+
+    @property
+    def words(self) -> str:
+        return f"a number from {self.least:g} to {self.most:g}"
+
+    def read(self, value: Any) -> float:
+        number = _number(value)
+        if not self.least <= number <= self.most:
+            raise ValueError
+        return number
+
+    def parse(self, words: str) -> float:
+        return float(words)
+
+    def show(self, value: Any) -> str:
+        return f"{value:g}"
+
+
 class Seconds:
     """Finite seconds above 0."""
 

@@ -9,7 +9,8 @@ from typing import Literal
 
 from .backend.callbacks import Progress
 from .backend.types import Floats, Memory, Tap
-from .decode.answers import Answers, Messages
+from .decode.answers import Answers
+from .decode.openai import Messages
 from .decode.options import ReplyOptions
 from .decode.reply import Reply
 from .loaded import LoadedModel
@@ -159,8 +160,8 @@ class Mllama(LoadedModel, Answers):
     def _defaults(self) -> Defaults:
         return self.defaults
 
-    def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
-        return self._conversation._begin_reply(messages, options)
+    def _begin_replies(self, messages: Messages, options: ReplyOptions, n: int) -> list[Reply]:
+        return self._conversation._begin_replies(messages, options, n)
 
     def logits(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> Floats:
         """The logits at every position of a prompt, from an empty cache: float32 [n_tokens, vocab_size].

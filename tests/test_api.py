@@ -214,7 +214,7 @@ def test_chat_completion(model: Mllama) -> None:
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
     assert len({c["id"] for c in chunks}) == 1
     deltas = [c["choices"][0]["delta"] for c in chunks]
-    assert deltas[0] == {"role": "assistant"}
+    assert deltas[0] == {"role": "assistant", "content": ""}
     assert deltas[-1] == {}
     assert "".join(d["content"] for d in deltas[1:-1]) == choice["message"]["content"]
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + ["length"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, overload
 
 from ..errors import RequestError
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..vision.embedding import Picture
-from . import openai
+from . import completions
+from .openai import ChatRequest, Messages, plain_options
 from .options import ReplyOptions
 from .reply import Reply
-
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 CAPTION_TOKENS = 256
 
@@ -23,8 +22,8 @@ class Answers(ABC):
     """`reply`, and what is made of it."""
 
     @abstractmethod
-    def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
-        """A reply of which nothing is computed yet."""
+    def _begin_replies(self, messages: Messages, options: ReplyOptions, n: int) -> list[Reply]:
+        """Replies to one prompt, of which nothing is computed yet."""
 
     @property
     @abstractmethod
@@ -67,8 +66,19 @@ class Answers(ABC):
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
             messages = [{"role": "user", "content": content}]
         if options is None:
-            options = ReplyOptions.checked({**self._defaults.options, **more})
-        return self._begin_reply(self._defaults.precede(messages), options)
+            plain = plain_options(more)
+            if plain.pop("n", 1) != 1:
+                raise RequestError("one reply is written here; create_chat_completion and replies take n")
+            options = ReplyOptions.checked({**self._defaults.options, **plain})
+        return self.replies(messages, n=1, options=options)[0]
+
+    def replies(self, messages: Messages, *, n: int, options: ReplyOptions) -> list[Reply]:
+        """Several replies to one conversation, to be read one after the other.
+
+        The prompt is computed once, for the first. Each has a seed of its own: that of the options and its
+        index. Raises what `reply` raises.
+        """
+        return self._begin_replies(self._defaults.precede(messages), options, n)
 
     @overload
     def caption(
@@ -114,13 +124,20 @@ class Answers(ABC):
                   ...} with whatever `caption` takes as an image
         stream:   True: an iterator of chunks, of which the last has usage and timings
         options:
-          max_tokens:      most tokens of the reply; None: until n_ctx is full (the default)
+          max_tokens:      most tokens of the reply; None: until n_ctx is full (the default);
+                           max_completion_tokens is the same
           temperature:     0 (the default): always the likeliest token
-          top_k, top_p, min_p, repeat_penalty, seed: as in `SamplingOptions`
+          top_k, top_p, min_p, samplers, seed, repeat_penalty, presence_penalty, frequency_penalty,
+          logit_bias:      as in `SamplingOptions`
+          n:               how many replies to write, 8 at most; the prompt is computed once
+          logprobs, top_logprobs: tell how likely the tokens of the reply and others were, by the logits of
+                           the model alone, before temperature and all other options
           stop:            a string, or some, that end the reply and are not shown; they do not end JSON
           response_format: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}},
                            {"type": "regex", "regex": ...} and others: see `text.grammar.grammar_of`
           grammar:         GBNF that the reply must follow
+          stream_options:  {"include_usage": True}: usage comes in a chunk of its own, as OpenAI's
+          Other parameters of OpenAI's are taken where they change nothing, and else refused by name.
 
         What the caches hold already, of this conversation or the last one, is not computed again. Everything
         is checked before anything is computed. An open stream ends with an error once the object is used for
@@ -128,7 +145,16 @@ class Answers(ABC):
 
         Raises ImageError, RequestError, ContextFullError, BusyError, BackendError, Aborted.
         """
-        reply = self.reply(messages, **options)
-        if stream:
-            return openai.chunks(reply, self._model_name)
-        return openai.completion(reply, self._model_name)
+        return self.answer(self.check_request({**options, "messages": messages, "stream": stream}))
+
+    def check_request(self, body: Mapping[str, Any]) -> ChatRequest:
+        """A request for `answer`, with the model's own options where it says nothing; see
+        `ChatRequest.checked`."""
+        return ChatRequest.checked(body, self._defaults.options)
+
+    def answer(self, request: ChatRequest) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """The answer to a checked request: `create_chat_completion` in two steps."""
+        replies = self.replies(request.messages, n=request.n, options=request.options)
+        if request.stream:
+            return completions.chunks(replies, self._model_name, include_usage=request.include_usage)
+        return completions.completion(replies, self._model_name)

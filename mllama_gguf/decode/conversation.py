@@ -24,7 +24,8 @@ from ..text.vocab import Vocab
 from ..vision.embedding import Encoding, ImageEmbedding, Picture
 from ..vision.images import Images
 from ..vision.preprocess import TiledImage
-from .answers import Answers, Messages
+from .answers import Answers
+from .openai import Messages
 from .options import ReplyOptions
 from .reply import Reply
 from .session import Session
@@ -52,6 +53,20 @@ class Shared:
     keys: Keys
     disk: ImageCache | None
     defaults: Defaults
+
+
+@dataclass
+class _Prompt:
+    """A prompt of one reply, or of several.
+
+    logits: that follow it, float32 [vocab_size], once they are computed
+    turn:   of the conversation in which the caches hold the prompt and a reply to it
+    """
+
+    tokens: Sequence[int]
+    images: Sequence[TiledImage | ImageEmbedding]
+    logits: Floats | None = None
+    turn: int = -1
 
 
 class Conversation(OneProcess, Answers):
@@ -132,8 +147,8 @@ class Conversation(OneProcess, Answers):
     def _defaults(self) -> Defaults:
         return self._shared.defaults
 
-    def _begin_reply(self, messages: Messages, options: ReplyOptions) -> Reply:
-        return self.reply_to(*self.prompt(messages), options)
+    def _begin_replies(self, messages: Messages, options: ReplyOptions, n: int) -> list[Reply]:
+        return self.replies_to(*self.prompt(messages), options, n)
 
     def prompt(self, messages: Messages) -> tuple[list[int], tuple[Picture, ...]]:
         """The tokens of messages, and the images that their image tokens stand for. Raises RequestError."""
@@ -151,6 +166,12 @@ class Conversation(OneProcess, Answers):
 
         Raises ImageError, RequestError, ContextFullError, BusyError.
         """
+        return self.replies_to(tokens, images, options, 1)[0]
+
+    def replies_to(
+        self, tokens: Sequence[int], images: Sequence[Picture], options: ReplyOptions, n: int
+    ) -> list[Reply]:
+        """Several replies to a prompt, as `replies` and `reply_to`."""
         self.check_open()
         shared, hparams = self._shared, self.context.hparams
         wrong = [token for token in tokens if not 0 <= token < hparams.n_token_embd]
@@ -160,10 +181,16 @@ class Conversation(OneProcess, Answers):
             raise RequestError(f"the prompt has not one image token for each of {len(images)} images")
         with self.exclusive(changes=False):
             self.session.check_fits(len(tokens))
-            prepared = [shared.images.prepare(image) for image in images]
-            writer = Writer(shared.vocab, hparams.vocab_size, shared.vocab.stop_ids, tokens, options)
-            cancelled = threading.Event()
-            return Reply(self._write(tokens, prepared, writer, cancelled), writer.stats, cancelled)
+            prompt = _Prompt(tokens, [shared.images.prepare(image) for image in images])
+            replies = []
+            for i in range(n):
+                writer = Writer(
+                    shared.vocab, hparams.vocab_size, shared.vocab.stop_ids, tokens, options.choice(i)
+                )
+                cancelled = threading.Event()
+                pieces = self._write(prompt, writer, cancelled)
+                replies.append(Reply(pieces, writer.stats, cancelled, writer.logprobs))
+            return replies
 
     def _tokenize_prompt(self, pieces: Sequence[str]) -> list[int]:
         vocab = self._shared.vocab
@@ -175,23 +202,22 @@ class Conversation(OneProcess, Answers):
             tokens += vocab.tokenize(piece, add_bos=add_bos)
         return tokens
 
-    def _write(
-        self,
-        tokens: Sequence[int],
-        images: Sequence[TiledImage | ImageEmbedding],
-        writer: Writer,
-        cancelled: threading.Event,
-    ) -> Iterator[str]:
+    def _write(self, prompt: _Prompt, writer: Writer, cancelled: threading.Event) -> Iterator[str]:
         """The pieces of a reply to a prompt. The conversation is free while its reader has a piece."""
         stats, session, clock = writer.stats, self.session, time.perf_counter
         with self.exclusive() as turn, self._cancelled_by(cancelled):
-            start = clock()
-            encodings = [self.encode(image) for image in images]
-            encoded = clock()
-            stats.seconds["encode"] = encoded - start
-            logits, stats.cached_tokens = session.feed(tokens, encodings)
-            stats.seconds["prompt"] = clock() - encoded
-        row = logits[-1]
+            n_tokens = len(prompt.tokens)
+            if prompt.logits is not None and prompt.turn == turn - 1 and session.rewind(n_tokens):
+                row, stats.cached_tokens = prompt.logits, n_tokens
+            else:
+                start = clock()
+                encodings = [self.encode(image) for image in prompt.images]
+                encoded = clock()
+                stats.seconds["encode"] = encoded - start
+                logits, stats.cached_tokens = session.feed(prompt.tokens, encodings)
+                stats.seconds["prompt"] = clock() - encoded
+                row = prompt.logits = logits[-1]
+            prompt.turn = turn
         token, shown = -1, False
         while stats.finish_reason is None:
             with self.exclusive(changes=False, turn=turn), self._cancelled_by(cancelled):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..checks import Whole, checked
 from ..errors import RequestError
 from ..text.grammar import grammar_of
 from ..text.sampling import SamplingOptions
@@ -34,21 +35,22 @@ class ReplyOptions:
 
     @classmethod
     def checked(cls, options: Mapping[str, Any]) -> ReplyOptions:
-        """Options by the names that `Mllama.create_chat_completion` lists; those that are not named have
-        their defaults. Raises RequestError."""
+        """Options by the names that `Mllama.create_chat_completion` lists; those that are not named, or None,
+        have their defaults. Raises RequestError."""
         for name in options:
             if name not in DEFAULTS:
                 raise RequestError(f"there is no option {name!r}; there are: {', '.join(DEFAULTS)}")
-        given = {**DEFAULTS, **options}
+        given = {**DEFAULTS, **{name: value for name, value in options.items() if value is not None}}
         max_tokens = given["max_tokens"]
-        if max_tokens == -1:  # llama_cpp's way to say None
+        if isinstance(max_tokens, int) and max_tokens == -1:  # llama_cpp's way to say None
             max_tokens = None
-        if max_tokens is not None and (
-            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
-        ):
-            raise RequestError(
-                f"max_tokens must be a whole number of at least 1, or None, not {max_tokens!r}"
-            )
+        max_tokens = checked("max_tokens", Whole(1), max_tokens, or_none=True)
         grammar = grammar_of(given["response_format"], given["grammar"])
         sampling = SamplingOptions(**{name: given[name] for name in _SAMPLING}, grammar=grammar)
         return cls(max_tokens, sampling, stop_list(given["stop"]))
+
+    def choice(self, index: int) -> ReplyOptions:
+        """The options of the reply of that index, of several to one prompt: each has a seed of its own."""
+        if index == 0 or self.sampling.seed is None:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=self.sampling.seed + index))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..handles import OneProcess
+from ..text.logprobs import TokenLogprob
 from .writer import FinishReason, Stats
 
 
@@ -17,12 +18,21 @@ class Reply(OneProcess):
             print(piece, end="", flush=True)
         print(reply.stats.completion_tokens, reply.finish_reason)
 
-    stats: what it took; complete once the reply has ended
+    stats:    what it took; complete once the reply has ended
+    logprobs: of the tokens whose text was given out, if the option `logprobs` is on; it grows with every
+              piece. See `text.logprobs`
     """
 
-    def __init__(self, pieces: Iterator[str], stats: Stats, cancelled: threading.Event) -> None:
+    def __init__(
+        self,
+        pieces: Iterator[str],
+        stats: Stats,
+        cancelled: threading.Event,
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> None:
         """For whoever writes it. pieces: a generator that looks at `cancelled`."""
         self.stats = stats
+        self.logprobs = logprobs
         self._pieces = pieces
         self._cancelled = cancelled
 

@@ -125,6 +125,14 @@ class Session(OneProcess):
         self._tokens.append(token)
         return logits
 
+    def rewind(self, n_tokens: int) -> bool:
+        """Forget all tokens but the first ones, which the last `feed` gave. False: they are lost."""
+        self._agree()
+        if len(self._tokens) < n_tokens:
+            return False
+        self._truncate(n_tokens)
+        return True
+
     def check_fits(self, n_tokens: int) -> None:
         """Raise ContextFullError if a prompt of so many tokens cannot fit."""
         if n_tokens > self.n_ctx:

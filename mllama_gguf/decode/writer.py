@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..backend.types import Floats
 from ..handles import OneProcess
+from ..text.logprobs import TokenLogprob, token_logprob
 from ..text.sampling import Sampler
 from ..text.stream import TextStream
 from ..text.vocab import Vocab
@@ -48,7 +49,10 @@ class Stats:
 
 
 class Writer(OneProcess):
-    """Writes one reply. Not thread-safe."""
+    """Writes one reply. Not thread-safe.
+
+    logprobs: of the tokens whose text was shown, if the options want them
+    """
 
     def __init__(
         self,
@@ -61,11 +65,16 @@ class Writer(OneProcess):
         """vocab_size: logits a token; stop_ids: the tokens that end a reply; prompt: token ids. Raises
         RequestError for a grammar that cannot be used."""
         self.stats = Stats(prompt_tokens=len(prompt))
+        self.logprobs: list[TokenLogprob] = []
+        self._unshown: list[tuple[int, int, TokenLogprob]] = []  # with the first and last character's place
+        self._n_shown = 0  # characters
         self._vocab = vocab
         self._stop_ids = stop_ids
         self._max_tokens = options.max_tokens
-        self._sampler = Sampler(vocab, vocab_size, options.sampling, prompt)
-        grammar = self._grammar = options.sampling.grammar
+        sampling = options.sampling
+        self._sampler = Sampler(vocab, vocab_size, sampling, prompt)
+        self._n_top = sampling.top_logprobs if sampling.logprobs else None
+        grammar = self._grammar = sampling.grammar
         self._said: list[str] = []  # for the grammar's last look
         self._text = TextStream(() if grammar is not None and grammar.is_json else options.stops)
 
@@ -82,15 +91,32 @@ class Writer(OneProcess):
             stats.finish_reason = "stop"
         else:
             stats.completion_tokens += 1
+            before = self._text.n_decoded
             piece = self._text.feed(self._vocab.piece(token))
+            if self._n_top is not None:
+                about = token_logprob(self._vocab, logits, token, self._n_top)
+                self._unshown.append((before, self._text.n_decoded, about))
             if self._text.stopped or self._sampler.finished:
                 stats.finish_reason = "stop"
             elif stats.completion_tokens == self._max_tokens or is_full:
                 stats.finish_reason = "length"
         if stats.finish_reason is not None:
             piece += self._text.finish()
+        if self._unshown and (piece or stats.finish_reason is not None):
+            self._show(len(piece))
         if self._grammar is not None:
             self._said.append(piece)
             if stats.finish_reason == "stop":
                 self._grammar.check("".join(self._said))
         return token, piece
+
+    def _show(self, n_characters: int) -> None:
+        """So many more characters are shown: the tokens that they are of count."""
+        self._n_shown += n_characters
+        ended = self.stats.finish_reason is not None and not self._text.stopped
+        while self._unshown:
+            begin, end, about = self._unshown[0]
+            if not (ended or begin < self._n_shown or end <= self._n_shown):
+                break
+            self.logprobs.append(about)
+            del self._unshown[0]

@@ -5,37 +5,66 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import AnyWhole, Check, Number, Switch, Whole, checked
 from ..errors import RequestError
 from ..handles import OneProcess, finalize
+from ..words import brief
 from .grammar import Grammar
 from .vocab import Vocab
 
 REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on, as in llama.cpp
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+
+# The samplers in the order in which they work, unless options say otherwise; and in Ollama's.
+SAMPLERS = ("top_k", "top_p", "min_p", "temperature")
+OLLAMA_SAMPLERS = ("top_k", "temperature", "top_p", "min_p")
 
 # llama_token_data
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
+_CHECKS: Mapping[str, Check] = {
+    "temperature": Number(0, 100),
+    "top_k": Whole(0),
+    "top_p": Number(0, 1),
+    "min_p": Number(0, 1),
+    "repeat_penalty": Number(0.01, 100),
+    "presence_penalty": Number(-2, 2),
+    "frequency_penalty": Number(-2, 2),
+    "logprobs": Switch(),
+    "top_logprobs": Whole(0, MAX_TOP_LOGPROBS),
+}
+_BIAS = Number(-100, 100)
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen. The names and their meaning are llama.cpp's.
+    """How the next token is chosen. The names and their meaning are llama.cpp's, or OpenAI's.
 
-    temperature:    0: always the likeliest token (greedy); then only grammar and repeat_penalty count
+    temperature:    0: always the likeliest token (greedy); then top_k, top_p and min_p have no effect
     top_k:          keep the k likeliest; 0: all
     top_p:          keep the likeliest that together have this probability; 1: all
     min_p:          keep those at least this share as likely as the likeliest; 0: all
-    repeat_penalty: divides positive logits of the last 64 tokens; 1: off
+    repeat_penalty: divides positive logits of the last 64 tokens, those of the prompt too; 1: off
+    presence_penalty:  -2 to 2; taken off the logits of tokens that the reply has already
+    frequency_penalty: -2 to 2; the same, once for each time that the reply has the token
+    logit_bias:     added to logits: -100 to 100 by token id, which may be written as text
     seed:           of the random choice; None: a fresh one
+    samplers:       `SAMPLERS` in the order in which they work; `OLLAMA_SAMPLERS` is Ollama's
+    logprobs:       keep the probabilities of the reply's tokens
+    top_logprobs:   and those of so many likeliest tokens at each place, 20 at most
     grammar:        what the reply must follow, or None
 
-    Raises RequestError for values out of range.
+    logit_bias comes first, then the penalties, and then the samplers. Raises RequestError for values out of
+    range.
     """
 
     temperature: float = 0.0
@@ -43,22 +72,57 @@ class SamplingOptions:
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int | str, float] | Sequence[tuple[int, float]] = ()
     seed: int | None = None
+    samplers: Sequence[str] = SAMPLERS
+    logprobs: bool = False
+    top_logprobs: int = 0
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("top_k", 0, 2**31 - 1),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repeat_penalty", 0.01, 100.0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise RequestError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise RequestError(f"seed must be a whole number or None, not {self.seed!r}")
+        plain: dict[str, Any] = {
+            name: checked(name, check, getattr(self, name)) for name, check in _CHECKS.items()
+        }
+        plain["logit_bias"] = _biases(self.logit_bias)
+        plain["seed"] = checked("seed", AnyWhole(), self.seed, or_none=True)
+        plain["samplers"] = _order(self.samplers)
+        if plain["top_logprobs"] and not plain["logprobs"]:
+            raise RequestError("top_logprobs needs logprobs=True")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
+def _order(samplers: Any) -> tuple[str, ...]:
+    names = tuple(samplers) if isinstance(samplers, Iterable) and not isinstance(samplers, str) else ()
+    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(SAMPLERS):
+        raise RequestError(
+            f"samplers must be {', '.join(SAMPLERS)}, each once, in the order in which they work; "
+            f"not {brief(samplers)}"
+        )
+    return names
+
+
+def _biases(biases: Any) -> tuple[tuple[int, float], ...]:
+    """By token id, in ascending order."""
+    wrong = RequestError(
+        f"logit_bias must be a dict of token ids and numbers from -100 to 100, not {brief(biases)}"
+    )
+    if biases is None:
+        return ()
+    if not isinstance(biases, (Mapping, tuple)):
+        raise wrong
+    plain: dict[int, float] = {}
+    try:
+        for token, bias in biases.items() if isinstance(biases, Mapping) else biases:
+            number = int(token) if isinstance(token, str) and len(token) < 12 else AnyWhole().read(token)
+            plain[number] = _BIAS.read(bias)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if len(plain) > MAX_BIASES:
+        raise RequestError(f"logit_bias names {len(plain)} tokens; {MAX_BIASES} are allowed")
+    return tuple(sorted(plain.items()))
 
 
 class Sampler(OneProcess):
@@ -69,7 +133,8 @@ class Sampler(OneProcess):
     ) -> None:
         """vocab_size: logits a token; prompt: token ids, which repeat_penalty counts as said already.
 
-        Raises RequestError for a grammar that cannot be used.
+        Raises RequestError for a grammar that cannot be used, or a token of logit_bias that the model does
+        not have.
         """
         from llama_cpp import llama_cpp as llama
 
@@ -79,6 +144,13 @@ class Sampler(OneProcess):
         self._ids = np.arange(vocab_size, dtype=np.int32)
         self._array = llama.llama_token_data_array()
         self._matcher = None if options.grammar is None else vocab.constraints.begin(vocab, options.grammar)
+        self._said: Counter[int] = Counter()  # tokens of the reply
+        biases: dict[int, float] = dict(_biases(options.logit_bias))
+        for token in biases:
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"logit_bias: the model has {vocab_size} tokens, and none is {token}")
+        self._biased = np.fromiter(biases.keys(), np.intp, len(biases))
+        self._biases = np.fromiter(biases.values(), np.float32, len(biases))
 
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         finalize(self, llama.llama_sampler_free, self._chain)
@@ -97,16 +169,18 @@ class Sampler(OneProcess):
             )
         if o.temperature == 0:
             return [*parts, llama.llama_sampler_init_greedy()]
+        for name in o.samplers:
+            if name == "temperature":
+                parts.append(llama.llama_sampler_init_temp(o.temperature))
+            elif name == "top_k" and o.top_k:
+                parts.append(llama.llama_sampler_init_top_k(o.top_k))
+            elif name == "top_p" and o.top_p < 1:
+                parts.append(llama.llama_sampler_init_top_p(o.top_p, 1))
+            elif name == "min_p" and o.min_p:
+                parts.append(llama.llama_sampler_init_min_p(o.min_p, 1))
         seed = o.seed if o.seed is not None else int.from_bytes(os.urandom(4), "little")
-        parts += [llama.llama_sampler_init_top_k(o.top_k)] if o.top_k else []
-        parts += [llama.llama_sampler_init_top_p(o.top_p, 1)] if o.top_p < 1 else []
-        parts += [llama.llama_sampler_init_min_p(o.min_p, 1)] if o.min_p else []
-        return [
-            *parts,
-            llama.llama_sampler_init_temp(o.temperature),
-            # 2^32 - 1 means "random" to llama.cpp
-            llama.llama_sampler_init_dist(seed % 0xFFFFFFFF),
-        ]
+        # 2^32 - 1 means "random" to llama.cpp
+        return [*parts, llama.llama_sampler_init_dist(seed % 0xFFFFFFFF)]
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         """Choose the token that follows.
@@ -115,20 +189,36 @@ class Sampler(OneProcess):
 
         Raises RequestError if the grammar leaves no token.
         """
+        wanted = self._changed(logits)
         if self._matcher is None:
-            token = self._choose(self._ids, logits)
+            token = self._choose(self._ids, wanted)
         else:
             ids = self._matcher.allowed()
             ids = ids[: np.searchsorted(ids, len(logits))]  # the image token has no logit
-            token = self._choose(ids, logits[ids])
+            token = self._choose(ids, wanted[ids])
             self._matcher.accept(token)
         self._llama.llama_sampler_accept(self._chain, token)
+        self._said[token] += 1
         return token
 
     @property
     def finished(self) -> bool:
         """Whether the grammar lets nothing follow."""
         return self._matcher is not None and self._matcher.finished
+
+    def _changed(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The logits with bias, presence and frequency penalty."""
+        o = self._options
+        is_penalized = bool(self._said and (o.presence_penalty or o.frequency_penalty))
+        if not len(self._biased) and not is_penalized:
+            return logits
+        changed = logits.copy()
+        changed[self._biased] += self._biases
+        if is_penalized:
+            said = np.fromiter(self._said.keys(), np.intp, len(self._said))
+            times = np.fromiter(self._said.values(), np.float32, len(self._said))
+            changed[said] -= np.float32(o.presence_penalty) + np.float32(o.frequency_penalty) * times
+        return changed
 
     def _choose(self, ids: npt.NDArray[Any], logits: npt.NDArray[np.float32]) -> int:
         candidates = self._candidates[: len(ids)]

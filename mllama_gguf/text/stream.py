@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import RequestError
+from ..words import brief
 
 
 def stop_list(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The stop strings of an option. Raises RequestError for empty ones and for other types."""
     if stop is None:
         return ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(s, str) or not s for s in stops):
-        raise RequestError(f"stop must be a string, or some, none of them empty; not {stop!r}")
-    return stops
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (None,)
+    if isinstance(stop, (bytes, Mapping)) or any(not isinstance(s, str) or not s for s in stops):
+        raise RequestError(f"stop must be a string, or some, none of them empty; not {brief(stop)}")
+    return tuple(str(s) for s in stops)
 
 
 class TextStream:
@@ -23,19 +24,24 @@ class TextStream:
 
     A character that is split over tokens appears once its last byte is there; of text that may be the
     beginning of a stop string nothing appears until it is known not to be one.
+
+    n_decoded: characters that were fed, shown or not
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stops)
         self._held = ""
+        self.n_decoded = 0
         self.stopped = False  # a stop string was met; what follows is dropped
 
     def feed(self, data: bytes) -> str:
         """The text that can be shown now, perhaps none."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(data)
+        text = self._decoder.decode(data)
+        self.n_decoded += len(text)
+        self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped = True

@@ -17,7 +17,7 @@ from helpers import TinyFiles
 
 from mllama_gguf.errors import MllamaError, ModelError, RequestError
 from mllama_gguf.text.grammar import Grammar, gbnf, grammar_of
-from mllama_gguf.text.sampling import Sampler, SamplingOptions
+from mllama_gguf.text.sampling import OLLAMA_SAMPLERS, SAMPLERS, Sampler, SamplingOptions
 from mllama_gguf.text.vocab import Vocab
 
 SCHEMA = {
@@ -99,8 +99,123 @@ def test_repeat_penalty_counts_prompt_and_reply(vocab: Vocab) -> None:
     assert [one.sample(logits) for _ in range(3)] == [6, 7, 5]
 
 
+def chances(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(p / p.sum())
+
+
+def drawn(vocab: Vocab, logits: npt.NDArray[np.float32], **options: Any) -> set[int]:
+    one = sampler(vocab, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, **options})
+    return {one.sample(logits) for _ in range(1500)}
+
+
+def test_the_order_of_samplers(vocab: Vocab) -> None:
+    """Six tokens. With the temperature first, their probabilities are nearer to each other, and top_p and
+    min_p keep more of them."""
+    logits = np.full(SIZE, -1e9, np.float32)
+    logits[:6] = [4.0, 3.0, 2.0, 1.0, 0.0, -1.0]
+
+    def kept_by_top_p(temperature: float, among: int) -> set[int]:
+        p = chances(logits[:among] / np.float32(temperature))
+        return set(range(int(np.searchsorted(np.cumsum(p), 0.9)) + 1))
+
+    top_p = {"temperature": 3.0, "top_p": 0.9}
+    assert drawn(vocab, logits, **top_p) == kept_by_top_p(1.0, 6) == {0, 1, 2}
+    ollama = {"samplers": OLLAMA_SAMPLERS}
+    assert drawn(vocab, logits, **top_p, **ollama) == kept_by_top_p(3.0, 6) == {0, 1, 2, 3, 4}
+    # top_k comes before top_p, or after it.
+    assert drawn(vocab, logits, **top_p, top_k=4, **ollama) == kept_by_top_p(3.0, 4) == {0, 1, 2, 3}
+    last = ["temperature", "top_p", "min_p", "top_k"]
+    assert drawn(vocab, logits, **top_p, top_k=4, samplers=last) == {0, 1, 2, 3}
+    min_p = {"temperature": 3.0, "min_p": 0.5}
+    assert drawn(vocab, logits, **min_p) == {0}
+    assert drawn(vocab, logits, **min_p, **ollama) == {0, 1, 2}
+
+
+def test_the_default_order_of_samplers(vocab: Vocab) -> None:
+    def tokens(**options: Any) -> list[int]:
+        one = sampler(vocab, temperature=1.3, seed=5, **options)
+        return [one.sample(noise(i)) for i in range(40)]
+
+    assert tokens() == tokens(samplers=SAMPLERS) == tokens(samplers=list(SAMPLERS))
+    assert tokens() != tokens(samplers=OLLAMA_SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    "samplers",
+    [
+        "top_k",
+        ("top_k",),
+        ("top_k", "top_p", "min_p"),
+        ("top_k", "top_p", "min_p", "temperature", "top_k"),
+        ("top_k", "top_p", "min_p", "mirostat"),
+        (1, 2, 3, 4),
+        5,
+    ],
+)
+def test_orders_of_samplers_that_cannot_be(samplers: Any) -> None:
+    with pytest.raises(RequestError, match="samplers must be top_k, top_p, min_p, temperature"):
+        SamplingOptions(samplers=samplers)
+
+
+def test_presence_and_frequency_penalty_count_the_reply_alone(vocab: Vocab) -> None:
+    logits = np.full(SIZE, -50.0, np.float32)
+    logits[[5, 6, 7]] = [3.0, 2.4, 1.9]
+    presence = sampler(vocab, (5, 5, 5), presence_penalty=0.8)
+    # 5 costs 0.8 once it was said, however often.
+    assert [presence.sample(logits) for _ in range(5)] == [5, 6, 5, 5, 5]
+    frequency = sampler(vocab, (5, 5, 5), frequency_penalty=0.5)
+    # 5: 3.0, 2.5, 2.0, 1.5 ...; 6: 2.4, 1.9, ...; 7: 1.9, 1.4
+    assert [frequency.sample(logits) for _ in range(4)] == [5, 5, 6, 5]
+    rewarded = sampler(vocab, (), frequency_penalty=-2.0, logit_bias={"7": 2.0})
+    assert [rewarded.sample(logits) for _ in range(3)] == [7, 7, 7]
+
+
+def test_logit_bias(vocab: Vocab) -> None:
+    logits = noise(3)
+    order = [int(token) for token in np.argsort(-logits)]
+    assert sampler(vocab, logit_bias={order[0]: -100}).sample(logits) == order[1]
+    assert sampler(vocab, logit_bias={str(order[200]): 100}).sample(logits) == order[200]
+    assert sampler(vocab, logit_bias={np.int64(order[9]): np.float32(100)}).sample(logits) == order[9]
+    assert sampler(vocab, logit_bias={}).sample(logits) == order[0]
+    letter = gbnf('root ::= "a" | "b"')
+    a, b = (vocab.tokenize(letter, add_bos=False)[0] for letter in "ab")
+    for wanted in (a, b):
+        assert sampler(vocab, grammar=letter, logit_bias={wanted: 100}).sample(logits) == wanted
+    assert (logits == noise(3)).all()  # the model's own are not touched
+    with pytest.raises(RequestError, match=f"the model has {SIZE} tokens, and none is {SIZE}"):
+        sampler(vocab, logit_bias={SIZE: 1})
+
+
+@pytest.mark.parametrize(
+    "bias", [{"x": 1}, {5: 101}, {5: float("nan")}, {5: None}, {5: True}, {1.5: 1}, [5], "5", 5, {(5,): 1}]
+)
+def test_logit_biases_that_cannot_be(bias: Any) -> None:
+    with pytest.raises(RequestError, match="logit_bias must be a dict of token ids") as raised:
+        SamplingOptions(logit_bias=bias)
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_numpy(vocab: Vocab) -> None:
+    def tokens(kind: Any, whole: Any) -> list[int]:
+        one = sampler(vocab, temperature=kind(1.5), top_k=whole(9), top_p=kind(0.5), seed=whole(3))
+        return [one.sample(noise(i)) for i in range(20)]
+
+    assert tokens(float, int) == tokens(np.float32, np.int64) == tokens(np.float64, np.uint8)
+
+
 def test_options_out_of_range() -> None:
     for wrong in (
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": "x"},
+        {"top_k": 1.5},
+        {"top_k": np.float64(2)},
+        {"temperature": np.array([1.0, 2.0])},
+        {"logprobs": 1},
+        {"logprobs": "yes"},
+        {"top_logprobs": 21, "logprobs": True},
+        {"top_logprobs": 5},
+        {"seed": True},
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": "hot"},

@@ -1,0 +1,111 @@
+"""Replies in the shapes of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..text.logprobs import TokenLogprob
+from .reply import Reply
+from .writer import Stats
+
+
+def completion(replies: Sequence[Reply], model: str) -> dict[str, Any]:
+    """Whole replies to one prompt as a `chat.completion`; beside OpenAI's fields it has timings."""
+    head = _head("chat.completion", model)
+    choices = []
+    for index, reply in enumerate(replies):
+        text = reply.read()
+        choices.append(
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": _logprobs(reply.logprobs),
+                "finish_reason": reply.finish_reason,
+            }
+        )
+    stats = _together(replies)
+    return {**head, "choices": choices, "usage": usage(stats), "timings": timings(stats)}
+
+
+def chunks(
+    replies: Sequence[Reply], model: str, *, include_usage: bool | None = None
+) -> Iterator[dict[str, Any]]:
+    """Replies to one prompt as `chat.completion.chunk`s, one reply after the other.
+
+    include_usage: True: at the end a chunk of its own, without choices, has usage and timings; False: there
+                   are none; None: the last chunk has them
+    """
+    head = _head("chat.completion.chunk", model)
+    if include_usage:
+        head["usage"] = None
+
+    def chunk(
+        index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = (), finish: str | None = None
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(logprobs),
+            "finish_reason": finish,
+        }
+        return {**head, "choices": [choice]}
+
+    for index, reply in enumerate(replies):
+        yield chunk(index, {"role": "assistant", "content": ""})
+        n_told = 0  # logprobs
+        for piece in reply:
+            yield chunk(index, {"content": piece}, reply.logprobs[n_told:])
+            n_told = len(reply.logprobs)
+        last = chunk(index, {}, reply.logprobs[n_told:], reply.finish_reason)
+        if include_usage is None and index == len(replies) - 1:
+            last |= _figures(_together(replies))
+        yield last
+    if include_usage:
+        yield {**head, "choices": [], **_figures(_together(replies))}
+
+
+def usage(stats: Stats) -> dict[str, Any]:
+    """How many tokens a prompt and its replies have."""
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.completion_tokens,
+        "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
+    }
+
+
+def timings(stats: Stats) -> dict[str, Any]:
+    """How long replies took, and their speed."""
+    return {"seconds": dict(stats.seconds), "tokens_per_second": stats.tokens_per_second}
+
+
+def _figures(stats: Stats) -> dict[str, Any]:
+    return {"usage": usage(stats), "timings": timings(stats)}
+
+
+def _together(replies: Sequence[Reply]) -> Stats:
+    """What several replies to one prompt took. The prompt counts once."""
+    first = replies[0].stats
+    return Stats(
+        prompt_tokens=first.prompt_tokens,
+        cached_tokens=first.cached_tokens,
+        completion_tokens=sum(reply.stats.completion_tokens for reply in replies),
+        seconds={name: sum(reply.stats.seconds[name] for reply in replies) for name in first.seconds},
+    )
+
+
+def _logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    return {"content": [one.as_dict() for one in logprobs], "refusal": None} if logprobs else None
+
+
+def _head(kind: str, model: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid.uuid4()}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": None,
+    }
