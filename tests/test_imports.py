@@ -40,6 +40,7 @@ FLOORS = (
     "tune",
     "batch",
     "ray",
+    "chat",
     "__init__",
     "server",
     "cli",

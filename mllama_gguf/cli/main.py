@@ -23,6 +23,7 @@ from .verbose import is_verbose, verbose_option
 COMMANDS = {
     "cache": ("cache:cache_command", "Show or clear the image cache."),
     "caption": ("caption:caption_command", "Describe images."),
+    "chat": ("chat:chat_command", "Talk about pictures at the terminal."),
     "convert": ("convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("devices:devices_command", "List the devices that can compute."),
     "doctor": ("doctor:doctor_command", "Check this installation."),

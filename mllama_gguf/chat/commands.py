@@ -1,0 +1,193 @@
+"""The commands of a chat, which begin with a slash. Each gives lines to print; some write a reply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import RequestError
+from ..reading import read_text
+from ..words import brief, os_reason, show_name
+from .talk import Attached, Talk
+
+# usage, what it does
+HELP = {
+    "image": ("/image FILE...", "Add pictures to the next question. A file dropped into the line works too."),
+    "paste": ("/paste", "Add the picture in the clipboard."),
+    "system": ("/system [TEXT]", "Set the system message; without TEXT remove it."),
+    "set": ("/set NAME [VALUE]", "Set an option, such as temperature 0.7; without VALUE reset it."),
+    "json": ("/json [FILE]", "Write replies as JSON of the schema in FILE; without FILE write text."),
+    "redo": ("/redo", "Write another reply to the last question."),
+    "undo": ("/undo", "Forget the last question and its reply."),
+    "clear": ("/clear", "Forget all questions and pictures."),
+    "save": ("/save FILE", "Save the conversation with its pictures."),
+    "load": ("/load FILE", "Go on with a saved conversation."),
+    "info": ("/info", "Show the model, the options, and what the last reply took."),
+    "help": ("/help", "Show this list. (/?)"),
+    "bye": ("/bye", "Leave. (/exit, /quit, Ctrl-D)"),
+}
+ALIASES = {"?": "help", "exit": "bye", "quit": "bye", "images": "image"}
+NAMES = frozenset(HELP) | frozenset(ALIASES)
+# Those that take a file's name.
+TAKES_FILE = frozenset(("image", "json", "save", "load"))
+SETTABLE = (
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens", "stop"
+)  # fmt: skip
+KEYS = """A question of several lines begins and ends with three double quotes.
+Ctrl-C stops a reply. Ctrl-D leaves."""
+
+
+class Leave(Exception):
+    """The chat ends."""
+
+
+class Commands:
+    """Runs the commands on a conversation.
+
+    show:  prints a line
+    write: prints the pieces of a reply
+    added: shows a picture that was added
+    """
+
+    def __init__(
+        self,
+        talk: Talk,
+        show: Callable[[str], None],
+        write: Callable[[Iterator[str]], None],
+        added: Callable[[Attached], None],
+    ) -> None:
+        self._talk, self._show, self._write, self._added = talk, show, write, added
+
+    def run(self, name: str, rest: str) -> None:
+        """Run one. Raises Leave, MllamaError."""
+        name = ALIASES.get(name, name)
+        if name not in HELP:
+            raise RequestError(f"there is no command /{show_name(name, 40)}; /help lists them")
+        getattr(self, f"_{name}")(rest)
+
+    def add(self, name: str, data: bytes | None = None) -> None:
+        """Take a picture for the next question, and show it. Raises ImageError."""
+        self._added(self._talk.attach(name, data))
+
+    def _image(self, rest: str) -> None:
+        from .lines import find_pictures
+
+        if not rest:
+            raise RequestError("name a file: /image photo.jpg")
+        found = find_pictures(rest)
+        # What has no picture's suffix, or is not there: its own error says so.
+        for name in found.pictures or (rest,):
+            self.add(name)
+
+    def _paste(self, rest: str) -> None:
+        from .clipboard import picture_in_clipboard
+
+        self.add("clipboard", picture_in_clipboard())
+
+    def _system(self, rest: str) -> None:
+        self._talk.system = rest
+        self._show("The system message is set." if rest else "There is no system message.")
+
+    def _set(self, rest: str) -> None:
+        name, _, words = rest.partition(" ")
+        if name not in SETTABLE:
+            raise RequestError(f"there is no option {brief(name)}; there are: {', '.join(SETTABLE)}")
+        value = parse_value(name, words.strip())
+        self._talk.set(name, value)
+        self._show(f"{name} is {'as at first' if value is None else brief(value)}.")
+
+    def _json(self, rest: str) -> None:
+        if not rest:
+            self._talk.form = None
+            self._show("Replies are text.")
+            return
+        from ..text.grammar import grammar_of
+
+        shown = show_name(rest)
+        try:
+            schema = json.loads(read_text(rest))
+        except OSError as e:
+            raise RequestError(f"{shown}: the schema cannot be read: {os_reason(e)}") from e
+        except (ValueError, RecursionError) as e:
+            raise RequestError(f"{shown}: no JSON") from e
+        form = {"type": "json_schema", "json_schema": {"schema": schema}}
+        grammar_of(form, None)
+        self._talk.form = form
+        self._show(f"Replies are JSON of the schema in {shown}.")
+
+    def _redo(self, rest: str) -> None:
+        if not self._talk.options.get("temperature"):
+            self._show("(With temperature 0 the same reply comes again: /set temperature 0.7)")
+        self._write(self._talk.again())
+
+    def _undo(self, rest: str) -> None:
+        turn = self._talk.undo()
+        self._show("There is no question." if turn is None else f"Forgotten: {brief(turn.text)}")
+
+    def _clear(self, rest: str) -> None:
+        self._talk.clear()
+        self._show("The conversation is empty.")
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise RequestError("name a file: /save chat.json")
+        try:
+            self._show(f"Saved to {show_name(self._talk.save(rest))}.")
+        except OSError as e:
+            raise RequestError(f"{show_name(rest)}: cannot be written: {os_reason(e)}") from e
+
+    def _load(self, rest: str) -> None:
+        if not rest:
+            raise RequestError("name a file: /load chat.json")
+        self._talk.load(rest)
+        for turn in self._talk.turns:
+            pictures = "".join(f"[{show_name(image.name)}] " for image in turn.images)
+            self._show(f">>> {pictures}{turn.text}")
+            self._show(turn.reply)
+
+    def _info(self, rest: str) -> None:
+        talk, model = self._talk, self._talk.model
+        self._show(f"model     {show_name(model.model_path)}, {model.n_ctx} tokens of context")
+        if talk.system:
+            self._show(f"system    {brief(talk.system)}")
+        options = {**talk.options, **({"replies": "JSON of a schema"} if talk.form else {})}
+        if options:
+            self._show("options   " + ", ".join(f"{name} {brief(value)}" for name, value in options.items()))
+        pictures = sum(len(turn.images) for turn in talk.turns) + len(talk.images)
+        self._show(f"so far    {len(talk.turns)} questions, {pictures} pictures")
+        if talk.last is not None:
+            self._show(f"last      {figures(talk.last.stats)}")
+
+    def _help(self, rest: str) -> None:
+        for usage, words in HELP.values():
+            self._show(f"{usage:18} {words}")
+        for line in KEYS.splitlines():
+            self._show(line)
+
+    def _bye(self, rest: str) -> None:
+        raise Leave
+
+
+def figures(stats: Any) -> str:
+    """What a reply took, in words."""
+    seconds, speed = stats.seconds, stats.tokens_per_second["decode"]
+    words = [
+        f"{stats.prompt_tokens} tokens before it, {stats.cached_tokens} of them known",
+        f"image {seconds['encode']:.1f} s, prompt {seconds['prompt']:.1f} s",
+        f"{stats.completion_tokens} tokens in {seconds['decode']:.1f} s",
+    ]
+    return ", ".join(words) + (f" ({speed:.1f} a second)" if speed else "")
+
+
+def parse_value(name: str, words: str) -> Any:
+    """The value of an option as it is typed. Raises RequestError."""
+    if not words:
+        return None
+    if name == "stop":
+        return words[1:-1] if len(words) > 1 and words[0] == words[-1] == '"' else words
+    try:
+        return int(words) if name in ("top_k", "seed", "max_tokens") else float(words)
+    except ValueError:
+        kind = "whole number" if name in ("top_k", "seed", "max_tokens") else "number"
+        raise RequestError(f"{name} must be a {kind}, not {brief(words)}") from None

@@ -1,0 +1,227 @@
+"""`mllama chat`: a conversation about pictures at the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import Aborted, MllamaError, RequestError
+from ..words import show_name
+from .opening import open_chosen, with_tuned
+from .options import ModelChoice, model_options
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+    from ..chat.commands import Commands
+    from ..chat.talk import Attached, Talk
+
+PROMPT, MORE = ">>> ", "... "
+INSTALL = "pip install 'mllama_gguf[chat]'"
+
+
+@click.command(
+    "chat",
+    epilog="\b\nExamples:\n"
+    "  mllama chat photo.jpg -m ollama:llama3.2-vision\n"
+    "  mllama chat --system 'Answer in French.' --temp 0.6\n"
+    "  echo 'What colour is the car?' | mllama chat photo.jpg",
+)
+@click.argument("images", metavar="[IMAGE]...", nargs=-1)
+@click.option("--system", metavar="TEXT", default="", help="System message: how the model should answer.")
+@click.option(
+    "--temp",
+    "temperature",
+    metavar="T",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Temperature. 0: always the likeliest token; higher: more variety.",
+)
+@click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
+@click.option("--preview/--no-preview", default=True, help="Show pictures, if the terminal can.")
+@click.option("--history/--no-history", default=True, help="Keep the lines that are typed for next time.")
+@click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
+@click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found for this model.")
+@model_options
+def chat_command(
+    images: tuple[str, ...],
+    system: str,
+    temperature: float,
+    saved: str | None,
+    preview: bool,
+    history: bool,
+    no_cache: bool,
+    no_tuned: bool,
+    choice: ModelChoice,
+) -> None:
+    """Talk about pictures. The IMAGEs belong to the first question.
+
+    Type a question. Drop a picture into the line, or name its file, to ask about it. /help lists the
+    commands: /image, /paste, /system, /set, /json, /redo, /undo, /clear, /save, /load, /info. Ctrl-C stops a
+    reply, Ctrl-D leaves.
+
+    Without a terminal, standard input is one question, and only the reply is printed.
+    """
+    if not no_tuned:
+        choice = with_tuned(choice)
+    is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    session, show_picture = None, None
+    if is_terminal:
+        # Asks the terminal what it can do, before anything else reads from it.
+        from ..chat.preview import preview as find_preview
+
+        show_picture = find_preview() if preview else None
+        session = _session(history)
+
+    with open_chosen(choice, image_cache=not no_cache) as model:
+        from ..chat.talk import Talk
+
+        talk = Talk(model, system)
+        if saved is not None:
+            talk.load(saved)
+        if temperature:
+            talk.set("temperature", temperature)
+        for image in images:
+            talk.attach(image)
+        if session is None:
+            _answer_one(talk)
+        else:
+            _Terminal(talk, session, show_picture).run()
+
+
+def _answer_one(talk: Talk) -> None:
+    """The question is all of standard input; the reply is all of standard output."""
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; it is the question")
+    text = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
+    if not text:
+        raise RequestError("standard input is empty; it is the question")
+    for piece in talk.ask(text):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def _session(history: bool) -> PromptSession[str]:
+    """What reads lines, with history and completion."""
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+    except ImportError:
+        raise RequestError(f"a chat at the terminal needs prompt_toolkit: {INSTALL}") from None
+
+    from .chat_completion import ChatCompleter
+
+    path = _history_file() if history else None
+    return PromptSession(
+        history=InMemoryHistory() if path is None else FileHistory(os.fspath(path)),
+        completer=ChatCompleter(),
+        complete_while_typing=False,
+        enable_open_in_editor=True,
+    )
+
+
+def _history_file() -> Path | None:
+    """Only for this user; None where it cannot be made."""
+    import platformdirs
+
+    path = platformdirs.user_state_path("mllama_gguf") / "chat-history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600))
+    except OSError:
+        return None
+    return path if path.is_file() else None
+
+
+class _Terminal:
+    """The loop: a line, what it asks for, and again."""
+
+    def __init__(
+        self, talk: Talk, session: PromptSession[str], show_picture: Callable[[Attached], None] | None
+    ) -> None:
+        from ..chat.commands import Commands
+
+        self._talk, self._session, self._show_picture = talk, session, show_picture
+        self._commands: Commands = Commands(talk, _show, self._write, self._added)
+
+    def run(self) -> None:
+        from ..chat.commands import Leave
+
+        for image in self._talk.images:
+            self._added(image)
+        _show(f"{show_name(self._talk.model.model_path.name)}. /help lists the commands, Ctrl-D leaves.")
+        while True:
+            try:
+                line = self._read()
+            except KeyboardInterrupt:
+                continue  # the line is dropped
+            except EOFError:
+                return
+            try:
+                self._do(line)
+            except Leave:
+                return
+            except (KeyboardInterrupt, Aborted):
+                click.echo()
+                _show("(stopped)")
+            except MllamaError as e:
+                click.echo(f"Error: {e}", err=True)
+
+    def _read(self) -> str:
+        """One line, or several between triple quotes."""
+        from ..chat.lines import is_open
+
+        text = self._session.prompt(PROMPT)
+        while is_open(text):
+            text += "\n" + self._session.prompt(MORE)
+        return str(text)
+
+    def _do(self, line: str) -> None:
+        from ..chat.commands import NAMES
+        from ..chat.lines import Command, parse, without_quotes
+
+        if not line.strip():
+            return
+        text = without_quotes(line)
+        # Nothing in quotes is a command.
+        parsed = parse(text if text == line else text.lstrip("/ \n") and f"\n{text}", NAMES)
+        if isinstance(parsed, Command):
+            self._commands.run(parsed.name, parsed.rest)
+            return
+        for name in parsed.pictures:
+            self._commands.add(name)
+        for link in parsed.links:
+            _show(f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file")
+        if parsed.text:
+            self._write(self._talk.ask(parsed.text))
+
+    def _write(self, pieces: Iterator[str]) -> None:
+        try:
+            for piece in pieces:
+                _write_text(piece)
+        finally:
+            click.echo()
+
+    def _added(self, image: Attached) -> None:
+        if self._show_picture is not None:
+            self._show_picture(image)
+        _show(f"[{show_name(image.name)}, {image.size[0]} x {image.size[1]}]")
+
+
+def _show(line: str) -> None:
+    _write_text(line + "\n")
+
+
+def _write_text(text: str) -> None:
+    """Text of the model or of a file, on the terminal: no control characters but the ends of lines."""
+    click.echo("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text), nl=False)
+    sys.stdout.flush()
+
+

@@ -1,0 +1,133 @@
+"""`mllama chat` at a real pseudo-terminal, and from a pipe."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pyte
+import pytest
+from helpers import elsewhere
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+APPLE, TALL = str(EXAMPLES / "apple.png"), str(EXAMPLES / "tall.png")
+COMMAND = ["-m", "mllama_gguf", "chat", "--no-cache"]
+SECONDS = 120  # for a loaded machine
+
+
+class Chat:
+    """A chat in a pseudo-terminal, and what stands on its screen."""
+
+    def __init__(self, home: Path, *args: str) -> None:
+        there = elsewhere(HOME=str(home), XDG_STATE_HOME=str(home / "state"), TERM="xterm-256color")
+        env = {**there["env"], "LC_ALL": "C.UTF-8"}
+        self.child: Any = pexpect.spawn(
+            sys.executable, [*COMMAND, *args], cwd=str(home), env=env, encoding="utf-8", dimensions=(50, 150)
+        )
+        self.child.delaybeforesend = None
+        self._screen = pyte.Screen(150, 50)
+        self._screen.write_process_input = self.child.send  # the terminal's answers to its questions
+        self._stream = pyte.Stream(self._screen)
+
+    def line(self, text: str) -> None:
+        self.child.send(text + "\r")
+
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self._screen.display).rstrip()
+
+    def until(self, pattern: str) -> None:
+        """Wait until the screen's text ends so (a regular expression)."""
+        end = time.monotonic() + SECONDS
+        while not re.search(f"(?:{pattern})\\Z", self.text()):
+            assert time.monotonic() < end, self.text()
+            with suppress(pexpect.TIMEOUT):
+                self._stream.feed(self.child.read_nonblocking(4096, 0.2))
+
+    def answers(self, text: str, pattern: str) -> None:
+        """Type a line and wait for what it gives, and the next prompt."""
+        self.line(text)
+        self.until(rf"{pattern}[^>]*\n>>>")
+
+    def leave(self) -> int:
+        with suppress(pexpect.EOF):
+            while True:
+                self.child.read_nonblocking(4096, SECONDS)
+        self.child.close()
+        return int(self.child.exitstatus)
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Iterator[Chat]:
+    started = Chat(tmp_path, APPLE)
+    try:
+        started.until(r"\[.*apple\.png, \d+ x \d+\]\n.*Ctrl-D leaves\.\n>>>")
+        yield started
+    finally:
+        started.child.close(force=True)
+
+
+def test_a_conversation(chat: Chat, tmp_path: Path) -> None:
+    chat.answers("Describe this image.", "a red apple")
+    chat.answers(f"'{TALL}'", r"\[.*tall\.png, ")
+    chat.answers("/set temperature x", "temperature must be a number")
+    chat.answers("/save chat.json", "Saved to ")
+    chat.line('"""Describe')
+    chat.until(r"\.\.\.")
+    chat.answers('this image."""', "[a-z]")
+    chat.answers("/info", "2 questions, 2 pictures")
+    chat.child.sendeof()
+    assert chat.leave() == 0
+    history = tmp_path / "state" / "mllama_gguf" / "chat-history"
+    assert "Describe this image." in history.read_text() and os.stat(history).st_mode & 0o077 == 0
+
+
+def test_the_end_by_a_command(chat: Chat) -> None:
+    chat.line("/bye")
+    assert chat.leave() == 0
+
+
+def test_control_c(chat: Chat) -> None:
+    """At the prompt it drops the line; in a reply it stops the reply. The chat goes on."""
+    chat.child.send("half a line")
+    chat.until(">>> half a line")
+    chat.child.send("\x03")
+    chat.until("half a line\n>>>")
+    chat.answers("/set temperature 9", "temperature is 9")
+    chat.answers("/set top_k 0", "top_k is 0")
+    chat.answers("/set min_p 0", "min_p is 0")
+    chat.answers("/set top_p 1", "top_p is 1")
+    chat.line("Tell a long story.")
+    chat.until(r"long story\.\n(?s:.*\w.*)")
+    chat.child.send("\x03")
+    chat.until(r"\(stopped\)\n>>>")
+    chat.line("/bye")
+    assert chat.leave() == 0
+
+
+def test_completion(chat: Chat) -> None:
+    chat.child.send("/und\t")
+    chat.until(">>> /undo")
+    chat.answers("", "There is no question")
+
+
+@pytest.mark.parametrize(
+    ("args", "question", "code", "out", "err"),
+    [
+        ([APPLE], "Describe this image.\n", 0, "a red apple\n", ""),
+        ([APPLE], "", 1, "", "Error: standard input is empty; it is the question\n"),
+        (["none.png"], "What?", 1, "", "Error: none.png: No such file or directory\n"),
+    ],
+)
+def test_a_pipe(args: list[str], question: str, code: int, out: str, err: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *COMMAND, *args], input=question, **elsewhere(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
