@@ -133,6 +133,20 @@ class Conversation(OneProcess, Answers):
                 images.prepare(image), self.context, self._callbacks.on_abort, fresh=self._taps > 0
             )
 
+    def prepare_image(self, image: Picture) -> TiledImage | ImageEmbedding:
+        """Decode and cut an image, without the costly part. Raises ImageError, RequestError."""
+        return self._shared.images.prepare(image)
+
+    def image_key(self, image: Picture) -> str:
+        """What names an image's states, 64 hexadecimal digits; see `known_image`. Raises ImageError,
+        RequestError, Aborted."""
+        images = self._shared.images
+        return images.key(images.prepare(image), self._callbacks.on_abort)
+
+    def known_image(self, key: str) -> ImageEmbedding | None:
+        """The image of a key, if its states are in memory or on disk."""
+        return self._shared.images.known(key)
+
     def encode(self, image: TiledImage | ImageEmbedding) -> Encoding:
         """A prepared image for the session."""
         return self._shared.images.encode(image, self.context, self._callbacks.on_abort, fresh=self._taps > 0)

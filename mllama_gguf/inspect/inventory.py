@@ -41,7 +41,7 @@ def inventory() -> list[Found]:
     """All models that `resolve` finds by name: bundled, downloaded, in Ollama's stores, in
     the hub's cache. Models of Ollama and of the hub that are not mllama are left out."""
     found: dict[tuple[object, ...], Found] = {}
-    for name, place in _names():
+    for name, place in names():
         try:
             files = resolve(name)
         except MllamaError as e:
@@ -49,12 +49,12 @@ def inventory() -> list[Found]:
             continue
         # Tags of Ollama may share their weights and differ in what their manifests say.
         key = (*files.paths, files.ollama and files.ollama.digest)
-        if key not in found and (place == "bundled" or _is_text_model(files.text)):
+        if key not in found and (place == "bundled" or is_text_model(files.text)):
             found[key] = look(name, place, files)
     return list(found.values())
 
 
-def _names() -> Iterator[tuple[str, Place]]:
+def names() -> Iterator[tuple[str, Place]]:
     for name in BUNDLED:
         yield name, "bundled"
     seen = set()
@@ -79,7 +79,7 @@ def _is_here(name: str) -> bool:
     return True
 
 
-def _is_text_model(path: Path) -> bool:
+def is_text_model(path: Path) -> bool:
     """An mllama text model: not another architecture, not a projector alone."""
     try:
         file = read_gguf(path)

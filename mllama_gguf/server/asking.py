@@ -1,0 +1,191 @@
+"""From a request, whatever API it came by, to the pieces of its replies. Runs in the engine's thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..decode.options import ReplyOptions
+from ..errors import ContextFullError
+from ..vision.embedding import Picture
+from .contexts import pack, unpack
+from .jobs import Ended, Event, Job, Piece
+from .models import Loaded
+from .pictures import PictureLimits, to_pixels
+from .problems import Refused
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of a model.
+
+    messages: with lists of parts; an image is {"type": "image", "image": bytes of a file}
+    raw:      in place of messages, text that goes to the model as it is; its image tokens stand for `images`
+    context:  what /api/generate gave for the conversation before, if there was one
+    options:  of `ReplyOptions.checked`, those that the request or its API names
+    own_defaults: options that the model brings along count where the request says nothing
+    n_ctx:    most tokens of prompt and reply; None: those of the model
+    truncate: leave out the oldest messages of a conversation that is too long
+    gives_context: /api/generate wants it
+    """
+
+    messages: Messages = ()
+    raw: str | None = None
+    images: tuple[bytes, ...] = ()
+    context: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fallback: Mapping[str, Any] = field(default_factory=dict)
+    own_defaults: bool = False
+    n: int = 1
+    logprobs: bool = False
+    top_logprobs: int = 0
+    n_ctx: int | None = None
+    truncate: bool = False
+    gives_context: bool = False
+    limits: PictureLimits = field(default_factory=PictureLimits)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all pictures."""
+        return sum(map(len, self.images)) + sum(
+            len(part["image"])
+            for message in self.messages
+            if isinstance(message["content"], list)
+            for part in message["content"]
+            if part["type"] == "image"
+        )
+
+
+def answer(ask: Ask) -> Callable[[Loaded, Job], Generator[Event, None, None]]:
+    """The work of a job."""
+
+    def work(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
+        options = _options(ask, loaded)
+        tokens, images = _prompt(ask, loaded)
+        room = _room(ask, loaded, len(tokens))
+        if options.max_tokens is None or options.max_tokens > room:
+            options = replace(options, max_tokens=room)
+        for choice in range(ask.n):
+            yield from _reply(ask, loaded, tokens, images, _nth(options, choice), choice)
+
+    return work
+
+
+def load_only(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
+    """The work of a job that only wants the model in memory."""
+    yield from ()
+
+
+def _options(ask: Ask, loaded: Loaded) -> ReplyOptions:
+    """Those of the request, over those of the model, over those of the API."""
+    defaults = getattr(loaded.model, "defaults", None)
+    own = dict(defaults.options) if ask.own_defaults and defaults is not None else {}
+    return ReplyOptions.checked({**ask.fallback, **own, **ask.options})
+
+
+def _nth(options: ReplyOptions, choice: int) -> ReplyOptions:
+    seed = options.sampling.seed
+    if not choice or seed is None:
+        return options
+    return replace(options, sampling=replace(options.sampling, seed=seed + choice))
+
+
+def _reply(
+    ask: Ask,
+    loaded: Loaded,
+    tokens: Sequence[int],
+    images: Sequence[Picture],
+    options: ReplyOptions,
+    choice: int,
+) -> Generator[Event, None, None]:
+    reply = loaded.conversation.reply_to(tokens, images, options)
+    said: list[str] = []
+    for piece in reply:
+        if ask.gives_context:
+            said.append(piece)
+        yield Piece(piece, choice)
+    context: tuple[int, ...] = ()
+    if ask.gives_context:
+        after = loaded.model.tokenize("".join(said), add_bos=False, special=False)
+        context = pack(loaded, tokens, images, after)
+    yield Ended(reply.stats, choice, len(images), context)
+
+
+def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
+    """Tokens that a reply may have. Raises ContextFullError."""
+    n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length)
+    if n_tokens >= n_ctx:
+        raise ContextFullError(
+            f"the input length exceeds the context length: the prompt has {n_tokens} tokens of {n_ctx}"
+        )
+    return n_ctx - n_tokens
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------
+
+
+def _prompt(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
+    """The tokens of a prompt and its images, decoded. Raises RequestError, ImageError, ContextFullError."""
+    if ask.raw is not None:
+        tokens = loaded.model.tokenize(ask.raw, add_bos=not ask.context)
+        images = [_decoded(data, ask, loaded) for data in ask.images]
+        n_marks = tokens.count(loaded.model.image_token_id)
+        if n_marks != len(images):
+            raise Refused(400, f"the prompt has {n_marks} image tokens for {len(images)} pictures")
+    else:
+        tokens, images = _chat(ask, loaded)
+    if ask.context:
+        before, known = unpack(loaded, ask.context)
+        bos = loaded.model.tokenize("", add_bos=True)
+        if bos and tokens[: len(bos)] == bos:
+            tokens = tokens[len(bos) :]
+        tokens, images = [*before, *tokens], [*known, *images]
+    return tokens, images
+
+
+def _chat(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
+    """A conversation, without its oldest messages if it is too long and that is allowed."""
+    messages = list(ask.messages)
+    defaults = getattr(loaded.model, "defaults", None)
+    if ask.own_defaults and defaults is not None and not ask.context:
+        messages = list(defaults.precede(messages))
+    n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length) - len(ask.context)
+    while True:
+        tokens, images = _tokens(loaded, messages)
+        dropped = _oldest(messages) if ask.truncate and len(tokens) >= n_ctx else None
+        if dropped is None:
+            break
+        logger.info("the conversation has %d tokens of %d: an old message is left out", len(tokens), n_ctx)
+        del messages[dropped]
+    return tokens, [_decoded(image, ask, loaded) for image in images]
+
+
+def _decoded(image: Picture, ask: Ask, loaded: Loaded) -> Picture:
+    """An image whose file is decoded, with the limits of requests, and cut into tiles."""
+    return loaded.conversation.prepare_image(
+        to_pixels(image, ask.limits) if isinstance(image, bytes) else image
+    )
+
+
+def _oldest(messages: Messages) -> int | None:
+    """The place of the oldest message that may be left out: no system message, and not the last ones."""
+    last = len(messages) - 1
+    if messages and messages[-1]["role"] == "assistant":
+        last -= 1  # it is continued, and answers the one before
+    return next((i for i in range(last) if messages[i]["role"] != "system"), None)
+
+
+def _tokens(loaded: Loaded, messages: Messages) -> tuple[list[int], tuple[Picture, ...]]:
+    """A last message of the assistant is continued."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return loaded.conversation.prompt(messages)
+    tokens, images = loaded.conversation.prompt(messages[:-1])
+    content = messages[-1]["content"]
+    begun = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return [*tokens, *loaded.model.tokenize(begun, add_bos=False, special=False)], images

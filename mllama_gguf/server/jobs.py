@@ -1,0 +1,164 @@
+"""Requests on their way to the engine and back: the job, its answers, and the queue that is fair to all
+clients."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..decode.writer import Stats
+from .catalog import Card
+from .problems import Refused
+
+if TYPE_CHECKING:
+    from .models import Loaded
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of a reply. choice: which of several; logprobs: of its tokens, as OpenAI writes them."""
+
+    text: str
+    choice: int = 0
+    logprobs: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A reply's end. context: prompt and reply for /api/generate, where they were asked for."""
+
+    stats: Stats
+    choice: int = 0
+    n_images: int = 0
+    context: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of all replies. seconds: in the queue and for loading, and in all."""
+
+    load_seconds: float
+    total_seconds: float
+
+
+Event: TypeAlias = "Piece | Ended | Done | Refused"
+
+
+class Mailbox:
+    """What the engine's thread tells the event loop. A reader who is busy gets all that came meanwhile."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, whole: bool) -> None:
+        """whole: the reader wants nothing before the end."""
+        self._loop = loop
+        self._whole = whole
+        self._items: deque[Event] = deque()
+        self._ready = asyncio.Event()
+        self._woken = False
+
+    def put(self, item: Event) -> None:
+        """From the engine's thread."""
+        self._items.append(item)
+        if self._woken or (self._whole and isinstance(item, (Piece, Ended))):
+            return
+        self._woken = True
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def take(self, seconds: float | None) -> list[Event]:
+        """What has come, at least one thing; [] if nothing came for so long."""
+        try:
+            await asyncio.wait_for(self._ready.wait(), seconds)
+        except asyncio.TimeoutError:
+            return []
+        self._ready.clear()
+        self._woken = False
+        found = []
+        while self._items:
+            found.append(self._items.popleft())
+        return found
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that a model answers.
+
+    work:    run in the engine's thread; gives Pieces and Endeds
+    keep_alive: seconds that the model stays afterwards; None: the server's
+    n_bytes: of its pictures
+    """
+
+    card: Card
+    client: str
+    work: Callable[[Loaded, Job], Generator[Event, None, None]]
+    mailbox: Mailbox
+    keep_alive: float | None = None
+    n_bytes: int = 0
+    time_limit: float = 0.0
+    created: float = field(default_factory=time.monotonic)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    reason: str = "client"
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time limit is over."""
+        return self.time_limit > 0 and time.monotonic() - self.created > self.time_limit
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled.is_set() or self.is_late
+
+    def cancel(self, reason: str) -> None:
+        """Stop it, from any thread."""
+        if not self.cancelled.is_set():
+            self.reason = reason
+            self.cancelled.set()
+
+
+class FairQueue:
+    """Jobs by client: one of each client in turn, those of one client in their order. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._by_client: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in self._by_client.values():
+            yield from jobs
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the pictures of all that wait."""
+        return sum(job.n_bytes for job in self)
+
+    def add(self, job: Job) -> None:
+        """Let a job wait."""
+        self._by_client.setdefault(job.client, deque()).append(job)
+
+    def take(self) -> Job | None:
+        """The next one; None if nobody waits."""
+        if not self._by_client:
+            return None
+        client, jobs = self._by_client.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._by_client[client] = jobs  # behind all others
+        return job
+
+    def remove(self, job: Job) -> bool:
+        """Take one out of its place; whether it was there."""
+        jobs = self._by_client.get(job.client)
+        if jobs is None or job not in jobs:
+            return False
+        jobs.remove(job)
+        if not jobs:
+            del self._by_client[job.client]
+        return True

@@ -1,0 +1,90 @@
+"""Pictures of requests: base64 to the bytes of a picture file, and from there to pixels.
+
+A text of a request is never taken for a path or an address: it is base64 or a data URI, or it is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image
+
+from ..errors import ImageError
+from ..vision.decoding import decode
+from .problems import Refused
+
+# How the kinds begin that are taken; decoders of other kinds are larger and less tried.
+_KINDS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
+_WEBP = re.compile(rb"RIFF....WEBP", re.DOTALL)
+_BLANKS = re.compile(r"\s+")
+_OTHER_ALPHABET = str.maketrans("-_", "+/")
+NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """most: pictures a request; n_bytes: of one file; pixels: of one picture; any_kind: take every kind that
+    the package reads, not those of NAMES alone."""
+
+    most: int = 16
+    n_bytes: int = 32 << 20
+    pixels: int = 64_000_000
+    any_kind: bool = False
+
+
+def from_base64(text: str, where: str, limits: PictureLimits) -> bytes:
+    """The bytes of a picture file that a text holds: base64 in either alphabet, with blanks, without padding,
+    or a data URI.
+
+    where: the field of the request, for errors
+
+    Raises Refused.
+    """
+    if text[:5].lower() == "data:":
+        data = _from_data_uri(text, where)
+    else:
+        data = _decode(text, where)
+    if len(data) > limits.n_bytes:
+        raise Refused(413, f"{where}: a picture of {len(data)} bytes; at most {limits.n_bytes} are taken")
+    if not data:
+        raise Refused(400, f"{where}: the picture is empty", "invalid_image")
+    if not limits.any_kind and not (data.startswith(_KINDS) or _WEBP.match(data)):
+        raise Refused(400, f"{where}: not a picture; {NAMES} are taken", "invalid_image")
+    return data
+
+
+def _decode(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)  # as nearly all clients write it
+    except (binascii.Error, ValueError, TypeError):
+        pass
+    digits = _BLANKS.sub("", text).translate(_OTHER_ALPHABET).rstrip("=")
+    try:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        raise Refused(
+            400, f"{where}: not base64 of a picture; pictures are sent in the request, as base64", "invalid_image"
+        ) from None
+
+
+def _from_data_uri(uri: str, where: str) -> bytes:
+    comma = uri.find(",", 0, 300)
+    if comma < 0:
+        raise Refused(400, f"{where}: a data URI without a comma holds no picture", "invalid_image")
+    parameters = uri[5:comma].lower().split(";")
+    if parameters[-1].strip() == "base64":
+        return _decode(uri[comma + 1 :], where)
+    return unquote_to_bytes(uri[comma + 1 :])
+
+
+def to_pixels(data: bytes, limits: PictureLimits) -> Image.Image:
+    """The picture of a file's bytes, upright, RGB. Raises ImageError."""
+    try:
+        return decode(io.BytesIO(data), "picture", limits.pixels, False)
+    except MemoryError:
+        raise ImageError("picture: not enough memory to decode it") from None

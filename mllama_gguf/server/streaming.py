@@ -1,0 +1,141 @@
+"""Answers that a model computes: as they come, or whole. A client that goes away ends the computation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .engine import Engine
+from .jobs import Done, Event, Job
+from .problems import Refused
+from .replies import error_reply, to_bytes
+
+# A reader who is told every token of a fast model costs more than the model: what comes within this time is
+# sent together.
+GATHER_SECONDS = 0.004
+
+
+class Writer(Protocol):
+    """Writes the events of a reply in the shape of an API."""
+
+    media_type: str
+
+    def frames(self, event: Event) -> Iterable[bytes]:
+        """What is sent for an event."""
+
+    def ping(self) -> bytes:
+        """What is sent while nothing comes."""
+
+    def failure(self, problem: Refused) -> bytes:
+        """What is sent for an error after the beginning."""
+
+    def whole(self, events: Iterable[Event]) -> Any:
+        """The whole answer, as JSON."""
+
+
+class Computed(Response):
+    """The answer of a job, which is handed in when the answer begins."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        job: Job,
+        writer: Writer,
+        *,
+        stream: bool,
+        ping_seconds: float,
+        ended: Callable[[int], None],
+    ) -> None:
+        """ended: is told the status."""
+        self._engine = engine
+        self._job = job
+        self._writer = writer
+        self._stream = stream
+        self._ping_seconds = ping_seconds
+        self._ended = ended
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        job, status = self._job, 500
+        try:
+            self._engine.submit(job)
+        except Refused as e:
+            self._ended(e.status)
+            await error_reply(scope["path"], e)(scope, receive, send)
+            return
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            status = await (self._send_stream if self._stream else self._send_whole)(scope, receive, send)
+        except OSError:  # the connection is gone
+            status = 499
+        finally:
+            if watch.done() and status == 500:
+                status = 499
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+            self._engine.cancel(job)  # does nothing after the end
+            self._ended(status)
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._engine.cancel(self._job)
+        self._job.mailbox.put(Refused(499, "request canceled"))
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> int:
+        events: list[Event] = []
+        while True:
+            events += await self._job.mailbox.take(None)
+            last = events[-1] if events else None
+            if isinstance(last, Refused):
+                await error_reply(scope["path"], last)(scope, receive, send)
+                return last.status
+            if isinstance(last, Done):
+                body = to_bytes(self._writer.whole(events))
+                await _start(send, 200, "application/json; charset=utf-8", {"content-length": str(len(body))})
+                await send({"type": "http.response.body", "body": body})
+                return 200
+
+    async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> int:
+        started = False
+        begun = time.monotonic()
+        while True:
+            wait = max(0.0, self._ping_seconds - (time.monotonic() - begun))
+            events = await self._job.mailbox.take(wait)
+            begun = time.monotonic()
+            failed = next((event for event in events if isinstance(event, Refused)), None)
+            if failed is not None and not started and events[0] is failed:
+                await error_reply(scope["path"], failed)(scope, receive, send)
+                return failed.status
+            if not started:
+                started = True
+                await _start(send, 200, self._writer.media_type, _UNBUFFERED)
+            parts: list[bytes] = []
+            for event in events:
+                if isinstance(event, Refused):
+                    parts.append(self._writer.failure(event))
+                    break
+                parts += self._writer.frames(event)
+            last = bool(events) and isinstance(events[-1], (Done, Refused))
+            body = b"".join(parts) if events else self._writer.ping()
+            await send({"type": "http.response.body", "body": body, "more_body": not last})
+            if last:
+                return 200 if failed is None else failed.status
+            if events:
+                await asyncio.sleep(GATHER_SECONDS)
+
+
+_UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+async def _start(send: Send, status: int, media_type: str, headers: Mapping[str, str]) -> None:
+    lines = {"content-type": media_type, **headers}
+    raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
