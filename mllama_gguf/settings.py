@@ -247,6 +247,15 @@ DESCRIPTIONS: Mapping[str, Description] = {one.name: one.metadata["about"] for o
 DEFAULTS: Mapping[str, Any] = {one.name: one.default for one in fields(Settings)}
 
 
+# The settings that say what layers may be offloaded to.
+_OFFLOAD = ("devices", "tensor_split", "main_gpu", "rpc_servers", "offload_kqv")
+
+
+def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that say what layers may be offloaded to, in a fixed order."""
+    return {name: settings[name] for name in _OFFLOAD if name in settings}
+
+
 def in_options(settings: Mapping[str, Any]) -> str:
     """Settings as one types them on the command line; those without an option are left out."""
     words = []

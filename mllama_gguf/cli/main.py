@@ -34,6 +34,7 @@ COMMANDS = {
     "preprocess": ("preprocess:preprocess_command", "Show the pixels that the vision encoder receives."),
     "pull": ("pull:pull_command", "Download a model."),
     "quantize": ("quantize:quantize_command", "Write a smaller copy of a model."),
+    "serve": ("serve:serve_command", "Serve models over HTTP: Ollama's and OpenAI's API."),
     "tune": ("tune:tune_command", "Find the fastest settings for a model."),
     "trace": ("trace:trace_command", "Show intermediate tensors by name."),
     "verify": ("verify:verify_command", "Check a model's files against their sha256."),

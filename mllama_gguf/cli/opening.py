@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ..settings import Settings, in_options
+from ..settings import Settings, in_options, offload_settings
 from .options import ModelChoice
 from .progress import phase_bar, transfer_bar
 from .verbose import is_verbose
@@ -19,9 +19,6 @@ from .verbose import is_verbose
 if TYPE_CHECKING:
     from ..model import Mllama
     from ..store.resolve import ModelFiles
-
-# The settings that say what layers may be offloaded to.
-OFFLOAD = ("devices", "tensor_split", "main_gpu", "rpc_servers", "offload_kqv")
 
 
 def find_files(choice: ModelChoice) -> ModelFiles:
@@ -40,11 +37,6 @@ def find_files(choice: ModelChoice) -> ModelFiles:
 def settings_of(choice: ModelChoice, files: ModelFiles) -> Settings:
     """The settings that the user gave, and for the others what the model needs."""
     return Settings.checked({**files.parameters, **choice.settings})
-
-
-def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some settings that say what layers may be offloaded to, in a fixed order."""
-    return {name: settings[name] for name in OFFLOAD if name in settings}
 
 
 def with_tuned(choice: ModelChoice) -> ModelChoice:

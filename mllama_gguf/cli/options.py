@@ -46,10 +46,16 @@ def model_options(command: F) -> F:
     return settings_options()(command)
 
 
-def settings_options(only: Collection[str] | None = None) -> Callable[[F], F]:
+def many_models_options(command: F) -> F:
+    """The same for a command that takes -m several times; it also takes `models`, all that -m names."""
+    return settings_options(several=True)(command)
+
+
+def settings_options(only: Collection[str] | None = None, *, several: bool = False) -> Callable[[F], F]:
     """The options of a model and of its settings; the command takes them as `choice`, a ModelChoice.
 
-    only: names of the settings that the command obeys; None: all
+    only:    names of the settings that the command obeys; None: all
+    several: see `many_models_options`
     """
     offered = {
         name: about for name, about in DESCRIPTIONS.items() if about.option and (only is None or name in only)
@@ -57,14 +63,18 @@ def settings_options(only: Collection[str] | None = None) -> Callable[[F], F]:
 
     def decorate(command: Callable[..., Any]) -> Any:
         @wraps(command)
-        def run(*, model: str, mmproj: str | None, verify: bool, **values: Any) -> Any:
+        def run(*, model: Any, mmproj: str | None, verify: bool, **values: Any) -> Any:
             settings = {name: values[name] for name in offered if given(name)}
             others = {name: value for name, value in values.items() if name not in offered}
+            if several:
+                others["models"] = model
+                model = next(iter(model), "")
             return command(choice=ModelChoice(model, mmproj, verify, settings), **others)
 
         wrapped: Any = run
         options = (
-            *_MODEL_OPTIONS,
+            _MODELS if several else _MODEL,
+            _MMPROJ,
             *(_option(name, about) for name, about in offered.items()),
             click.option("--verify", is_flag=True, help="Check the files' sha256 before they are used."),
             verbose_option,
@@ -76,25 +86,33 @@ def settings_options(only: Collection[str] | None = None) -> Callable[[F], F]:
     return decorate
 
 
-_MODEL_OPTIONS = (
-    click.option(
-        "-m",
-        "--model",
-        metavar="NAME|PATH",
-        default="demo",
-        envvar="MLLAMA_MODEL",
-        show_default=True,
-        show_envvar=True,
-        help="GGUF file of the text model or of the whole model; demo; ollama:NAME[:TAG]; "
-        "hf:OWNER/REPO/FILE; or a name in models.lock.",
-    ),
-    click.option(
-        "--mmproj",
-        metavar="NAME|PATH",
-        envvar="MLLAMA_MMPROJ",
-        show_envvar=True,
-        help="GGUF file of the vision encoder, or hf:OWNER/REPO/FILE, if the model has none.",
-    ),
+_NAMES = (
+    "GGUF file of the text model or of the whole model; demo; ollama:NAME[:TAG]; hf:OWNER/REPO/FILE; "
+    "or a name in models.lock."
+)
+_MODEL = click.option(
+    "-m",
+    "--model",
+    metavar="NAME|PATH",
+    default="demo",
+    envvar="MLLAMA_MODEL",
+    show_default=True,
+    show_envvar=True,
+    help=_NAMES,
+)
+_MODELS = click.option(
+    "-m",
+    "--model",
+    metavar="[AS=]NAME|PATH",
+    multiple=True,
+    help=f"{_NAMES} AS: the name that requests use.  [default: all models on this machine]",
+)
+_MMPROJ = click.option(
+    "--mmproj",
+    metavar="NAME|PATH",
+    envvar="MLLAMA_MMPROJ",
+    show_envvar=True,
+    help="GGUF file of the vision encoder, or hf:OWNER/REPO/FILE, if the model has none.",
 )
 
 

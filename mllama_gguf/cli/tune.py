@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..settings import DEFAULT_PROMPT, DEFAULTS, in_options
+from ..settings import DEFAULT_PROMPT, DEFAULTS, in_options, offload_settings
 from ..tune.saved import TUNED
 from ..words import show_size
-from .opening import find_files, offload_settings, settings_of
+from .opening import find_files, settings_of
 from .options import ModelChoice, model_options
 from .progress import StepBar
 

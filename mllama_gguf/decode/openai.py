@@ -129,3 +129,9 @@ def _include_usage(stream_options: Any) -> bool | None:
         raise RequestError(f"stream_options must be a dict, not {brief(stream_options)}")
     value = stream_options.get("include_usage")
     return bool(checked("stream_options.include_usage", Switch(), False if value is None else value))
+
+
+def is_known(name: str) -> bool:
+    """Whether a parameter of a request means something here: it is obeyed, changes nothing, or is refused by
+    name."""
+    return name in DEFAULTS or name in _IGNORED or name in _NEUTRAL or name == "max_completion_tokens"

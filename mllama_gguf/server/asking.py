@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..decode.options import ReplyOptions
+from ..decode.reply import Reply
 from ..errors import ContextFullError
 from ..vision.embedding import Picture
 from .contexts import pack, unpack
@@ -29,7 +30,8 @@ class Ask:
     raw:      in place of messages, text that goes to the model as it is; its image tokens stand for `images`
     context:  what /api/generate gave for the conversation before, if there was one
     options:  of `ReplyOptions.checked`, those that the request or its API names
-    own_defaults: options that the model brings along count where the request says nothing
+    fallback: the same, where neither the request nor the model says anything
+    own_defaults: options that the model brings along count
     n_ctx:    most tokens of prompt and reply; None: those of the model
     truncate: leave out the oldest messages of a conversation that is too long
     gives_context: /api/generate wants it
@@ -43,8 +45,6 @@ class Ask:
     fallback: Mapping[str, Any] = field(default_factory=dict)
     own_defaults: bool = False
     n: int = 1
-    logprobs: bool = False
-    top_logprobs: int = 0
     n_ctx: int | None = None
     truncate: bool = False
     gives_context: bool = False
@@ -71,8 +71,8 @@ def answer(ask: Ask) -> Callable[[Loaded, Job], Generator[Event, None, None]]:
         room = _room(ask, loaded, len(tokens))
         if options.max_tokens is None or options.max_tokens > room:
             options = replace(options, max_tokens=room)
-        for choice in range(ask.n):
-            yield from _reply(ask, loaded, tokens, images, _nth(options, choice), choice)
+        for choice, reply in enumerate(loaded.conversation.replies_to(tokens, images, options, ask.n)):
+            yield from _told(reply, choice, len(images), ask, lambda said: pack(loaded, tokens, images, said))
 
     return work
 
@@ -84,37 +84,24 @@ def load_only(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
 
 def _options(ask: Ask, loaded: Loaded) -> ReplyOptions:
     """Those of the request, over those of the model, over those of the API."""
-    defaults = getattr(loaded.model, "defaults", None)
-    own = dict(defaults.options) if ask.own_defaults and defaults is not None else {}
+    own = loaded.model.defaults.options if ask.own_defaults else {}
     return ReplyOptions.checked({**ask.fallback, **own, **ask.options})
 
 
-def _nth(options: ReplyOptions, choice: int) -> ReplyOptions:
-    seed = options.sampling.seed
-    if not choice or seed is None:
-        return options
-    return replace(options, sampling=replace(options.sampling, seed=seed + choice))
-
-
-def _reply(
-    ask: Ask,
-    loaded: Loaded,
-    tokens: Sequence[int],
-    images: Sequence[Picture],
-    options: ReplyOptions,
-    choice: int,
+def _told(
+    reply: Reply, choice: int, n_images: int, ask: Ask, context_of: Callable[[str], tuple[int, ...]]
 ) -> Generator[Event, None, None]:
-    reply = loaded.conversation.reply_to(tokens, images, options)
     said: list[str] = []
-    for piece in reply:
+    n_told = 0  # logprobs
+    for text in reply:
         if ask.gives_context:
-            said.append(piece)
-        yield Piece(piece, choice)
-    context: tuple[int, ...] = ()
-    if ask.gives_context:
-        after = loaded.model.tokenize("".join(said), add_bos=False, special=False)
-        context = pack(loaded, tokens, images, after)
-    yield Ended(reply.stats, choice, len(images), context)
+            said.append(text)
+        yield Piece(text, choice, tuple(reply.logprobs[n_told:]))
+        n_told = len(reply.logprobs)
+    if len(reply.logprobs) > n_told:
+        yield Piece("", choice, tuple(reply.logprobs[n_told:]))
+    context = context_of("".join(said)) if ask.gives_context else ()
+    yield Ended(reply.stats, choice, n_images, context)
 
 
 def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
@@ -152,9 +139,8 @@ def _prompt(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
 def _chat(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
     """A conversation, without its oldest messages if it is too long and that is allowed."""
     messages = list(ask.messages)
-    defaults = getattr(loaded.model, "defaults", None)
-    if ask.own_defaults and defaults is not None and not ask.context:
-        messages = list(defaults.precede(messages))
+    if not ask.context:
+        messages = list(loaded.model.defaults.precede(messages))
     n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length) - len(ask.context)
     while True:
         tokens, images = _tokens(loaded, messages)

@@ -7,7 +7,7 @@ import json
 from typing import Any, NoReturn
 
 import anyio.to_thread
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from .problems import Refused
 from .settings import ServerSettings
@@ -43,7 +43,9 @@ async def _read(request: Request, settings: ServerSettings) -> bytearray:
             return data
         except asyncio.TimeoutError:
             raise Refused(
-                408, f"no more of the request came for {settings.body_seconds:g} s", headers={"Connection": "close"}
+                408,
+                f"no more of the request came for {settings.body_seconds:g} s",
+                headers={"Connection": "close"},
             ) from None
         data += chunk
         if len(data) > limit:
@@ -88,6 +90,3 @@ def _check_depth(value: Any) -> None:
         if not layer:
             return
     raise Refused(400, f"the JSON is nested deeper than {MAX_DEPTH}")
-
-
-__all__ = ["ClientDisconnect", "parse_object", "read_json"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import MllamaError, RequestError
+from ..errors import MllamaError, ModelError, RequestError
 from ..gguf.reader import GGUFFile, LongArray, read_gguf
 from ..inspect.inventory import is_text_model, names
 from ..store.references import DEFAULT_HOST, DEFAULT_NAMESPACE, DEFAULT_TAG
@@ -147,6 +147,22 @@ class Catalog:
             raise Refused(404, f"model '{name}' not found", "model_not_found", "model")
         return found
 
+    def check(self) -> None:
+        """Raise ModelError if a chosen model is not there or not usable."""
+        seen: dict[str, str] = {}
+        for offer in self._chosen or ():
+            if offer.name in seen:
+                raise RequestError(f"{seen[offer.name]} and {offer.reference} are both called {offer.name}")
+            seen[offer.name] = offer.reference
+            if not is_text_model(resolve(offer.reference).text):
+                raise ModelError(f"{offer.reference}: is no mllama text model")
+            self._card(offer)
+
+    def forget(self) -> None:
+        """Look again at the next question."""
+        with self._lock:
+            self._looked = -FRESH_SECONDS
+
     def first(self) -> Card | None:
         """The model of the first -m, or the only one."""
         cards = self._look()
@@ -213,10 +229,9 @@ def read_card(offer: Offer, files: ModelFiles) -> Card:
 
 
 def _digest(offer: Offer, files: ModelFiles, size: int) -> str:
-    """The manifest's sha256 of a model of Ollama, else one of names and sizes: it must differ between models."""
-    manifest = getattr(files, "ollama", None)
-    if manifest is not None:
-        return str(manifest.digest)
+    """The manifest's sha256 of a model of Ollama, else one of names and sizes: no two are equal."""
+    if files.ollama is not None:
+        return files.ollama.digest
     known = [files.sha256.get(path, "") for path in files.paths]
     words = json.dumps([offer.name, [path.name for path in files.paths], known, size])
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()

@@ -32,10 +32,9 @@ def to_key(words: Sequence[int]) -> str:
     return "".join(f"{word:08x}" for word in words)
 
 
-def pack(
-    loaded: Loaded, tokens: Sequence[int], images: Sequence[Picture], reply: Sequence[int]
-) -> tuple[int, ...]:
-    """The context after a reply."""
+def pack(loaded: Loaded, tokens: Sequence[int], images: Sequence[Picture], said: str) -> tuple[int, ...]:
+    """The context after a reply. said: its text."""
+    reply = loaded.model.tokenize(said, add_bos=False, special=False)
     keys = iter([loaded.conversation.image_key(image) for image in images])
     packed: list[int] = []
     for token in tokens:

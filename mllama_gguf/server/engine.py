@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from typing import Any
 
 from ..errors import Aborted
 from ..settings import Settings
 from .catalog import Card
 from .jobs import Done, Ended, FairQueue, Job
 from .metrics import Metrics
-from .models import Models, Need, Shown
+from .models import Models, Need, Opening, Shown
 from .problems import Refused, refusal, ruins_model
 from .settings import ServerSettings
 
@@ -32,11 +31,11 @@ class Engine:
     def __init__(
         self,
         settings: ServerSettings,
-        model_settings: Mapping[str, Any],
+        opening: Opening,
         metrics: Metrics,
         plan: Callable[[Card, Settings], Need] | None = None,
     ) -> None:
-        """model_settings: those that the user gave, of `Settings`."""
+        """plan: tells what a model takes; None: `models.need_of`."""
         self._settings = settings
         self._metrics = metrics
         self._changed = threading.Condition()  # of what follows
@@ -45,7 +44,7 @@ class Engine:
         self._stopping = False
         self._tasks: list[Callable[[], None]] = []  # for the thread, before the next job
         self._models = Models(
-            model_settings,
+            opening,
             most=settings.max_models,
             memory=settings.memory,
             metrics=metrics,
@@ -121,20 +120,17 @@ class Engine:
         for job in waiting:
             job.mailbox.put(STOPPING)
 
-    def join(self, seconds: float) -> bool:
-        """Wait for the thread's end, after `stop`. What still runs then is stopped. Returns whether it was
-        not."""
-        if self._thread.ident is None:
-            return True
-        self._thread.join(seconds)
-        if not self._thread.is_alive():
-            return True
+    def stop_now(self) -> None:
+        """Stop what runs, after `stop`."""
         with self._changed:
             current = self._current
         if current is not None:
             current.cancel("shutdown")
-        self._thread.join(5.0)
-        return False
+
+    def join(self, seconds: float = 10.0) -> None:
+        """Wait for the thread's end, after `stop`."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
 
     # ---- the thread ----------------------------------------------------------------------------------------
 

@@ -10,9 +10,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..decode.writer import Stats
+from ..text.logprobs import TokenLogprob
 from .catalog import Card
 from .problems import Refused
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a reply. choice: which of several; logprobs: of its tokens, as OpenAI writes them."""
+    """Text of a reply. choice: which of several; logprobs: of its tokens."""
 
     text: str
     choice: int = 0
-    logprobs: tuple[dict[str, Any], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

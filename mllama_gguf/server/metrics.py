@@ -25,7 +25,10 @@ class Metrics:
         )
         self.queue_seconds = Histogram("mllama_queue_seconds", "Waiting.", buckets=_LONG, registry=r)
         self.first_token = Histogram(
-            "mllama_time_to_first_token_seconds", "From a request to its first text.", buckets=_LONG, registry=r
+            "mllama_time_to_first_token_seconds",
+            "From a request to its first text.",
+            buckets=_LONG,
+            registry=r,
         )
         self.token_seconds = Histogram(
             "mllama_time_per_token_seconds", "Mean of a reply.", buckets=_SHORT, registry=r

@@ -10,16 +10,18 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
 from ..backend.plan import make_plan
 from ..decode.conversation import Conversation
-from ..errors import MllamaError
+from ..errors import Aborted, MllamaError
 from ..loaded import LoadedModel
-from ..settings import Settings
+from ..settings import Settings, offload_settings
+from ..store.verify import require_verified
+from ..tune.saved import key_of, read_tuned
 from .catalog import Card
 from .metrics import Metrics
 
@@ -27,6 +29,33 @@ logger = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.9  # of this machine's, that models may take
 CPU = "CPU"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened.
+
+    given:       the settings that the user gave
+    image_cache: keep the results of images on disk
+    isolate:     in a child process
+    verify:      check the files' sha256 first
+    tuned:       use what `mllama tune` found where the user gave nothing
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    image_cache: bool = True
+    isolate: bool = False
+    verify: bool = False
+    tuned: bool = True
+
+    def settings(self, card: Card) -> Settings:
+        """The settings for a model. Raises RequestError, ModelError."""
+        files = card.files
+        tuned: Mapping[str, Any] = {}
+        if self.tuned:
+            tuned = read_tuned(lambda: key_of(files.paths, offload_settings(self.given)))
+        own = {"image_cache": self.image_cache, "isolate": self.isolate}
+        return Settings.checked({**files.parameters, **tuned, **self.given, **own})
 
 
 @dataclass(frozen=True)
@@ -71,7 +100,7 @@ class Models:
 
     def __init__(
         self,
-        settings: Mapping[str, Any],
+        opening: Opening,
         *,
         most: int,
         memory: int | None,
@@ -79,10 +108,9 @@ class Models:
         abort: Callable[[], bool],
         plan: Callable[[Card, Settings], Need] | None = None,
     ) -> None:
-        """settings: those that the user gave, of `Settings`.
-        most: at the same time; memory: bytes of this machine; None: nearly all.
+        """most: at the same time; memory: bytes of this machine; None: nearly all.
         abort: asked while something computes."""
-        self._settings = settings
+        self._opening = opening
         self._most = max(1, most)
         self._memory = memory
         self._metrics = metrics
@@ -92,16 +120,16 @@ class Models:
         self._loaded: dict[str, Loaded] = {}
 
     def get(self, card: Card) -> tuple[Loaded, float]:
-        """A model, opened if it is not; and the seconds that took. Raises ModelError, BackendError, Aborted."""
+        """A model, opened if it is not; and how long that took. Raises ModelError, BackendError, Aborted."""
         found = self._loaded.get(card.name)
         if found is not None and found.card == card:
             found.used = time.monotonic()
             return found, 0.0
         self.close(card.name)  # its files are others now
         start = time.monotonic()
-        settings = Settings.checked({**card.files.parameters, **self._settings})
-        need = self._make_room(card, settings)
         try:
+            settings = self._opening.settings(card)
+            need = self._make_room(card, settings)
             opened = self._open(card, settings, need, start)
         except MllamaError:
             self._metrics.load_failures.inc()
@@ -115,8 +143,11 @@ class Models:
 
     def _open(self, card: Card, settings: Settings, need: Need, start: float) -> Loaded:
         files = card.files
-        more = {"defaults": files.defaults} if hasattr(files, "defaults") else {}
-        model = LoadedModel(files.text, files.mmproj, abort=self._abort, **more, **settings.as_dict())
+        if self._opening.verify:
+            require_verified(files, lambda name, done, total: self._check_abort())
+        model = LoadedModel(
+            files.text, files.mmproj, defaults=files.defaults, abort=self._abort, **settings.as_dict()
+        )
         try:
             conversation = model.conversation()
         except BaseException:
@@ -124,6 +155,10 @@ class Models:
             raise
         now = time.monotonic()
         return Loaded(card, model, conversation, need, now - start, used=now)
+
+    def _check_abort(self) -> None:
+        if self._abort():
+            raise Aborted("loading was stopped")
 
     def _make_room(self, card: Card, settings: Settings) -> Need:
         """Close those that were used longest ago until the plan says that this one fits. If it never does, it
@@ -210,9 +245,7 @@ def need_of(card: Card, settings: Settings) -> Need:
     values = settings.as_dict()
     layers = values.pop("n_gpu_layers")
     files = card.files
-    plan = make_plan(
-        files.text, files.mmproj, n_gpu_layers=None if layers == "auto" else layers, **values
-    )
+    plan = make_plan(files.text, files.mmproj, n_gpu_layers=None if layers == "auto" else layers, **values)
     chosen = plan.settings[0]
     if layers == "auto":
         chosen = next((s for s in plan.settings if s.n_gpu_layers == plan.best), chosen)

@@ -27,7 +27,7 @@ class OllamaWriter:
 
     def frames(self, event: Event) -> Iterable[bytes]:
         if isinstance(event, Piece):
-            more = {"logprobs": list(event.logprobs)} if event.logprobs else {}
+            more = {"logprobs": [one.as_dict() for one in event.logprobs]} if event.logprobs else {}
             return (self._line(self._object(event.text, done=False) | more),)
         if isinstance(event, Ended):
             self._ended = event
@@ -48,7 +48,7 @@ class OllamaWriter:
         for event in events:
             if isinstance(event, Piece):
                 pieces.append(event.text)
-                logprobs += event.logprobs
+                logprobs += [one.as_dict() for one in event.logprobs]
             elif isinstance(event, Ended):
                 self._ended = event
             elif isinstance(event, Done):
@@ -83,7 +83,9 @@ class OllamaWriter:
         return {**found, "context": list(ended.context)} if ended.context else found
 
 
-def loaded(model: str, kind: Literal["chat", "generate"], reason: Literal["load", "unload"]) -> dict[str, Any]:
+def loaded(
+    model: str, kind: Literal["chat", "generate"], reason: Literal["load", "unload"]
+) -> dict[str, Any]:
     """The answer to a request without a prompt."""
     head = {"model": model, "created_at": rfc3339(time.time())}
     inside = {"response": ""} if kind == "generate" else {"message": {"role": "assistant", "content": ""}}
@@ -104,7 +106,7 @@ def running(shown: Shown) -> dict[str, Any]:
 
 def description(card: Card, *, verbose: bool) -> dict[str, Any]:
     """The answer of /api/show."""
-    model = getattr(card.files, "ollama", None)
+    model = card.files.ollama
     template = model.template if model is not None else str(card.keys.get("tokenizer.chat_template") or "")
     parameters = _parameters(model.params if model is not None else {})
     system = model.system if model is not None else ""
@@ -117,7 +119,7 @@ def description(card: Card, *, verbose: bool) -> dict[str, Any]:
     }
     if card.has_vision:
         info.setdefault("mllama.vision.block_count", _vision_blocks(card))
-    found = {
+    found: dict[str, Any] = {
         "license": licenses,
         "modelfile": _modelfile(card.name, template, system, parameters),
         "parameters": parameters,

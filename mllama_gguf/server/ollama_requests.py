@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..text.sampling import MAX_TOP_LOGPROBS, OLLAMA_SAMPLERS
 from ..words import show_name
 from . import fields
 from .asking import Ask
@@ -19,13 +20,20 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
 # What Ollama 0.24 took where neither the request nor the model said anything.
-DEFAULTS: Mapping[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0}
+DEFAULTS: Mapping[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "samplers": OLLAMA_SAMPLERS,
+}
 MAX_SEED = (1 << 63) - 1
 # Options that Ollama did not obey with this model either, or that are the operator's.
 _IDLE = frozenset(
     (
-        "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "mirostat", "mirostat_eta",
-        "mirostat_tau", "tfs_z", "typical_p", "penalize_newline", "num_keep", "num_batch", "num_gpu",
+        "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "mirostat",
+        "mirostat_eta", "mirostat_tau", "tfs_z", "typical_p", "penalize_newline", "num_keep", "num_batch",
+        "num_gpu",
         "num_thread", "main_gpu", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock",
         "numa", "embedding_only", "num_gqa",
     )
@@ -75,9 +83,7 @@ def generate(body: Mapping[str, Any], limits: PictureLimits) -> Wish:
         raise Refused(400, "template is not taken from requests; the model's own is used", None, "template")
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 32 for n in context):
         raise fields.wrong("context", "a list of whole numbers", "something else")
-    images = [
-        _image(image, f"images[{i}]", limits) for i, image in enumerate(fields.items(body, "images"))
-    ]
+    images = [_image(image, f"images[{i}]", limits) for i, image in enumerate(fields.items(body, "images"))]
     _check_number(len(images), limits)
     if not prompt and not images and not context:
         return Wish(model, None, stream, keep_alive)
@@ -126,6 +132,7 @@ def _full(model: str) -> str:
 
 def _common(body: Mapping[str, Any], limits: PictureLimits) -> dict[str, Any]:
     options, n_ctx = _options(fields.get(body, "options", dict, {}))
+    options |= _logprobs(body)
     response_format = format_of(body.get("format"))
     if response_format is not None:
         options["response_format"] = response_format
@@ -135,15 +142,14 @@ def _common(body: Mapping[str, Any], limits: PictureLimits) -> dict[str, Any]:
         "own_defaults": True,
         "n_ctx": n_ctx,
         "limits": limits,
-        **_logprobs(body),
     }
 
 
 def _logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
     wanted = fields.flag(body, "logprobs")
     top = body.get("top_logprobs")
-    if top is not None and not (isinstance(top, (int, float)) and not isinstance(top, bool) and 0 <= top <= 20):
-        raise Refused(400, "top_logprobs must be between 0 and 20", None, "top_logprobs")
+    if top is not None and not (type(top) in (int, float) and 0 <= top <= MAX_TOP_LOGPROBS):
+        raise Refused(400, f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", None, "top_logprobs")
     return {"logprobs": wanted, "top_logprobs": int(top or 0)} if wanted else {}
 
 
@@ -245,7 +251,7 @@ def _picture(image: bytes) -> dict[str, Any]:
 
 
 def _raw(prompt: str, n_images: int) -> str:
-    """A raw prompt with an image token for each picture: where it has one or an [img], else before the text."""
+    """A raw prompt with an image token for each picture: where it has one or [img], else at its start."""
     used = 0
 
     def place(_: re.Match[str]) -> str:

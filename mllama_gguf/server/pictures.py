@@ -45,10 +45,7 @@ def from_base64(text: str, where: str, limits: PictureLimits) -> bytes:
 
     Raises Refused.
     """
-    if text[:5].lower() == "data:":
-        data = _from_data_uri(text, where)
-    else:
-        data = _decode(text, where)
+    data = _from_data_uri(text, where) if text[:5].lower() == "data:" else _decode(text, where)
     if len(data) > limits.n_bytes:
         raise Refused(413, f"{where}: a picture of {len(data)} bytes; at most {limits.n_bytes} are taken")
     if not data:
@@ -68,7 +65,9 @@ def _decode(text: str, where: str) -> bytes:
         return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError, TypeError):
         raise Refused(
-            400, f"{where}: not base64 of a picture; pictures are sent in the request, as base64", "invalid_image"
+            400,
+            f"{where}: not base64 of a picture; pictures are sent in the request, as base64",
+            "invalid_image",
         ) from None
 
 

@@ -34,7 +34,12 @@ def is_openai(path: str) -> bool:
 
 def openai_error(problem: Refused) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     kind = kinds.get(problem.status)
     if kind is None:
         kind = "invalid_request_error" if problem.status < 500 else "server_error"

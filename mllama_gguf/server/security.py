@@ -58,7 +58,9 @@ class Security:
         ]
         if scope["method"] == "OPTIONS":
             asked = _header(scope, b"access-control-request-headers")
-            extra = [name.strip() for name in asked.lower().split(",") if name.strip().startswith("x-stainless-")]
+            extra = [
+                name.strip() for name in asked.lower().split(",") if name.strip().startswith("x-stainless-")
+            ]
             names = ",".join([_HEADERS, *extra]).encode("latin-1", "replace")
             headers = [
                 *allowed,
@@ -78,7 +80,7 @@ class Security:
         await self._app(scope, receive, send_allowed)
 
     def _check(self, scope: Scope) -> str | None:
-        """The origin that may read the answer, None without one. Raises Refused. Sets scope["client_name"]."""
+        """The origin that may read the answer, None: none. Sets scope["client_name"]. Raises Refused."""
         settings = self._settings
         if len(scope["path"]) + len(scope.get("query_string", b"")) > _MAX_TARGET:
             raise Refused(414, "the address is too long")
@@ -114,7 +116,7 @@ class Security:
         return origin
 
     def _is_own_name(self, host: str) -> bool:
-        """Whether a Host header names this machine. Else a page elsewhere could let its own name point here."""
+        """Whether a Host header names this machine. Else a page could let its own name point here."""
         name = _host_name(host)
         if name is None:
             return False
@@ -126,10 +128,7 @@ class Security:
             return False
         # Nobody can let an address point elsewhere; beyond this machine each of its own is fine.
         return (
-            address.is_loopback
-            or address.is_private
-            or address.is_unspecified
-            or not self._settings.is_local
+            address.is_loopback or address.is_private or address.is_unspecified or not self._settings.is_local
         )
 
     def allows_origin(self, origin: str, host: str) -> bool:
@@ -158,7 +157,9 @@ def _matches(origin: str, allowed: Iterable[str]) -> bool:
     low = origin.lower()
     for one in allowed:
         pattern = one.lower().replace("[", "[[]")
-        patterns = (pattern,) if "://" in pattern or pattern == "*" else (f"http://{pattern}", f"https://{pattern}")
+        patterns = (
+            (pattern,) if "://" in pattern or pattern == "*" else (f"http://{pattern}", f"https://{pattern}")
+        )
         if any(fnmatchcase(low, one) for one in patterns):
             return True
     return False

@@ -68,7 +68,7 @@ class ServerSettings:
         return is_loopback(self.host)
 
     def owner_of(self, key: str | None) -> str | None:
-        """A short name of whoever has this key; None: it is no key. Takes the same time for all wrong ones."""
+        """A short name of whoever has this key; None: it is no key. All wrong ones take the same time."""
         found = None
         given = digest_of(key or "")
         for known in self.keys:
@@ -110,7 +110,10 @@ def read_keys(path: str) -> tuple[bytes, ...]:
 
 
 def parse_host(words: str) -> tuple[str, int | None]:
-    """(host, port) of OLLAMA_HOST: HOST, HOST:PORT, :PORT, http://HOST:PORT, [::1]:PORT. Raises RequestError."""
+    """(host, port) of OLLAMA_HOST: HOST, HOST:PORT, :PORT, http://HOST:PORT or [::1]:PORT.
+
+    Raises RequestError.
+    """
     text = re.sub(r"^(https?)://", "", words.strip().strip("'\""), flags=re.IGNORECASE).partition("/")[0]
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]*)(?::(\d{1,5}))?", text)
     if match:

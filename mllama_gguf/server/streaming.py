@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -50,38 +50,31 @@ class Computed(Response):
         *,
         stream: bool,
         ping_seconds: float,
-        ended: Callable[[int], None],
     ) -> None:
-        """ended: is told the status."""
+        """writer: writes what the job gives; stream: as it comes; ping_seconds: between signs of life."""
         self._engine = engine
         self._job = job
         self._writer = writer
         self._stream = stream
         self._ping_seconds = ping_seconds
-        self._ended = ended
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job, status = self._job, 500
         try:
-            self._engine.submit(job)
+            self._engine.submit(self._job)
         except Refused as e:
-            self._ended(e.status)
             await error_reply(scope["path"], e)(scope, receive, send)
             return
         watch = asyncio.create_task(self._watch(receive))
         try:
-            status = await (self._send_stream if self._stream else self._send_whole)(scope, receive, send)
+            await (self._send_stream if self._stream else self._send_whole)(scope, receive, send)
         except OSError:  # the connection is gone
-            status = 499
+            pass
         finally:
-            if watch.done() and status == 500:
-                status = 499
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
-            self._engine.cancel(job)  # does nothing after the end
-            self._ended(status)
+            self._engine.cancel(self._job)  # does nothing after the end
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -89,21 +82,21 @@ class Computed(Response):
         self._engine.cancel(self._job)
         self._job.mailbox.put(Refused(499, "request canceled"))
 
-    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         events: list[Event] = []
         while True:
             events += await self._job.mailbox.take(None)
             last = events[-1] if events else None
             if isinstance(last, Refused):
                 await error_reply(scope["path"], last)(scope, receive, send)
-                return last.status
+                return
             if isinstance(last, Done):
                 body = to_bytes(self._writer.whole(events))
                 await _start(send, 200, "application/json; charset=utf-8", {"content-length": str(len(body))})
                 await send({"type": "http.response.body", "body": body})
-                return 200
+                return
 
-    async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         begun = time.monotonic()
         while True:
@@ -113,7 +106,7 @@ class Computed(Response):
             failed = next((event for event in events if isinstance(event, Refused)), None)
             if failed is not None and not started and events[0] is failed:
                 await error_reply(scope["path"], failed)(scope, receive, send)
-                return failed.status
+                return
             if not started:
                 started = True
                 await _start(send, 200, self._writer.media_type, _UNBUFFERED)
@@ -127,7 +120,7 @@ class Computed(Response):
             body = b"".join(parts) if events else self._writer.ping()
             await send({"type": "http.response.body", "body": body, "more_body": not last})
             if last:
-                return 200 if failed is None else failed.status
+                return
             if events:
                 await asyncio.sleep(GATHER_SECONDS)
 

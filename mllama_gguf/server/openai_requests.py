@@ -1,0 +1,179 @@
+"""Requests of OpenAI's API as what is asked of a model. Plain functions: no server, no model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..decode.openai import MAX_REPLIES, is_known, plain_options
+from ..words import brief, show_name
+from . import fields
+from .asking import Ask
+from .pictures import PictureLimits, from_base64
+from .problems import Refused
+
+logger = logging.getLogger(__name__)
+
+# As in Ollama's layer for this API, and as OpenAI has them; not the model's own.
+DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+# Fields that are read here and are no options.
+_OWN = frozenset(("messages", "n", "stream", "stream_options"))
+_GRAMMARS = ("gbnf", "lark")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A request. usage: whether a stream ends with a chunk that tells it."""
+
+    model: str
+    ask: Ask
+    stream: bool
+    usage: bool
+
+
+def chat(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
+    """A request of /v1/chat/completions. Raises Refused, RequestError."""
+    model = model_of(body)
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise Refused(400, "messages must be a list with at least one message", "invalid_value", "messages")
+    counted = [0]
+    messages = [_message(i, message, limits, counted) for i, message in enumerate(given)]
+    n = fields.whole(body, "n", 1, MAX_REPLIES)
+    stream = fields.flag(body, "stream")
+    ask = Ask(
+        messages=messages,
+        options=_options(body, allow_gbnf),
+        fallback=DEFAULTS,
+        n=1 if n is None else n,
+        limits=limits,
+    )
+    return Wish(model, ask, stream, stream and wants_usage(body))
+
+
+def completion(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
+    """A request of /v1/completions: the prompt goes to the model as it is. Raises Refused, RequestError."""
+    model = model_of(body)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise fields.wrong("prompt", "a string", prompt)
+    others = {name: value for name, value in body.items() if name not in ("prompt", "logprobs")}
+    if body.get("logprobs") not in (None, False, 0):
+        raise Refused(400, "logprobs is not served here; use /v1/chat/completions", None, "logprobs")
+    options = _options(others, allow_gbnf)
+    options.setdefault("max_tokens", 16)
+    n = fields.whole(body, "n", 1, MAX_REPLIES)
+    stream = fields.flag(body, "stream")
+    ask = Ask(raw=prompt, options=options, fallback=DEFAULTS, n=1 if n is None else n, limits=limits)
+    return Wish(model, ask, stream, stream and wants_usage(body))
+
+
+def model_of(body: Mapping[str, Any]) -> str:
+    """The model that a request names. Raises Refused."""
+    model = fields.text(body, "model")
+    if not model.strip():
+        raise Refused(400, "model is required", "missing_required_parameter", "model")
+    return model
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream is to end with its usage."""
+    options: Mapping[str, Any] = fields.get(body, "stream_options", dict, {})
+    return fields.flag(options, "include_usage")
+
+
+def _options(body: Mapping[str, Any], allow_gbnf: bool) -> dict[str, Any]:
+    """Options for `ReplyOptions`. What is unknown has no effect, as other servers have it."""
+    known = {}
+    for name, value in body.items():
+        if name in _OWN or value is None:
+            continue
+        if is_known(name):
+            known[name] = value
+        else:
+            logger.info("parameter %s is not known and has no effect", show_name(name, 60))
+    form = known.get("response_format")
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    if not allow_gbnf and ("grammar" in known or kind in _GRAMMARS):
+        raise Refused(
+            400,
+            "grammars are not taken from requests (mllama serve --allow-gbnf); use a JSON schema or a regex",
+        )
+    if "stop" in known:
+        known["stop"] = fields.stops(known["stop"], "stop") or None
+    for name in ("max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"):
+        if name in known:
+            known[name] = fields.whole(known, name, -(1 << 63), 1 << 63)
+    if known.get("max_tokens") == 0 or known.get("max_completion_tokens") == 0:
+        raise Refused(400, "max_tokens must be at least 1", "invalid_value", "max_tokens")
+    return plain_options(known)
+
+
+def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise fields.wrong(where, "an object", message)
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise fields.wrong(f"{where}.role", "a string", role)
+    role = "system" if role == "developer" else role
+    if role not in ("system", "user", "assistant", "tool"):
+        raise Refused(400, f"{where}.role {brief(role)} is not known", "invalid_value", f"{where}.role")
+    content = message.get("content")
+    if content is None:
+        content = ""
+    if isinstance(content, str):
+        return {"role": role, "content": [{"type": "text", "text": content}]}
+    if not isinstance(content, list):
+        raise fields.wrong(f"{where}.content", "a string or a list of parts", content)
+    parts = [
+        part
+        for i, one in enumerate(content)
+        for part in content_part(one, f"{where}.content[{i}]", limits, counted)
+    ]
+    return {"role": role, "content": parts}
+
+
+def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int]) -> list[dict[str, Any]]:
+    """A part of a message as the package takes it. counted: pictures so far. Raises Refused."""
+    if not isinstance(part, dict):
+        raise fields.wrong(where, "an object", part)
+    kind = part.get("type")
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise fields.wrong(f"{where}.text", "a string", text)
+        return [{"type": "text", "text": text}]
+    if kind in ("image_url", "input_image"):
+        given = part.get("image_url")
+        inside = given if isinstance(given, dict) else {"url": given}
+        url, detail = inside.get("url"), inside.get("detail", part.get("detail"))
+        if not isinstance(url, str):
+            raise fields.wrong(f"{where}.image_url", "a data URI", url)
+        if detail not in (None, "auto", "low", "high", "original"):
+            raise fields.wrong(f"{where}.detail", "auto, low or high", detail)
+        counted[0] += 1
+        if counted[0] > limits.most:
+            raise Refused(400, f"more than {limits.most} pictures in one request")
+        return [{"type": "image", "image": _image(url, where, limits)}]
+    raise Refused(
+        400,
+        f'{where}: expected a part of type "text" or "image_url", got {brief(kind)}',
+        "invalid_value",
+        where,
+    )
+
+
+def _image(url: str, where: str, limits: PictureLimits) -> bytes:
+    if url[:5].lower() != "data:":
+        raise Refused(
+            400,
+            f"{where}: image URLs are not currently supported, please use base64 encoded data instead",
+            "invalid_image_url",
+            where,
+        )
+    return from_base64(url, where, limits)

@@ -1,0 +1,95 @@
+"""What all routes share: the settings, the models on offer, the engine, the figures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from starlette.requests import Request
+
+from .asking import Ask, answer, load_only
+from .bodies import LARGE, read_json
+from .catalog import Card, Catalog
+from .engine import Engine
+from .jobs import Job, Mailbox
+from .metrics import Metrics
+from .problems import Refused
+from .settings import ServerSettings
+from .streaming import Computed, Writer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One server."""
+
+    settings: ServerSettings
+    catalog: Catalog
+    engine: Engine
+    metrics: Metrics
+    started: float = field(default_factory=time.time)
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a request. Raises Refused."""
+        return await read_json(request, self.settings)
+
+    async def translate(self, request: Request, read: Callable[[], T]) -> T:
+        """What a request asks for. That of a large one is found out in a thread: base64 takes a while."""
+        if int(request.headers.get("content-length", "0") or 0) > LARGE:
+            return await anyio.to_thread.run_sync(read)
+        return read()
+
+    async def find(self, name: str) -> Card:
+        """The model of a name. Raises Refused."""
+        return await anyio.to_thread.run_sync(self.catalog.find, name)
+
+    async def cards(self) -> list[Card]:
+        """The models on offer."""
+        return await anyio.to_thread.run_sync(self.catalog.cards)
+
+    def job(
+        self, request: Request, card: Card, ask: Ask | None, *, keep_alive: float | None, stream: bool
+    ) -> Job:
+        """What the engine is to do. ask: None: only load the model."""
+        return Job(
+            card,
+            request.scope.get("client_name", ""),
+            load_only if ask is None else answer(ask),
+            Mailbox(asyncio.get_running_loop(), whole=not stream),
+            keep_alive,
+            0 if ask is None else ask.n_bytes,
+            self.settings.time_limit,
+        )
+
+    def computed(
+        self,
+        request: Request,
+        card: Card,
+        ask: Ask | None,
+        writer: Writer,
+        *,
+        stream: bool,
+        keep_alive: float | None = None,
+    ) -> Computed:
+        """The answer of a job."""
+        return Computed(
+            self.engine,
+            self.job(request, card, ask, keep_alive=keep_alive, stream=stream),
+            writer,
+            stream=stream,
+            ping_seconds=self.settings.ping,
+        )
+
+
+def refuse(status: int, words: str) -> Callable[[Request], Any]:
+    """A route that is never served."""
+
+    async def route(request: Request) -> Any:
+        raise Refused(status, words)
+
+    return route
