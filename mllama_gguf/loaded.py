@@ -117,6 +117,7 @@ class LoadedModel(OneProcess):
             bos=vocab.text(vocab.bos),
             eos=vocab.text(vocab.eos),
             image=vocab.text(hparams.image_token_id) if hparams.has_vision else "<|image|>",
+            special=vocab.special,
         )
         disk = _image_cache(settings)
         keys = Keys(backend.model, self.model_path, self.mmproj_path, _key_settings(backend), disk)

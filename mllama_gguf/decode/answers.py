@@ -121,7 +121,8 @@ class Answers(ABC):
 
         messages: [{"role": "user", "content": "text" or [part, ...]}, ...]; a part is {"type": "text",
                   "text": ...}, {"type": "image_url", "image_url": {"url": ...}} or {"type": "image", "image":
-                  ...} with whatever `caption` takes as an image
+                  ...} with whatever `caption` takes as an image. The last message may be the assistant's: the
+                  reply goes on with it
         stream:   True: an iterator of chunks, of which the last has usage and timings
         options:
           max_tokens:      most tokens of the reply; None: until n_ctx is full (the default);
@@ -136,6 +137,11 @@ class Answers(ABC):
           response_format: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {...}}},
                            {"type": "regex", "regex": ...} and others: see `text.grammar.grammar_of`
           grammar:         GBNF that the reply must follow
+          tools, tool_choice, parallel_tool_calls: functions that the model may call, in OpenAI's shapes. A
+                           reply that is a call has it in "tool_calls", and the finish_reason "tool_calls"
+          continue_final_message: True: the last message must be the assistant's; False: it is closed, and
+                           another message of the assistant's begins
+          chat_template_kwargs: variables for the chat template, such as {"date_string": "26 Jul 2024"}
           stream_options:  {"include_usage": True}: usage comes in a chunk of its own, as OpenAI's
           Other parameters of OpenAI's are taken where they change nothing, and else refused by name.
 
@@ -155,6 +161,9 @@ class Answers(ABC):
     def answer(self, request: ChatRequest) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """The answer to a checked request: `create_chat_completion` in two steps."""
         replies = self.replies(request.messages, n=request.n, options=request.options)
+        tools = request.options.prompt.tools
         if request.stream:
-            return completions.chunks(replies, self._model_name, include_usage=request.include_usage)
-        return completions.completion(replies, self._model_name)
+            return completions.chunks(
+                replies, self._model_name, tools=tools, include_usage=request.include_usage
+            )
+        return completions.completion(replies, self._model_name, tools=tools)

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..text.logprobs import TokenLogprob
+from ..text.tools import Tools, call_id, find_calls, may_be_call
 from .reply import Reply
 from .writer import Stats
 
+_NO_TOOLS = Tools()
 
-def completion(replies: Sequence[Reply], model: str) -> dict[str, Any]:
-    """Whole replies to one prompt as a `chat.completion`; beside OpenAI's fields it has timings."""
+
+def completion(replies: Sequence[Reply], model: str, *, tools: Tools = _NO_TOOLS) -> dict[str, Any]:
+    """Whole replies to one prompt as a `chat.completion`; beside OpenAI's fields it has timings.
+
+    tools: of the request, to find the calls in the replies
+    """
     head = _head("chat.completion", model)
     choices = []
     for index, reply in enumerate(replies):
         text = reply.read()
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        calls = tool_calls(reply, text, tools)
+        if calls:
+            message |= {"content": None, "tool_calls": calls}
         choices.append(
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": message,
                 "logprobs": _logprobs(reply.logprobs),
-                "finish_reason": reply.finish_reason,
+                "finish_reason": "tool_calls" if calls else reply.finish_reason,
             }
         )
     stats = _together(replies)
@@ -31,10 +42,12 @@ def completion(replies: Sequence[Reply], model: str) -> dict[str, Any]:
 
 
 def chunks(
-    replies: Sequence[Reply], model: str, *, include_usage: bool | None = None
+    replies: Sequence[Reply], model: str, *, tools: Tools = _NO_TOOLS, include_usage: bool | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Replies to one prompt as `chat.completion.chunk`s, one reply after the other.
+    """Replies to one prompt as `chat.completion.chunk`s, one reply after the other. A reply that may be a
+    call of a tool is held back until it is known whether it is one.
 
+    tools:         of the request
     include_usage: True: at the end a chunk of its own, without choices, has usage and timings; False: there
                    are none; None: the last chunk has them
     """
@@ -56,15 +69,46 @@ def chunks(
     for index, reply in enumerate(replies):
         yield chunk(index, {"role": "assistant", "content": ""})
         n_told = 0  # logprobs
+        held = ""
+        is_held = bool(tools.names)
         for piece in reply:
-            yield chunk(index, {"content": piece}, reply.logprobs[n_told:])
+            held += piece
+            is_held = is_held and may_be_call(held)
+            if not is_held:
+                yield chunk(index, {"content": held}, reply.logprobs[n_told:])
+                n_told, held = len(reply.logprobs), ""
+        calls = tool_calls(reply, held, tools) if is_held else []
+        if calls:
+            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            yield chunk(index, {"tool_calls": numbered}, reply.logprobs[n_told:])
             n_told = len(reply.logprobs)
-        last = chunk(index, {}, reply.logprobs[n_told:], reply.finish_reason)
+        elif held:
+            yield chunk(index, {"content": held}, reply.logprobs[n_told:])
+            n_told = len(reply.logprobs)
+        last = chunk(index, {}, reply.logprobs[n_told:], "tool_calls" if calls else reply.finish_reason)
         if include_usage is None and index == len(replies) - 1:
             last |= _figures(_together(replies))
         yield last
     if include_usage:
         yield {**head, "choices": [], **_figures(_together(replies))}
+
+
+def tool_calls(reply: Reply, text: str, tools: Tools) -> list[dict[str, Any]]:
+    """The calls that a whole reply consists of, in OpenAI's shape; []: it is none.
+
+    text: of the reply
+    """
+    if not tools.names or reply.finish_reason != "stop":
+        return []
+    calls = find_calls(text, tools.names)
+    return [
+        {
+            "id": call_id(),
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+        }
+        for name, arguments in calls[: 1 if tools.one_call else None]
+    ]
 
 
 def usage(stats: Stats) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..vision.images import Images
 from ..vision.preprocess import TiledImage
 from .answers import Answers
 from .openai import Messages
-from .options import ReplyOptions
+from .options import PromptOptions, ReplyOptions
 from .reply import Reply
 from .session import Session
 from .slots import Slots
@@ -162,12 +162,20 @@ class Conversation(OneProcess, Answers):
         return self._shared.defaults
 
     def _begin_replies(self, messages: Messages, options: ReplyOptions, n: int) -> list[Reply]:
-        return self.replies_to(*self.prompt(messages), options, n)
+        return self.replies_to(*self.prompt(messages, options.prompt), options, n)
 
-    def prompt(self, messages: Messages) -> tuple[list[int], tuple[Picture, ...]]:
+    def prompt(
+        self, messages: Messages, options: PromptOptions | None = None
+    ) -> tuple[list[int], tuple[Picture, ...]]:
         """The tokens of messages, and the images that their image tokens stand for. Raises RequestError."""
         self.check_open()
-        prompt = self._shared.template.render(messages)
+        options = options or PromptOptions()
+        prompt = self._shared.template.render(
+            messages,
+            tools=options.tools.told,
+            variables=options.variables,
+            continue_final=options.continue_final,
+        )
         tokens = self._tokenize_prompt(prompt.pieces)
         if tokens.count(self.context.hparams.image_token_id) != len(prompt.images):
             raise RequestError("the chat template does not give every picture one image token")

@@ -27,7 +27,6 @@ _IGNORED = frozenset(
         "mirostat_eta",
         "mirostat_tau",
         "model",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",

@@ -18,6 +18,8 @@ from ..gguf.reader import read_gguf
 from ..handles import Handle, OneProcess
 from .constraint import Constraints
 
+_SPECIAL_KINDS = (2, 3)  # of tokenizer.ggml.token_type: unknown, control
+
 
 class Vocab(OneProcess):
     """The vocabulary of a text file. Thread-safe: nothing changes after loading.
@@ -25,6 +27,7 @@ class Vocab(OneProcess):
     bos, eos: token ids, -1 if the file names none
     n_tokens: all tokens, the image token included
     stop_ids: tokens that end the assistant's turn
+    special:  how the special tokens are spelled
     metadata: the keys of the file, without long arrays
     constraints: replies that follow a grammar
     """
@@ -36,7 +39,7 @@ class Vocab(OneProcess):
 
         self._llama = llama
         self.path = Path(path)
-        self.metadata = _read_keys(self.path)
+        self.metadata, self.special = _read_keys(self.path)
 
         params = llama.llama_model_default_params()
         params.vocab_only = True
@@ -118,10 +121,11 @@ class Vocab(OneProcess):
         return sum(t == token for t in tokens)
 
 
-def _read_keys(path: Path) -> dict[str, Any]:
-    """The keys of a file whose token table llama.cpp can load: it ends the process over some of what is
-    checked here."""
-    keys = read_gguf(path, whole=("tokenizer.ggml.tokens",)).keys
+def _read_keys(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+    """The keys of a file whose token table llama.cpp can load, and its special tokens: llama.cpp ends the
+    process over some of what is checked here."""
+    keys = read_gguf(path, whole=("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")).keys
+    kinds = keys.pop("tokenizer.ggml.token_type", None)
     model, tokens = keys.get("tokenizer.ggml.model"), keys.pop("tokenizer.ggml.tokens", None)
     if model != "gpt2":
         raise ModelError(f"{path}: tokenizer.ggml.model is {model!r}, 'gpt2' expected")
@@ -134,4 +138,7 @@ def _read_keys(path: Path) -> dict[str, Any]:
     bos = keys.get("tokenizer.ggml.bos_token_id")
     if bos is not None and not (isinstance(bos, int) and 0 <= bos < len(tokens)):
         raise ModelError(f"{path}: tokenizer.ggml.bos_token_id is {bos!r}, of {len(tokens)} tokens")
-    return keys
+    kinds = kinds if isinstance(kinds, list) else []
+    return keys, frozenset(
+        token for token, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL_KINDS
+    )

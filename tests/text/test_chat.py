@@ -87,9 +87,9 @@ def test_special_tokens_in_a_users_words_stay_words() -> None:
 def test_a_template_for_text_only_gets_the_pictures_in_the_text() -> None:
     source = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
     chat = template(source).render(
-        [user(image(1), text("What is it?")), {"role": "assistant", "content": "A cat"}]
+        [user(image(1), text("What is it?")), {"role": "assistant", "content": "A cat"}, user("Why?")]
     )
-    assert chat.text == f"[user] {IMAGE}What is it?\n[assistant] A cat\n"
+    assert chat.text == f"[user] {IMAGE}What is it?\n[assistant] A cat\n[user] Why?\n"
 
 
 def test_a_template_that_drops_pictures_is_refused() -> None:
