@@ -63,10 +63,13 @@ static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struc
                                             struct ggml_tensor * k, struct ggml_tensor * v, int64_t n_rows,
                                             struct ggml_tensor * mask) {
     cpu_cache_attention * a = &d->tg->attention[il];
-    a->n_rows = n_rows;
-    if (cpu_cache_attention_fits(a, k, v)) {
+    a->items[0] = (cpu_cache_item) {
+        .k = k, .v = v, .n_columns = q->ne[1], .n_rows = n_rows, .mask = mask ? 0 : -1,
+    };
+    a->n_items = 1;
+    if (cpu_cache_attention_fits(a)) {
         graph_add_tasks(d->g, &a->tasks);
-        return cpu_cache_attention_node(d->g->ctx, a, q, k, v, mask);
+        return cpu_cache_attention_node(d->g->ctx, a, q, mask);
     }
     return graph_attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
 }
@@ -154,12 +157,14 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     const mllama_hparams * p = &model->hp.pub;
     memset(tg, 0, sizeof(*tg));
     tg->attention = calloc((size_t) p->n_layer, sizeof(*tg->attention));
-    if (!tg->attention) {
+    tg->items     = calloc((size_t) p->n_layer, sizeof(*tg->items));
+    if (!tg->attention || !tg->items) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     for (int32_t il = 0; il < p->n_layer; il++) {
         tg->attention[il] = (cpu_cache_attention) {
             .kernel = env->kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim,
+            .items = &tg->items[il],
         };
     }
     // Batches of many tokens are cut into blocks, which adds nodes.
@@ -196,7 +201,9 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
 
 void text_graph_free(text_graph * tg) {
     free(tg->attention);
+    free(tg->items);
     tg->attention = NULL;
+    tg->items     = NULL;
     graph_free(&tg->g);
 }
 

@@ -24,6 +24,7 @@ typedef struct text_graph {
     struct ggml_tensor * mask;      // input  F16 [n_kv, n_tokens]
     struct ggml_tensor * logits;    // output F32 [vocab_size, 1 or n_tokens], NULL without logits
     cpu_cache_attention * attention; // [n_layer]
+    cpu_cache_item *      items;     // of them
 } text_graph;
 
 // slot: NULL when shape->n_rows is 0

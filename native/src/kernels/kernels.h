@@ -78,27 +78,41 @@ struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, str
 
 // ---- the text's attention to rows of a cache (cache_attention.c) --------------------------------------------------
 
-// The cache is in memory, F16 or F32. The heads of Q that share one of K and V go over its rows together, so that a row
+// Caches are in memory, F16 or F32. The heads of Q that share one of K and V go over its rows together, so that a row
 // is read once; F32 throughout. With few tokens the rows are split among the threads, in the same way whatever their
 // number, and the parts are joined by a second node.
+
+// Some columns of Q, next to each other, and the rows that they see
+typedef struct cpu_cache_item {
+    struct ggml_tensor * k, * v; // [head_dim * n_head_kv, at least n_rows]
+    int64_t              column, n_columns;
+    int64_t              n_rows;
+    int64_t              mask;   // where its part of the mask begins, in values; -1: all rows are seen
+    // set by the node
+    int64_t              n_splits;
+    int64_t              task, part; // the first of its tasks, and of its parts
+} cpu_cache_item;
+
 typedef struct cpu_cache_attention {
     const cpu_kernel * kernel; // may be NULL: then nothing fits
     int64_t            n_head, n_head_kv, head_dim;
-    int64_t            n_rows;
-    int64_t            n_splits; // set by the node
+    cpu_cache_item *   items;  // of all columns, in order; they must live as long as the graph
+    int64_t            n_items;
+    bool               many;   // items of several sequences: more columns count as few
+    // set by the node
+    int64_t            n_tasks;
+    bool               joined; // parts are joined
     tasks              tasks;
 } cpu_cache_attention;
 
-// Whether there is such a node for these heads, with k and v of these types; and where these tensors are.
+// Whether there is such a node for these heads, with k and v of these types; and where the caches of all items are.
 bool cpu_cache_attention_has(const cpu_cache_attention * a, enum ggml_type k, enum ggml_type v);
-bool cpu_cache_attention_fits(const cpu_cache_attention * a, const struct ggml_tensor * k,
-                              const struct ggml_tensor * v);
+bool cpu_cache_attention_fits(const cpu_cache_attention * a);
 
-// q [head_dim * n_head, n], k and v caches [head_dim * n_head_kv, at least n_rows], mask [n_rows, n] F16 of 0 and -inf,
-// or NULL -> as q.
+// q [head_dim * n_head, n]; mask F16 of 0 and -inf, for each item [n_rows, n_columns] one after the other, or NULL
+// -> as q
 struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cache_attention * a,
-                                              struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
-                                              struct ggml_tensor * mask);
+                                              struct ggml_tensor * q, struct ggml_tensor * mask);
 
 // ---- products with quantized weights (quantized.c) ----------------------------------------------------------------
 
