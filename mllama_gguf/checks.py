@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import RequestError
-from .words import one_line
+from .words import brief, one_line
 
 MAX_WORKERS = 16
 _LARGEST_WHOLE = 2**31 - 1  # what C's int32_t holds
@@ -244,6 +244,24 @@ class Workers:
         return ",".join(value)
 
 
+class File:
+    """The path of a file."""
+
+    words = "the path of a file"
+
+    def read(self, value: Any) -> str:
+        path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else ""
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ValueError
+        return path
+
+    def parse(self, words: str) -> str:
+        return words
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
 class Folder:
     """True, False, or the path of a folder."""
 
@@ -261,6 +279,14 @@ class Folder:
 
     def show(self, value: Any) -> str:
         return str(value)
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """Some whole numbers, those of NumPy too. Raises RequestError that names them."""
+    try:
+        return [_whole(value) for value in _items(values)]
+    except ValueError:
+        raise RequestError(f"{name} must be a list of whole numbers, not {brief(values)}") from None
 
 
 def is_zero(value: object) -> bool:

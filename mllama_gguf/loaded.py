@@ -21,6 +21,7 @@ from .backend.opening import Backend, open_backend
 from .backend.types import HParams
 from .cache.disk import ImageCache
 from .cache.keys import Keys, KeySettings
+from .checks import File, checked
 from .decode.conversation import Conversation, Shared
 from .errors import MllamaError, ModelError, RequestError
 from .handles import OneProcess
@@ -32,6 +33,7 @@ from .text.vocab import Vocab
 from .vision.encoder import ImageEncoder
 from .vision.images import Images
 from .vision.preprocess import PREPROCESS_VERSION
+from .words import brief
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,10 @@ class LoadedModel(OneProcess):
         """Load a model. All arguments are those of `Mllama`. progress and abort are those of the load; a
         conversation that names no others has them too. Raises ModelError, BackendError, RequestError,
         Aborted."""
+        model_path = checked("model_path", File(), model_path)
+        mmproj_path = checked("mmproj_path", File(), mmproj_path, or_none=True)
+        for what, function in (("progress", progress), ("abort", abort)):
+            _check_callable(what, function)
         if verbose:
             _log_to_stderr()
         if _is_name(model_path):
@@ -152,6 +158,8 @@ class LoadedModel(OneProcess):
 
         Raises ModelError, and what the class raises.
         """
+        name = checked("name", File(), name, or_none=True)
+        mmproj_path = checked("mmproj_path", File(), mmproj_path, or_none=True)
         files = resolve(name, mmproj_path)
         if verify:
             from .store.verify import require_verified
@@ -269,6 +277,8 @@ class LoadedModel(OneProcess):
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
     ) -> Conversation:
+        _check_callable("progress", progress)
+        _check_callable("abort", abort)
         with self._lock:
             self._check_open()
             conversation = Conversation(
@@ -374,6 +384,11 @@ def _key_settings(backend: Backend) -> KeySettings:
         repack=s.repack,
         n_batch=s.n_batch,
     )
+
+
+def _check_callable(what: str, function: object) -> None:
+    if function is not None and not callable(function):
+        raise RequestError(f"{what} must be a function or None, not {brief(function)}")
 
 
 def _log_to_stderr() -> None:

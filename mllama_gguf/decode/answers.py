@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, overload
 
-from ..errors import RequestError
+from ..checks import Switch, Whole, checked
+from ..errors import ImageError, RequestError
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..vision.embedding import Picture
+from ..words import brief
 from . import completions
-from .openai import ChatRequest, Messages, plain_options
+from .openai import MAX_REPLIES, ChatRequest, Messages, plain_options
 from .options import ReplyOptions
 from .reply import Reply
 
@@ -60,6 +62,10 @@ class Answers(ABC):
         """
         if (messages is None) == (image is None):
             raise RequestError("reply needs either messages or an image")
+        if not isinstance(options, (ReplyOptions, type(None))):
+            raise RequestError(f"options must be ReplyOptions, not {brief(options)}")
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt must be a text, not {brief(prompt)}")
         if options is not None and more:
             raise RequestError(f"reply takes checked options or {', '.join(more)}, not both")
         if messages is None:
@@ -78,6 +84,9 @@ class Answers(ABC):
         The prompt is computed once, for the first. Each has a seed of its own: that of the options and its
         index. Raises what `reply` raises.
         """
+        if not isinstance(options, ReplyOptions):
+            raise RequestError(f"options must be ReplyOptions, not {brief(options)}")
+        n = checked("n", Whole(1, MAX_REPLIES), n)
         return self._begin_replies(self._defaults.precede(messages), options, n)
 
     @overload
@@ -101,9 +110,12 @@ class Answers(ABC):
 
         Raises what `create_chat_completion` raises.
         """
+        is_streamed = checked("stream", Switch(), stream)
+        if image is None:
+            raise ImageError("image is None; give a path, bytes, a PIL image or an array")
         options.setdefault("max_tokens", self._defaults.options.get("max_tokens", CAPTION_TOKENS))
         reply = self.reply(image=image, prompt=prompt, **options)
-        return reply if stream else reply.read()
+        return reply if is_streamed else reply.read()
 
     @overload
     def create_chat_completion(

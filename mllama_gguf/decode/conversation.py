@@ -15,6 +15,7 @@ from ..backend.opening import Backend
 from ..backend.types import Floats, Memory, Tap
 from ..cache.disk import ImageCache
 from ..cache.keys import Keys
+from ..checks import whole_numbers
 from ..cpus import check_threads
 from ..errors import Aborted, BusyError, MllamaError, RequestError
 from ..handles import OneProcess
@@ -24,6 +25,7 @@ from ..text.vocab import Vocab
 from ..vision.embedding import Encoding, ImageEmbedding, Picture
 from ..vision.images import Images
 from ..vision.preprocess import TiledImage
+from ..words import brief
 from .answers import Answers
 from .openai import Messages
 from .options import PromptOptions, ReplyOptions
@@ -261,7 +263,9 @@ class Conversation(OneProcess, Answers):
 
         The caches hold the prompt afterwards. Raises ImageError, RequestError, ContextFullError, Aborted.
         """
-        tokens = [int(token) for token in token_ids]
+        tokens = whole_numbers("token_ids", token_ids)
+        if not isinstance(images, (list, tuple)):
+            raise RequestError(f"images must be a list of images, not {brief(images)}")
         wrong = [token for token in tokens if not 0 <= token < self.context.hparams.n_token_embd]
         if wrong:
             raise RequestError(f"token {wrong[0]} is not in the vocabulary")
@@ -281,6 +285,8 @@ class Conversation(OneProcess, Answers):
         """Look at intermediate tensors inside a with block; see `Context.tap`. For finding mistakes. Images
         are encoded there even if their states are known."""
         self.check_open()
+        if not callable(callback):
+            raise RequestError(f"callback must be a function, not {brief(callback)}")
 
         @contextmanager
         def tapped() -> Iterator[None]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import library as _native
+from ..checks import whole_numbers
 from ..errors import ModelError, RequestError
 from ..gguf.reader import read_gguf
 from ..handles import Handle, OneProcess
+from ..words import brief
 from .constraint import Constraints
 
 _SPECIAL_KINDS = (2, 3)  # of tokenizer.ggml.token_type: unknown, control
@@ -82,7 +84,11 @@ class Vocab(OneProcess):
 
         add_bos: begin with the bos token, if the file wants one
         special: read `<|image|>` and its like as the tokens that they name; else as plain text
+
+        Raises RequestError for what is no text.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"text must be a str, not {brief(text)}")
         data = text.encode("utf-8", "replace")
         size = len(data) + 2
         for _ in range(2):
@@ -95,8 +101,10 @@ class Vocab(OneProcess):
         raise RequestError(f"text of {len(data)} bytes cannot be tokenized")
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """Token ids to text; bytes that are no UTF-8 become U+FFFD. special: show special tokens as well."""
-        return b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
+        """Token ids to text; bytes that are no UTF-8 become U+FFFD. special: show special tokens as well.
+        Raises RequestError for what are no token ids."""
+        ids = whole_numbers("tokens", tokens)
+        return b"".join(self.piece(token, special=special) for token in ids).decode("utf-8", "replace")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token, which may be part of a character. Raises RequestError for an unknown id."""

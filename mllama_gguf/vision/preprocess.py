@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..checks import Whole, checked
 from .loading import ImageSource, load_image
 
 # Counts up whenever the pixels of any picture change.
@@ -100,12 +101,10 @@ def preprocess_image(
     max_tiles: most tiles a picture may have (the model's vision.max_num_tiles)
     max_pixels, allow_truncated: as in `load_image`
 
-    Raises ImageError for a picture that cannot be used, ValueError for a tile_size or max_tiles below 1.
+    Raises ImageError for a picture that cannot be used, RequestError for a tile_size or max_tiles below 1.
     """
-    for name, value in (("tile_size", tile_size), ("max_tiles", max_tiles)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    tile_size, max_tiles = int(tile_size), int(max_tiles)
+    tile_size = checked("tile_size", Whole(1), tile_size)
+    max_tiles = checked("max_tiles", Whole(1), max_tiles)
     picture = load_image(image, max_pixels=max_pixels, allow_truncated=allow_truncated)
 
     width, height = picture.size

@@ -1,0 +1,153 @@
+"""Values of odd types, and a model file that goes away: an error in words, or the right result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TinyFiles, picture
+
+from mllama_gguf import ImageError, Mllama, MllamaError, RequestError, preprocess_image
+
+Files = Callable[[str], TinyFiles]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_files: Files) -> Iterator[Mllama]:
+    with Mllama(tiny_files("gqa").one, n_ctx=256, n_threads=1, image_cache=False) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("flash_attn", "off"),
+        ("flash_attn", 1),
+        ("vision_device", 5),
+        ("vision_device", ""),
+        ("devices", "CPU"),
+        ("devices", [5]),
+        ("image_cache", ""),
+        ("image_cache", b"x"),
+        ("n_ctx", 1.5),
+        ("n_threads", "4"),
+        ("chat_template", 5),
+        ("mmproj_path", 5),
+        ("mmproj_path", ""),
+        ("mmproj_path", "a\0b"),
+        ("progress", 5),
+        ("abort", True),
+    ],
+)
+def test_settings(tiny_files: Files, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name} must be") as raised:
+        Mllama(tiny_files("gqa").one, **{name: value})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", [5, None, "", b"x", ["a"], np.zeros(2), "a\0b"])
+def test_paths(path: Any) -> None:
+    with pytest.raises(RequestError, match="model_path must be the path of a file"):
+        Mllama(path)
+    if path is not None:  # the default model
+        with pytest.raises(RequestError, match="name must be the path of a file"):
+            Mllama.from_pretrained(path)
+
+
+def test_numbers_of_numpy(tiny_files: Files) -> None:
+    settings = {"n_ctx": np.int32(99), "n_threads": np.uint8(1), "n_gpu_layers": np.int64(0)}
+    with Mllama(tiny_files("gqa").one, flash_attn=np.bool_(True), image_cache=False, **settings) as model:  # type: ignore[arg-type]
+        assert model.n_ctx == 99
+        options: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "seed": 3, "max_tokens": 4}
+        plain = model.caption(picture(1), **options)
+        kinds = {"temperature": np.float32, "top_k": np.int64, "seed": np.uint64, "max_tokens": np.int8}
+        assert plain == model.caption(picture(1), **{n: kinds[n](value) for n, value in options.items()})
+        tokens = model.tokenize("the dog")
+        assert model.detokenize(np.array(tokens)) == model.detokenize(tokens)
+        assert (model.logits(np.array(tokens)) == model.logits(tokens)).all()
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        (lambda m: m.tokenize(None), "text must be a str, not None"),
+        (lambda m: m.tokenize(b"x"), "text must be a str"),
+        (lambda m: m.tokenize(["a"]), "text must be a str"),
+        (lambda m: m.detokenize(None), "tokens must be a list of whole numbers"),
+        (lambda m: m.detokenize("ab"), "tokens must be"),
+        (lambda m: m.detokenize([1.5]), "tokens must be"),
+        (lambda m: m.detokenize([True]), "tokens must be"),
+        (lambda m: m.detokenize(5), "tokens must be"),
+        (lambda m: m.logits(None), "token_ids must be"),
+        (lambda m: m.logits([1.5]), "token_ids must be"),
+        (lambda m: m.logits(["a"]), "token_ids must be"),
+        (lambda m: m.logits([5], images=5), "images must be a list"),
+        (lambda m: m.logits([5], images=None), "images must be a list"),
+        (lambda m: m.caption(picture(1), None), "prompt must be a text"),
+        (lambda m: m.caption(picture(1), ["x"]), "prompt must be a text"),
+        (lambda m: m.caption(picture(1), stream="no"), "stream must be"),
+        (lambda m: m.caption(picture(1), json_schema="x"), "there is no option 'json_schema'"),
+        (lambda m: m.caption(picture(1), top_k=1.5), "top_k must be"),
+        (lambda m: m.caption(picture(1), stop=5), "stop must be"),
+        (lambda m: m.caption(picture(1), grammar=5), "grammar must be"),
+        (lambda m: m.reply(image=picture(1), options={"seed": 1}), "options must be ReplyOptions"),
+        (lambda m: m.replies([], n=1, options=None), "options must be ReplyOptions"),
+        (lambda m: m.tap(None), "callback must be a function"),
+        (lambda m: m.conversation(n_ctx="x"), "n_ctx must be"),
+        (lambda m: m.conversation(progress=5), "progress must be"),
+        (lambda m: m.image_encoder(1.5), "n_threads must be"),
+    ],
+)
+def test_calls(model: Mllama, do: Callable[[Mllama], object], words: str) -> None:
+    with pytest.raises(RequestError, match=words) as raised:
+        do(model)
+    assert "\n" not in str(raised.value)
+
+
+def test_images(model: Mllama) -> None:
+    for image in (None, 5, [], {}):
+        for use in (model.caption, model.encode_image, preprocess_image):
+            with pytest.raises(ImageError):
+                use(image)  # type: ignore[operator]
+    for name in ("tile_size", "max_tiles"):
+        for value in (0, 1.5, "4", None, True):
+            with pytest.raises(RequestError, match=f"{name} must be"):
+                preprocess_image(picture(1), **{name: value})
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("change", ["directory", "unlinked", "both"])
+def test_a_relative_path_and_a_file_that_goes_away(
+    tiny_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    isolate: bool,
+    cached: bool,
+    change: str,
+) -> None:
+    files = tiny_files("gqa")
+    shutil.copy(files.text, tmp_path / "rel.gguf")
+    shutil.copy(files.mmproj, tmp_path / "projector.gguf")
+    cache = tmp_path / "cache" if cached else False
+    monkeypatch.chdir(tmp_path)
+    with Mllama("rel.gguf", Path("projector.gguf"), n_ctx=256, isolate=isolate, image_cache=cache) as model:
+        if change != "unlinked":
+            monkeypatch.chdir("/")
+        if change != "directory":
+            os.unlink(tmp_path / "rel.gguf")
+            os.unlink(tmp_path / "projector.gguf")
+        first = model.caption(picture(1), max_tokens=5)
+        with model.conversation() as other:
+            assert other.caption(picture(1), max_tokens=5) == first
+        model.reset()
+        assert model.caption(picture(1), max_tokens=5) == first
+
+
+def test_all_are_errors_of_the_package() -> None:
+    assert issubclass(RequestError, MllamaError)
