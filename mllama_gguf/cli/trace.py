@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import click
@@ -36,9 +37,7 @@ FIRST_VALUES = 5
     metavar="DIR",
     help="Write every tensor as DIR/NAME.NUMBER.npy, float32, for NumPy. DIR is made if missing.",
 )
-@click.option(
-    "-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="Ask this about the image."
-)
+@click.option("-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="Ask this about the image.")
 @click.option("--overwrite", is_flag=True, help="Replace files of an earlier trace in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each tensor, one a line.")
 @model_options
@@ -56,6 +55,9 @@ def trace_command(
     Shapes are as in NumPy, slowest dimension first. The number after a name counts how often it came before:
     the text graph is run once for each batch of tokens. Two traces are compared with diff. A file that exists
     is not replaced without --overwrite.
+
+    If the results are not finite (NaN or infinity), the error names the first such tensor among all, and the
+    exit code is 1. JSON has null for such a number.
     """
     from ..inspect.trace import trace
     from .preprocess import npy_shape, save_npy, write_output
@@ -76,11 +78,12 @@ def trace_command(
         first = [float(value) for value in tensor.values.ravel()[:FIRST_VALUES]]
         if as_json:
             facts = {"name": tensor.name, "number": tensor.number, "shape": list(tensor.values.shape)}
-            click.echo(json.dumps({**facts, "first_values": first, "sha256": tensor.sha256}))
+            numbers = [value if isfinite(value) else None for value in first]  # JSON has no others
+            click.echo(json.dumps({**facts, "first_values": numbers, "sha256": tensor.sha256}))
         else:
             shape = "x".join(map(str, tensor.values.shape))
-            numbers = " ".join(f"{value:10.6f}" for value in first)
-            click.echo(f"{tensor.name}.{tensor.number}  {shape}  {numbers}  {tensor.sha256[:16]}")
+            columns = " ".join(f"{value:10.6f}" for value in first)
+            click.echo(f"{tensor.name}.{tensor.number}  {shape}  {columns}  {tensor.sha256[:16]}")
         if folder is not None:
             stem = re.sub(r"[^\w.-]", "_", tensor.name)
             path = folder / f"{stem}.{tensor.number}.npy"

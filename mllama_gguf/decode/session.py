@@ -7,7 +7,8 @@ so that an interruption at any point leaves a state that `_agree` can repair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import numpy as np
@@ -16,11 +17,22 @@ from ..backend.base import Context
 from ..backend.callbacks import Callbacks
 from ..backend.types import Floats
 from ..cache.disk import ImageCache
-from ..errors import BackendError, ContextFullError, ImageError, RequestError
+from ..errors import (
+    BackendError,
+    ContextFullError,
+    ImageError,
+    MllamaError,
+    ModelError,
+    RequestError,
+)
 from ..handles import OneProcess
 from ..vision.embedding import Encoding
 from .runs import Run, common_prefix, drop_first, split_runs, visible_keys
 from .slots import Group, Slot, Slots
+
+
+class _DamagedFile(ModelError):
+    """What came out not finite was computed with a damaged file of the image cache, which is removed."""
 
 
 class Session(OneProcess):
@@ -69,7 +81,18 @@ class Session(OneProcess):
 
         Returns (float32 [1 or n_tokens, vocab_size], number of tokens that were there already).
         Raises ContextFullError, RequestError, Aborted; the cache then holds some first part of the prompt.
+        Raises ModelError for results that are not finite; then nothing is left in the caches.
         """
+        try:
+            with self._nothing_kept_of_damage():
+                return self._feed(tokens, images, logits)
+        except _DamagedFile:  # its file is gone, so the image is computed
+            with self._nothing_kept_of_damage():
+                return self._feed(tokens, images, logits)
+
+    def _feed(
+        self, tokens: Sequence[int], images: Sequence[Encoding], logits: Literal["last", "all"]
+    ) -> tuple[Floats, int]:
         hparams = self._context.hparams
         n_image_tokens = sum(token == hparams.image_token_id for token in tokens)
         if n_image_tokens != len(images):
@@ -113,14 +136,15 @@ class Session(OneProcess):
         """Append one token of the reply, which sees what the token before it saw.
 
         Returns its logits, float32 [vocab_size]. Raises ContextFullError, Aborted, BackendError; the cache is
-        then as before.
+        then as before. Raises ModelError for logits that are not finite; then nothing is left in the caches.
         """
         n_before = len(self._tokens)
         self._agree()
-        if n_before and not self._tokens:
+        if len(self._tokens) < n_before:
             raise BackendError("this reply cannot go on: its caches were lost; start it again")
         number = -1 if self._slot is None else self._slot.number
-        logits: Floats = self._context.decode([token], number, self._n_visible, "last")[0]
+        with self._nothing_kept_of_damage():
+            logits: Floats = self._context.decode([token], number, self._n_visible, "last")[0]
         self._seen.append(self._seen[-1] if self._seen else ())
         self._tokens.append(token)
         return logits
@@ -143,13 +167,15 @@ class Session(OneProcess):
 
     def save(self) -> None:
         """Keep image_kv and prefix_kv on disk. Apart from `feed`, because the reply need not wait for it.
-        Raises BackendError, Aborted; what is lost then is only time."""
+        Raises BackendError, Aborted; what is lost then is only time. Raises ModelError for a prefix_kv that
+        is not finite."""
         if self.slots.has_unsaved or self._unsaved_prefix[0]:
             self._agree()
         n, key = self._unsaved_prefix
         self._unsaved_prefix = 0, ""
         if self._disk and 0 < n <= len(self._tokens) and not self._disk.has_kv(key, "prefix_kv"):
-            data = self._context.past_get(n)
+            with self._nothing_kept_of_damage():
+                data = self._context.past_get(n)
             self._disk.add_kv(key, data.nbytes, [data], "prefix_kv")
         self.slots.save()
 
@@ -164,7 +190,12 @@ class Session(OneProcess):
         while True:
             slot = self.slots.acquire([images[i] for i in run.group]) if run.group else None
             number = -1 if slot is None else slot.number
-            row = self._context.decode(run.tokens, number, run.n_visible, logits)
+            try:
+                row = self._context.decode(run.tokens, number, run.n_visible, logits)
+            except ModelError:
+                if slot is None or self.slots.verify(slot):
+                    raise
+                raise _DamagedFile("the file of an image_kv is damaged") from None
             if slot is None or self.slots.verify(slot):
                 self._slot, self._n_visible = slot, run.n_visible
                 return row
@@ -186,6 +217,17 @@ class Session(OneProcess):
         self._tokens.extend(tokens)
         return n
 
+    @contextmanager
+    def _nothing_kept_of_damage(self) -> Iterator[None]:
+        """After a ModelError nothing in the caches is of use, nor to be kept on disk."""
+        try:
+            yield
+        except ModelError:
+            self._forget()
+            with suppress(MllamaError):  # its process may be lost
+                self._context.clear()
+            raise
+
     def _forget(self) -> None:
         self._tokens.clear()
         self._seen.clear()
@@ -204,7 +246,7 @@ class Session(OneProcess):
         if self._context.epoch != self._epoch:
             self._epoch = self._context.epoch
             self._forget()
-        n = min(len(self._tokens), len(self._seen))
+        n = min(len(self._tokens), len(self._seen), n_past)
         del self._tokens[n:]
         del self._seen[n:]
         if n_past > n:

@@ -241,12 +241,14 @@ mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32
 // Encodes an image.
 //   pixels  [n_tiles, 3, image_size, image_size] float32, normalised, the used tiles only
 //   states  [n_tiles, n_positions, n_embd] float32, written
+// MLLAMA_ERR_FILE: the model is damaged, because the states are not finite.
 mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id,
                             float * states);
 
 // Fills a new slot of the cross-attention cache with one image, or with several that stand side by side in the prompt.
 // The text after them sees all of them. states[i] is [n_tiles[i], n_positions, n_embd]. NULL: mllama_image_set must
-// bring all rows of that image before they are used. *slot: the number of the slot, >= 0.
+// bring all rows of that image before they are used. *slot: the number of the slot, >= 0. MLLAMA_ERR_FILE: the model is
+// damaged, because the keys or values are not finite.
 mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states,
                                 const int32_t * n_tiles, int32_t * slot);
 mllama_status mllama_image_free(mllama_context * ctx, int32_t slot);
@@ -276,7 +278,8 @@ typedef enum mllama_logits {
 
 // Appends tokens to the conversation. All of them see the first n_visible images of the slot. slot -1: no image yet;
 // the cross-attention layers are left out. logits: [1 or n_tokens, vocab_size] float32, or NULL with
-// MLLAMA_LOGITS_NONE. logits_capacity: its size in floats. After an error the cache is unchanged.
+// MLLAMA_LOGITS_NONE. logits_capacity: its size in floats. After an error the cache is unchanged. But after
+// MLLAMA_ERR_FILE it has no tokens: the model is damaged, because the results are not finite.
 mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot,
                             int32_t n_visible, int32_t logits_mode, float * logits, int64_t logits_capacity);
 
@@ -285,9 +288,10 @@ mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past);        // k
 void          mllama_clear(mllama_context * ctx);                           // forget tokens and images
 
 // The keys and values of the first n_tokens tokens in the self-attention cache, for another context with the same
-// settings: their size, a copy, and the way back, which replaces all tokens of the context.
+// settings: their size, a copy, and the way back, which replaces all tokens of the context. MLLAMA_ERR_FILE: they are
+// not finite, so the model is damaged. After that, and after any error of mllama_past_set, the context has no tokens.
 uint64_t      mllama_past_size(const mllama_context * ctx, int32_t n_tokens);
-mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
+mllama_status mllama_past_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
 mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data);
 
 // Reports every named intermediate tensor right after it is computed. The first call has data NULL; return true to get

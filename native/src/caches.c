@@ -1,5 +1,6 @@
 #include "caches.h"
 
+#include "finite.h"
 #include "guard.h"
 #include "memory.h"
 
@@ -75,15 +76,22 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
                         cross ? "cross-attention" : "self-attention", (unsigned long long) (size >> 20),
                         cross ? "use fewer images" : "lower n_ctx");
         }
-        if (!cross) { // A masked row still enters a product with weight 0, so it must hold numbers; a slot has no such rows.
-            TRY(guard_clear(*buffer, 0));
-        }
     }
     return MLLAMA_OK;
 }
 
 mllama_status kv_cache_init(kv_cache * cache, const mllama_model * model, bool offload, int32_t n_ctx, kv_types types) {
-    return allocate(cache, model, false, offload, n_ctx, types, NULL);
+    TRY(allocate(cache, model, false, offload, n_ctx, types, NULL));
+    return kv_cache_clear(cache);
+}
+
+mllama_status kv_cache_clear(const kv_cache * cache) {
+    for (int32_t i = 0; i < cache->n_buffers; i++) {
+        if (cache->buffers[i]) {
+            TRY(guard_clear(cache->buffers[i], 0));
+        }
+    }
+    return MLLAMA_OK;
 }
 
 void kv_cache_free(kv_cache * cache) {
@@ -128,6 +136,29 @@ mllama_status kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_r
         TRY(copy_part(t, 0, n, &get, &set));
     }
     return MLLAMA_OK;
+}
+
+bool kv_cache_finite(const kv_cache * cache, int32_t n_layer, int32_t n_rows, const char * data) {
+    for (int32_t i = 0; i < 2 * n_layer; i++) {
+        const struct ggml_tensor * t = i % 2 ? cache->v[i / 2] : cache->k[i / 2];
+        const size_t               n = t ? (size_t) n_rows * t->nb[1] : 0;
+        if (n > 0 && !finite_bytes(t->type, data, n)) {
+            return false;
+        }
+        data += n;
+    }
+    return true;
+}
+
+bool kv_cache_host_rows_finite(const kv_cache * cache, int32_t n_layer, int64_t first, int64_t n_rows) {
+    for (int32_t i = 0; i < 2 * n_layer; i++) {
+        const struct ggml_tensor * t = i % 2 ? cache->v[i / 2] : cache->k[i / 2];
+        if (t && guard_is_host(t->buffer) &&
+            !finite_bytes(t->type, (const char *) t->data + (size_t) first * t->nb[1], (size_t) n_rows * t->nb[1])) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,

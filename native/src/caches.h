@@ -24,6 +24,12 @@ void          kv_cache_free(kv_cache * cache);
 // The bytes of the first n_rows rows: for each layer those of k, then those of v. One of get and set is NULL.
 uint64_t      kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows);
 mllama_status kv_cache_copy(const kv_cache * cache, int32_t n_layer, int32_t n_rows, char * get, const char * set);
+// Whether such bytes are finite numbers.
+bool          kv_cache_finite(const kv_cache * cache, int32_t n_layer, int32_t n_rows, const char * data);
+// A masked row still enters a product with weight 0, so it must hold numbers: all rows become 0.
+mllama_status kv_cache_clear(const kv_cache * cache);
+// Whether the rows [first, first + n_rows) are finite, as far as they are in host memory.
+bool          kv_cache_host_rows_finite(const kv_cache * cache, int32_t n_layer, int64_t first, int64_t n_rows);
 
 // One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
 // sees, the first n images, is one view.

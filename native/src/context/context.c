@@ -1,4 +1,5 @@
 // A conversation: its backends, its caches, and the running of graphs on them.
+#include "finite.h"
 #include "graphs/text_graph.h"
 #include "graphs/vision_graph.h"
 #include "guard.h"
@@ -450,7 +451,9 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sch
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
     TRY(compute(ctx, *sched, vg->g.gf, "encoding the image"));
     report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
-    return guard_get(vg->states, states, 0, ggml_nbytes(vg->states));
+    TRY(guard_get(vg->states, states, 0, ggml_nbytes(vg->states)));
+    return finite_f32(states, ggml_nelements(vg->states)) ? MLLAMA_OK
+                                                          : finite_fail(ctx->model->vision_file, "encoding the image");
 }
 
 // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
@@ -498,9 +501,25 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
     if (aspect_ratio_id < 1 || aspect_ratio_id > p->n_aspect_ratios) {
         return fail(MLLAMA_ERR_ARGUMENT, "aspect_ratio_id %d; this model knows 1 to %d", aspect_ratio_id, p->n_aspect_ratios);
     }
+    if (!finite_f32(pixels, (int64_t) n_tiles * 3 * p->image_size * p->image_size)) {
+        return fail(MLLAMA_ERR_ARGUMENT, "the pixels are not finite numbers");
+    }
     text_graph_free(&ctx->text); // see free_slot
     begin(ctx, MLLAMA_PHASE_ENCODE);
     return encode(ctx, pixels, n_tiles, aspect_ratio_id, states);
+}
+
+// Looks at the rows that a graph has written.
+static mllama_status check_filled(const mllama_context * ctx, const image_slot * slot, const fill_graph * fg, int64_t first,
+                                  int64_t n_rows) {
+    float zero = 0.0f; // of the rows on other devices
+    if (fg->zero) {
+        TRY(guard_get(fg->zero, &zero, 0, sizeof(zero)));
+    }
+    if (!finite_f32(&zero, 1) || !kv_cache_host_rows_finite(&slot->kv, ctx->model->hp.pub.n_layer, first, n_rows)) {
+        return finite_fail(ctx->model->text_file, "filling the cross-attention cache");
+    }
+    return MLLAMA_OK;
 }
 
 // states NULL: only the buffers are made.
@@ -519,6 +538,9 @@ static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, in
     }
     if (status == MLLAMA_OK && states) {
         status = compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
+    }
+    if (status == MLLAMA_OK && states) {
+        status = check_filled(ctx, slot, &fg, first, n_rows);
     }
     guard_sched_free(sched);
     fill_graph_free(&fg);
@@ -572,7 +594,11 @@ static mllama_status fill_slot(mllama_context * ctx, image_slot * slot, int32_t 
     int64_t row = 0;
     for (int32_t i = 0; i < n_images; i++) {
         for (int32_t tile = 0; tile < n_tiles[i] && states[i]; tile++) {
-            const float * from = states[i] + (size_t) tile * (size_t) p->n_positions * (size_t) p->n_embd;
+            const int64_t n    = (int64_t) p->n_positions * p->n_embd;
+            const float * from = states[i] + tile * n;
+            if (!finite_f32(from, n)) { // not ours: mllama_encode gives no such states
+                return fail(MLLAMA_ERR_ARGUMENT, "the states of image %d are not finite numbers", i);
+            }
             TRY(fill_rows(ctx, slot, row + (int64_t) tile * p->n_positions, p->n_positions, from));
         }
         row += (int64_t) n_tiles[i] * p->n_positions;
@@ -734,8 +760,32 @@ static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
     return status;
 }
 
+// *finite: whether the last token's values are, or with all logits each token's. They are read besides the logits,
+// because a product with quantized weights rounds its input, which turns NaN into a number. Without logits they stand
+// for the caches: the last token sees each row, and NaN in one reaches it.
+static mllama_status check_last(mllama_context * ctx, bool * finite) {
+    const struct ggml_tensor * last    = ctx->text.last;
+    const int64_t              n       = ctx->text.logits ? last->ne[1] : 1;
+    float *                    columns = malloc((size_t) n * last->nb[1]);
+    if (!columns) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    const mllama_status status = guard_get(last, columns, (size_t) (last->ne[1] - n) * last->nb[1], (size_t) n * last->nb[1]);
+    *finite = status == MLLAMA_OK && finite_f32(columns, n * last->ne[0]);
+    free(columns);
+    return status;
+}
+
+// What such values have reached in the caches cannot be told, and hidden cells must hold numbers: no token is kept.
+static mllama_status not_finite(mllama_context * ctx, const char * doing) {
+    ctx->n_past = 0;
+    text_graph_free(&ctx->text);
+    TRY(kv_cache_clear(&ctx->cache));
+    return finite_fail(ctx->model->text_file, doing);
+}
+
 static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
-                                  int32_t logits_mode, float * logits) {
+                                  int32_t logits_mode, float * logits, bool * finite) {
     const int32_t    end   = ctx->n_past + n_tokens;
     const text_shape shape = {
         .n_tokens   = n_tokens,
@@ -751,6 +801,10 @@ static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, 
     TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
     if (ctx->text.logits) {
         TRY(guard_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits)));
+    }
+    TRY(check_last(ctx, finite));
+    if (ctx->text.logits) {
+        *finite &= finite_f32(logits, ggml_nelements(ctx->text.logits));
     }
     ctx->n_past = end;
     return MLLAMA_OK;
@@ -793,10 +847,14 @@ mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_
         const int32_t n    = n_tokens - at < ctx->params.n_batch ? n_tokens - at : ctx->params.n_batch;
         const bool    last = at + n == n_tokens;
         const int32_t mode = logits_mode == MLLAMA_LOGITS_LAST && !last ? MLLAMA_LOGITS_NONE : logits_mode;
-        const mllama_status status = decode_batch(ctx, tokens + at, n, slot, n_visible, mode, logits);
+        bool                finite = true;
+        const mllama_status status = decode_batch(ctx, tokens + at, n, slot, n_visible, mode, logits, &finite);
         if (status != MLLAMA_OK) {
             ctx->n_past = n_past; // what was written beyond is masked from now on
             return status;
+        }
+        if (!finite) {
+            return not_finite(ctx, n_tokens > 1 ? "the prompt" : "a token");
         }
         at += n;
         if (mode == MLLAMA_LOGITS_ALL) {
@@ -834,9 +892,11 @@ uint64_t mllama_past_size(const mllama_context * ctx, int32_t n_tokens) {
     return n_tokens > 0 ? kv_cache_size(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens) : 0;
 }
 
-mllama_status mllama_past_get(const mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
+mllama_status mllama_past_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
+    const int32_t n_layer = ctx->model->hp.pub.n_layer;
     TRY(check_past(ctx, n_tokens, ctx->n_past, n_bytes, data));
-    return kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, data, NULL);
+    TRY(kv_cache_copy(&ctx->cache, n_layer, n_tokens, data, NULL));
+    return kv_cache_finite(&ctx->cache, n_layer, n_tokens, data) ? MLLAMA_OK : not_finite(ctx, "the prompt");
 }
 
 mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {

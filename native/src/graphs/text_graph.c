@@ -29,6 +29,8 @@
 // and of fill_graph: text.states (input), blk.N.cross_k (after its norm), blk.N.cross_v.
 #include "graphs/text_graph.h"
 
+#include "guard.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -191,10 +193,14 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     }
     if (shape->logits != MLLAMA_LOGITS_NONE) {
         x = graph_named(graph_rms_norm(g, x, model->output_norm, p->rms_eps), "text", -1, "output_norm");
+        tg->last = x;
         x = graph_named(graph_linear(g, model->output, x), "text", -1, "logits");
         ggml_set_output(x);
         tg->logits = x;
+    } else {
+        tg->last = x;
     }
+    ggml_set_output(tg->last);
     ggml_build_forward_expand(g->gf, x);
     return MLLAMA_OK;
 }
@@ -209,6 +215,18 @@ void text_graph_free(text_graph * tg) {
 
 static struct ggml_tensor * rows_of(struct ggml_context * ctx, struct ggml_tensor * cache, int64_t first, int64_t n) {
     return ggml_view_2d(ctx, cache, cache->ne[0], n, cache->nb[1], cache->nb[1] * (size_t) first);
+}
+
+// Adds rows that were just written to fg->zero: 0 times a finite number is 0, and times another NaN. On a device this
+// costs less than to read the rows back.
+static void check_rows(fill_graph * fg, struct ggml_tensor * cache, struct ggml_tensor * rows) {
+    if (guard_is_host(cache->buffer)) {
+        return;
+    }
+    struct ggml_context * ctx = fg->g.ctx;
+    struct ggml_tensor *  x   = rows->type == GGML_TYPE_F32 ? rows : ggml_cast(ctx, rows, GGML_TYPE_F32);
+    struct ggml_tensor *  sum = ggml_sum(ctx, ggml_scale(ctx, x, 0.0f));
+    fg->zero = fg->zero ? ggml_add(ctx, fg->zero, sum) : sum;
 }
 
 mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
@@ -231,8 +249,16 @@ mllama_status fill_graph_build(const mllama_model * model, const image_slot * sl
         graph_named(k, "blk", il, "cross_k");
         struct ggml_tensor * v = graph_named(graph_linear(g, l->v, fg->states), "blk", il, "cross_v");
         v = rounded(ctx, &slot->kv, il, v);
-        ggml_build_forward_expand(g->gf, ggml_cpy(ctx, k, rows_of(ctx, slot->kv.k[il], first, n_rows)));
-        ggml_build_forward_expand(g->gf, ggml_cpy(ctx, v, rows_of(ctx, slot->kv.v[il], first, n_rows)));
+        k = ggml_cpy(ctx, k, rows_of(ctx, slot->kv.k[il], first, n_rows));
+        v = ggml_cpy(ctx, v, rows_of(ctx, slot->kv.v[il], first, n_rows));
+        ggml_build_forward_expand(g->gf, k);
+        ggml_build_forward_expand(g->gf, v);
+        check_rows(fg, slot->kv.k[il], k);
+        check_rows(fg, slot->kv.v[il], v);
+    }
+    if (fg->zero) {
+        ggml_set_output(fg->zero);
+        ggml_build_forward_expand(g->gf, fg->zero);
     }
     return MLLAMA_OK;
 }

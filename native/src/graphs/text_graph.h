@@ -23,6 +23,8 @@ typedef struct text_graph {
     struct ggml_tensor * cells;     // input  I64 [n_tokens]: rows of the self-attention cache to write
     struct ggml_tensor * mask;      // input  F16 [n_kv, n_tokens]
     struct ggml_tensor * logits;    // output F32 [vocab_size, 1 or n_tokens], NULL without logits
+    // output F32 [n_embd, columns]: x, or with logits the input of their product, one column for each of them
+    struct ggml_tensor * last;
     cpu_cache_attention * attention; // [n_layer]
     cpu_cache_item *      items;     // of them
 } text_graph;
@@ -35,6 +37,8 @@ void          text_graph_free(text_graph * graph);
 typedef struct fill_graph {
     graph                g;
     struct ggml_tensor * states; // input F32 [n_embd, n_rows]
+    // output F32 [1]: 0, or NaN if rows that are not in host memory are not finite. NULL: all are in host memory
+    struct ggml_tensor * zero;
 } fill_graph;
 
 // Writes k and v of every cross-attention layer for n_rows rows of states, at row `first` of the slot.
