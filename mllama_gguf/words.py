@@ -29,7 +29,10 @@ def one_line(words: object, longest: int = 300) -> str:
 
 def brief(value: object, longest: int = 60) -> str:
     """A value that somebody gave, as Python writes it, in one short line. It may be huge or circular."""
-    text = repr(value[:longest]) if isinstance(value, str) else reprlib.repr(value)
+    try:
+        text = repr(value[:longest]) if isinstance(value, str) else reprlib.repr(value)
+    except Exception:  # of a whole number of thousands of digits, or in the code of somebody's class
+        text = f"{type(value).__name__} that cannot be shown"
     return show_name(text, longest) + ("..." if isinstance(value, str) and len(value) > longest else "")
 
 

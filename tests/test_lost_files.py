@@ -85,9 +85,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(
-    tmp_path: Path, checkpoint: Path, tiny_files: Files, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def here(tmp_path: Path, checkpoint: Path, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a checkpoint, a model, a picture and prompts."""
     folder = tmp_path / "here"
     shutil.copytree(checkpoint, folder / "hf")

@@ -233,9 +233,7 @@ def remote_devices(workers: Sequence[str]) -> list[Device]:
     """The devices of this machine and of the workers, each started once. Raises BackendError."""
     supervisor = Supervisor(workers, CONNECT_SECONDS)
     try:
-        found: list[Device] = supervisor.call(
-            Callbacks(load()), "", "devices", settings={"start": True}
-        )
+        found: list[Device] = supervisor.call(Callbacks(load()), "", "devices", settings={"start": True})
         return found
     finally:
         supervisor.close()

@@ -7,6 +7,7 @@ bound has at most 15 digits, and every number between the bounds is small enough
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
@@ -60,8 +61,10 @@ def exact(value: int | float) -> int | float:
 def _check(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RequestError(f"'{name}' must be a number, not {type(value).__name__}")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise RequestError(f"'{name}' is {value}, which is no number of JSON")
+    if abs(value) > sys.float_info.max:
+        raise RequestError(f"'{name}' is larger than any number that Python reads from JSON as a float")
 
 
 def _sides(given: Mapping[str, Any]) -> tuple[list[tuple[Any, bool]], list[tuple[Any, bool]]]:

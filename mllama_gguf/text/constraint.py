@@ -40,13 +40,13 @@ LIMITS = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
+    "step_max_items": 20_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
     "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
-MAX_BUILD_SECONDS = 4.0
+MAX_BUILD_SECONDS = 3.0
 KEPT = 8  # grammars, with what was found out about them
 USES = 64  # replies of a kept grammar: what is found out about it takes memory
 # llguidance goes through schemas by recursion, 8 KB for each of up to 5000 schemas that lead to each other.

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from ..errors import RequestError
-from ..words import brief
+from ..words import brief, one_line
 
 # Python's own parser of expressions. It has no public name, and has been the same for 20 years.
 sre_parse: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
@@ -90,7 +90,7 @@ class _Translator:
                 warnings.simplefilter("ignore")
                 tree = sre_parse.parse(expression)
         except re.error as e:
-            raise RequestError(f"regular expression {self._name} is not valid: {e}") from e
+            raise RequestError(f"regular expression {self._name} is not valid: {one_line(e)}") from e
         except (RecursionError, OverflowError) as e:
             raise RequestError(f"regular expression {self._name} is nested or repeated too much") from e
         flags = tree.state.flags & ~re.UNICODE
@@ -107,7 +107,10 @@ class _Translator:
                 f"regular expression {self._name} needs at least {self._shortest} characters of text; "
                 f"{MAX_SHORTEST} are allowed"
             )
-        return self._edges(self._items, side, side, 0)
+        try:
+            return self._edges(self._items, side, side, 0)
+        except RecursionError as e:
+            raise RequestError(f"regular expression {self._name} is nested too much") from e
 
     def _edges(self, items: Sequence[Any], left: Side, right: Side, depth: int) -> str:
         """A sequence, of which the first may begin with ^ and the last may end with $."""

@@ -1,0 +1,100 @@
+"""Schemas and grammars that are meant to do harm. scripts/trial_grammars.py tries 2000 of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TinyFiles, elsewhere
+
+from mllama_gguf.errors import RequestError
+from mllama_gguf.text.grammar import gbnf, json_schema, lark, regex
+from mllama_gguf.text.vocab import Vocab
+
+TRIAL = Path(__file__).parents[2] / "scripts" / "trial_grammars.py"
+
+
+@pytest.fixture(scope="module")
+def vocab(tiny_files: Callable[[str], TinyFiles]) -> Vocab:
+    return Vocab(tiny_files("gqa").text)
+
+
+def trial(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TRIAL), "--processes", "1", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **elsewhere())
+
+
+def test_a_trial_of_some(tmp_path: Path) -> None:
+    done = trial("--cases", "80", "--seed", "test", "--json", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
+    assert len({result["case"] for result in results}) == 80
+    assert {"works", "refused"} <= {result["outcome"] for result in results}
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("!die", "died: case !die"), ("!sleep", "late: case !sleep"), ("!wrong", "wrong: case")],
+)
+def test_the_trial_sees_what_goes_wrong(case: str, words: str) -> None:
+    done = trial("--only", case, "0-1", "--seconds", "1")
+    assert done.returncode == 1, done.stderr
+    assert words in done.stdout
+    assert "2 cases" in done.stdout
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, 1e400, float("nan")], ids=range(5))
+def test_numbers_that_no_float_holds(vocab: Vocab, value: Any) -> None:
+    for schema in ({"type": "number", "maximum": value}, {"const": value}, {"multipleOf": value}):
+        with pytest.raises(RequestError) as raised:
+            json_schema({"properties": {"a": schema}})
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_a_reply_with_a_number_that_no_float_holds() -> None:
+    schema = {"anyOf": [{"multipleOf": 0.5}, {"type": "string"}]}
+    with pytest.raises(RequestError, match="cannot be checked"):
+        json_schema(schema).check("1e400")
+    with pytest.raises(RequestError, match="no JSON that Python reads"):
+        json_schema(schema).check("9" * 5000)
+    json_schema(schema).check("1.5")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["(" * 400 + ")|b" * 400, "((a)*" * 200 + ")" * 200, "[\x80-\x01]", "(?\n)"],
+)
+def test_words_about_expressions_are_one_line(expression: str) -> None:
+    for make in (regex, lambda text: json_schema({"pattern": text})):
+        with pytest.raises(RequestError) as raised:
+            make(expression)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        gbnf('root ::= ([a-z]* " "?)* root?'),
+        gbnf('root ::= root root | "a" | "aa" | "aaa"'),
+        lark('start: (/[a-z]*/ " "?)* start?'),
+    ],
+    ids=lambda grammar: grammar.kind,
+)
+def test_ambiguous_grammars_come_to_an_end(vocab: Vocab, grammar: Any) -> None:
+    """The readings of a text add up. Before a token takes long the reply ends with an error."""
+    try:
+        matcher = vocab.constraints.begin(vocab, grammar)
+        (a,) = vocab.tokenize("a", add_bos=False)
+        for _ in range(400):
+            start = time.process_time()
+            assert a in matcher.allowed()
+            matcher.accept(a)
+            assert time.process_time() - start < 3.0
+    except RequestError as e:
+        assert "\n" not in str(e) and len(str(e)) < 500
