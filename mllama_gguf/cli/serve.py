@@ -114,7 +114,7 @@ def serve_command(
         from ..server.models import Opening
         from ..server.settings import from_environment, show_address
     except ImportError as e:
-        if e.name in ("starlette", "uvicorn", "prometheus_client", "anyio"):
+        if str(e.name).partition(".")[0] in ("starlette", "uvicorn", "prometheus_client", "anyio"):
             raise MllamaError(MISSING) from e
         raise
 

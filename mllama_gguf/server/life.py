@@ -83,6 +83,7 @@ class Server(uvicorn.Server):
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # it ends anyway, and in good order
 
     def end(self) -> None:
         """End in good order; the second time immediately."""

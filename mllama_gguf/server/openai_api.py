@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from . import responses
 from .openai_replies import CompletionWriter, model_object
 from .openai_requests import Wish, chat, completion
 from .replies import json_reply
@@ -25,11 +26,22 @@ def routes(service: Service) -> list[Route]:
     async def model(request: Request) -> Response:
         return json_reply(model_object(await service.find(request.path_params["name"])))
 
+    async def respond(request: Request) -> Response:
+        body, settings = await service.read(request), service.settings
+        wish = await service.translate(
+            request, partial(responses.request, body, settings.pictures, allow_gbnf=settings.allow_gbnf)
+        )
+        card = await service.find(wish.model)
+        writer = responses.ResponseWriter(wish.model, body)
+        body = {}  # its pictures are in the wish
+        return service.computed(request, card, wish.ask, writer, stream=wish.stream)
+
     return [
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/v1/chat/completions", _computed(service, "chat", chat), methods=["POST"]),
         Route("/v1/completions", _computed(service, "text", completion), methods=["POST"]),
+        Route("/v1/responses", respond, methods=["POST"]),
         Route("/v1/embeddings", refuse(501, "this model does not support embeddings"), methods=["POST"]),
     ]
 

@@ -1,0 +1,266 @@
+"""OpenAI's API as its clients use it, with the demo model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from serving import Running, data_uri, picture64
+
+QUESTION = "Describe this image."
+CHAT = "/v1/chat/completions"
+
+
+def content(name: str = "apple.png", **image: Any) -> list[dict[str, Any]]:
+    picture = {"type": "image_url", "image_url": {"url": data_uri(name), **image}}
+    return [picture, {"type": "text", "text": QUESTION}]
+
+
+def ask(**more: Any) -> dict[str, Any]:
+    return {
+        "model": "demo",
+        "messages": [{"role": "user", "content": content()}],
+        "temperature": 0,
+        **more,
+    }
+
+
+def test_models(served: Running) -> None:
+    found = served.get("/v1/models").json()
+    assert found["object"] == "list"
+    assert [one["id"] for one in found["data"]] == ["demo:latest", "other:latest"]
+    one = served.get("/v1/models/demo").json()
+    assert one == found["data"][0] and one["object"] == "model" and one["created"] > 1e9
+    answer = served.get("/v1/models/gpt-5")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert answer.json()["error"]["type"] == "not_found_error"
+
+
+def test_a_completion(served: Running, expected: Callable[..., str]) -> None:
+    found = served.post(CHAT, ask()).json()
+    assert found["object"] == "chat.completion" and found["id"].startswith("chatcmpl-")
+    assert found["model"] == "demo" and found["created"] > 1e9
+    (choice,) = found["choices"]
+    text = expected("apple.png", QUESTION)
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
+    usage = found["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens"] >= 3 and "cached_tokens" in usage["prompt_tokens_details"]
+
+
+def test_a_stream(served: Running, expected: Callable[..., str]) -> None:
+    chunks = served.events(CHAT, ask(stream=True))
+    assert all(one["object"] == "chat.completion.chunk" for one in chunks)
+    assert len({(one["id"], one["created"]) for one in chunks}) == 1
+    deltas = [one["choices"][0]["delta"] for one in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert "".join(one.get("content", "") for one in deltas) == expected("apple.png", QUESTION)
+    assert [one["choices"][0]["finish_reason"] for one in chunks][-1] == "stop"
+    assert not any("usage" in one for one in chunks)
+
+
+def test_a_stream_with_its_usage(served: Running) -> None:
+    *chunks, last = served.events(CHAT, ask(stream=True, stream_options={"include_usage": True}))
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] >= 3
+    assert all(one["usage"] is None for one in chunks)
+
+
+def test_an_image_url_may_be_a_text(served: Running, expected: Callable[..., str]) -> None:
+    parts: list[Any] = [{"type": "image_url", "image_url": data_uri()}, {"type": "text", "text": QUESTION}]
+    for detail in ("low", "high", "auto"):
+        assert served.post(
+            CHAT, ask(messages=[{"role": "user", "content": content(detail=detail)}])
+        ).is_success
+    found = served.post(CHAT, ask(messages=[{"role": "user", "content": parts}])).json()
+    assert found["choices"][0]["message"]["content"] == expected("apple.png", QUESTION)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/a.png",
+        "https://127.0.0.1/a.png",
+        "file:///etc/passwd",
+        "examples/apple.png",
+        "/etc/hostname",
+        "~/x.png",
+        "data:image/png;base64,!!!!",
+        "data:text/plain,hello",
+        "data:",
+        picture64()[:100],
+    ],
+)
+def test_other_addresses_are_no_pictures(served: Running, url: str) -> None:
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    answer = served.post(CHAT, ask(messages=[message]))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_response_formats(served: Running) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    found = served.post(CHAT, ask(response_format=wrapped, max_tokens=200)).json()
+    assert json.loads(found["choices"][0]["message"]["content"])["n"] in (1, 2)
+    other = {"type": "json_object", "schema": schema}
+    found = served.post(CHAT, ask(response_format=other, max_tokens=200)).json()
+    assert json.loads(found["choices"][0]["message"]["content"])["n"] in (1, 2)
+    assert served.post(CHAT, ask(response_format={"type": "text"})).is_success
+    for grammar in ({"type": "gbnf", "grammar": 'root ::= "x"'}, {"type": "lark", "grammar": 'start: "x"'}):
+        answer = served.post(CHAT, ask(response_format=grammar))
+        assert answer.status_code == 400 and "--allow-gbnf" in answer.json()["error"]["message"]
+    assert served.post(CHAT, ask(grammar='root ::= "x"')).status_code == 400
+
+
+def test_several_replies(served: Running) -> None:
+    body = ask(n=3, temperature=2.0, seed=1, max_tokens=12)
+    found = served.post(CHAT, body).json()
+    assert [one["index"] for one in found["choices"]] == [0, 1, 2]
+    texts = [one["message"]["content"] for one in found["choices"]]
+    assert len(set(texts)) > 1
+    told = ["", "", ""]
+    for one in served.events(CHAT, {**body, "stream": True}):
+        told[one["choices"][0]["index"]] += one["choices"][0]["delta"].get("content", "")
+    assert told == texts
+    assert served.post(CHAT, ask(n=9)).status_code == 400
+
+
+def test_logprobs(served: Running) -> None:
+    found = served.post(CHAT, ask(logprobs=True, top_logprobs=2)).json()
+    told = found["choices"][0]["logprobs"]["content"]
+    assert len(told) == found["usage"]["completion_tokens"]
+    assert "".join(bytes(one["bytes"]).decode() for one in told)
+    assert all(len(one["top_logprobs"]) == 2 for one in told)
+    chunks = served.events(CHAT, ask(logprobs=True, stream=True))
+    told = [
+        one for c in chunks if (c["choices"][0]["logprobs"]) for one in c["choices"][0]["logprobs"]["content"]
+    ]
+    assert len(told) == found["usage"]["completion_tokens"]
+
+
+def test_stops_and_limits(served: Running) -> None:
+    found = served.post(CHAT, ask(stop=[" apple"])).json()["choices"][0]
+    assert " apple" not in found["message"]["content"] and found["finish_reason"] == "stop"
+    found = served.post(CHAT, ask(max_completion_tokens=2, max_tokens=9)).json()
+    assert found["usage"]["completion_tokens"] == 2
+    assert found["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"messages": []}, "messages must be a list with at least one message"),
+        ({"messages": [{"role": "owl", "content": "x"}]}, "messages[0].role 'owl' is not known"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}]}, "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "'input_audio'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a string or a list"),
+        ({"temperature": "x"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"n": 0}, "n must be a whole number from 1 to 8"),
+        ({"response_format": {"type": "xml"}}, "'xml'"),
+        ({"model": None}, "model is required"),
+        ({"suffix": "x"}, "suffix"),
+    ],
+)
+def test_what_is_wrong_is_said(served: Running, more: dict[str, Any], words: str) -> None:
+    answer = served.post(CHAT, ask(**more))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert words in error["message"] and error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_context_that_is_too_long(served: Running) -> None:
+    message = {"role": "user", "content": "the cat " * 5000}
+    answer = served.post(CHAT, ask(messages=[message]))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_parameters_that_change_nothing(served: Running) -> None:
+    more = {"user": "u", "store": False, "metadata": {}, "service_tier": "auto", "parallel_tool_calls": True}
+    unknown = {"keep_alive": "5m", "num_ctx": 4, "chat_template": "{{ x }}", "reasoning_effort": None}
+    assert served.post(CHAT, ask(**more, **unknown)).is_success
+
+
+def test_roles(served: Running) -> None:
+    talk: list[Any] = [{"role": "developer", "content": "be short"}, *ask()["messages"]]
+    talk += [{"role": "assistant", "content": None}, {"role": "user", "content": "And?"}]
+    assert served.post(CHAT, ask(messages=talk)).is_success
+
+
+def test_text_completions(served: Running) -> None:
+    body = {"model": "demo", "prompt": "a red", "temperature": 0, "max_tokens": 5}
+    found = served.post("/v1/completions", body).json()
+    assert found["object"] == "text_completion" and found["choices"][0]["text"]
+    chunks = served.events("/v1/completions", {**body, "stream": True})
+    assert "".join(one["choices"][0]["text"] for one in chunks) == found["choices"][0]["text"]
+    assert served.post("/v1/completions", {**body, "best_of": 3}).status_code == 400
+    assert served.post("/v1/completions", {**body, "prompt": [1, 2]}).status_code == 400
+
+
+def test_embeddings(served: Running) -> None:
+    answer = served.post("/v1/embeddings", {"model": "demo", "input": "x"})
+    assert answer.status_code == 501
+    assert answer.headers["x-should-retry"] == "false"
+
+
+# ---- responses ---------------------------------------------------------------------------------------------
+
+
+def respond(**more: Any) -> dict[str, Any]:
+    parts = [{"type": "input_image", "image_url": data_uri()}, {"type": "input_text", "text": QUESTION}]
+    return {"model": "demo", "input": [{"role": "user", "content": parts}], "temperature": 0, **more}
+
+
+def test_a_response(served: Running, expected: Callable[..., str]) -> None:
+    found = served.post("/v1/responses", respond(instructions=None, store=True)).json()
+    assert found["object"] == "response" and found["status"] == "completed"
+    (item,) = found["output"]
+    assert item["type"] == "message" and item["role"] == "assistant"
+    assert item["content"][0]["text"] == expected("apple.png", QUESTION)
+    assert found["usage"]["output_tokens"] >= 3
+    text = served.post("/v1/responses", respond(max_output_tokens=2)).json()
+    assert text["status"] == "incomplete" and text["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def test_a_response_as_a_stream(served: Running, expected: Callable[..., str]) -> None:
+    answer = served.post("/v1/responses", respond(stream=True))
+    events = []
+    for frame in answer.text.strip().split("\n\n"):
+        name, data = frame.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    kinds = [one["type"].removeprefix("response.") for one in events]
+    n = kinds.count("output_text.delta")
+    first = ["created", "in_progress", "output_item.added", "content_part.added"]
+    last = ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert kinds == [*first, *["output_text.delta"] * n, *last] and n > 1
+    assert [one["sequence_number"] for one in events] == list(range(len(events)))
+    assert "".join(one.get("delta", "") for one in events) == expected("apple.png", QUESTION)
+
+
+def test_a_response_in_a_form(served: Running) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    form = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
+    found = served.post("/v1/responses", respond(text=form)).json()
+    assert json.loads(found["output"][0]["content"][0]["text"])["n"] in (1, 2)
+
+
+def test_responses_are_not_kept(served: Running) -> None:
+    for more in (
+        {"previous_response_id": "resp_1"},
+        {"background": True},
+        {"tools": [{"type": "web_search"}]},
+        {"input": 5},
+        {"input": [{"type": "function_call_output"}]},
+    ):
+        answer = served.post("/v1/responses", respond(**more))
+        assert answer.status_code == 400, more
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert served.get("/v1/responses/resp_1").status_code == 404
