@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import reprlib
+from typing import Any
 
 from .errors import RequestError
 
 _MOST_BYTES = 1 << 63
 
 
+# Characters that Python does not call printable and that belong to text: a terminal only joins by them.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """A text that a terminal can show: control characters, and what else is not printable, as escapes. keep:
+    control characters that stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep or c in _JOINERS else ascii(c)[1:-1] for c in text)
+
+
+def as_json(value: Any) -> str:
+    """JSON in one line: characters as they are, and only bytes of a name that is not UTF-8 as escapes. Such
+    names come back the same through `json.loads`."""
+    words = json.dumps(value, ensure_ascii=False)
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        words = words.encode("utf-8", "backslashreplace").decode()
+    return words
+
+
 def show_name(name: str | bytes | os.PathLike[str], longest: int = 300) -> str:
     """A path or another foreign text, fit for a line: printable, and cut in the middle if it has more than
     `longest` characters (at least 3)."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))
+    text = printable(os.fsdecode(name), keep="")
     if len(text) <= longest:
         return text
     end = (longest - 3) // 3

@@ -19,6 +19,7 @@ from ..settings import DEFAULTS
 from .opening import open_chosen
 from .options import F, ModelChoice
 from .progress import BatchBar
+from .terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
@@ -132,7 +133,7 @@ def run_batch(
     finally:
         output.close()
     if not as_json:
-        click.echo(_in_words(summary, errors.path), err=True)
+        echo(_in_words(summary, errors.path), err=True)
     if summary.interrupted:
         return 130
     return 3 if summary.failed or summary.stopped else 0
@@ -195,7 +196,7 @@ def _partial(folder: Path, out: str | None, words: str) -> Path:
 def _reporter(as_json: bool) -> Iterator[Report]:
     """What takes the events: JSON lines on stderr, a bar if that is a terminal, or failures alone."""
     if as_json:
-        yield lambda event: click.echo(json.dumps(event), err=True)
+        yield lambda event: echo_json(event, err=True)
     elif sys.stderr.isatty():
         with BatchBar() as bar:
 
@@ -208,7 +209,7 @@ def _reporter(as_json: bool) -> Iterator[Report]:
 
             yield report
     else:
-        yield lambda event: _show_failure(event, lambda line: click.echo(line, err=True))
+        yield lambda event: _show_failure(event, lambda line: echo(line, err=True))
 
 
 def _show_failure(event: dict[str, Any], show: Callable[[str], None]) -> None:

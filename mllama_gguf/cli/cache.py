@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
 
 from ..errors import MllamaError
 from ..words import show_size
+from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 
@@ -37,13 +37,13 @@ def cache_command(action: str, as_json: bool) -> None:
         raise MllamaError(words) from e
     if as_json:
         facts = asdict(info) | {"directory": str(info.directory)}
-        click.echo(json.dumps(facts if action == "info" else facts | {"cleared": True}))
+        echo_json(facts if action == "info" else facts | {"cleared": True})
     else:
         counts = {"picture": info.n_states, "filling": info.n_fillings, "prefix": info.n_prefixes}
         plural = {"picture": "pictures", "filling": "fillings", "prefix": "prefixes"}
         numbers = [f"{n} {name if n == 1 else plural[name]}" for name, n in counts.items()]
         pictures = f"{', '.join(numbers)}, {show_size(info.n_bytes)}"
         if action == "clear":
-            click.echo(f"{info.directory}: removed {pictures}")
+            echo(f"{info.directory}: removed {pictures}")
         else:
-            click.echo(f"{info.directory}: {pictures} of at most {show_size(info.max_bytes)}")
+            echo(f"{info.directory}: {pictures} of at most {show_size(info.max_bytes)}")

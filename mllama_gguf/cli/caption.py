@@ -17,6 +17,7 @@ from ..words import os_reason, show_name
 from .batch import BatchSettings, batch_options, run_batch
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
+from .terminal import echo
 
 if TYPE_CHECKING:
     from ..decode.writer import Stats
@@ -145,22 +146,22 @@ def caption_command(
             try:
                 reply = begin_caption(model, source, options)
             except ImageError as e:
-                click.echo(f"Error: {e}", err=True)
+                echo(f"Error: {e}", err=True)
                 failed = True
                 continue
             if len(images) > 1 and not as_json:
-                click.echo(f"{name}: ", nl=False)
+                echo(f"{name}: ", nl=False)
             text = ""
             for piece in reply:
                 text += piece
                 if not as_json:
-                    click.echo(piece, nl=False)
+                    echo(piece, nl=False)
                     sys.stdout.flush()
-            click.echo(json.dumps(_as_dict(name, text, reply.stats, load_seconds)) if as_json else "")
+            echo(json.dumps(_as_dict(name, text, reply.stats, load_seconds)) if as_json else "")
             # Plain text of -n tokens is what was asked for; half a JSON document is not.
             if reply.finish_reason == "length" and options.response_format is not None:
                 n = reply.stats.completion_tokens
-                click.echo(f"{name}: cut off after {n} tokens (see -n)", err=True)
+                echo(f"{name}: cut off after {n} tokens (see -n)", err=True)
     return int(failed)
 
 

@@ -11,6 +11,7 @@ from ..cpus import MAX_THREADS
 from ..errors import MllamaError
 from ..words import show_size
 from .progress import transfer_bar
+from .terminal import echo
 
 VISION_TYPES = ("f32", "f16", "bf16")
 TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
@@ -95,9 +96,9 @@ def convert_command(
                 n_threads=threads,
                 overwrite=overwrite,
                 progress=bar and partial(bar, "convert"),
-                warn=lambda words: click.echo(f"Note: {words}", err=True),
+                warn=lambda words: echo(f"Note: {words}", err=True),
             )
     except MllamaError as e:
         raise click.ClickException(str(e)) from e
     for file in files:
-        click.echo(f"{file}  {show_size(file.stat().st_size)}")
+        echo(f"{file}  {show_size(file.stat().st_size)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
 
 from ..words import show_size
 from .options import comma_list
+from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 
@@ -29,9 +29,9 @@ def devices_command(as_json: bool, rpc: list[str] | None) -> None:
 
     for device in remote_devices(parse_workers(rpc)) if rpc else devices(start=True):
         if as_json:
-            click.echo(json.dumps(asdict(device)))
+            echo_json(asdict(device))
         else:
             state = f"{show_size(device.memory_free)} of {show_size(device.memory_total)} free"
             if device.error is not None:
                 state = f"cannot be used: {device.error}"
-            click.echo(f"{device.name:10}  {device.type:5}  {device.description}, {state}")
+            echo(f"{device.name:10}  {device.type:5}  {device.description}, {state}")

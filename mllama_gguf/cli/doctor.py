@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 
 import click
 
+from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 MARKS = {"ok": "\u2713", "note": "!", "problem": "\u2717"}
@@ -31,12 +31,12 @@ def doctor_command(as_json: bool) -> int:
     for finding in examine():
         is_well = is_well and finding.mark != "problem"
         if as_json:
-            click.echo(json.dumps(asdict(finding), ensure_ascii=False))
+            echo_json(asdict(finding))
             continue
         mark = click.style(marks[finding.mark], fg=COLOURS[finding.mark])
-        click.echo(f"{mark} {finding.name}: {finding.words}")
+        echo(f"{mark} {finding.name}: {finding.words}")
         if finding.advice:
-            click.echo(f"    {finding.advice}")
+            echo(f"    {finding.advice}")
     return 0 if is_well else 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..words import show_size
+from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def info_command(files: tuple[str, ...], as_json: bool) -> None:
 
     for index, model in enumerate(model_info([path for file in files for path in resolve(file).paths])):
         if as_json:
-            click.echo(json.dumps(_as_dict(model)))
+            echo_json(_as_dict(model))
             continue
         if index:
-            click.echo()
+            echo()
         for title, words in _lines(model):
-            click.echo(f"{title:18}  {words}" if words else title)
+            echo(f"{title:18}  {words}" if words else title)
 
 
 def _as_dict(model: ModelInfo) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from ..errors import Aborted, MllamaError
 from ..words import one_line
+from .terminal import echo
 from .verbose import is_verbose, verbose_option
 
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
@@ -103,7 +104,7 @@ def run(args: Sequence[str]) -> int:
         return e.exit_code
     except click.UsageError as e:
         path = e.ctx.command_path if e.ctx else "mllama"
-        click.echo(f"Error: {e.format_message()} (see {path} --help)", err=True)
+        echo(f"Error: {e.format_message()} (see {path} --help)", err=True)
         return e.exit_code
     except click.ClickException as e:
         show_traceback()
@@ -118,10 +119,10 @@ def run(args: Sequence[str]) -> int:
         return 141
     except MllamaError as e:
         show_traceback()
-        click.echo(f"Error: {e}", err=True)
+        echo(f"Error: {e}", err=True)
         return 1
     except Exception as e:  # a bug, or a machine in trouble
         hint = "" if show_traceback() else " (--verbose shows where)"
-        click.echo(f"Error: unexpected {type(e).__name__}: {one_line(e)}{hint}", err=True)
+        echo(f"Error: unexpected {type(e).__name__}: {one_line(e)}{hint}", err=True)
         return 1
     return code if isinstance(code, int) else 0

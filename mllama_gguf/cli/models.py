@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from ..words import show_size
+from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ def models_command(as_json: bool) -> None:
 
     for found in inventory():
         if as_json:
-            click.echo(json.dumps({**asdict(found), "files": [str(path) for path in found.files]}))
+            echo_json({**asdict(found), "files": [str(path) for path in found.files]})
         else:
-            click.echo("  ".join((f"{found.name:24}", f"{found.place:10}", *_facts(found))))
+            echo("  ".join((f"{found.name:24}", f"{found.place:10}", *_facts(found))))
     for store in closed_stores():
-        click.echo(f"{store}: this user may not read it (permission denied)", err=True)
+        echo(f"{store}: this user may not read it (permission denied)", err=True)
 
 
 def _facts(found: Found) -> list[str]:

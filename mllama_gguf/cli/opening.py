@@ -14,6 +14,7 @@ import click
 from ..settings import Settings, in_options, offload_settings
 from .options import ModelChoice
 from .progress import phase_bar, transfer_bar
+from .terminal import echo
 from .verbose import is_verbose
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def with_tuned(choice: ModelChoice) -> ModelChoice:
     used = {name: value for name, value in tuned.items() if name not in choice.settings}
     if used:
         words = f"Tuned settings: {in_options(used)} (of mllama tune; --no-tuned ignores them)"
-        click.echo(words, err=True)
+        echo(words, err=True)
     return replace(choice, settings={**used, **choice.settings})
 
 
@@ -73,9 +74,9 @@ def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = Fa
     files = find_files(choice)
     settings = settings_of(choice, files).replace(image_cache=image_cache)
     for note in files.defaults.notes:
-        click.echo(f"Warning: {note}", err=True)
+        echo(f"Warning: {note}", err=True)
     if words := files.defaults.in_words():
-        click.echo(f"Of {files.name} itself: {words} (options go before)", err=True)
+        echo(f"Of {files.name} itself: {words} (options go before)", err=True)
     if image_cache:
         show_warnings("mllama_gguf.cache.disk")
     defaults = replace(files.defaults, notes=())  # they are shown
@@ -90,7 +91,7 @@ def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = Fa
 
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"Warning: {record.getMessage()}", err=True)
+        echo(f"Warning: {record.getMessage()}", err=True)
 
 
 def show_warnings(name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import click
 from ..words import show_size
 from .opening import find_files, settings_of
 from .options import ModelChoice, model_options
+from .terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ..backend.plan import Plan
@@ -53,7 +53,7 @@ def plan_command(model_argument: str | None, budget: str | None, as_json: bool, 
         layers = None
     plan = make_plan(files.text, files.mmproj, budget=budget, n_gpu_layers=layers, **settings)
     if as_json:
-        click.echo(json.dumps(_as_dict(plan)))
+        echo_json(_as_dict(plan))
     else:
         _print(plan)
 
@@ -108,8 +108,8 @@ def _print(plan: Plan) -> None:
     # A pipe has no width; what is cut off there helps nobody.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     if plan.best is None:
-        click.echo("Nothing fits; lower n_ctx or n_batch.")
+        echo("Nothing fits; lower n_ctx or n_batch.")
     elif len(plan.settings) == 1 and not plan.settings[0].n_gpu_layers and not plan.limits:
-        click.echo("There is no device to offload to: everything runs on the CPU.")
+        echo("There is no device to offload to: everything runs on the CPU.")
     else:
-        click.echo(f"The largest that fits: -ngl {plan.best}")
+        echo(f"The largest that fits: -ngl {plan.best}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import MllamaError, ModelError
 from ..files import Kind, cannot_write, check_folder, check_output, replacing
 from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
+from .terminal import echo, echo_json
 
 FIRST_VALUES = 10
 MOST_TILE_SIZE, MOST_TILES = 4096, 64  # beyond any model, within memory
@@ -110,10 +110,10 @@ def _run(
             _write_tiles(folder, _unused_stem(image, used_names), tiled, inputs, overwrite)
         shown = _shortened(image)
         if as_json:
-            click.echo(json.dumps(_as_dict(shown, tiled)))
+            echo_json(_as_dict(shown, tiled))
         else:
             if index:
-                click.echo()
+                echo()
             _print(shown, tiled)
 
 
@@ -237,7 +237,7 @@ def _print(name: str, tiled: TiledImage) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # another program reads it: nothing wrapped, nothing padded
         for title, words in facts.items():
-            click.echo(f"{title:15}  {words}")
+            echo(f"{title:15}  {words}")
         return
     table = Table.grid(padding=(0, 2))
     for title, words in facts.items():

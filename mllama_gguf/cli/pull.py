@@ -6,6 +6,7 @@ import click
 
 from ..words import show_size
 from .progress import transfer_bar
+from .terminal import echo
 from .verbose import verbose_option
 
 
@@ -30,11 +31,11 @@ def pull_command(name: str) -> None:
 
     locked = None if name.startswith(("ollama:", "hf:")) else find_locked(name)
     if locked and locked.licence:
-        click.echo(f"{locked.licence.name}: {locked.licence.url}\n{locked.licence.notice}", err=True)
+        echo(f"{locked.licence.name}: {locked.licence.url}\n{locked.licence.notice}", err=True)
     with transfer_bar() as progress:
         files = pull(name, progress)
     for path in files.paths:
-        click.echo(f"{path}  {show_size(path.stat().st_size)}")
+        echo(f"{path}  {show_size(path.stat().st_size)}")
 
 
 @click.command(
@@ -69,4 +70,4 @@ def lock_command(reference: str, file: str, name: str | None, mmproj: str | None
     locked = lock(reference, name=name, mmproj=mmproj, update=update)
     write_locked(file, locked)
     for part in locked.files:
-        click.echo(f"{locked.name}  {part.role}  sha256:{part.sha256}  {part.size} bytes")
+        echo(f"{locked.name}  {part.role}  sha256:{part.sha256}  {part.size} bytes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 
@@ -11,6 +10,7 @@ import click
 from ..cpus import MAX_THREADS
 from ..words import show_size
 from .progress import transfer_bar
+from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
@@ -72,11 +72,11 @@ def quantize_command(
             n_threads=threads,
             allow_requantize=allow_requantize,
             overwrite=overwrite,
-            warn=lambda words: click.echo(f"Note: {words}", err=True),
+            warn=lambda words: echo(f"Note: {words}", err=True),
         )
     if as_json:
-        click.echo(json.dumps({**asdict(done), "path": str(done.path)}))
+        echo_json({**asdict(done), "path": str(done.path)})
         return
     types = ", ".join(f"{n} {kind}" for kind, n in sorted(done.types.items()))
     sizes = f"{show_size(done.size)} (before: {show_size(done.size_before)})"
-    click.echo(f"{done.path}  {sizes}; tensors: {types}")
+    echo(f"{done.path}  {sizes}; tensors: {types}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from ..files import Kind, cannot_write, check_folder, check_output
 from ..settings import DEFAULT_PROMPT
 from .opening import open_chosen
 from .options import ModelChoice, model_options
+from .terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ..inspect.trace import TracedTensor
@@ -79,11 +79,11 @@ def trace_command(
         if as_json:
             facts = {"name": tensor.name, "number": tensor.number, "shape": list(tensor.values.shape)}
             numbers = [value if isfinite(value) else None for value in first]  # JSON has no others
-            click.echo(json.dumps({**facts, "first_values": numbers, "sha256": tensor.sha256}))
+            echo_json({**facts, "first_values": numbers, "sha256": tensor.sha256})
         else:
             shape = "x".join(map(str, tensor.values.shape))
             columns = " ".join(f"{value:10.6f}" for value in first)
-            click.echo(f"{tensor.name}.{tensor.number}  {shape}  {columns}  {tensor.sha256[:16]}")
+            echo(f"{tensor.name}.{tensor.number}  {shape}  {columns}  {tensor.sha256[:16]}")
         if folder is not None:
             stem = re.sub(r"[^\w.-]", "_", tensor.name)
             path = folder / f"{stem}.{tensor.number}.npy"

@@ -15,6 +15,7 @@ from ..words import show_size
 from .opening import find_files, settings_of
 from .options import ModelChoice, model_options
 from .progress import StepBar
+from .terminal import echo
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -119,10 +120,10 @@ def tune_command(
         written = f"{results.json_path}, {results.csv_path}, {results.plot_path}"
     except RequestError as e:
         written = f"{results.json_path}, {results.csv_path} ({e})"
-    click.echo(f"Best: {in_options(best.settings)}")
-    click.echo(f"Results: {written}")
+    echo(f"Best: {in_options(best.settings)}")
+    echo(f"Results: {written}")
     if varied.is_empty:
-        click.echo("Nothing was varied: every setting is given. `mllama caption` does not use them by itself")
+        echo("Nothing was varied: every setting is given. `mllama caption` does not use them by itself")
     elif not no_save:
         key = key_of(files.paths, offload_settings(choice.settings))
         about = {"model": files.name, "seconds": best.seconds, "date": time.strftime("%Y-%m-%d")}
@@ -130,7 +131,7 @@ def tune_command(
             path = write_tuned(key, best.settings, about)
         except OSError as e:
             raise cannot_write(e.filename or config_path(), e) from e
-        click.echo(f"`mllama caption` uses it from now on for this model ({path})")
+        echo(f"`mllama caption` uses it from now on for this model ({path})")
 
 
 def _range(task: Task, choice: ModelChoice, settings: Settings) -> Range:
@@ -198,4 +199,4 @@ def _print(points: list[Point], best: Point) -> None:
     console.print(table)
     for point in points:
         if point.error:
-            click.echo(f"Failed: {in_options(point.settings)}: {point.error}")
+            echo(f"Failed: {in_options(point.settings)}: {point.error}")

@@ -6,6 +6,7 @@ import click
 
 from .opening import show_warnings
 from .progress import transfer_bar
+from .terminal import echo
 from .verbose import verbose_option
 
 
@@ -30,5 +31,5 @@ def verify_command(name: str) -> int:
             words = f"unknown  sha256:{result.actual}"
         else:
             words = f"MISMATCH  sha256:{result.actual}, must be {result.expected}"
-        click.echo(f"{result.path}: {words}")
+        echo(f"{result.path}: {words}")
     return int(not all(result.ok for result in results))

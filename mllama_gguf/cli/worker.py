@@ -6,6 +6,7 @@ import click
 
 from ..cpus import MAX_THREADS
 from .options import comma_list
+from .terminal import echo
 from .verbose import verbose_option
 
 
@@ -46,7 +47,7 @@ def worker_command(host: str, port: int, devices: list[str] | None, threads: int
 
     address = find_address(host)
     if not is_loopback(address):
-        click.echo(
+        echo(
             f"Warning: {address} is not loopback, and the protocol has no authentication: whoever reaches "
             "the port can use this process. Never open it to a network that you do not trust.",
             err=True,

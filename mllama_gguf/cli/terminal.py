@@ -1,0 +1,82 @@
+"""What commands print: exactly as it is into pipes and files, printable on a terminal.
+
+Names of files and captions may hold escape sequences, which a terminal would obey, and characters that its
+encoding does not have.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+from ..words import as_json, printable
+
+_ERRORS = "mllama_gguf.show"  # the name of `_show`, as an error handler of codecs
+
+
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a text on stdout. err: on stderr; nl: with a line end."""
+    stream = sys.stderr if err else sys.stdout
+    words = str(text)
+    if is_terminal(stream):
+        words = printable(words)
+    _write(stream, f"{words}\n" if nl else words)
+
+
+def echo_json(value: Any, *, err: bool = False) -> None:
+    """Print a value as JSON in one line. Characters are themselves where the stream can show them."""
+    stream = sys.stderr if err else sys.stdout
+    words = as_json(value)
+    if is_terminal(stream):
+        words = "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in words)
+    try:
+        words.encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        words = json.dumps(value)
+    _write(stream, f"{words}\n")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person sees it. False for a closed stream."""
+    with suppress(ValueError, AttributeError):
+        return stream.isatty()
+    return False
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether it is a terminal that can draw something over again."""
+    return is_terminal(stream) and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def fit_streams() -> None:
+    """Let stdout and stderr take every text, whatever their encoding: see `_show`."""
+    codecs.register_error(_ERRORS, _show)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            with suppress(ValueError, OSError):
+                reconfigure(errors=_ERRORS)
+
+
+def _show(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for a character that an encoding does not have: the byte that it was in a file's name, or
+    its number, as in \\u732b."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = bytearray()
+    for char in error.object[error.start : error.end]:
+        code = ord(char)
+        if 0xDC80 <= code <= 0xDCFF:  # of os.fsdecode
+            shown.append(code - 0xDC00)
+        else:
+            shown += char.encode("ascii", "backslashreplace")
+    return bytes(shown), error.end
+
+
+def _write(stream: TextIO, words: str) -> None:
+    stream.write(words)
+    stream.flush()
