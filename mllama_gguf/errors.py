@@ -34,6 +34,10 @@ class Aborted(MllamaError):
     """The caller stopped the computation (abort callback, Ctrl-C). The object stays usable."""
 
 
+class TimeLimitError(MllamaError, TimeoutError):
+    """A caption took longer than the caller allows."""
+
+
 class RequestError(MllamaError, ValueError):
     """A request that cannot be carried out as asked: messages, options, a grammar, or images for a text
     model."""

@@ -20,6 +20,7 @@ from ..errors import Aborted, BackendError, OutOfMemoryError
 from ..vision.embedding import ImageEmbedding
 from ..vision.encoder import ImageEncoder
 from ..vision.preprocess import TiledImage
+from .captions import too_late
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,11 +68,15 @@ class EncodeAhead:
     """What encodes pictures ahead, in a thread: each content once. What it leaves as tiles, the loop encodes.
 
     captioned: contents, as sha256, that need no states any more; may grow meanwhile
+    time_limit: most seconds for one picture
     """
 
-    def __init__(self, encoder: ImageEncoder, captioned: Container[str]) -> None:
+    def __init__(
+        self, encoder: ImageEncoder, captioned: Container[str], time_limit: float | None = None
+    ) -> None:
         self.encoder = encoder  # the loop puts another here once it has opened its model again
         self._captioned = captioned
+        self._time_limit = time_limit
         self._begun: set[str] = set()
 
     def __call__(self, coming: Coming) -> Prepared:
@@ -85,10 +90,13 @@ class EncodeAhead:
         try:
             if not encoder.needs(tiles):
                 return prepared
-            embedding = encoder.encode(tiles)
-        except Aborted:
+            embedding = encoder.encode(tiles, lambda: self._is_late(start))
+        except Aborted as e:
             if encoder.stopped:
                 return prepared
+            if self._time_limit is not None and self._is_late(start):
+                self._begun.discard(sha256)
+                raise too_late(self._time_limit) from e
             raise
         except (MemoryError, OutOfMemoryError):  # there may be enough for one computation at a time
             return prepared
@@ -96,6 +104,9 @@ class EncodeAhead:
             encoder.stop()  # the next one would fail as well, before the loop has opened its model again
             raise
         return Prepared(sha256, embedding, (start, time.perf_counter()))
+
+    def _is_late(self, start: float) -> bool:
+        return self._time_limit is not None and time.perf_counter() - start > self._time_limit
 
 
 class _Job(Generic[T, R]):

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..backend.types import HParams
+from ..checks import Seconds, checked
 from ..decode.answers import CAPTION_TOKENS
 from ..decode.options import ReplyOptions
 from ..decode.reply import Reply
 from ..decode.writer import FinishReason
-from ..errors import RequestError
+from ..errors import Aborted, RequestError, TimeLimitError
 from ..model import Mllama
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..text.grammar import grammar_of, json_schema
-from ..vision.embedding import Picture
+from ..vision.embedding import ImageEmbedding, Picture
+from ..vision.loading import ImageSource
+from ..vision.preprocess import TiledImage, preprocess_image
 from ..words import one_line
 
 
@@ -32,6 +38,9 @@ class CaptionOptions:
     form:           a `response_format` of `create_chat_completion`, in place of a schema
     prefix, suffix: put around every caption; not around JSON
     system:         the system message; "": none; None: the model's own, or none
+    sampling:       other options of `create_chat_completion`: top_k, stop and so on
+    time_limit:     most seconds for a caption: to encode its image, read the prompt and write
+    max_pixels, allow_truncated: as in `load_image`
 
     Raises RequestError for values that cannot be used.
     """
@@ -45,6 +54,10 @@ class CaptionOptions:
     suffix: str = ""
     form: Mapping[str, Any] | None = None
     system: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    time_limit: float | None = None
+    max_pixels: int | None = None
+    allow_truncated: bool = False
     _checked: tuple[Defaults, ReplyOptions] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -56,6 +69,7 @@ class CaptionOptions:
         if grammar is not None and grammar.is_json and (self.prefix or self.suffix):
             raise RequestError("a JSON schema leaves no room for prefix and suffix")
         self.reply_options(Defaults())
+        checked("time_limit", Seconds(), self.time_limit, or_none=True)
 
     @property
     def response_format(self) -> Mapping[str, Any] | None:
@@ -70,11 +84,21 @@ class CaptionOptions:
         if self._checked is None or self._checked[0] is not defaults:
             asked = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}
             given = {name: value for name, value in asked.items() if value is not None}
-            options = {"max_tokens": CAPTION_TOKENS, **defaults.options, **given}
-            checked = ReplyOptions.checked({**options, "response_format": self.response_format})
-            object.__setattr__(self, "_checked", (defaults, checked))
+            options = {"max_tokens": CAPTION_TOKENS, **defaults.options, **self.sampling, **given}
+            found = ReplyOptions.checked({**options, "response_format": self.response_format})
+            object.__setattr__(self, "_checked", (defaults, found))
         assert self._checked is not None
         return self._checked[1]
+
+    def prepare(self, image: ImageSource, shape: HParams) -> TiledImage:
+        """An image cut into tiles for a model of that shape. Raises ImageError, RequestError."""
+        return preprocess_image(
+            image,
+            tile_size=shape.image_size,
+            max_tiles=shape.max_tiles,
+            max_pixels=self.max_pixels,
+            allow_truncated=self.allow_truncated,
+        )
 
     def messages(self, image: Picture, defaults: Defaults) -> list[dict[str, Any]]:
         """The conversation about an image, as `Mllama.reply` takes it. defaults: the model's."""
@@ -109,16 +133,57 @@ class Caption:
 
 
 def begin_caption(model: Mllama, image: Picture, options: CaptionOptions) -> Reply:
-    """The caption of an image, which is still to be read. Raises what `create_chat_completion` raises."""
+    """The caption of an image, which is still to be read: see `within`. Raises what `create_chat_completion`
+    raises."""
+    if not isinstance(image, (ImageEmbedding, TiledImage)) and model.hparams.has_vision:
+        image = options.prepare(image, model.hparams)
     messages = options.messages(image, model.defaults)
     return model.reply(messages, options=options.reply_options(model.defaults))
 
 
-def caption_picture(model: Mllama, image: Picture, options: CaptionOptions) -> Caption:
-    """The caption of an image. Raises what `create_chat_completion` raises, and RequestError for a reply that
-    was cut before its form was complete."""
+def too_late(seconds: float) -> TimeLimitError:
+    """The error for a caption that takes longer than that."""
+    return TimeLimitError(f"took longer than {seconds:g} seconds (the time limit)")
+
+
+@contextmanager
+def within(reply: Reply, seconds: float | None, spent: float = 0.0) -> Iterator[None]:
+    """A block that reads a reply, and ends with TimeLimitError once it has taken so long. None: no limit;
+    spent: seconds that are gone already."""
+    if seconds is None:
+        yield
+        return
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        reply.cancel()
+
+    timer = threading.Timer(min(max(seconds - spent, 0.0), threading.TIMEOUT_MAX), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Aborted as e:
+        if not late.is_set():
+            raise
+        raise too_late(seconds) from e
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def caption_picture(
+    model: Mllama, image: Picture, options: CaptionOptions, *, spent: float = 0.0
+) -> Caption:
+    """The caption of an image. spent: seconds of the time limit that are gone already.
+
+    Raises what `create_chat_completion` raises, RequestError for a reply that was cut before its form was
+    complete, TimeLimitError.
+    """
     reply = begin_caption(model, image, options)
-    text, stats = reply.read(), reply.stats
+    with within(reply, options.time_limit, spent):
+        text, stats = reply.read(), reply.stats
     options.check(stats.finish_reason)
     assert stats.finish_reason is not None  # it was read to its end
     return Caption(

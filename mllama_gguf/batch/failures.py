@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import RequestError
 from ..files import write_whole
 from ..temporary import open_locked
-from ..words import show_name
+from ..words import as_json, show_name
 from .outputs import append, whole_lines
 
 NAMES = ("errors.jsonl", "mllama-errors.jsonl")
@@ -56,7 +56,7 @@ class ErrorLog:
                 file.truncate(whole)
             elif whole < len(data):
                 append(file, b"\n")
-            append(file, json.dumps(entry).encode() + b"\n")
+            append(file, as_json(entry).encode() + b"\n")
 
     def tidy(self, captioned: Container[str]) -> None:
         """Keep the last failure of each picture, and none of pictures that have a caption now. Other lines

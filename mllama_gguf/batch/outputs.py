@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Protocol
 from ..errors import RequestError
 from ..files import AnyPath, Kind, cannot_write, check_output, keep_attributes, replacing
 from ..temporary import is_at, open_locked, remove_leftovers, sync_folder
-from ..words import one_line, os_reason, show_name
+from ..words import as_json, one_line, os_reason, show_name
 from .sources import MEDIA_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class _Jsonl:
         values = asdict(record)
         if not record.duplicate_of:
             del values["duplicate_of"]
-        return json.dumps(values).encode() + b"\n"
+        return as_json(values).encode() + b"\n"
 
     def read(self, text: str) -> list[Record]:
         return [_record(json.loads(line)) for line in text.split("\n") if line]

@@ -23,7 +23,6 @@ from ..model import Mllama
 from ..reading import open_regular
 from ..vision.encoder import ImageEncoder
 from ..vision.loading import load_image
-from ..vision.preprocess import preprocess_image
 from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead
 from .captions import Caption, CaptionOptions, caption_picture
@@ -172,13 +171,13 @@ class _Run:
                 raise
             if sha256 in self._by_content:
                 return Prepared(sha256, None)
-            tiles = preprocess_image(path, tile_size=shape.image_size, max_tiles=shape.max_tiles)
+            tiles = self._options.prepare(path, shape)
             _ = tiles.sha256  # needed later; remembered
             return Prepared(sha256, tiles)
 
         encoder = self._open_encoder()
         if encoder is not None:
-            self._ahead = EncodeAhead(encoder, self._by_content)
+            self._ahead = EncodeAhead(encoder, self._by_content, self._options.time_limit)
         start = time.perf_counter()
         with ThreadPoolExecutor(1, "mllama-write") as self._writer:
             try:
@@ -278,7 +277,8 @@ class _Run:
             original = twin.duplicate_of or twin.image
             return replace(twin, image=path, sha256=prepared.sha256, duplicate_of=original), None
         assert prepared.image is not None
-        caption = caption_picture(self._model, prepared.image, self._options)
+        begun, done = prepared.encoded or (0.0, 0.0)
+        caption = caption_picture(self._model, prepared.image, self._options, spent=done - begun)
         end, busy = time.perf_counter(), sum(caption.seconds.values())
         if self._ahead is not None:
             self._computed.append((end - busy, end))  # what comes before it is making ready
@@ -290,7 +290,6 @@ class _Run:
             summary.seconds[phase] += seconds
         summary.seconds["busy"] += busy
         if prepared.encoded is not None:
-            begun, done = prepared.encoded
             encode = caption.seconds["encode"] + done - begun
             caption = replace(caption, seconds={**caption.seconds, "encode": encode})
         return Record(path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption

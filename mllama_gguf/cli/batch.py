@@ -9,7 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from ..settings import DEFAULTS
 from .opening import open_chosen
 from .options import F, ModelChoice
 from .progress import BatchBar
-from .terminal import echo, echo_json
+from .terminal import echo, echo_json, is_live
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
@@ -58,7 +59,14 @@ class BatchSettings:
 
 
 def batch_options(command: F) -> F:
-    """The options of a batch, for BatchSettings."""
+    """The options of a batch; the command takes them as `batch`, a BatchSettings."""
+
+    @wraps(command)
+    def run(**values: Any) -> Any:
+        named = {field.name: values.pop(field.name) for field in fields(BatchSettings)}
+        return command(batch=BatchSettings(**named), **values)
+
+    wrapped: Any = run
     for option in reversed(
         (
             click.option("--out", metavar="FILE", help="Write the captions to FILE.jsonl or FILE.csv."),
@@ -79,8 +87,8 @@ def batch_options(command: F) -> F:
             ),
         )
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[no-any-return]
 
 
 def run_batch(
@@ -197,7 +205,7 @@ def _reporter(as_json: bool) -> Iterator[Report]:
     """What takes the events: JSON lines on stderr, a bar if that is a terminal, or failures alone."""
     if as_json:
         yield lambda event: echo_json(event, err=True)
-    elif sys.stderr.isatty():
+    elif is_live(sys.stderr):
         with BatchBar() as bar:
 
             def report(event: dict[str, Any]) -> None:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import io
+import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ImageError, RequestError
-from ..reading import read_text
-from ..settings import DEFAULT_PROMPT
-from ..words import os_reason, show_name
+from ..errors import ImageError, TimeLimitError
+from ..words import os_reason, show_size
 from .batch import BatchSettings, batch_options, run_batch
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
-from .terminal import echo
+from .replies import ReplyChoice, reply_options
+from .terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ..decode.writer import Stats
+    from ..vision.loading import ImageSource
+
+_LONGEST_PATH = 4096  # bytes, Linux's PATH_MAX
+_MOST_BYTES = 1 << 30  # of an image on standard input
+_BASE64 = re.compile(rb"\s*(data:|[\w+/-]{64})", re.IGNORECASE)  # how such an image begins
+_DESCRIPTOR = re.compile(r"/dev/fd/\d+|/proc/self/fd/\d+|/dev/stdin")
 
 
 @click.command(
@@ -36,44 +43,7 @@ if TYPE_CHECKING:
     "  find photos -name '*.jpg' | mllama caption - --out captions.csv --json-schema schema.json",
 )
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("-p", "--prompt", help=f"Question about the image.  [default: {DEFAULT_PROMPT}]")
-@click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Read the prompt from FILE.")
-@click.option("--system", metavar="TEXT", help="System message.  [default: what the model says; '': none]")
-@click.option(
-    "--chat-template",
-    metavar="FILE",
-    type=click.Path(),
-    help="Use the Jinja template in FILE in place of the model's.",
-)
-@click.option(
-    "--json-schema",
-    metavar="FILE",
-    type=click.Path(),
-    help="Write captions as JSON of the schema in FILE.",
-)
-@click.option("--regex", metavar="REGEX", help="Every caption is text that REGEX matches (as Python's re).")
-@click.option(
-    "--grammar",
-    metavar="FILE",
-    type=click.Path(),
-    help="Every caption follows the grammar in FILE: GBNF or *.lark.",
-)
-@click.option(
-    "-n",
-    "--max-tokens",
-    metavar="MAX",
-    type=click.IntRange(min=1),
-    help="Stop a reply after MAX tokens.  [default: 256, or what the model says]",
-)
-@click.option(
-    "--temp",
-    "temperature",
-    metavar="T",
-    type=click.FloatRange(min=0),
-    help="Temperature. 0: always the likeliest token; higher: more variety.  [default: 0, or what the model "
-    "says]",
-)
-@click.option("--seed", metavar="S", type=int, help="Random seed (with --temp above 0).")
+@reply_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, one a line.")
 @click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
 @batch_options
@@ -81,26 +51,10 @@ if TYPE_CHECKING:
 @model_options
 def caption_command(
     images: tuple[str, ...],
-    prompt: str | None,
-    prompt_file: str | None,
-    system: str | None,
-    chat_template: str | None,
-    json_schema: str | None,
-    regex: str | None,
-    grammar: str | None,
-    max_tokens: int | None,
-    temperature: float | None,
-    seed: int | None,
+    asked: ReplyChoice,
     as_json: bool,
     no_cache: bool,
-    out: str | None,
-    sidecar: str | None,
-    recursive: bool,
-    prefix: str,
-    suffix: str,
-    overwrite: bool,
-    limit: int | None,
-    encode_ahead: bool | None,
+    batch: BatchSettings,
     no_tuned: bool,
     choice: ModelChoice,
 ) -> int:
@@ -113,27 +67,17 @@ def caption_command(
     line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
     Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
-    from ..batch.captions import CaptionOptions, begin_caption, load_grammar, load_schema
+    from ..batch.captions import begin_caption, within
 
     if not no_tuned:
         choice = with_tuned(choice)
-    prompt = _prompt(prompt, prompt_file)
-    if chat_template is not None:
-        template = _read(chat_template, "chat template")
-        choice = replace(choice, settings={**choice.settings, "chat_template": template})
-    if sum(form is not None for form in (json_schema, regex, grammar)) > 1:
-        raise click.UsageError("--json-schema, --regex and --grammar exclude each other")
-    schema = None if json_schema is None else load_schema(json_schema)
-    form = None if regex is None else {"type": "regex", "regex": regex}
-    form = form if grammar is None else load_grammar(grammar)
-    batch = BatchSettings(out, sidecar, recursive, prefix, suffix, overwrite, limit, encode_ahead)
-    is_batch = batch.wanted
-    options = CaptionOptions(
-        prompt, max_tokens, temperature, seed, schema, prefix, suffix, form, system=system
-    )
-    if is_batch:
-        inputs = [path for path in (prompt_file, chat_template, json_schema, grammar) if path]
-        return run_batch(images, batch, options, as_json, choice, inputs)
+    if asked.chat_template is not None:
+        choice = replace(choice, settings={**choice.settings, "chat_template": asked.chat_template})
+    options = asked.caption_options(batch.prefix, batch.suffix)
+    if batch.wanted:
+        return run_batch(images, batch, options, as_json, choice, asked.inputs)
+    if images.count("-") > 1:
+        raise click.UsageError("standard input (-) holds one image")
 
     start = time.perf_counter()
     failed = False
@@ -141,23 +85,27 @@ def caption_command(
     with open_chosen(choice, image_cache=not no_cache) as model:
         load_seconds = time.perf_counter() - start
         for image in images:
-            name = image if len(image) <= 200 else f"{image[:60]}..."  # data URIs
-            source = sys.stdin.buffer.read() if image == "-" else image
+            name = _name(image)
             try:
-                reply = begin_caption(model, source, options)
-            except ImageError as e:
-                echo(f"Error: {e}", err=True)
+                reply = begin_caption(model, _source(image), options)
+                if len(images) > 1 and not as_json:
+                    echo(f"{name}: ", nl=False)
+                text = ""
+                with within(reply, options.time_limit):
+                    for piece in reply:
+                        text += piece
+                        if not as_json:
+                            echo(piece, nl=False)
+            except (ImageError, TimeLimitError) as e:
+                if isinstance(e, TimeLimitError) and not as_json:
+                    echo()
+                echo(f"Error: {e}" if isinstance(e, ImageError) else f"Error: {name}: {e}", err=True)
                 failed = True
                 continue
-            if len(images) > 1 and not as_json:
-                echo(f"{name}: ", nl=False)
-            text = ""
-            for piece in reply:
-                text += piece
-                if not as_json:
-                    echo(piece, nl=False)
-                    sys.stdout.flush()
-            echo(json.dumps(_as_dict(name, text, reply.stats, load_seconds)) if as_json else "")
+            if as_json:
+                echo_json(_as_dict(name, text, reply.stats, load_seconds))
+            else:
+                echo()
             # Plain text of -n tokens is what was asked for; half a JSON document is not.
             if reply.finish_reason == "length" and options.response_format is not None:
                 n = reply.stats.completion_tokens
@@ -165,22 +113,50 @@ def caption_command(
     return int(failed)
 
 
-def _prompt(prompt: str | None, path: str | None) -> str:
-    if prompt is not None and path is not None:
-        raise click.UsageError("--prompt and --prompt-file exclude each other")
-    if path is None:
-        return DEFAULT_PROMPT if prompt is None else prompt
-    return _read(path, "prompt").rstrip("\n")
+def _name(image: str) -> str:
+    """What an image is called: its path, whole; of data only the beginning."""
+    is_data = image[:5].lower() == "data:" or len(image) > _LONGEST_PATH
+    return f"{image[:60]}..." if is_data and len(image) > 60 else image
 
 
-def _read(path: str, what: str) -> str:
-    """The text of a file. Raises RequestError."""
+def _source(image: str) -> ImageSource:
+    """What to decode. Raises ImageError for standard input that holds no image."""
+    if image != "-" and not _DESCRIPTOR.fullmatch(image):
+        return image
+    name = "standard input" if image == "-" else image
     try:
-        return read_text(path)
+        # A descriptor that the shell opened, as <(...) does: whoever writes to it is there already.
+        with nullcontext(sys.stdin.buffer) if image == "-" else open(image, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as e:
-        raise RequestError(f"{show_name(path)}: the {what} cannot be read: {os_reason(e)}") from e
-    except UnicodeDecodeError as e:
-        raise RequestError(f"{show_name(path)}: the {what} is not UTF-8") from e
+        raise ImageError(f"{name}: cannot be read: {os_reason(e)}") from e
+    if not data:
+        raise ImageError(f"{name}: is empty; an image is expected")
+    if len(data) > _MOST_BYTES:
+        raise ImageError(f"{name}: has more than {show_size(_MOST_BYTES)}; give the file")
+    if _BASE64.match(data):
+        return data.decode("ascii", "replace")
+    if _is_list(data):
+        raise ImageError(
+            f"{name}: an image is expected, this is text; a list of images needs --out or --sidecar"
+        )
+    source = io.BytesIO(data)
+    source.name = name  # for errors
+    return source
+
+
+def _is_list(data: bytes) -> bool:
+    """Whether this is text that is no document either: a list of paths, most likely."""
+    head = data[:4096].split(b"\n")[0].strip()
+    if head[:1] in (b"<", b"{", b"%") or not head:
+        return False
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return (
+        text.isprintable() and bool(re.search(r"[./\\]", text)) and not re.fullmatch(r"[\w+/=-]{64,}", text)
+    )
 
 
 def _as_dict(image: str, text: str, stats: Stats, load_seconds: float) -> dict[str, Any]:

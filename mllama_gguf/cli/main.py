@@ -17,7 +17,7 @@ import click
 from .. import __version__
 from ..errors import Aborted, MllamaError
 from ..words import one_line
-from .terminal import echo
+from .terminal import echo, fit_streams
 from .verbose import is_verbose, verbose_option
 
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
@@ -91,6 +91,7 @@ def run(args: Sequence[str]) -> int:
             traceback.print_exc()
         return shown
 
+    fit_streams()
     try:
         # Not cli.main(), which handles Ctrl-C and broken pipes in its own way.
         context = cli.make_context("mllama", list(args))
@@ -108,10 +109,10 @@ def run(args: Sequence[str]) -> int:
         return e.exit_code
     except click.ClickException as e:
         show_traceback()
-        e.show()
+        echo(f"Error: {e.format_message()}", err=True)
         return e.exit_code
     except (KeyboardInterrupt, Aborted):
-        print("Interrupted", file=sys.stderr)
+        echo("Interrupted", err=True)
         return 130
     except BrokenPipeError:
         # Python would complain at exit, when it flushes what nobody reads.

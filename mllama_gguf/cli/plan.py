@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 from ..words import show_size
 from .opening import find_files, settings_of
 from .options import ModelChoice, model_options
-from .terminal import echo, echo_json
+from .terminal import echo, echo_json, table_width
 
 if TYPE_CHECKING:
     from ..backend.plan import Plan
@@ -105,8 +104,7 @@ def _print(plan: Plan) -> None:
                 "no" if memory.device in setting.lacking else "yes",
                 style="bold" if setting.n_gpu_layers == plan.best else None,
             )
-    # A pipe has no width; what is cut off there helps nobody.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=table_width(140)).print(table)
     if plan.best is None:
         echo("Nothing fits; lower n_ctx or n_batch.")
     elif len(plan.settings) == 1 and not plan.settings[0].n_gpu_layers and not plan.limits:

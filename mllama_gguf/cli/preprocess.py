@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import MllamaError, ModelError
 from ..files import Kind, cannot_write, check_folder, check_output, replacing
 from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
+from ..words import printable
+from .replies import allow_truncated_option, max_pixels_option
 from .terminal import echo, echo_json
 
 FIRST_VALUES = 10
@@ -62,6 +64,8 @@ PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
     metavar="NAME|PATH",
     help="Take both from a model: the GGUF file that holds the vision encoder, or a bundled model's name.",
 )
+@max_pixels_option
+@allow_truncated_option
 def preprocess_command(
     images: tuple[str, ...],
     as_json: bool,
@@ -71,6 +75,8 @@ def preprocess_command(
     tile_size: int | None,
     max_tiles: int | None,
     model: str | None,
+    max_pixels: int | None,
+    allow_truncated: bool,
 ) -> None:
     """Show what the vision encoder gets of each IMAGE (a file or a data URI).
 
@@ -81,7 +87,8 @@ def preprocess_command(
     if out is not None and len(images) > 1:
         raise click.UsageError("--out takes one picture; run the command once for each")
     try:
-        _run(images, as_json, out, png, overwrite, tile_size, max_tiles, model)
+        limits = {"max_pixels": max_pixels, "allow_truncated": allow_truncated}
+        _run(images, as_json, out, png, overwrite, tile_size, max_tiles, model, limits)
     except MllamaError as e:
         raise click.ClickException(str(e)) from e
 
@@ -95,6 +102,7 @@ def _run(
     tile_size: int | None,
     max_tiles: int | None,
     model: str | None,
+    limits: Mapping[str, Any],
 ) -> None:
     inputs = [*images, *([model] if model else [])]
     if out is not None:
@@ -103,7 +111,9 @@ def _run(
     sizes = _sizes_of(model) if model else (TILE_SIZE, MAX_TILES)
     used_names: set[str] = set()
     for index, image in enumerate(images):
-        tiled = preprocess_image(image, tile_size=tile_size or sizes[0], max_tiles=max_tiles or sizes[1])
+        tiled = preprocess_image(
+            image, tile_size=tile_size or sizes[0], max_tiles=max_tiles or sizes[1], **limits
+        )
         if out is not None:
             write_output(out, partial(save_npy, values=tiled.pixels), overwrite)
         if folder is not None:
@@ -241,5 +251,5 @@ def _print(name: str, tiled: TiledImage) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for title, words in facts.items():
-        table.add_row(Text(title), Text(words, overflow="fold"))
+        table.add_row(Text(title), Text(printable(words), overflow="fold"))
     console.print(table)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..words import printable
+from .terminal import echo, is_live
+
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
@@ -29,7 +32,7 @@ def _new(*columns: ProgressColumn) -> Progress:
 @contextmanager
 def phase_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A callback for `Mllama` that draws a bar for each phase; None if stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not is_live(sys.stderr):
         yield None
         return
 
@@ -67,7 +70,7 @@ def phase_bar() -> Iterator[Callable[[str, int, int], None] | None]:
 @contextmanager
 def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A callback that draws bytes, rate and time left; None if stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not is_live(sys.stderr):
         yield None
         return
 
@@ -140,7 +143,7 @@ class BatchBar:
 
     def print(self, line: str) -> None:
         """Show a line above the bar."""
-        self._bar.console.print(line, markup=False, highlight=False)
+        self._bar.console.print(printable(line), markup=False, highlight=False)
 
 
 class StepBar:
@@ -148,7 +151,7 @@ class StepBar:
 
     def __init__(self, title: str) -> None:
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if is_live(sys.stderr):
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
             self._bar = _new(
@@ -168,6 +171,6 @@ class StepBar:
     def advance(self, done: int, total: int, what: str, result: str) -> None:
         """One step is done. what: the step; result: what came out."""
         if self._bar is None:
-            print(f"{done}/{total}  {what}: {result}", file=sys.stderr)
+            echo(f"{done}/{total}  {what}: {result}", err=True)
         else:
             self._bar.update(self._task, completed=done, total=total, description=what)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import shutil
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
@@ -80,3 +81,11 @@ def _show(error: UnicodeError) -> tuple[str | bytes, int]:
 def _write(stream: TextIO, words: str) -> None:
     stream.write(words)
     stream.flush()
+
+
+def table_width(wanted: int) -> int:
+    """Characters for a table that needs up to `wanted`: the terminal's, whose lines break if it is narrow. A
+    pipe has no width; what is cut off there helps nobody."""
+    if not is_terminal(sys.stdout):
+        return wanted
+    return max(shutil.get_terminal_size().columns, min(wanted, 110))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from ..words import show_size
 from .opening import find_files, settings_of
 from .options import ModelChoice, model_options
 from .progress import StepBar
-from .terminal import echo
+from .terminal import echo, table_width
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -195,7 +194,7 @@ def _print(points: list[Point], best: Point) -> None:
             row += [show_size(point.memory[device]) if device in point.memory else "-" for device in devices]
             row += [show_size(point.rss)]
         table.add_row(*map(str, row), style="bold" if point is best else "red" if point.error else None)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=table_width(160))
     console.print(table)
     for point in points:
         if point.error:

@@ -221,12 +221,13 @@ def decoding(name: str) -> Iterator[None]:
         except Exception as e:  # a damaged file makes the decoders raise nearly anything
             if "data precision 12" in str(e):
                 raise ImageError(f"{name}: a JPEG of 12 bits a sample; convert it to 8 bits first") from e
+            hint = "; --allow-truncated takes what is there" if "truncated" in str(e) else ""
             raise ImageError(
-                f"{name}: corrupt or truncated: {one_line(e)}; get a fresh copy or save it again"
+                f"{name}: corrupt or truncated: {one_line(e)}; get a fresh copy or save it again{hint}"
             ) from e
 
 
-_LARGER = f"make it smaller first, or allow more (max_pixels, {MAX_PIXELS_VARIABLE})"
+_LARGER = f"make it smaller first, or allow more (--max-pixels, {MAX_PIXELS_VARIABLE})"
 
 
 def finish(image: Image.Image, name: str, limit: int) -> Image.Image:

@@ -41,19 +41,30 @@ class ImageEncoder(OneProcess):
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._images = images
-        callbacks = self._callbacks = Callbacks(load(), abort=lambda: self._stopped.is_set() or abort())
+        self._is_enough: Callable[[], bool] = lambda: False  # of the image that is encoded now
+        callbacks = self._callbacks = Callbacks(
+            load(), abort=lambda: self._stopped.is_set() or self._is_enough() or abort()
+        )
         # A cache of tokens cannot be left out, but be as small as can be.
         self._context = backend.open_encoder(callbacks, n_threads)
 
-    def encode(self, image: Picture) -> ImageEmbedding:
-        """As `Mllama.encode_image`, without its progress. Raises what that raises; Aborted after `stop`
-        too."""
+    def encode(self, image: Picture, stop: Callable[[], bool] = lambda: False) -> ImageEmbedding:
+        """As `Mllama.encode_image`, without its progress.
+
+        stop: asked now and then; True: stop this image with Aborted
+
+        Raises what `Mllama.encode_image` raises; Aborted after `stop` too.
+        """
         self.check_process()
         with self._lock:
             if self.stopped:
                 raise Aborted("this image encoder was stopped")
             prepared = self._images.prepare(image)
-            return self._images.embed(prepared, self._context, self._callbacks.on_abort)
+            self._is_enough = stop
+            try:
+                return self._images.embed(prepared, self._context, self._callbacks.on_abort)
+            finally:
+                self._is_enough = lambda: False
 
     def needs(self, image: TiledImage) -> bool:
         """Whether an answer about the image takes its states: not if its image_kv is on disk."""

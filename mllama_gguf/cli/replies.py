@@ -1,0 +1,251 @@
+"""The options that say what is asked about images, and how replies are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RequestError
+from ..reading import read_text
+from ..settings import DEFAULT_PROMPT
+from ..words import one_line, os_reason, show_name
+from .options import F
+
+if TYPE_CHECKING:
+    from ..batch.captions import CaptionOptions
+
+# Names of options that are options of a reply under the same name.
+SAMPLING = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+)
+
+
+@dataclass(frozen=True)
+class ReplyChoice:
+    """The values of `reply_options`.
+
+    inputs:        the files that were read
+    chat_template: Jinja source, or None
+    values:        arguments of `CaptionOptions`
+    """
+
+    inputs: tuple[str, ...]
+    chat_template: str | None
+    values: Mapping[str, Any]
+
+    def caption_options(self, prefix: str = "", suffix: str = "") -> CaptionOptions:
+        """Checked options of captions. Raises RequestError."""
+        from ..batch.captions import CaptionOptions
+
+        return CaptionOptions(prefix=prefix, suffix=suffix, **self.values)
+
+
+def _pixels(ctx: click.Context, param: click.Parameter, words: str | None) -> int | None:
+    """An option's callback: "200000000" or "200M" to a number of pixels."""
+    if words is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,18})\s*([kmg]?)(?:p|px|pix|pixels)?\s*", words, re.ASCII | re.IGNORECASE)
+    n = int(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ") if match else 0
+    if not 0 < n < 1 << 63:
+        raise click.BadParameter(f"{one_line(words)!r} is no number of pixels, as in 200000000 or 200M")
+    return n
+
+
+max_pixels_option = click.option(
+    "--max-pixels",
+    metavar="N",
+    callback=_pixels,
+    help="Refuse images of more than N pixels, as in 300M.  [default: $MLLAMA_MAX_PIXELS, or 178956970]",
+)
+allow_truncated_option = click.option(
+    "--allow-truncated",
+    is_flag=True,
+    help="Take images whose file ends too early; what is missing is grey or black.",
+)
+
+_OPTIONS = (
+    click.option("-p", "--prompt", help=f"Question about the image.  [default: {DEFAULT_PROMPT}]"),
+    click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Read the prompt from FILE."),
+    click.option(
+        "--system", metavar="TEXT", help="System message.  [default: what the model says; '': none]"
+    ),
+    click.option(
+        "--chat-template",
+        metavar="FILE",
+        type=click.Path(),
+        help="Use the Jinja template in FILE in place of the model's.",
+    ),
+    click.option(
+        "--json-schema",
+        metavar="FILE",
+        type=click.Path(),
+        help="Write captions as JSON of the schema in FILE.",
+    ),
+    click.option(
+        "--regex", metavar="REGEX", help="Every caption is text that REGEX matches (as Python's re)."
+    ),
+    click.option(
+        "--grammar",
+        metavar="FILE",
+        type=click.Path(),
+        help="Every caption follows the grammar in FILE: GBNF or *.lark.",
+    ),
+    click.option(
+        "-n",
+        "--max-tokens",
+        metavar="MAX",
+        type=click.IntRange(min=1),
+        help="Stop a reply after MAX tokens.  [default: what the model says, or 256]",
+    ),
+    click.option(
+        "--temp",
+        "temperature",
+        metavar="T",
+        type=click.FloatRange(min=0),
+        help="Temperature. 0: always the likeliest token; higher: more variety.  [default: what the model "
+        "says, or 0]",
+    ),
+    click.option("--seed", metavar="S", type=int, help="Random seed (with --temp above 0)."),
+    click.option(
+        "--top-k",
+        metavar="K",
+        type=click.IntRange(min=0),
+        help="Choose among the K likeliest tokens; 0: all (with --temp above 0).  [default: what the model "
+        "says, or 40]",
+    ),
+    click.option(
+        "--top-p",
+        metavar="P",
+        type=click.FloatRange(0, 1),
+        help="Choose among the likeliest tokens that together have probability P; 1: all (with --temp above "
+        "0).  [default: what the model says, or 0.95]",
+    ),
+    click.option(
+        "--min-p",
+        metavar="P",
+        type=click.FloatRange(0, 1),
+        help="Choose among tokens that are at least P times as likely as the likeliest; 0: all (with --temp "
+        "above 0).  [default: what the model says, or 0.05]",
+    ),
+    click.option(
+        "--repeat-penalty",
+        metavar="X",
+        type=click.FloatRange(0.01, 100),
+        help="Make tokens of the last 64 less likely by this factor; 1: off.  [default: 1]",
+    ),
+    click.option(
+        "--presence-penalty",
+        metavar="X",
+        type=click.FloatRange(-2, 2),
+        help="Take X off the logits of tokens that the reply has.  [default: 0]",
+    ),
+    click.option(
+        "--frequency-penalty",
+        metavar="X",
+        type=click.FloatRange(-2, 2),
+        help="Take X off the logits of tokens for each time that the reply has them.  [default: 0]",
+    ),
+    click.option(
+        "--stop",
+        metavar="TEXT",
+        multiple=True,
+        help="End a reply before TEXT, which is not shown. May be given several times.",
+    ),
+    click.option(
+        "--time-limit",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Give up on an image after SECONDS.",
+    ),
+    max_pixels_option,
+    allow_truncated_option,
+)
+
+
+def reply_options(command: F) -> F:
+    """The options of a question; the command takes them as `asked`, a ReplyChoice."""
+
+    @wraps(command)
+    def run(**values: Any) -> Any:
+        names = {option: values.pop(option) for option in _NAMES}
+        return command(asked=_choice(**names), **values)
+
+    wrapped: Any = run
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[no-any-return]
+
+
+_NAMES = (
+    "prompt",
+    "prompt_file",
+    "system",
+    "chat_template",
+    "json_schema",
+    "regex",
+    "grammar",
+    "max_tokens",
+    "temperature",
+    "seed",
+    *SAMPLING,
+    "time_limit",
+    "max_pixels",
+    "allow_truncated",
+)
+
+
+def _choice(
+    *,
+    prompt: str | None,
+    prompt_file: str | None,
+    chat_template: str | None,
+    json_schema: str | None,
+    regex: str | None,
+    grammar: str | None,
+    stop: tuple[str, ...],
+    **values: Any,
+) -> ReplyChoice:
+    """What the options say together. Raises UsageError, RequestError."""
+    from ..batch.captions import load_grammar, load_schema
+
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if sum(form is not None for form in (json_schema, regex, grammar)) > 1:
+        raise click.UsageError("--json-schema, --regex and --grammar exclude each other")
+    if any(not text for text in stop):
+        raise click.UsageError("--stop takes a text, which cannot be empty")
+    if prompt_file is not None:
+        prompt = _read(prompt_file, "prompt").rstrip("\n")
+    form = None if regex is None else {"type": "regex", "regex": regex}
+    sampling = {name: values.pop(name) for name in SAMPLING if name in values} | {"stop": stop or None}
+    arguments = {
+        "prompt": DEFAULT_PROMPT if prompt is None else prompt,
+        "schema": None if json_schema is None else load_schema(json_schema),
+        "form": form if grammar is None else load_grammar(grammar),
+        "sampling": {name: value for name, value in sampling.items() if value is not None},
+        **values,
+    }
+    template = None if chat_template is None else _read(chat_template, "chat template")
+    inputs = (prompt_file, chat_template, json_schema, grammar)
+    return ReplyChoice(tuple(path for path in inputs if path), template, arguments)
+
+
+def _read(path: str, what: str) -> str:
+    """The text of a file. Raises RequestError."""
+    try:
+        return read_text(path)
+    except OSError as e:
+        raise RequestError(f"{show_name(path)}: the {what} cannot be read: {os_reason(e)}") from e
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{show_name(path)}: the {what} is not UTF-8") from e
