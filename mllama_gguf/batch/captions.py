@@ -38,6 +38,7 @@ class CaptionOptions:
     form:           a `response_format` of `create_chat_completion`, in place of a schema
     prefix, suffix: put around every caption; not around JSON
     system:         the system message; "": none; None: the model's own, or none
+    begin:          how every caption begins; the model goes on from there
     sampling:       other options of `create_chat_completion`: top_k, stop and so on
     time_limit:     most seconds for a caption: to encode its image, read the prompt and write
     max_pixels, allow_truncated: as in `load_image`
@@ -54,6 +55,7 @@ class CaptionOptions:
     suffix: str = ""
     form: Mapping[str, Any] | None = None
     system: str | None = None
+    begin: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     time_limit: float | None = None
     max_pixels: int | None = None
@@ -68,6 +70,8 @@ class CaptionOptions:
         grammar = grammar_of(self.response_format, None)
         if grammar is not None and grammar.is_json and (self.prefix or self.suffix):
             raise RequestError("a JSON schema leaves no room for prefix and suffix")
+        if self.begin and grammar is not None:
+            raise RequestError("a caption of a given form cannot begin with a given text")
         self.reply_options(Defaults())
         checked("time_limit", Seconds(), self.time_limit, or_none=True)
 
@@ -107,6 +111,8 @@ class CaptionOptions:
         # An empty message has work to do only where the model has one of its own.
         if self.system or (self.system is not None and defaults.system):
             messages.insert(0, {"role": "system", "content": self.system})
+        if self.begin:
+            messages.append({"role": "assistant", "content": self.begin})
         return messages
 
     def check(self, finish_reason: FinishReason | None) -> None:
@@ -173,9 +179,7 @@ def within(reply: Reply, seconds: float | None, spent: float = 0.0) -> Iterator[
         timer.join()
 
 
-def caption_picture(
-    model: Mllama, image: Picture, options: CaptionOptions, *, spent: float = 0.0
-) -> Caption:
+def caption_picture(model: Mllama, image: Picture, options: CaptionOptions, *, spent: float = 0.0) -> Caption:
     """The caption of an image. spent: seconds of the time limit that are gone already.
 
     Raises what `create_chat_completion` raises, RequestError for a reply that was cut before its form was
@@ -187,7 +191,7 @@ def caption_picture(
     options.check(stats.finish_reason)
     assert stats.finish_reason is not None  # it was read to its end
     return Caption(
-        options.prefix + text + options.suffix,
+        options.prefix + options.begin + text + options.suffix,
         stats.finish_reason,
         stats.prompt_tokens,
         stats.cached_tokens,

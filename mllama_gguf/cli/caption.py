@@ -90,7 +90,9 @@ def caption_command(
                 reply = begin_caption(model, _source(image), options)
                 if len(images) > 1 and not as_json:
                     echo(f"{name}: ", nl=False)
-                text = ""
+                text = options.begin
+                if text and not as_json:
+                    echo(text, nl=False)
                 with within(reply, options.time_limit):
                     for piece in reply:
                         text += piece

@@ -81,6 +81,12 @@ _OPTIONS = (
         "--system", metavar="TEXT", help="System message.  [default: what the model says; '': none]"
     ),
     click.option(
+        "--begin",
+        metavar="TEXT",
+        default="",
+        help="Begin every reply with TEXT, as in 'A photo of'; the model goes on from there.",
+    ),
+    click.option(
         "--chat-template",
         metavar="FILE",
         type=click.Path(),
@@ -191,6 +197,7 @@ _NAMES = (
     "prompt",
     "prompt_file",
     "system",
+    "begin",
     "chat_template",
     "json_schema",
     "regex",

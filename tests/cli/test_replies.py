@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,18 @@ def test_all_together(options: list[CaptionOptions]) -> None:
 def test_stop(capsys: Captured) -> None:
     assert run(["caption", str(APPLE), "--stop", " apple"]) == 0
     assert capsys.readouterr().out == "a red\n"
+
+
+def test_begin(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["caption", str(APPLE), "--begin", "a red"]) == 0
+    assert capsys.readouterr().out == "a red apple\n"
+    assert run(["caption", str(APPLE), "--begin", "a red", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["caption"] == "a red apple"
+    assert run(["caption", str(APPLE), "--begin", "a red", "--prefix", "> ", "--out", "c.jsonl"]) == 0
+    assert json.loads(Path("c.jsonl").read_text())["caption"] == "> a red apple"
+    assert run(["caption", str(APPLE), "--begin", "a", "--regex", "[a-z]+"]) == 1
+    assert "a caption of a given form cannot begin with a given text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
