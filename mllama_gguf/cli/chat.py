@@ -14,6 +14,7 @@ from ..errors import Aborted, MllamaError, RequestError
 from ..words import show_name
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
+from .terminal import echo
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -103,9 +104,9 @@ def _answer_one(talk: Talk) -> None:
     if not text:
         raise RequestError("standard input is empty; it is the question")
     for piece in talk.ask(text):
-        click.echo(piece, nl=False)
+        echo(piece, nl=False)
         sys.stdout.flush()
-    click.echo()
+    echo()
 
 
 def _session(history: bool) -> PromptSession[str]:
@@ -169,10 +170,10 @@ class _Terminal:
             except Leave:
                 return
             except (KeyboardInterrupt, Aborted):
-                click.echo()
+                echo()
                 _show("(stopped)")
             except MllamaError as e:
-                click.echo(f"Error: {e}", err=True)
+                echo(f"Error: {e}", err=True)
 
     def _read(self) -> str:
         """One line, or several between triple quotes."""
@@ -207,7 +208,7 @@ class _Terminal:
             for piece in pieces:
                 _write_text(piece)
         finally:
-            click.echo()
+            echo()
 
     def _added(self, image: Attached) -> None:
         if self._show_picture is not None:
@@ -221,7 +222,7 @@ def _show(line: str) -> None:
 
 def _write_text(text: str) -> None:
     """Text of the model or of a file, on the terminal: no control characters but the ends of lines."""
-    click.echo("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text), nl=False)
+    echo("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text), nl=False)
     sys.stdout.flush()
 
 

@@ -14,6 +14,7 @@ import click
 from ..errors import MllamaError, RequestError
 from ..words import parse_size
 from .options import ModelChoice, many_models_options
+from .terminal import echo
 from .verbose import is_verbose
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def serve_command(
     port = listener.getsockname()[1]
 
     def ready() -> None:
-        click.echo(f"Serving at {show_address(settings.host, port)} (Ctrl-C ends it)")
+        echo(f"Serving at {show_address(settings.host, port)} (Ctrl-C ends it)")
         sys.stdout.flush()
 
     serve(service, make_app(service), listener, ready)
