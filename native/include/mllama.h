@@ -294,6 +294,37 @@ uint64_t      mllama_past_size(const mllama_context * ctx, int32_t n_tokens);
 mllama_status mllama_past_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
 mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data);
 
+// ---- several sequences --------------------------------------------------------------------------------------------
+
+// A context has sequence 0, which the functions above are about. More sequences are conversations of their own that
+// share its weights, buffers and image slots. Their caches grow as they need.
+// n_ctx: most tokens; 0: as the context. *sequence: its number, > 0.
+mllama_status mllama_sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t * sequence);
+mllama_status mllama_sequence_free(mllama_context * ctx, int32_t sequence);
+int32_t       mllama_sequence_n_past(const mllama_context * ctx, int32_t sequence); // -1: there is none
+mllama_status mllama_sequence_truncate(mllama_context * ctx, int32_t sequence, int32_t n_past);
+mllama_status mllama_sequence_get(mllama_context * ctx, int32_t sequence, int32_t n_tokens, uint64_t n_bytes,
+                                  void * data);
+mllama_status mllama_sequence_set(mllama_context * ctx, int32_t sequence, int32_t n_tokens, uint64_t n_bytes,
+                                  const void * data);
+
+// Tokens of one sequence, as for mllama_decode
+typedef struct mllama_item {
+    int32_t         sequence;
+    const int32_t * tokens;
+    int32_t         n_tokens;
+    int32_t         slot, n_visible;
+    int32_t         logits_mode;     // mllama_logits
+    float *         logits;
+    int64_t         logits_capacity;
+    int32_t         status;          // set, if the call returns MLLAMA_OK: this item's own, see mllama_decode_many
+} mllama_item;
+
+// Appends tokens to several sequences in one step, which reads the weights once. No sequence is in two items; all items
+// together have at most n_batch tokens. After an error no sequence has changed. An item whose results are not finite has
+// status MLLAMA_ERR_FILE, with the words of mllama_last_error(); its sequence is then empty, the others went on.
+mllama_status mllama_decode_many(mllama_context * ctx, int32_t n_items, mllama_item * items);
+
 // Reports every named intermediate tensor right after it is computed. The first call has data NULL; return true to get
 // the values. They come in a second call as float32 (ne: shape, fastest first), whose result is ignored.
 typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);

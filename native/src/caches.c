@@ -161,6 +161,30 @@ bool kv_cache_host_rows_finite(const kv_cache * cache, int32_t n_layer, int64_t 
     return true;
 }
 
+mllama_status kv_cache_move(const kv_cache * from, const kv_cache * to, int32_t n_layer, int32_t n_rows) {
+    char *        data   = NULL;
+    mllama_status status = MLLAMA_OK;
+    for (int32_t i = 0; i < 2 * n_layer && status == MLLAMA_OK; i++) {
+        struct ggml_tensor * a = i % 2 ? from->v[i / 2] : from->k[i / 2], * b = i % 2 ? to->v[i / 2] : to->k[i / 2];
+        const size_t         n = a ? (size_t) n_rows * a->nb[1] : 0;
+        if (n == 0) {
+            continue;
+        }
+        char * room = realloc(data, n);
+        if (!room) {
+            status = fail(MLLAMA_ERR_MEMORY, "out of memory");
+            break;
+        }
+        data   = room;
+        status = guard_get(a, data, 0, n);
+        if (status == MLLAMA_OK) {
+            status = guard_set(b, data, 0, n);
+        }
+    }
+    free(data);
+    return status;
+}
+
 static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
                           kv_types types, char * data) {
     slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));

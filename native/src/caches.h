@@ -30,6 +30,8 @@ bool          kv_cache_finite(const kv_cache * cache, int32_t n_layer, int32_t n
 mllama_status kv_cache_clear(const kv_cache * cache);
 // Whether the rows [first, first + n_rows) are finite, as far as they are in host memory.
 bool          kv_cache_host_rows_finite(const kv_cache * cache, int32_t n_layer, int64_t first, int64_t n_rows);
+// Copies the first n_rows rows into another cache of the same model and types, through the memory of this process.
+mllama_status kv_cache_move(const kv_cache * from, const kv_cache * to, int32_t n_layer, int32_t n_rows);
 
 // One image, or several directly adjacent ones. The rows of an image follow those of the one before, so that what a token
 // sees, the first n images, is one view.

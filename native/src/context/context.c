@@ -1,6 +1,6 @@
 // A conversation: its backends, its caches, and the running of graphs on them.
+#include "context/context.h"
 #include "finite.h"
-#include "graphs/text_graph.h"
 #include "graphs/vision_graph.h"
 #include "guard.h"
 #include "model/weights.h"
@@ -9,49 +9,11 @@
 #include <string.h>
 #include <unistd.h>
 
-enum {
-    MAX_BACKENDS = MAX_DEVICES + 4,
-    KV_STEP      = 256,   // the attended part of the cache grows in such steps, so that a graph serves many tokens
-    ABORT_EVERY  = 50000, // microseconds between two looks at the caller's abort callback
-};
-
-struct mllama_context {
-    const mllama_model *  model;
-    mllama_context_params params;
-    compute_env           env;
-    kv_types              types, cross_types;         // of the caches for self- and cross-attention
-
-    ggml_backend_t        backends[MAX_BACKENDS];     // the CPU is the last
-    int32_t               n_backends;
-    ggml_backend_sched_t  sched;                      // for text graphs; keeps the last one allocated
-    text_graph            text;
-
-    kv_cache              cache;
-    int32_t               n_past;
-    image_slot *          slots;
-    int32_t               n_slots;
-    uint64_t              generation;
-
-    // bytes on the CPU, then on each of model->plan.gpus
-    uint64_t              compute[MAX_DEVICES + 1];   // of sched, whose buffers never shrink
-    uint64_t              vision[MAX_DEVICES + 1];    // the most so far
-
-    // of the call that runs
-    bool                  aborted;
-    int64_t               looked_at;                  // when the abort callback was last asked, microseconds
-    int32_t               phase;
-    int64_t               nodes_done, nodes_total;    // progress of an encode
-
-    mllama_tap_callback   tap;
-    void *                tap_user_data;
-    float *               tap_values;
-    size_t                tap_capacity;
-    mllama_status         tap_status;                 // of the call that runs: a tensor that could not be read
-};
+enum { ABORT_EVERY = 50000 }; // microseconds between two looks at the caller's abort callback
 
 // ---- aborting, progress, taps -------------------------------------------------------------------------------------
 
-static void report(const mllama_context * ctx, int32_t phase, int64_t done, int64_t total) {
+void context_report(const mllama_context * ctx, int32_t phase, int64_t done, int64_t total) {
     if (ctx->params.progress) {
         ctx->params.progress(phase, done, total, ctx->params.user_data);
     }
@@ -70,7 +32,7 @@ static bool look(void * user_data) {
     ctx->looked_at = now;
     if (ctx->phase == MLLAMA_PHASE_ENCODE && ctx->nodes_total > 0) {
         const int64_t done = ctx->nodes_done < ctx->nodes_total ? ctx->nodes_done : ctx->nodes_total;
-        report(ctx, MLLAMA_PHASE_ENCODE, done, ctx->nodes_total);
+        context_report(ctx, MLLAMA_PHASE_ENCODE, done, ctx->nodes_total);
     }
     ctx->aborted = ctx->params.abort && ctx->params.abort(ctx->params.user_data);
     return ctx->aborted;
@@ -83,7 +45,7 @@ static bool should_abort(void * user_data) {
     return look(ctx);
 }
 
-static void begin(mllama_context * ctx, int32_t phase) {
+void context_begin(mllama_context * ctx, int32_t phase) {
     ctx->aborted    = false;
     ctx->tap_status = MLLAMA_OK;
     ctx->looked_at  = ggml_time_us();
@@ -147,7 +109,7 @@ void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * u
 
 // ---- running a graph ----------------------------------------------------------------------------------------------
 
-static mllama_status new_sched(mllama_context * ctx, size_t n_nodes, ggml_backend_sched_t * sched) {
+mllama_status context_new_sched(mllama_context * ctx, size_t n_nodes, ggml_backend_sched_t * sched) {
     TRY(guard_sched_new(ctx->backends, ctx->n_backends, n_nodes, sched));
     if (ctx->tap) {
         ggml_backend_sched_set_eval_callback(*sched, show_tensor, ctx);
@@ -199,7 +161,7 @@ static void note_sizes(const mllama_context * ctx, ggml_backend_sched_t sched, c
 }
 
 // most: raised to what the buffers take. Without memory nothing but that is done. *sched becomes NULL when a device throws.
-static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_t * sched, struct ggml_cgraph * gf, uint64_t * most,
+mllama_status context_alloc(const mllama_context * ctx, ggml_backend_sched_t * sched, struct ggml_cgraph * gf, uint64_t * most,
                                  const char * what, const char * remedy) {
     ggml_backend_sched_reset(*sched);
     log_forget();
@@ -223,7 +185,7 @@ static mllama_status alloc_graph(const mllama_context * ctx, ggml_backend_sched_
     return MLLAMA_OK;
 }
 
-static mllama_status compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what) {
+mllama_status context_compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf, const char * what) {
     enum ggml_status status;
     log_forget();
     TRY(guard_sched_compute(sched, gf, &status));
@@ -346,9 +308,7 @@ static mllama_status init(mllama_context * ctx) {
     }
     TRY(add_backend(ctx, model->plan.cpu));
     mllama_set_n_threads(ctx, ctx->params.n_threads);
-    // what is attended is rounded up, so the cache is too
-    const int32_t rows = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP;
-    return kv_cache_init(&ctx->cache, model, ctx->params.offload_kqv, rows, ctx->types);
+    return sequence_init(ctx, &ctx->own, ctx->params.n_ctx, ctx->params.n_ctx);
 }
 
 mllama_status mllama_context_new(const mllama_model * model, const mllama_context_params * params, mllama_context ** out) {
@@ -381,9 +341,12 @@ void mllama_context_free(mllama_context * ctx) {
         image_slot_free(&ctx->slots[i]);
     }
     free(ctx->slots);
-    if (ctx->cache.k || ctx->cache.n_buffers) {
-        kv_cache_free(&ctx->cache);
+    sequence_end(&ctx->own);
+    for (int32_t i = 0; i < ctx->n_more; i++) {
+        sequence_end(ctx->more[i]);
+        free(ctx->more[i]);
     }
+    free(ctx->more);
     for (int32_t i = 0; i < ctx->n_backends; i++) {
         guard_backend_free(ctx->backends[i]);
     }
@@ -428,7 +391,10 @@ mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mll
     memset(memory, 0, sizeof(*memory));
     memory->device = device_name(device);
     weights_memory(ctx->model->weights, device, memory);
-    memory->self_kv = ctx->cache.sizes[index];
+    memory->self_kv = ctx->own.cache.sizes[index];
+    for (int32_t i = 0; i < ctx->n_more; i++) {
+        memory->self_kv += ctx->more[i]->used ? ctx->more[i]->cache.sizes[index] : 0;
+    }
     for (int32_t i = 0; i < ctx->n_slots; i++) {
         memory->cross_kv += ctx->slots[i].used ? ctx->slots[i].kv.sizes[index] : 0;
     }
@@ -442,15 +408,15 @@ mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mll
 // patches NULL: only the buffers are made.
 static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sched, vision_graph * vg, const float * patches,
                                 int32_t aspect_ratio_id, float * states) {
-    TRY(alloc_graph(ctx, sched, vg->g.gf, ctx->vision, "the vision encoder", "free some memory, or put the encoder on the CPU"));
+    TRY(context_alloc(ctx, sched, vg->g.gf, ctx->vision, "the vision encoder", "free some memory, or put the encoder on the CPU"));
     if (!patches) {
         return MLLAMA_OK;
     }
     TRY(guard_set(vg->patches, patches, 0, ggml_nbytes(vg->patches)));
     TRY(guard_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id)));
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
-    TRY(compute(ctx, *sched, vg->g.gf, "encoding the image"));
-    report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
+    TRY(context_compute(ctx, *sched, vg->g.gf, "encoding the image"));
+    context_report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
     TRY(guard_get(vg->states, states, 0, ggml_nbytes(vg->states)));
     return finite_f32(states, ggml_nelements(vg->states)) ? MLLAMA_OK
                                                           : finite_fail(ctx->model->vision_file, "encoding the image");
@@ -466,7 +432,7 @@ static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t 
     float *              patches = NULL;
     mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, &ctx->env, &vg);
     if (status == MLLAMA_OK) {
-        status = new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
+        status = context_new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
     }
     if (status == MLLAMA_OK && pixels) {
         patches = malloc(ggml_nbytes(vg.patches));
@@ -484,13 +450,13 @@ static mllama_status encode(mllama_context * ctx, const float * pixels, int32_t 
     return status;
 }
 
-static mllama_status check_memory(const mllama_context * ctx) {
+mllama_status context_check_memory(const mllama_context * ctx) {
     return ctx->model->no_alloc ? fail(MLLAMA_ERR_ARGUMENT, "the model was opened for measuring only") : MLLAMA_OK;
 }
 
 mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id, float * states) {
     const mllama_hparams * p = &ctx->model->hp.pub;
-    TRY(check_memory(ctx));
+    TRY(context_check_memory(ctx));
     if (!hparams_has_vision(&ctx->model->hp)) {
         return fail(MLLAMA_ERR_ARGUMENT, "%s: a text model without vision projector cannot see images; give the mmproj file",
                     ctx->model->text_file->path);
@@ -505,7 +471,7 @@ mllama_status mllama_encode(mllama_context * ctx, const float * pixels, int32_t 
         return fail(MLLAMA_ERR_ARGUMENT, "the pixels are not finite numbers");
     }
     text_graph_free(&ctx->text); // see free_slot
-    begin(ctx, MLLAMA_PHASE_ENCODE);
+    context_begin(ctx, MLLAMA_PHASE_ENCODE);
     return encode(ctx, pixels, n_tiles, aspect_ratio_id, states);
 }
 
@@ -528,16 +494,16 @@ static mllama_status fill_rows(mllama_context * ctx, const image_slot * slot, in
     ggml_backend_sched_t sched  = NULL;
     mllama_status        status = fill_graph_build(ctx->model, slot, first, n_rows, &ctx->env, &fg);
     if (status == MLLAMA_OK) {
-        status = new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
+        status = context_new_sched(ctx, (size_t) ggml_graph_size(fg.g.gf), &sched);
     }
     if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx, &sched, fg.g.gf, ctx->vision, "the cross-attention cache", "free some memory");
+        status = context_alloc(ctx, &sched, fg.g.gf, ctx->vision, "the cross-attention cache", "free some memory");
     }
     if (status == MLLAMA_OK && states) {
         status = guard_set(fg.states, states, 0, ggml_nbytes(fg.states));
     }
     if (status == MLLAMA_OK && states) {
-        status = compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
+        status = context_compute(ctx, sched, fg.g.gf, "filling the cross-attention cache");
     }
     if (status == MLLAMA_OK && states) {
         status = check_filled(ctx, slot, &fg, first, n_rows);
@@ -624,10 +590,10 @@ static mllama_status check_images(const mllama_context * ctx, int32_t n_images, 
 
 mllama_status mllama_image_fill(mllama_context * ctx, int32_t n_images, const float * const * states, const int32_t * n_tiles,
                                 int32_t * slot) {
-    TRY(check_memory(ctx));
+    TRY(context_check_memory(ctx));
     TRY(check_images(ctx, n_images, n_tiles));
     text_graph_free(&ctx->text); // see free_slot
-    begin(ctx, MLLAMA_PHASE_PROMPT);
+    context_begin(ctx, MLLAMA_PHASE_PROMPT);
     int32_t index = 0;
     TRY(new_slot(ctx, &index));
     return name_slot(ctx, index, fill_slot(ctx, &ctx->slots[index], n_images, states, n_tiles), slot);
@@ -641,7 +607,7 @@ uint64_t mllama_image_mapped_size(const mllama_context * ctx, int32_t n_tiles) {
 }
 
 mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char * path, uint64_t offset, int32_t * slot) {
-    TRY(check_memory(ctx));
+    TRY(context_check_memory(ctx));
     TRY(check_images(ctx, 1, &n_tiles));
     text_graph_free(&ctx->text); // see free_slot
     int32_t index = 0;
@@ -651,12 +617,12 @@ mllama_status mllama_image_map(mllama_context * ctx, int32_t n_tiles, const char
     return name_slot(ctx, index, status, slot);
 }
 
-static bool is_slot(const mllama_context * ctx, int32_t slot) {
+bool context_has_slot(const mllama_context * ctx, int32_t slot) {
     return slot >= 0 && slot < ctx->n_slots && ctx->slots[slot].used;
 }
 
 mllama_status mllama_image_free(mllama_context * ctx, int32_t slot) {
-    if (!is_slot(ctx, slot)) {
+    if (!context_has_slot(ctx, slot)) {
         return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
     }
     free_slot(ctx, &ctx->slots[slot]);
@@ -664,7 +630,7 @@ mllama_status mllama_image_free(mllama_context * ctx, int32_t slot) {
 }
 
 mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t * n_bytes) {
-    if (!is_slot(ctx, slot) || image < 0 || image >= ctx->slots[slot].n_images) {
+    if (!context_has_slot(ctx, slot) || image < 0 || image >= ctx->slots[slot].n_images) {
         return fail(MLLAMA_ERR_ARGUMENT, "no image %d in slot %d", image, slot);
     }
     *n_bytes = image_slot_size(&ctx->slots[slot], ctx->model, image);
@@ -674,7 +640,7 @@ mllama_status mllama_image_size(const mllama_context * ctx, int32_t slot, int32_
 static mllama_status copy_image(const mllama_context * ctx, int32_t slot, int32_t image, uint64_t offset, uint64_t n_bytes, char * get,
                                 const char * set) {
     uint64_t size = 0;
-    TRY(check_memory(ctx));
+    TRY(context_check_memory(ctx));
     TRY(mllama_image_size(ctx, slot, image, &size));
     if (offset > size || n_bytes > size - offset || (n_bytes > 0 && !get && !set)) {
         return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes at %llu of the %llu of an image", (unsigned long long) n_bytes,
@@ -695,220 +661,8 @@ mllama_status mllama_image_set(mllama_context * ctx, int32_t slot, int32_t image
     return copy_image(ctx, slot, image, offset, n_bytes, NULL, data);
 }
 
-// ---- text ---------------------------------------------------------------------------------------------------------
-
-static bool same_shape(const text_shape * a, const text_shape * b) {
-    return a->n_tokens == b->n_tokens && a->n_kv == b->n_kv && a->n_rows == b->n_rows && a->slot == b->slot &&
-           a->generation == b->generation && a->logits == b->logits;
-}
-
-// Of a text graph
-static size_t most_nodes(const mllama_context * ctx) {
-    return 256 + (size_t) ctx->model->hp.pub.n_layer * (128 + (size_t) ctx->params.n_batch);
-}
-
-// Makes ctx->text an allocated graph of this shape; most tokens find it there already.
-static mllama_status prepare_graph(mllama_context * ctx, const text_shape * shape) {
-    if (ctx->text.g.ctx && same_shape(&ctx->text.shape, shape)) {
-        return MLLAMA_OK;
-    }
-    text_graph_free(&ctx->text);
-    const image_slot * slot   = shape->n_rows > 0 ? &ctx->slots[shape->slot] : NULL;
-    mllama_status      status = text_graph_build(ctx->model, &ctx->cache, slot, shape, &ctx->env, &ctx->text);
-    if (status == MLLAMA_OK && !ctx->sched) {
-        status = new_sched(ctx, most_nodes(ctx), &ctx->sched);
-    }
-    if (status == MLLAMA_OK) {
-        status = alloc_graph(ctx, &ctx->sched, ctx->text.g.gf, ctx->compute, "the text model", "lower n_batch or n_ctx");
-    }
-    if (status != MLLAMA_OK) {
-        text_graph_free(&ctx->text);
-    }
-    return status;
-}
-
-// A model of cross-attention layers only reads neither positions nor mask.
-static mllama_status set_input(struct ggml_tensor * input, const void * data) {
-    return input->buffer ? guard_set(input, data, 0, ggml_nbytes(input)) : MLLAMA_OK;
-}
-
-static mllama_status set_inputs(mllama_context * ctx, const int32_t * tokens) {
-    const text_graph * tg = &ctx->text;
-    const int64_t      n = tg->shape.n_tokens, n_kv = tg->shape.n_kv;
-    int32_t *          positions = malloc((size_t) n * sizeof(*positions));
-    int64_t *          cells     = malloc((size_t) n * sizeof(*cells));
-    ggml_fp16_t *      mask      = malloc((size_t) (n * n_kv) * sizeof(*mask));
-    mllama_status      status    = positions && cells && mask ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
-    if (status == MLLAMA_OK) {
-        const ggml_fp16_t seen = ggml_fp32_to_fp16(0.0f), unseen = 0xfc00; // -inf
-        for (int64_t i = 0; i < n; i++) {
-            positions[i] = (int32_t) (ctx->n_past + i);
-            cells[i]     = ctx->n_past + i;
-            for (int64_t j = 0; j < n_kv; j++) {
-                mask[i * n_kv + j] = j <= ctx->n_past + i ? seen : unseen;
-            }
-        }
-        const void *         data[]   = { tokens, positions, cells, mask };
-        struct ggml_tensor * inputs[] = { tg->tokens, tg->positions, tg->cells, tg->mask };
-        for (int i = 0; i < 4 && status == MLLAMA_OK; i++) {
-            status = set_input(inputs[i], data[i]);
-        }
-    }
-    free(positions);
-    free(cells);
-    free(mask);
-    return status;
-}
-
-// *finite: whether the last token's values are, or with all logits each token's. They are read besides the logits,
-// because a product with quantized weights rounds its input, which turns NaN into a number. Without logits they stand
-// for the caches: the last token sees each row, and NaN in one reaches it.
-static mllama_status check_last(mllama_context * ctx, bool * finite) {
-    const struct ggml_tensor * last    = ctx->text.last;
-    const int64_t              n       = ctx->text.logits ? last->ne[1] : 1;
-    float *                    columns = malloc((size_t) n * last->nb[1]);
-    if (!columns) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
-    const mllama_status status = guard_get(last, columns, (size_t) (last->ne[1] - n) * last->nb[1], (size_t) n * last->nb[1]);
-    *finite = status == MLLAMA_OK && finite_f32(columns, n * last->ne[0]);
-    free(columns);
-    return status;
-}
-
-// What such values have reached in the caches cannot be told, and hidden cells must hold numbers: no token is kept.
-static mllama_status not_finite(mllama_context * ctx, const char * doing) {
-    ctx->n_past = 0;
-    text_graph_free(&ctx->text);
-    TRY(kv_cache_clear(&ctx->cache));
-    return finite_fail(ctx->model->text_file, doing);
-}
-
-static mllama_status decode_batch(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
-                                  int32_t logits_mode, float * logits, bool * finite) {
-    const int32_t    end   = ctx->n_past + n_tokens;
-    const text_shape shape = {
-        .n_tokens   = n_tokens,
-        .n_kv       = (end + KV_STEP - 1) / KV_STEP * KV_STEP,
-        .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[n_visible - 1] : 0,
-        .slot       = slot,
-        .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
-        .logits     = logits_mode,
-    };
-    TRY(prepare_graph(ctx, &shape));
-    TRY(set_inputs(ctx, tokens));
-    graph_begin(&ctx->text.g);
-    TRY(compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
-    if (ctx->text.logits) {
-        TRY(guard_get(ctx->text.logits, logits, 0, ggml_nbytes(ctx->text.logits)));
-    }
-    TRY(check_last(ctx, finite));
-    if (ctx->text.logits) {
-        *finite &= finite_f32(logits, ggml_nelements(ctx->text.logits));
-    }
-    ctx->n_past = end;
-    return MLLAMA_OK;
-}
-
-static mllama_status check_decode(const mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
-                                  int32_t logits_mode, const float * logits, int64_t capacity) {
-    const mllama_hparams * p = &ctx->model->hp.pub;
-    if (n_tokens < 1 || !tokens) {
-        return fail(MLLAMA_ERR_ARGUMENT, "no tokens to decode");
-    }
-    if (n_tokens > ctx->params.n_ctx - ctx->n_past) {
-        return fail(MLLAMA_ERR_CONTEXT_FULL, "%d tokens after %d do not fit n_ctx %d", n_tokens, ctx->n_past, ctx->params.n_ctx);
-    }
-    for (int32_t i = 0; i < n_tokens; i++) {
-        if (tokens[i] < 0 || tokens[i] >= p->n_token_embd) {
-            return fail(MLLAMA_ERR_ARGUMENT, "token %d is not in the vocabulary of %d", tokens[i], p->n_token_embd);
-        }
-    }
-    if (slot != -1 && !is_slot(ctx, slot)) {
-        return fail(MLLAMA_ERR_ARGUMENT, "no image in slot %d", slot);
-    }
-    if (slot >= 0 && (n_visible < 1 || n_visible > ctx->slots[slot].n_images)) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%d visible images of the %d in slot %d", n_visible, ctx->slots[slot].n_images, slot);
-    }
-    const int64_t rows = logits_mode == MLLAMA_LOGITS_ALL ? n_tokens : logits_mode == MLLAMA_LOGITS_LAST ? 1 : 0;
-    if (logits_mode < MLLAMA_LOGITS_NONE || logits_mode > MLLAMA_LOGITS_ALL || (rows > 0 && (!logits || capacity < rows * p->vocab_size))) {
-        return fail(MLLAMA_ERR_ARGUMENT, "no room for %lld rows of %d logits", (long long) rows, p->vocab_size);
-    }
-    return MLLAMA_OK;
-}
-
-mllama_status mllama_decode(mllama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t slot, int32_t n_visible,
-                            int32_t logits_mode, float * logits, int64_t logits_capacity) {
-    TRY(check_memory(ctx));
-    TRY(check_decode(ctx, tokens, n_tokens, slot, n_visible, logits_mode, logits, logits_capacity));
-    begin(ctx, MLLAMA_PHASE_PROMPT);
-    const int32_t n_past = ctx->n_past;
-    for (int32_t at = 0; at < n_tokens;) {
-        const int32_t n    = n_tokens - at < ctx->params.n_batch ? n_tokens - at : ctx->params.n_batch;
-        const bool    last = at + n == n_tokens;
-        const int32_t mode = logits_mode == MLLAMA_LOGITS_LAST && !last ? MLLAMA_LOGITS_NONE : logits_mode;
-        bool                finite = true;
-        const mllama_status status = decode_batch(ctx, tokens + at, n, slot, n_visible, mode, logits, &finite);
-        if (status != MLLAMA_OK) {
-            ctx->n_past = n_past; // what was written beyond is masked from now on
-            return status;
-        }
-        if (!finite) {
-            return not_finite(ctx, n_tokens > 1 ? "the prompt" : "a token");
-        }
-        at += n;
-        if (mode == MLLAMA_LOGITS_ALL) {
-            logits += (int64_t) n * ctx->model->hp.pub.vocab_size;
-        }
-        if (n_tokens > 1) {
-            report(ctx, MLLAMA_PHASE_PROMPT, at, n_tokens);
-        }
-    }
-    return MLLAMA_OK;
-}
-
-int32_t mllama_n_past(const mllama_context * ctx) {
-    return ctx->n_past;
-}
-
-mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past) {
-    if (n_past < 0 || n_past > ctx->n_past) {
-        return fail(MLLAMA_ERR_ARGUMENT, "cannot keep %d of %d tokens", n_past, ctx->n_past);
-    }
-    ctx->n_past = n_past;
-    return MLLAMA_OK;
-}
-
-static mllama_status check_past(const mllama_context * ctx, int32_t n_tokens, int32_t most, uint64_t n_bytes, const void * data) {
-    const uint64_t size = n_tokens >= 0 && n_tokens <= most ? mllama_past_size(ctx, n_tokens) : 0;
-    if (n_tokens < 0 || n_tokens > most || n_bytes != size || !data) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes for %d tokens; %d tokens at most, and %llu bytes are possible",
-                    (unsigned long long) n_bytes, n_tokens, most, (unsigned long long) size);
-    }
-    return check_memory(ctx);
-}
-
-uint64_t mllama_past_size(const mllama_context * ctx, int32_t n_tokens) {
-    return n_tokens > 0 ? kv_cache_size(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens) : 0;
-}
-
-mllama_status mllama_past_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
-    const int32_t n_layer = ctx->model->hp.pub.n_layer;
-    TRY(check_past(ctx, n_tokens, ctx->n_past, n_bytes, data));
-    TRY(kv_cache_copy(&ctx->cache, n_layer, n_tokens, data, NULL));
-    return kv_cache_finite(&ctx->cache, n_layer, n_tokens, data) ? MLLAMA_OK : not_finite(ctx, "the prompt");
-}
-
-mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {
-    TRY(check_past(ctx, n_tokens, ctx->params.n_ctx, n_bytes, data));
-    ctx->n_past = 0; // what a failure leaves is worth nothing
-    TRY(kv_cache_copy(&ctx->cache, ctx->model->hp.pub.n_layer, n_tokens, NULL, data));
-    ctx->n_past = n_tokens;
-    return MLLAMA_OK;
-}
-
 void mllama_clear(mllama_context * ctx) {
-    ctx->n_past = 0;
+    ctx->own.n_past = 0;
     for (int32_t i = 0; i < ctx->n_slots; i++) {
         free_slot(ctx, &ctx->slots[i]);
     }
@@ -922,15 +676,10 @@ static mllama_status reserve_text(mllama_context * ctx, int32_t slot) {
     const int32_t n_tokens[] = { ctx->params.n_batch, ctx->params.n_batch, 1 };
     const int32_t logits[]   = { MLLAMA_LOGITS_NONE, MLLAMA_LOGITS_LAST, MLLAMA_LOGITS_LAST };
     for (int32_t i = 0; i < 3; i++) {
-        const text_shape shape = {
-            .n_tokens   = n_tokens[i],
-            .n_kv       = (ctx->params.n_ctx + KV_STEP - 1) / KV_STEP * KV_STEP,
-            .n_rows     = slot >= 0 ? ctx->slots[slot].row_end[ctx->slots[slot].n_images - 1] : 0,
-            .slot       = slot,
-            .generation = slot >= 0 ? ctx->slots[slot].generation : 0,
-            .logits     = logits[i],
-        };
-        const mllama_status status = prepare_graph(ctx, &shape);
+        const int32_t       n_visible = slot >= 0 ? ctx->slots[slot].n_images : 0;
+        const text_item     item      = context_item(ctx, &ctx->own, n_tokens[i], ctx->params.n_ctx, slot, n_visible,
+                                                     logits[i]);
+        const mllama_status status    = context_prepare(ctx, &(text_shape) { .n_items = 1, .items = &item });
         text_graph_free(&ctx->text); // it is of no use, and must not outlive the slot
         TRY(status);
     }

@@ -1,20 +1,26 @@
 // Llama 3 with cross-attention layers (llama_models/llama3/multimodal/model.py).
 //
-// One graph computes some tokens, one after the other in the sequence, that see the same images. What they see:
+// One graph computes items: some tokens of a sequence, one after the other, that see the same images. What an item's
+// tokens see:
 //
-//                                  self-attention layer: the cells of the cache      cross-attention layer: a slot
+//                                  self-attention layer: the cells of its cache      cross-attention layer: its slot
 //
 //                                  0 .. n_past - 1   n_past ...       .. n_kv        rows of images       others
-//     token 0 of the graph         seen              seen  .    .     .              seen                 .
+//     token 0 of the item          seen              seen  .    .     .              seen                 .
 //     token 1                      seen              seen  seen .     .              seen                 .
 //     token 2                      seen              seen  seen seen  .              seen                 .
 //
 //     written by this graph        no                yes              no             no: by fill_graph    no
 //
 // The mask hides cells: those after the token itself, and the rest of n_kv, which is rounded up so that one graph
-// serves many tokens. Cross-attention has no mask: every token of the graph sees the first n_rows rows of the slot, all
-// rows of the images before it. Tokens before the first image see none: then the cross-attention layers are left out,
-// and x passes through them unchanged. Text after another image needs another call, with another n_rows or slot.
+// serves many tokens. Cross-attention has no mask: every token of the item sees the first n_rows rows of the slot, all
+// rows of the images before it. Tokens before the first image see none: for them the cross-attention layers are left
+// out, and x passes through them unchanged. Text after another image needs another item, with another n_rows or slot.
+//
+// Several items are sequences that go on together: the weights are read once for all their columns. Columns:
+//
+//     item 0 ... with images, same slot next to each other ... | items without images ...
+//     <------------- cross-attention layers compute these ----->
 //
 // Tensors that taps see, for layer N:
 //     text.tokens, text.positions, text.cells, text.mask        inputs
@@ -38,9 +44,8 @@ typedef struct decoder {
     graph *                g;
     const mllama_model *   model;
     const mllama_hparams * p;
-    const kv_cache *       cache;
-    const image_slot *     slot;
     text_graph *           tg;
+    int64_t                n_seeing; // columns that see images: the first ones
 } decoder;
 
 // The first n_kv rows of a cache tensor as [head_dim, n_kv, n_head_kv]
@@ -48,6 +53,13 @@ static struct ggml_tensor * cache_view(const decoder * d, struct ggml_tensor * c
     const int64_t head_dim = d->p->head_dim;
     return ggml_view_3d(d->g->ctx, cache, head_dim, n_kv, d->p->n_head_kv, cache->nb[1],
                         ggml_row_size(cache->type, head_dim), 0);
+}
+
+static struct ggml_tensor * columns(const decoder * d, struct ggml_tensor * x, int64_t first, int64_t n) {
+    if (n == x->ne[1]) {
+        return x;
+    }
+    return ggml_view_2d(d->g->ctx, x, x->ne[0], n, x->nb[1], x->nb[1] * (size_t) first);
 }
 
 // Values as a layer's cache holds them on any device: where they are F32 only because ggml's kernel needs that, they
@@ -60,20 +72,38 @@ static struct ggml_tensor * rounded(struct ggml_context * ctx, const kv_cache * 
     return ggml_cast(ctx, ggml_cast(ctx, v, GGML_TYPE_F16), GGML_TYPE_F32);
 }
 
-// q [head_dim * n_head, n] over the first n_rows of a layer's caches; mask as in graph_attention
+// The mask of an item's queries, [n_rows, n_columns]
+static struct ggml_tensor * mask_view(const decoder * d, const cpu_cache_item * item) {
+    struct ggml_tensor * mask = d->tg->mask;
+    if (item->mask < 0 || d->tg->n_items == 1) {
+        return item->mask < 0 ? NULL : mask;
+    }
+    const size_t row = sizeof(ggml_fp16_t) * (size_t) item->n_rows;
+    return ggml_view_2d(d->g->ctx, mask, item->n_rows, item->n_columns, row, sizeof(ggml_fp16_t) * (size_t) item->mask);
+}
+
+// Attention of the items from..to - 1 by ggml's operations, joined in halves
+static struct ggml_tensor * attend_items(const decoder * d, struct ggml_tensor * q, const cpu_cache_item * items,
+                                         int64_t from, int64_t to) {
+    if (to - from > 1) {
+        const int64_t        half = from + (to - from) / 2;
+        struct ggml_tensor * left = attend_items(d, q, items, from, half);
+        return ggml_concat(d->g->ctx, left, attend_items(d, q, items, half, to), 1);
+    }
+    const cpu_cache_item * item = &items[from];
+    return graph_attention(d->g, columns(d, q, item->column, item->n_columns), cache_view(d, item->k, item->n_rows),
+                           cache_view(d, item->v, item->n_rows), mask_view(d, item), d->p->n_head);
+}
+
+// q [head_dim * n_head, n] over the rows of the items of a layer, which are set
 static struct ggml_tensor * cache_attention(const decoder * d, int32_t il, struct ggml_tensor * q,
-                                            struct ggml_tensor * k, struct ggml_tensor * v, int64_t n_rows,
                                             struct ggml_tensor * mask) {
     cpu_cache_attention * a = &d->tg->attention[il];
-    a->items[0] = (cpu_cache_item) {
-        .k = k, .v = v, .n_columns = q->ne[1], .n_rows = n_rows, .mask = mask ? 0 : -1,
-    };
-    a->n_items = 1;
     if (cpu_cache_attention_fits(a)) {
         graph_add_tasks(d->g, &a->tasks);
         return cpu_cache_attention_node(d->g->ctx, a, q, mask);
     }
-    return graph_attention(d->g, q, cache_view(d, k, n_rows), cache_view(d, v, n_rows), mask, d->p->n_head);
+    return attend_items(d, q, a->items, 0, a->n_items);
 }
 
 static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct ggml_tensor * x, int64_t n_head) {
@@ -85,39 +115,77 @@ static struct ggml_tensor * rope(const decoder * d, const text_layer * l, struct
     return ggml_reshape_2d(ctx, x, d->p->head_dim * n_head, n);
 }
 
-static struct ggml_tensor * self_attention(const decoder * d, const text_layer * l, int32_t il,
-                                           struct ggml_tensor * x) {
-    graph *               g   = d->g;
-    struct ggml_context * ctx = g->ctx;
-
-    struct ggml_tensor * q = graph_named(rope(d, l, graph_linear(g, l->q, x), d->p->n_head), "blk", il, "q");
-    struct ggml_tensor * k = graph_named(rope(d, l, graph_linear(g, l->k, x), d->p->n_head_kv), "blk", il, "k");
-    struct ggml_tensor * v = graph_named(graph_linear(g, l->v, x), "blk", il, "v");
-    ggml_build_forward_expand(g->gf, q);
-    ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->k[il], k, d->tg->cells));
-    ggml_build_forward_expand(g->gf, ggml_set_rows(ctx, d->cache->v[il], rounded(ctx, d->cache, il, v), d->tg->cells));
-
-    return cache_attention(d, il, q, d->cache->k[il], d->cache->v[il], d->tg->shape.n_kv, d->tg->mask);
+// Writes an item's keys and values into its cache.
+static void store(const decoder * d, int32_t il, const cpu_cache_item * item, struct ggml_tensor * k,
+                  struct ggml_tensor * v) {
+    struct ggml_context * ctx   = d->g->ctx;
+    const kv_cache *      cache = d->tg->items[item - d->tg->attention[il].items].cache;
+    struct ggml_tensor *  cells = d->tg->cells;
+    if (item->n_columns < cells->ne[0]) {
+        cells = ggml_view_1d(ctx, cells, item->n_columns, cells->nb[0] * (size_t) item->column);
+        k     = columns(d, k, item->column, item->n_columns);
+        v     = columns(d, v, item->column, item->n_columns);
+    }
+    ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->k, k, cells));
+    ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->v, rounded(ctx, cache, il, v), cells));
 }
 
+static struct ggml_tensor * self_attention(const decoder * d, const text_layer * l, int32_t il,
+                                           struct ggml_tensor * x) {
+    graph *               g  = d->g;
+    cpu_cache_attention * a  = &d->tg->attention[il];
+    struct ggml_tensor *  q  = graph_named(rope(d, l, graph_linear(g, l->q, x), d->p->n_head), "blk", il, "q");
+    struct ggml_tensor *  k  = graph_named(rope(d, l, graph_linear(g, l->k, x), d->p->n_head_kv), "blk", il, "k");
+    struct ggml_tensor *  v  = graph_named(graph_linear(g, l->v, x), "blk", il, "v");
+    int64_t               at = 0, mask = 0;
+    ggml_build_forward_expand(g->gf, q);
+    for (int32_t i = 0; i < d->tg->n_items; i++) {
+        const text_item * item = &d->tg->items[i];
+        a->items[i] = (cpu_cache_item) {
+            .k = item->cache->k[il], .v = item->cache->v[il], .column = at, .n_columns = item->n_tokens,
+            .n_rows = item->n_kv, .mask = mask,
+        };
+        store(d, il, &a->items[i], k, v);
+        at   += item->n_tokens;
+        mask += item->n_tokens * item->n_kv;
+    }
+    a->n_items = d->tg->n_items;
+    return cache_attention(d, il, q, d->tg->mask);
+}
+
+// x: the columns that see images
 static struct ggml_tensor * cross_attention(const decoder * d, const text_layer * l, int32_t il,
                                             struct ggml_tensor * x) {
     graph *               g   = d->g;
     struct ggml_context * ctx = g->ctx;
     const int64_t         n   = x->ne[1], n_q = (int64_t) d->p->head_dim * d->p->n_head;
+    cpu_cache_attention * a   = &d->tg->attention[il];
 
     struct ggml_tensor * q = ggml_reshape_3d(ctx, graph_linear(g, l->q, x), d->p->head_dim, d->p->n_head, n);
     q = ggml_reshape_2d(ctx, graph_rms_norm(g, q, l->q_norm, d->p->rms_eps), n_q, n);
     graph_named(q, "blk", il, "cross_q");
-    return cache_attention(d, il, q, d->slot->kv.k[il], d->slot->kv.v[il], d->tg->shape.n_rows, NULL);
+    a->n_items = 0;
+    for (int64_t at = 0, i = 0; at < n; at += d->tg->items[i++].n_tokens) {
+        const text_item * item = &d->tg->items[i];
+        cpu_cache_item *  last = &a->items[a->n_items - (a->n_items > 0)];
+        if (a->n_items > 0 && last->k == item->slot->kv.k[il] && last->n_rows == item->n_rows) {
+            last->n_columns += item->n_tokens; // they read the rows once
+            continue;
+        }
+        a->items[a->n_items++] = (cpu_cache_item) {
+            .k = item->slot->kv.k[il], .v = item->slot->kv.v[il], .column = at, .n_columns = item->n_tokens,
+            .n_rows = item->n_rows, .mask = -1,
+        };
+    }
+    return cache_attention(d, il, q, NULL);
 }
 
-// The last column, or all of them
+// Of a single item, the last column or all of them. Those of several are taken after the last layer.
 static struct ggml_tensor * wanted_columns(const decoder * d, struct ggml_tensor * x) {
-    if (d->tg->shape.logits != MLLAMA_LOGITS_LAST || x->ne[1] == 1) {
+    if (d->tg->n_items > 1 || d->tg->items[0].logits != MLLAMA_LOGITS_LAST || x->ne[1] == 1) {
         return x;
     }
-    return ggml_view_2d(d->g->ctx, x, x->ne[0], 1, x->nb[1], x->nb[1] * (size_t) (x->ne[1] - 1));
+    return columns(d, x, x->ne[1] - 1, 1);
 }
 
 // x [n_embd, n] -> [n_embd, n], or only the wanted columns after the last layer
@@ -148,53 +216,126 @@ static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct 
     return graph_named(ggml_add(ctx, x, ffn), "blk", il, "layer_out");
 }
 
+// A cross-attention layer changes the columns that see images; the others pass through.
+static struct ggml_tensor * cross_layer(const decoder * d, int32_t il, struct ggml_tensor * x) {
+    const int64_t n = x->ne[1];
+    if (d->n_seeing == 0) {
+        return il == d->p->n_layer - 1 ? wanted_columns(d, x) : x;
+    }
+    if (d->n_seeing == n) {
+        return decoder_layer(d, il, x);
+    }
+    struct ggml_tensor * seeing = decoder_layer(d, il, columns(d, x, 0, d->n_seeing));
+    return ggml_concat(d->g->ctx, seeing, columns(d, x, d->n_seeing, n - d->n_seeing), 1);
+}
+
 static struct ggml_tensor * input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name) {
     struct ggml_tensor * t = ggml_new_tensor_2d(g->ctx, type, ne0, ne1);
     ggml_set_input(graph_named(t, "text", -1, name));
     return t;
 }
 
-mllama_status text_graph_build(const mllama_model * model, const kv_cache * cache, const image_slot * slot,
-                               const text_shape * shape, const compute_env * env, text_graph * tg) {
-    const mllama_hparams * p = &model->hp.pub;
+int64_t text_graph_columns(const text_shape * shape, int32_t * columns) {
+    int64_t n = 0;
+    for (int32_t logits = 1; logits >= 0; logits--) { // the wanted ones, then the others
+        int64_t at = 0;
+        for (int32_t i = 0; i < shape->n_items; i++) {
+            const text_item * item  = &shape->items[i];
+            const int64_t     first = item->logits == MLLAMA_LOGITS_ALL ? 0 : item->n_tokens - 1;
+            for (int64_t j = first; j < item->n_tokens && (item->logits != MLLAMA_LOGITS_NONE) == (logits == 1); j++) {
+                if (columns) {
+                    columns[n] = (int32_t) (at + j);
+                }
+                n++;
+            }
+            at += item->n_tokens;
+        }
+    }
+    return n;
+}
+
+bool text_graph_serves(const text_graph * tg, const text_shape * shape) {
+    if (!tg->g.ctx || tg->n_items != shape->n_items) {
+        return false;
+    }
+    for (int32_t i = 0; i < shape->n_items; i++) {
+        const text_item * a = &tg->items[i], * b = &shape->items[i];
+        if (a->cache != b->cache || a->generation != b->generation || a->slot != b->slot ||
+            a->slot_generation != b->slot_generation || a->n_tokens != b->n_tokens || a->n_kv != b->n_kv ||
+            a->n_rows != b->n_rows || a->logits != b->logits) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static mllama_status prepare(const mllama_model * model, const text_shape * shape, const compute_env * env,
+                             text_graph * tg) {
+    const mllama_hparams * p       = &model->hp.pub;
+    const size_t           n_layer = (size_t) p->n_layer, n_items = (size_t) shape->n_items;
     memset(tg, 0, sizeof(*tg));
-    tg->attention = calloc((size_t) p->n_layer, sizeof(*tg->attention));
-    tg->items     = calloc((size_t) p->n_layer, sizeof(*tg->items));
-    if (!tg->attention || !tg->items) {
+    tg->n_items     = shape->n_items;
+    tg->items       = malloc(n_items * sizeof(*tg->items));
+    tg->attention   = calloc(n_layer, sizeof(*tg->attention));
+    tg->cache_items = calloc(n_layer * n_items, sizeof(*tg->cache_items));
+    if (!tg->items || !tg->attention || !tg->cache_items) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    for (int32_t il = 0; il < p->n_layer; il++) {
+    memcpy(tg->items, shape->items, n_items * sizeof(*tg->items));
+    for (size_t il = 0; il < n_layer; il++) {
         tg->attention[il] = (cpu_cache_attention) {
             .kernel = env->kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim,
-            .items = &tg->items[il],
+            .items = &tg->cache_items[il * n_items], .many = n_items > 1,
         };
     }
-    // Batches of many tokens are cut into blocks, which adds nodes.
-    TRY(graph_init(&tg->g, 256 + (size_t) p->n_layer * (128 + (size_t) shape->n_tokens), env));
+    return MLLAMA_OK;
+}
+
+static void add_inputs(text_graph * tg) {
+    graph * g    = &tg->g;
+    int64_t mask = 0;
+    for (int32_t i = 0; i < tg->n_items; i++) {
+        tg->n_tokens += tg->items[i].n_tokens;
+        mask += tg->items[i].n_tokens * tg->items[i].n_kv;
+    }
+    tg->tokens    = input(g, GGML_TYPE_I32, tg->n_tokens, 1, "tokens");
+    tg->positions = input(g, GGML_TYPE_I32, tg->n_tokens, 1, "positions");
+    tg->cells     = input(g, GGML_TYPE_I64, tg->n_tokens, 1, "cells");
+    const int64_t n = tg->n_items == 1 ? tg->n_tokens : 1;
+    tg->mask = input(g, GGML_TYPE_F16, mask / n, n, "mask");
+}
+
+mllama_status text_graph_build(const mllama_model * model, const text_shape * shape, const compute_env * env,
+                               text_graph * tg) {
+    const mllama_hparams * p = &model->hp.pub;
+    TRY(prepare(model, shape, env, tg));
+    decoder d = { .g = &tg->g, .model = model, .p = p, .tg = tg };
+    int64_t n_tokens = 0;
+    for (int32_t i = 0; i < shape->n_items; i++) {
+        n_tokens   += shape->items[i].n_tokens;
+        d.n_seeing += shape->items[i].n_rows > 0 ? shape->items[i].n_tokens : 0;
+        tg->n_logits += shape->items[i].logits == MLLAMA_LOGITS_ALL    ? shape->items[i].n_tokens
+                        : shape->items[i].logits == MLLAMA_LOGITS_LAST ? 1
+                                                                       : 0;
+    }
+    TRY(graph_init(&tg->g, text_graph_most_nodes(p, n_tokens, shape->n_items), env));
     graph * g = &tg->g;
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
-    tg->shape     = *shape;
-    tg->tokens    = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "tokens");
-    tg->positions = input(g, GGML_TYPE_I32, shape->n_tokens, 1, "positions");
-    tg->cells     = input(g, GGML_TYPE_I64, shape->n_tokens, 1, "cells");
-    tg->mask      = input(g, GGML_TYPE_F16, shape->n_kv, shape->n_tokens, "mask");
+    add_inputs(tg);
 
-    const decoder        d = { .g = g, .model = model, .p = p, .cache = cache, .slot = slot, .tg = tg };
     struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);
     graph_named(x, "text", -1, "token_embd");
     for (int32_t il = 0; il < p->n_layer; il++) {
-        if (model->layers[il].is_cross && !slot) {
-            if (il == p->n_layer - 1) {
-                x = wanted_columns(&d, x);
-            }
-            continue; // a token that sees no image passes through unchanged
-        }
-        x = decoder_layer(&d, il, x);
+        x = model->layers[il].is_cross ? cross_layer(&d, il, x) : decoder_layer(&d, il, x);
     }
-    if (shape->logits != MLLAMA_LOGITS_NONE) {
+    if (tg->n_items > 1) {
+        tg->wanted = input(g, GGML_TYPE_I32, text_graph_columns(shape, NULL), 1, "wanted");
+        x = ggml_get_rows(g->ctx, x, tg->wanted);
+    }
+    if (tg->n_logits > 0) {
         x = graph_named(graph_rms_norm(g, x, model->output_norm, p->rms_eps), "text", -1, "output_norm");
         tg->last = x;
-        x = graph_named(graph_linear(g, model->output, x), "text", -1, "logits");
+        x = graph_named(graph_linear(g, model->output, columns(&d, x, 0, tg->n_logits)), "text", -1, "logits");
         ggml_set_output(x);
         tg->logits = x;
     } else {
@@ -205,11 +346,18 @@ mllama_status text_graph_build(const mllama_model * model, const kv_cache * cach
     return MLLAMA_OK;
 }
 
+// Batches of many tokens are cut into blocks, which adds nodes.
+size_t text_graph_most_nodes(const mllama_hparams * p, int64_t n_tokens, int64_t n_items) {
+    return 256 + (size_t) p->n_layer * (128 + (size_t) n_tokens + 24 * (size_t) n_items);
+}
+
 void text_graph_free(text_graph * tg) {
-    free(tg->attention);
     free(tg->items);
-    tg->attention = NULL;
-    tg->items     = NULL;
+    free(tg->attention);
+    free(tg->cache_items);
+    tg->items       = NULL;
+    tg->attention   = NULL;
+    tg->cache_items = NULL;
     graph_free(&tg->g);
 }
 
