@@ -133,7 +133,7 @@ class LoadedModel(OneProcess):
             backend=backend,
             vocab=vocab,
             template=template,
-            images=Images(hparams, self.model_path.name, keys, disk),
+            images=Images(hparams, self.model_path.name, keys, disk, settings.max_tiles),
             keys=keys,
             disk=disk,
             defaults=self.defaults,
@@ -212,6 +212,13 @@ class LoadedModel(OneProcess):
         if any(tensor.is_vision and tensor.device not in here for tensor in model.tensors()):
             return 0
         return max(0, min(cpus.usable_cpus() - self.n_threads, self.n_threads))
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of an image for which no other number is named; 0 for a model without a vision
+        encoder."""
+        known = self.hparams.max_tiles if self.hparams.has_vision else 0
+        return min(self.settings.max_tiles or known, known)
 
     @property
     def vocab_size(self) -> int:

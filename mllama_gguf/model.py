@@ -53,6 +53,7 @@ class Mllama(LoadedModel, Answers):
         flash_attn: bool = True,
         use_mmap: bool = True,
         repack: bool = False,
+        max_tiles: int | None = None,
         allow_quantized_vision: bool = False,
         chat_template: str | None = None,
         image_cache: bool | str | os.PathLike[str] = True,
@@ -89,6 +90,8 @@ class Mllama(LoadedModel, Answers):
         repack:         copy the text's quantized matrices to the layouts of ggml's special CPU kernels, if it
                         has some for this processor: a slower load, more memory, and perhaps faster text; see
                         docs/performance.md
+        max_tiles:      most tiles of an image; None: as many as the model knows (4). Every tile costs the
+                        same time; with fewer of them small text and details of large pictures get lost
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
         chat_template:  Jinja source in place of the file's
         image_cache:    keep the results of images on disk, where the environment says or the platform
@@ -121,6 +124,7 @@ class Mllama(LoadedModel, Answers):
             flash_attn=flash_attn,
             use_mmap=use_mmap,
             repack=repack,
+            max_tiles=max_tiles,
             allow_quantized_vision=allow_quantized_vision,
             chat_template=chat_template,
             image_cache=image_cache,
@@ -144,13 +148,15 @@ class Mllama(LoadedModel, Answers):
         """Bytes of the weights, caches and compute buffers, now."""
         return self._conversation.memory()
 
-    def encode_image(self, image: Picture) -> ImageEmbedding:
+    def encode_image(self, image: Picture, *, max_tiles: int | None = None) -> ImageEmbedding:
         """Run the vision encoder on an image. An image whose states are in memory or in the image cache is
         not computed again.
 
+        max_tiles: most tiles of the image; None: as the setting says
+
         Raises ImageError, RequestError for a model without a vision encoder, Aborted.
         """
-        return self._conversation.encode_image(image)
+        return self._conversation.encode_image(image, max_tiles=max_tiles)
 
     @property
     def _model_name(self) -> str:

@@ -186,6 +186,13 @@ class Settings:
         "Copy text weights to the layouts of ggml's special CPU kernels.",
         Option(("--repack/--no-repack",)),
     )
+    max_tiles: int | None = _setting(
+        None,
+        Whole(1, 64),
+        "Cut an image into at most N tiles; 1: the fastest, but small text gets lost.",
+        Option(("--max-tiles",), "N"),
+        none="as many as the model knows",
+    )
     allow_quantized_vision: bool = _setting(
         False,
         Switch(),

@@ -27,11 +27,13 @@ def measure(
     callbacks: Callbacks,
     n_ctx: int | None,
     n_tiles: Sequence[int] | None = None,
+    max_tiles: int | None = None,
     **settings: Any,
 ) -> tuple[Memory, HParams]:
     """What a model with a full context takes, in this process.
 
     n_tiles:  of each picture in the cache; None: one picture with all its tiles
+    max_tiles: most tiles of that picture; None: as many as the model knows
     settings: those of `local.open_model` and `Model.open_context`; without n_threads, as many as `Mllama`
     takes
 
@@ -46,7 +48,7 @@ def measure(
         context = model.open_context(callbacks, n_ctx=n_ctx, **context_settings)
         try:
             if n_tiles is None:
-                n_tiles = [h.max_tiles] if h.has_vision else []
+                n_tiles = [min(max_tiles or h.max_tiles, h.max_tiles)] if h.has_vision else []
             context.reserve(n_tiles)
             return context.memory(), h
         finally:

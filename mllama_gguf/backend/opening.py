@@ -60,7 +60,8 @@ class Backend:
         if self.settings.n_gpu_layers == "auto":
             h = self.model.hparams
             try:
-                context.reserve([h.max_tiles] if h.has_vision else [])
+                n_tiles = min(self.settings.max_tiles or h.max_tiles, h.max_tiles)
+                context.reserve([n_tiles] if h.has_vision else [])
             except BaseException:
                 context.close()
                 raise
@@ -109,6 +110,7 @@ def open_backend(
         rpc_timeout=settings.rpc_timeout,
         isolate=settings.isolate,
         n_ctx=settings.n_ctx,
+        max_tiles=settings.max_tiles,
         n_threads=settings.n_threads or 0,
         **for_model,
         **settings.for_context(),

@@ -80,6 +80,7 @@ def make_plan(
         isolate=chosen.isolate,
         n_ctx=chosen.n_ctx,
         n_tiles=n_tiles,
+        max_tiles=chosen.max_tiles,
         n_threads=chosen.n_threads or 0,
         **for_model,
         **chosen.for_context(),
@@ -90,7 +91,7 @@ def make_plan(
         if n_gpu_layers is None and offload_devices(devices, for_model):
             found |= {n: measure_one(n)[0] for n in range(1, h.n_layer + 2)}
     if n_tiles is None:
-        n_tiles = [h.max_tiles] if h.has_vision else []
+        n_tiles = [min(chosen.max_tiles or h.max_tiles, h.max_tiles)] if h.has_vision else []
     rows = tuple(Setting(n, m.devices, lacking(m, limits)) for n, m in found.items())
     return Plan(h.n_layer, chosen.context_length(h.n_ctx_train), tuple(n_tiles), limits, rows)
 

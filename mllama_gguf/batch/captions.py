@@ -94,15 +94,18 @@ class CaptionOptions:
         assert self._checked is not None
         return self._checked[1]
 
-    def prepare(self, image: ImageSource, shape: HParams) -> TiledImage:
-        """An image cut into tiles for a model of that shape. Raises ImageError, RequestError."""
-        return preprocess_image(
+    def prepare(self, image: ImageSource, shape: HParams, max_tiles: int) -> TiledImage:
+        """An image cut into at most so many tiles for a model of that shape. Raises ImageError,
+        RequestError."""
+        tiled = preprocess_image(
             image,
             tile_size=shape.image_size,
-            max_tiles=shape.max_tiles,
+            max_tiles=max_tiles,
+            model_tiles=shape.max_tiles,
             max_pixels=self.max_pixels,
             allow_truncated=self.allow_truncated,
         )
+        return tiled.for_model(shape.max_tiles)
 
     def messages(self, image: Picture, defaults: Defaults) -> list[dict[str, Any]]:
         """The conversation about an image, as `Mllama.reply` takes it. defaults: the model's."""
@@ -142,7 +145,7 @@ def begin_caption(model: Mllama, image: Picture, options: CaptionOptions) -> Rep
     """The caption of an image, which is still to be read: see `within`. Raises what `create_chat_completion`
     raises."""
     if not isinstance(image, (ImageEmbedding, TiledImage)) and model.hparams.has_vision:
-        image = options.prepare(image, model.hparams)
+        image = options.prepare(image, model.hparams, model.max_tiles)
     messages = options.messages(image, model.defaults)
     return model.reply(messages, options=options.reply_options(model.defaults))
 

@@ -161,6 +161,7 @@ class _Run:
             raise RequestError(
                 f"{self._model.model_path.name} is a text model without vision encoder; give mmproj_path"
             )
+        max_tiles = self._model.max_tiles
         self._by_content = dict(self._known_contents(pending))
 
         def prepare(path: str) -> Prepared:
@@ -171,7 +172,7 @@ class _Run:
                 raise
             if sha256 in self._by_content:
                 return Prepared(sha256, None)
-            tiles = self._options.prepare(path, shape)
+            tiles = self._options.prepare(path, shape, max_tiles)
             _ = tiles.sha256  # needed later; remembered
             return Prepared(sha256, tiles)
 

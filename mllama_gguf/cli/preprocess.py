@@ -56,7 +56,8 @@ PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
 @click.option(
     "--max-tiles",
     type=click.IntRange(1, MOST_TILES),
-    help=f"Most tiles for an image.  [default: the model's, or {MAX_TILES}]",
+    help=f"Cut an image into at most N tiles.  [default: the model's, or {MAX_TILES}]",
+    metavar="N",
 )
 @click.option(
     "-m",
@@ -112,7 +113,11 @@ def _run(
     used_names: set[str] = set()
     for index, image in enumerate(images):
         tiled = preprocess_image(
-            image, tile_size=tile_size or sizes[0], max_tiles=max_tiles or sizes[1], **limits
+            image,
+            tile_size=tile_size or sizes[0],
+            max_tiles=max_tiles or sizes[1],
+            model_tiles=sizes[1] if model else max(sizes[1], max_tiles or 0),
+            **limits,
         )
         if out is not None:
             write_output(out, partial(save_npy, values=tiled.pixels), overwrite)

@@ -154,6 +154,8 @@ class Answers(ABC):
           continue_final_message: True: the last message must be the assistant's; False: it is closed, and
                            another message of the assistant's begins
           chat_template_kwargs: variables for the chat template, such as {"date_string": "26 Jul 2024"}
+          max_tiles:       most tiles of an image; "detail": "low" of an image_url means 1, "high" and "auto"
+                           leave it to this option and the model
           stream_options:  {"include_usage": True}: usage comes in a chunk of its own, as OpenAI's
           Other parameters of OpenAI's are taken where they change nothing, and else refused by name.
 

@@ -123,16 +123,18 @@ class Conversation(OneProcess, Answers):
 
     # ---- images --------------------------------------------------------------------------------------------
 
-    def encode_image(self, image: Picture) -> ImageEmbedding:
+    def encode_image(self, image: Picture, *, max_tiles: int | None = None) -> ImageEmbedding:
         """Run the vision encoder on an image. An image whose states are in memory or in the image cache is
         not computed again; one that another thread computes now is waited for.
+
+        max_tiles: most tiles of the image; None: as the setting says
 
         Raises ImageError, RequestError for a model without a vision encoder, Aborted.
         """
         with self.exclusive(changes=False):
             images = self._shared.images
             return images.embed(
-                images.prepare(image), self.context, self._callbacks.on_abort, fresh=self._taps > 0
+                images.prepare(image, max_tiles), self.context, self._callbacks.on_abort, fresh=self._taps > 0
             )
 
     def prepare_image(self, image: Picture) -> TiledImage | ImageEmbedding:
@@ -181,7 +183,7 @@ class Conversation(OneProcess, Answers):
         tokens = self._tokenize_prompt(prompt.pieces)
         if tokens.count(self.context.hparams.image_token_id) != len(prompt.images):
             raise RequestError("the chat template does not give every picture one image token")
-        return tokens, prompt.images
+        return tokens, tuple(map(options.limited, prompt.images, prompt.details))
 
     def reply_to(self, tokens: Sequence[int], images: Sequence[Picture], options: ReplyOptions) -> Reply:
         """The reply to a prompt.

@@ -12,6 +12,7 @@ from ..text.grammar import grammar_of
 from ..text.sampling import SamplingOptions
 from ..text.stream import stop_list
 from ..text.tools import Tools, read_tools
+from ..vision.embedding import LimitedImage, Picture
 from ..words import brief
 
 _SAMPLING = {one.name: one.default for one in fields(SamplingOptions) if one.name != "grammar"}
@@ -27,6 +28,7 @@ DEFAULTS: Mapping[str, Any] = {
     "parallel_tool_calls": None,
     "continue_final_message": None,
     "chat_template_kwargs": None,
+    "max_tiles": None,
 }
 
 
@@ -34,11 +36,18 @@ DEFAULTS: Mapping[str, Any] = {
 class PromptOptions:
     """tools:          that the assistant may call
     continue_final: whether the reply goes on with the last message, the assistant's; None: if it is
-    variables:      for the chat template"""
+    variables:      for the chat template
+    max_tiles:      most tiles of an image; None: as the model's setting says"""
 
     tools: Tools = field(default_factory=Tools)
     continue_final: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    max_tiles: int | None = None
+
+    def limited(self, image: Any, detail: str) -> Picture:
+        """An image of a message with its limit, if it has one. detail: "low": one tile"""
+        most = 1 if detail == "low" else self.max_tiles
+        return image if most is None else LimitedImage(image, most)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class ReplyOptions:
             tools,
             checked("continue_final_message", Switch(), given["continue_final_message"], or_none=True),
             _variables(given["chat_template_kwargs"]),
+            checked("max_tiles", Whole(1), given["max_tiles"], or_none=True),
         )
         return cls(max_tokens, sampling, stop_list(given["stop"]), prompt)
 

@@ -60,8 +60,19 @@ class ImageEmbedding:
         return f"ImageEmbedding({shape}, aspect_ratio_id={self.aspect_ratio_id}, key={self.key[:12]})"
 
 
+@dataclass(frozen=True)
+class LimitedImage:
+    """An image with a limit of its own.
+
+    max_tiles: most tiles that it may have
+    """
+
+    image: ImageSource | TiledImage | ImageEmbedding
+    max_tiles: int
+
+
 # A picture wherever one is taken.
-Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding"
+Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding | LimitedImage"
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,10 +48,13 @@ class ImageEncoder(OneProcess):
         # A cache of tokens cannot be left out, but be as small as can be.
         self._context = backend.open_encoder(callbacks, n_threads)
 
-    def encode(self, image: Picture, stop: Callable[[], bool] = lambda: False) -> ImageEmbedding:
+    def encode(
+        self, image: Picture, stop: Callable[[], bool] = lambda: False, *, max_tiles: int | None = None
+    ) -> ImageEmbedding:
         """As `Mllama.encode_image`, without its progress.
 
-        stop: asked now and then; True: stop this image with Aborted
+        stop:      asked now and then; True: stop this image with Aborted
+        max_tiles: most tiles of the image; None: as the setting says
 
         Raises what `Mllama.encode_image` raises; Aborted after `stop` too.
         """
@@ -59,7 +62,7 @@ class ImageEncoder(OneProcess):
         with self._lock:
             if self.stopped:
                 raise Aborted("this image encoder was stopped")
-            prepared = self._images.prepare(image)
+            prepared = self._images.prepare(image, max_tiles)
             self._is_enough = stop
             try:
                 return self._images.embed(prepared, self._context, self._callbacks.on_abort)

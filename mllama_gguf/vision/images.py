@@ -12,9 +12,10 @@ from ..backend.base import Context
 from ..backend.types import HParams
 from ..cache.disk import ImageCache
 from ..cache.keys import Keys
+from ..checks import Whole, checked
 from ..errors import Aborted, ImageError, RequestError
 from ..handles import OneProcess
-from .embedding import EmbeddingStore, Encoding, ImageEmbedding, Picture
+from .embedding import EmbeddingStore, Encoding, ImageEmbedding, LimitedImage, Picture
 from .preprocess import TiledImage, preprocess_image
 
 # One four-tile image of the 11B model takes 105 MB.
@@ -34,9 +35,13 @@ class Images(OneProcess):
              computation
     """
 
-    def __init__(self, hparams: HParams, name: str, keys: Keys, disk: ImageCache | None) -> None:
-        """name: of the model, for errors; disk: where results are kept; None: in memory only."""
+    def __init__(
+        self, hparams: HParams, name: str, keys: Keys, disk: ImageCache | None, max_tiles: int | None = None
+    ) -> None:
+        """name: of the model, for errors; disk: where results are kept; None: in memory only; max_tiles: most
+        tiles of an image that has no limit of its own; None: as many as the model knows."""
         self._hparams = hparams
+        self._max_tiles = max_tiles
         self._name = name
         self._keys = keys
         self._disk = disk
@@ -50,10 +55,27 @@ class Images(OneProcess):
         if not self._hparams.has_vision:
             raise RequestError(f"{self._name} is a text model without vision encoder; give mmproj_path")
 
-    def prepare(self, image: Picture) -> TiledImage | ImageEmbedding:
-        """Decode and check an image, without the costly part. Raises ImageError, RequestError."""
+    def prepare(self, image: Picture, max_tiles: int | None = None) -> TiledImage | ImageEmbedding:
+        """Decode and check an image, without the costly part.
+
+        max_tiles: most tiles that it may have; None: as the model's setting says
+
+        Raises ImageError, RequestError.
+        """
         h = self._hparams
         self.check_vision()
+        most = checked("max_tiles", Whole(1), max_tiles, or_none=True)
+        if isinstance(image, LimitedImage):
+            most = min(most or image.max_tiles, image.max_tiles)
+            image = image.image
+        if not isinstance(image, (TiledImage, ImageEmbedding)):
+            tiled = preprocess_image(
+                image,
+                tile_size=h.image_size,
+                max_tiles=most or self._max_tiles or h.max_tiles,
+                model_tiles=h.max_tiles,
+            )
+            return tiled.for_model(h.max_tiles)
         if isinstance(image, ImageEmbedding):
             wanted = (h.n_positions, h.n_embd)
             if image.states.shape[1:] != wanted or image.n_tiles > h.max_tiles:
@@ -61,15 +83,16 @@ class Images(OneProcess):
                     f"ImageEmbedding of another model: states {list(image.states.shape)}; this model's are "
                     f"[1 to {h.max_tiles}, {h.n_positions}, {h.n_embd}]"
                 )
-            return image
-        if not isinstance(image, TiledImage):
-            return preprocess_image(image, tile_size=h.image_size, max_tiles=h.max_tiles)
-        if (image.tile_size, image.max_tiles) != (h.image_size, h.max_tiles):
+        elif image.tile_size != h.image_size or image.n_tiles > h.max_tiles:
             raise ImageError(
-                f"TiledImage of {image.max_tiles} tiles of {image.tile_size} pixels; this model takes "
-                f"{h.max_tiles} of {h.image_size}"
+                f"TiledImage of {image.n_tiles} tiles of {image.tile_size} pixels; this model takes "
+                f"at most {h.max_tiles} of {h.image_size}"
             )
-        return image
+        if most is not None and image.n_tiles > most:
+            raise ImageError(
+                f"{type(image).__name__} of {image.n_tiles} tiles, but max_tiles is {most}; give the picture"
+            )
+        return image.for_model(h.max_tiles) if isinstance(image, TiledImage) else image
 
     def embed(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -39,11 +39,12 @@ class TiledImage:
     pixels:          float32 [max_tiles, 3, tile_size, tile_size], normalised RGB, read-only; tile i is the
                      square in row i // columns, column i % columns; tiles from n_tiles on are all zero
     rows, columns:   the tile grid
-    aspect_ratio_id: 1 + index of (rows, columns) in supported_grids(max_tiles); 0 is kept for "no image"
+    aspect_ratio_id: 1 + index of (rows, columns) in the supported_grids of the model; 0 is kept for
+                     "no image"
     image_size:      (width, height) of the picture, oriented, before anything else
     resized_size:    (width, height) after the resize; the rest of the canvas is black, right and below
     tile_size:       side of a tile in pixels
-    max_tiles:       tiles that the model has room for
+    max_tiles:       most tiles that the picture may have
     """
 
     pixels: npt.NDArray[np.float32]
@@ -81,6 +82,16 @@ class TiledImage:
         values = np.rint((self.pixels[index] * std + mean) * 255).astype(np.uint8)
         return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))
 
+    def for_model(self, max_tiles: int) -> TiledImage:
+        """The same picture for a model with room for so many tiles, which must be enough."""
+        grid = supported_grids(max_tiles).index((self.rows, self.columns)) + 1
+        if (self.max_tiles, self.aspect_ratio_id) == (max_tiles, grid):
+            return self
+        pixels = np.zeros((max_tiles, *self.pixels.shape[1:]), np.float32)
+        pixels[: self.n_tiles] = self.pixels[: self.n_tiles]
+        pixels.flags.writeable = False
+        return replace(self, pixels=pixels, aspect_ratio_id=grid, max_tiles=max_tiles)
+
     def __repr__(self) -> str:
         (w, h), (rw, rh) = self.image_size, self.resized_size
         return f"TiledImage({w}x{h} -> {rw}x{rh} in {self.rows}x{self.columns} tiles of {self.tile_size})"
@@ -91,20 +102,26 @@ def preprocess_image(
     *,
     tile_size: int = TILE_SIZE,
     max_tiles: int = MAX_TILES,
+    model_tiles: int | None = None,
     max_pixels: int | None = None,
     allow_truncated: bool = False,
 ) -> TiledImage:
     """Cut a picture into normalised tiles.
 
-    image:     anything that `load_image` takes
-    tile_size: side of a tile in pixels (the model's vision.image_size)
-    max_tiles: most tiles a picture may have (the model's vision.max_num_tiles)
+    image:       anything that `load_image` takes
+    tile_size:   side of a tile in pixels (the model's vision.image_size)
+    max_tiles:   most tiles this picture may have
+    model_tiles: most tiles that the model knows (its vision.max_num_tiles): its numbers of tile grids depend
+                 on it; None: max_tiles
     max_pixels, allow_truncated: as in `load_image`
 
-    Raises ImageError for a picture that cannot be used, RequestError for a tile_size or max_tiles below 1.
+    Raises ImageError for a picture that cannot be used, RequestError for a tile_size, max_tiles or
+    model_tiles below 1.
     """
     tile_size = checked("tile_size", Whole(1), tile_size)
     max_tiles = checked("max_tiles", Whole(1), max_tiles)
+    model_tiles = checked("model_tiles", Whole(1), model_tiles, or_none=True) or max_tiles
+    max_tiles = min(max_tiles, model_tiles)
     picture = load_image(image, max_pixels=max_pixels, allow_truncated=allow_truncated)
 
     width, height = picture.size
@@ -133,7 +150,7 @@ def preprocess_image(
         pixels=pixels,
         rows=rows,
         columns=columns,
-        aspect_ratio_id=supported_grids(max_tiles).index((rows, columns)) + 1,
+        aspect_ratio_id=supported_grids(model_tiles).index((rows, columns)) + 1,
         image_size=(width, height),
         resized_size=resized_size,
         tile_size=tile_size,

@@ -144,3 +144,28 @@ def test_exif_as_the_library_of_the_reference_applies_it() -> None:
         wanted = reference_load_image(Image.open(file))
         assert load_image(file.getvalue()).tobytes() == wanted.tobytes()
         check(file, wanted, 56, 4)
+
+
+@pytest.mark.parametrize("max_tiles", [1, 2, 3])
+def test_fewer_tiles_than_the_model_knows(max_tiles: int) -> None:
+    """The pixels of a processor for fewer tiles, with the number that the model of four gives to the grid."""
+    four = MllamaImageProcessor(max_image_tiles=4)
+    processor = MllamaImageProcessor(
+        size={"height": 28, "width": 28},
+        max_image_tiles=max_tiles,
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+    )
+    rng = random.Random(max_tiles)
+    seen = set()
+    for seed in range(60):
+        width, height = random_size(rng)
+        picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+        wanted = processor(Image.fromarray(picture))
+        tiled = preprocess_image(picture, tile_size=28, max_tiles=max_tiles, model_tiles=4)
+        assert wanted["pixel_values"][0, 0].tobytes() == tiled.pixels.tobytes()
+        # A picture of just that shape, for the model of four.
+        exact = Image.new("RGB", (tiled.columns * 560, tiled.rows * 560))
+        assert tiled.aspect_ratio_id == four(exact)["aspect_ratio_ids"][0, 0]
+        seen.add(tiled.aspect_ratio_id)
+    assert len(seen) == {1: 1, 2: 3, 3: 5}[max_tiles]

@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess_cases import GRID_SIZES, MODES, golden_cases, make_picture, pattern
+from preprocess_cases import GOLDEN, GRID_SIZES, MODES, golden_cases, golden_hash, make_picture, pattern
 
 from mllama_gguf.cli.preprocess import preprocess_command
 from mllama_gguf.errors import ImageError, MllamaError
@@ -40,8 +39,6 @@ from mllama_gguf.vision.preprocess import (
     preprocess_image,
     supported_grids,
 )
-
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "preprocess.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -93,19 +90,6 @@ def test_golden_file_holds_every_case() -> None:
     assert {
         c["aspect_ratio_id"] for c in GOLDEN["cases"] if c["max_tiles"] == 4 and c["tile_size"] == 560
     } == set(range(1, 9))
-
-
-def golden_hash(case: dict[str, Any]) -> str:
-    """The hash for the installed Pillow: that of the newest Pillow in the file which is not newer."""
-
-    def version(text: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in text.split(".")[:2])
-
-    if isinstance(case["sha256"], str):
-        return case["sha256"]
-    index = sum(version(p) <= version(PIL.__version__) for p in GOLDEN["made"]["pillow"]) - 1
-    hashes: list[str] = case["sha256"]
-    return hashes[max(index, 0)]
 
 
 @pytest.mark.parametrize(
