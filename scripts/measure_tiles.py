@@ -22,7 +22,9 @@ from mllama_gguf import Mllama  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", default="demo")
-    parser.add_argument("--image", default=str(ROOT / "examples" / "wide.png"), help="one that fills all tiles")
+    parser.add_argument(
+        "--image", default=str(ROOT / "examples" / "wide.png"), help="one that fills all tiles"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--max-tokens", type=int, default=16)
