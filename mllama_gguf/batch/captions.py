@@ -22,7 +22,7 @@ from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..text.grammar import grammar_of, json_schema
-from ..vision.embedding import ImageEmbedding, Picture
+from ..vision.embedding import ImageEmbedding, LimitedImage, Picture
 from ..vision.loading import ImageSource
 from ..vision.preprocess import TiledImage, preprocess_image
 from ..words import one_line
@@ -144,7 +144,7 @@ class Caption:
 def begin_caption(model: Mllama, image: Picture, options: CaptionOptions) -> Reply:
     """The caption of an image, which is still to be read: see `within`. Raises what `create_chat_completion`
     raises."""
-    if not isinstance(image, (ImageEmbedding, TiledImage)) and model.hparams.has_vision:
+    if not isinstance(image, (ImageEmbedding, TiledImage, LimitedImage)) and model.hparams.has_vision:
         image = options.prepare(image, model.hparams, model.max_tiles)
     messages = options.messages(image, model.defaults)
     return model.reply(messages, options=options.reply_options(model.defaults))
