@@ -38,8 +38,8 @@ def plan_command(model_argument: str | None, budget: str | None, as_json: bool, 
     """Show the memory that each number of offloaded layers needs on each device, and the largest that fits.
 
     MODEL is a path or a name, as -m takes. Nothing is loaded: ggml lays everything out for a full context and
-    one picture of all tiles. Peak is what a device needs at one time; mapped weights are pages of the file
-    and come on top. -ngl shows that number alone.
+    one picture of all tiles that it may have. Peak is what a device needs at one time; mapped weights are
+    pages of the file and come on top. -ngl shows that number alone.
     """
     from ..backend.plan import make_plan
 

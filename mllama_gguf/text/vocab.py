@@ -41,7 +41,7 @@ class Vocab(OneProcess):
 
         self._llama = llama
         self.path = Path(path)
-        self.metadata, self.special = _read_keys(self.path)
+        self.metadata, tokens, special = _read_keys(self.path)
 
         params = llama.llama_model_default_params()
         params.vocab_only = True
@@ -67,6 +67,9 @@ class Vocab(OneProcess):
         self.stop_ids = frozenset(int(i) for i in named if 0 <= i < self.n_tokens) | frozenset(
             i for i in range(self.n_tokens) if llama.llama_vocab_is_eog(pointer, i)
         )
+        # llama.cpp takes some for special by their names, whatever the file says. All of these begin so.
+        named_so = (i for i, token in enumerate(tokens[: self.n_tokens]) if token[:1] in ("<", "_", "["))
+        self.special = special | {tokens[i] for i in named_so if llama.llama_vocab_is_control(pointer, i)}
         if not self.stop_ids:
             raise ModelError(
                 f"{path}: the vocabulary names no end-of-turn token (tokenizer.ggml.eos_token_id)"
@@ -129,9 +132,9 @@ class Vocab(OneProcess):
         return sum(t == token for t in tokens)
 
 
-def _read_keys(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
-    """The keys of a file whose token table llama.cpp can load, and its special tokens: llama.cpp ends the
-    process over some of what is checked here."""
+def _read_keys(path: Path) -> tuple[dict[str, Any], list[str], frozenset[str]]:
+    """The keys of a file whose token table llama.cpp can load, its tokens, and those that it calls special.
+    llama.cpp ends the process over some of what is checked here."""
     keys = read_gguf(path, whole=("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")).keys
     kinds = keys.pop("tokenizer.ggml.token_type", None)
     model, tokens = keys.get("tokenizer.ggml.model"), keys.pop("tokenizer.ggml.tokens", None)
@@ -146,7 +149,5 @@ def _read_keys(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
     bos = keys.get("tokenizer.ggml.bos_token_id")
     if bos is not None and not (isinstance(bos, int) and 0 <= bos < len(tokens)):
         raise ModelError(f"{path}: tokenizer.ggml.bos_token_id is {bos!r}, of {len(tokens)} tokens")
-    kinds = kinds if isinstance(kinds, list) else []
-    return keys, frozenset(
-        token for token, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL_KINDS
-    )
+    named = zip(tokens, kinds if isinstance(kinds, list) else [], strict=False)
+    return keys, tokens, frozenset(token for token, kind in named if kind in _SPECIAL_KINDS)

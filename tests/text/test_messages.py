@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import random
+import struct
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,6 +362,21 @@ class TestSpecialTokens:
             for piece in joined.split("\ufdd0"):
                 assert not control & set(vocab.tokenize(piece, add_bos=False)), (words, piece)
         assert met > 300
+
+    def test_tokens_that_llama_cpp_takes_for_special(
+        self, tiny_files: Callable[[str], TinyFiles], tmp_path: Path
+    ) -> None:
+        """The file calls it an ordinary token."""
+        data = tiny_files("gqa").text.read_bytes()
+        old, new = (struct.pack("<Q", 5) + name for name in ("Ġima".encode(), b"<EOT>"))
+        assert data.count(old) == 1
+        path = tmp_path / "renamed.gguf"
+        path.write_bytes(data.replace(old, new))
+        vocab = Vocab(path)
+        assert "<EOT>" in vocab.special
+        (token,) = vocab.tokenize("<EOT>", add_bos=False)
+        for piece in Guard(vocab.special).text("a <EOT>").split("\ufdd0"):
+            assert token not in vocab.tokenize(piece, add_bos=False)
 
     def test_values_that_json_does_not_have(self) -> None:
         deep: Any = "x"
