@@ -100,6 +100,11 @@ def tool_calls(reply: Reply, text: str, tools: Tools) -> list[dict[str, Any]]:
     """
     if not tools.names or reply.finish_reason != "stop":
         return []
+    return shown_calls(text, tools)
+
+
+def shown_calls(text: str, tools: Tools) -> list[dict[str, Any]]:
+    """The calls that the text of a reply which has ended consists of, as `tool_calls`."""
     calls = find_calls(text, tools.names)
     return [
         {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..decode.options import ReplyOptions
+from ..decode.options import PromptOptions, ReplyOptions
 from ..decode.reply import Reply
 from ..errors import ContextFullError
 from ..vision.embedding import Picture
@@ -67,7 +67,7 @@ def answer(ask: Ask) -> Callable[[Loaded, Job], Generator[Event, None, None]]:
 
     def work(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
         options = _options(ask, loaded)
-        tokens, images = _prompt(ask, loaded)
+        tokens, images = _prompt(ask, loaded, options)
         room = _room(ask, loaded, len(tokens))
         if options.max_tokens is None or options.max_tokens > room:
             options = replace(options, max_tokens=room)
@@ -117,16 +117,16 @@ def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def _prompt(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
+def _prompt(ask: Ask, loaded: Loaded, options: ReplyOptions) -> tuple[list[int], list[Picture]]:
     """The tokens of a prompt and its images, decoded. Raises RequestError, ImageError, ContextFullError."""
     if ask.raw is not None:
         tokens = loaded.model.tokenize(ask.raw, add_bos=not ask.context)
-        images = [_decoded(data, ask, loaded) for data in ask.images]
+        images = [_prepared(data, ask, loaded) for data in ask.images]
         n_marks = tokens.count(loaded.model.image_token_id)
         if n_marks != len(images):
             raise Refused(400, f"the prompt has {n_marks} image tokens for {len(images)} pictures")
     else:
-        tokens, images = _chat(ask, loaded)
+        tokens, images = _chat(ask, loaded, options.prompt)
     if ask.context:
         before, known = unpack(loaded, ask.context)
         bos = loaded.model.tokenize("", add_bos=True)
@@ -136,27 +136,20 @@ def _prompt(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
     return tokens, images
 
 
-def _chat(ask: Ask, loaded: Loaded) -> tuple[list[int], list[Picture]]:
+def _chat(ask: Ask, loaded: Loaded, options: PromptOptions) -> tuple[list[int], list[Picture]]:
     """A conversation, without its oldest messages if it is too long and that is allowed."""
     messages = list(ask.messages)
     if not ask.context:
         messages = list(loaded.model.defaults.precede(messages))
+    messages = [_decoded(message, ask, loaded) for message in messages]
     n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length) - len(ask.context)
     while True:
-        tokens, images = _tokens(loaded, messages)
+        tokens, images = loaded.conversation.prompt(messages, options)
         dropped = _oldest(messages) if ask.truncate and len(tokens) >= n_ctx else None
         if dropped is None:
-            break
+            return tokens, list(images)
         logger.info("the conversation has %d tokens of %d: an old message is left out", len(tokens), n_ctx)
         del messages[dropped]
-    return tokens, [_decoded(image, ask, loaded) for image in images]
-
-
-def _decoded(image: Picture, ask: Ask, loaded: Loaded) -> Picture:
-    """An image whose file is decoded, with the limits of requests, and cut into tiles."""
-    return loaded.conversation.prepare_image(
-        to_pixels(image, ask.limits) if isinstance(image, bytes) else image
-    )
 
 
 def _oldest(messages: Messages) -> int | None:
@@ -167,11 +160,18 @@ def _oldest(messages: Messages) -> int | None:
     return next((i for i in range(last) if messages[i]["role"] != "system"), None)
 
 
-def _tokens(loaded: Loaded, messages: Messages) -> tuple[list[int], tuple[Picture, ...]]:
-    """A last message of the assistant is continued."""
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        return loaded.conversation.prompt(messages)
-    tokens, images = loaded.conversation.prompt(messages[:-1])
-    content = messages[-1]["content"]
-    begun = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    return [*tokens, *loaded.model.tokenize(begun, add_bos=False, special=False)], images
+def _decoded(message: Mapping[str, Any], ask: Ask, loaded: Loaded) -> Mapping[str, Any]:
+    """A message whose pictures are decoded and cut into tiles: a few megabytes, however large they were."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {**part, "image": _prepared(part["image"], ask, loaded)} if part["type"] == "image" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _prepared(image: Picture, ask: Ask, loaded: Loaded) -> Picture:
+    """An image as tiles. Files are decoded within the limits of requests. Raises ImageError, RequestError."""
+    pixels = to_pixels(image, ask.limits) if isinstance(image, bytes) else image
+    return loaded.conversation.prepare_image(pixels)

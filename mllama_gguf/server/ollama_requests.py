@@ -208,7 +208,8 @@ def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]
     counted[0] += len(given or [])
     _check_number(counted[0], limits)
     images = [_image(image, f"{where}.images[{i}]", limits) for i, image in enumerate(given or [])]
-    return {"role": role.lower(), "content": _parts(content or "", images)}
+    told = {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+    return {**told, "role": role.lower(), "content": _parts(content or "", images)}
 
 
 def _check_number(n_images: int, limits: PictureLimits) -> None:
@@ -269,7 +270,7 @@ def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of one role that follow each other are one, with an empty line between them."""
     found: list[dict[str, Any]] = []
     for message in messages:
-        if found and found[-1]["role"] == message["role"]:
+        if found and found[-1]["role"] == message["role"] != "tool" and "tool_calls" not in found[-1]:
             found[-1]["content"] = [*found[-1]["content"], _text("\n\n"), *message["content"]]
         else:
             found.append(message)

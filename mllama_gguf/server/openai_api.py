@@ -58,7 +58,7 @@ def _computed(
         )
         body = {}  # its pictures are in the wish
         card = await service.find(wish.model)
-        writer = CompletionWriter(wish.model, kind, usage=wish.usage)
+        writer = CompletionWriter(wish.model, kind, usage=wish.usage, tools=wish.tools)
         return service.computed(request, card, wish.ask, writer, stream=wish.stream)
 
     return route

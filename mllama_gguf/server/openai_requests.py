@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..decode.openai import MAX_REPLIES, is_known, plain_options
+from ..text.messages import ROLES
+from ..text.tools import Tools, read_tools
 from ..words import brief, show_name
 from . import fields
 from .asking import Ask
@@ -21,16 +23,18 @@ DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "mi
 # Fields that are read here and are no options.
 _OWN = frozenset(("messages", "n", "stream", "stream_options"))
 _GRAMMARS = ("gbnf", "lark")
+_OF_MESSAGES = ("name", "tool_calls", "tool_call_id", "function_call", "audio")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A request. usage: whether a stream ends with a chunk that tells it."""
+    """A request. usage: whether a stream ends with a chunk that tells it; tools: that may be called."""
 
     model: str
     ask: Ask
     stream: bool
     usage: bool
+    tools: Tools = field(default_factory=Tools)
 
 
 def chat(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
@@ -43,14 +47,16 @@ def chat(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) ->
     messages = [_message(i, message, limits, counted) for i, message in enumerate(given)]
     n = fields.whole(body, "n", 1, MAX_REPLIES)
     stream = fields.flag(body, "stream")
+    options = _options(body, allow_gbnf)
+    tools = read_tools(*(options.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")))
     ask = Ask(
         messages=messages,
-        options=_options(body, allow_gbnf),
+        options=options,
         fallback=DEFAULTS,
         n=1 if n is None else n,
         limits=limits,
     )
-    return Wish(model, ask, stream, stream and wants_usage(body))
+    return Wish(model, ask, stream, stream and wants_usage(body), tools)
 
 
 def completion(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
@@ -114,20 +120,21 @@ def _options(body: Mapping[str, Any], allow_gbnf: bool) -> dict[str, Any]:
 
 
 def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]) -> dict[str, Any]:
+    """A message as the package takes it. Its own fields are checked there."""
     where = f"messages[{index}]"
     if not isinstance(message, dict):
         raise fields.wrong(where, "an object", message)
     role = message.get("role")
     if not isinstance(role, str):
         raise fields.wrong(f"{where}.role", "a string", role)
-    role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant", "tool"):
+    if role not in ROLES:
         raise Refused(400, f"{where}.role {brief(role)} is not known", "invalid_value", f"{where}.role")
+    given = {name: message[name] for name in _OF_MESSAGES if message.get(name) is not None}
     content = message.get("content")
     if content is None:
         content = ""
     if isinstance(content, str):
-        return {"role": role, "content": [{"type": "text", "text": content}]}
+        return {**given, "role": role, "content": content}
     if not isinstance(content, list):
         raise fields.wrong(f"{where}.content", "a string or a list of parts", content)
     parts = [
@@ -135,7 +142,7 @@ def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]
         for i, one in enumerate(content)
         for part in content_part(one, f"{where}.content[{i}]", limits, counted)
     ]
-    return {"role": role, "content": parts}
+    return {**given, "role": role, "content": parts}
 
 
 def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int]) -> list[dict[str, Any]]:

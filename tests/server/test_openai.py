@@ -264,3 +264,80 @@ def test_responses_are_not_kept(served: Running) -> None:
         assert answer.status_code == 400, more
         assert answer.json()["error"]["type"] == "invalid_request_error"
     assert served.get("/v1/responses/resp_1").status_code == 404
+
+
+# ---- tools -------------------------------------------------------------------------------------------------
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "description": "Paint something.",
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": {"enum": ["red", "blue"]}},
+            "required": ["colour"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_a_tool_is_called(served: Running) -> None:
+    body = ask(tools=[TOOL], tool_choice="required", max_tokens=100)
+    (choice,) = served.post(CHAT, body).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    (call,) = choice["message"]["tool_calls"]
+    assert call["type"] == "function" and call["function"]["name"] == "paint"
+    assert json.loads(call["function"]["arguments"])["colour"] in ("red", "blue")
+    chunks = served.events(CHAT, {**body, "stream": True})
+    deltas = [one["choices"][0]["delta"] for one in chunks]
+    (told,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert told[0]["index"] == 0 and told[0]["function"] == call["function"]
+    assert not any(delta.get("content") for delta in deltas)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    talk = [
+        *body["messages"],
+        {"role": "assistant", "content": None, "tool_calls": choice["message"]["tool_calls"]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "painted"},
+    ]
+    found = served.post(CHAT, ask(messages=talk, tools=[TOOL], tool_choice="none"))
+    assert found.status_code == 200, found.text
+
+
+def test_a_tool_that_is_not_called(served: Running, expected: Callable[..., str]) -> None:
+    talk = [{"role": "user", "content": "hello"}]
+    plain = served.post(CHAT, ask(messages=talk, tools=[TOOL])).json()["choices"][0]
+    told = served.events(CHAT, ask(messages=talk, tools=[TOOL], stream=True))
+    text = "".join(one["choices"][0]["delta"].get("content", "") for one in told)
+    assert text == (plain["message"]["content"] or "")
+    assert served.post(CHAT, ask(tools=[TOOL, TOOL])).status_code == 400
+    assert served.post(CHAT, ask(tools=[{"type": "function"}])).status_code == 400
+    assert served.post(CHAT, ask(tool_choice="required")).status_code == 400
+
+
+def test_held_text_is_shown_when_it_is_no_call() -> None:
+    from mllama_gguf import Stats
+    from mllama_gguf.server.jobs import Done, Ended, Piece
+    from mllama_gguf.server.openai_replies import CompletionWriter
+    from mllama_gguf.text.tools import read_tools
+
+    def said(texts: list[str], tools: Any) -> tuple[list[Any], Any]:
+        events: list[Any] = [Piece(text) for text in texts]
+        events += [Ended(Stats("stop", 3, 0, 2)), Done(0.0, 0.0)]
+        streamed = CompletionWriter("m", "chat", usage=False, tools=read_tools(tools))
+        frames = b"".join(frame for event in events for frame in streamed.frames(event))
+        chunks = [json.loads(one[6:]) for one in frames.decode().split("\n\n") if one.startswith("data: {")]
+        whole = CompletionWriter("m", "chat", usage=False, tools=read_tools(tools)).whole(events)
+        return [one["choices"][0]["delta"] for one in chunks], whole["choices"][0]["message"]
+
+    deltas, message = said([" ", "{", '"x', '": 1}'], [TOOL])
+    assert [delta for delta in deltas if delta.get("content")] == [{"content": ' {"x": 1}'}]
+    assert message["content"] == ' {"x": 1}'
+    deltas, _ = said(["no", " {", "x"], [TOOL])
+    assert [delta["content"] for delta in deltas if delta.get("content")] == ["no", " {", "x"]
+    call = '{"name": "paint", "parameters": {"colour": "red"}}'
+    deltas, message = said([call[:9], call[9:]], [TOOL])
+    assert deltas[1]["tool_calls"][0]["function"]["name"] == "paint" and message["content"] is None
+    deltas, message = said([call], None)
+    assert message["content"] == call
