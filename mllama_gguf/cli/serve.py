@@ -32,7 +32,9 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     "  mllama serve --host 0.0.0.0 --api-key-file keys.txt",
 )
 @click.option("--host", metavar="ADDRESS", help="Listen here.  [default: $OLLAMA_HOST or 127.0.0.1]")
-@click.option("--port", metavar="N", type=click.IntRange(0, 65535), help="Port; 0: any.  [default: 11434]")
+@click.option(
+    "--port", metavar="N", type=click.IntRange(0, 65535), help="Use this port; 0: any.  [default: 11434]"
+)
 @click.option(
     "--api-key",
     metavar="KEY",
@@ -42,7 +44,7 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
 )
 @click.option("--api-key-file", metavar="FILE", help="Answer only with one of the keys in FILE, one a line.")
 @click.option("--no-auth", is_flag=True, help="Let other machines in without a key.")
-@click.option("--allow-host", metavar="NAME", multiple=True, help="Another name of this server.")
+@click.option("--allow-host", metavar="NAME", multiple=True, help="Answer to this name of the server too.")
 @click.option(
     "--allow-origin", metavar="ORIGIN", multiple=True, help="Let web pages of ORIGIN ask. [$OLLAMA_ORIGINS]"
 )
@@ -51,21 +53,28 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     metavar="TIME",
     help="Unload a model that was not used for TIME: 5m, 24h, 0, -1: never.  [default: 5m]",
 )
-@click.option("--max-queue", metavar="N", type=click.IntRange(1), help="Waiting requests.  [default: 512]")
 @click.option(
-    "--max-models", metavar="N", type=click.IntRange(1), help="Models in memory at a time.  [default: 3]"
+    "--max-queue", metavar="N", type=click.IntRange(1), help="Let at most N requests wait.  [default: 512]"
 )
 @click.option(
-    "--memory", metavar="SIZE", help="Memory that models may take.  [default: 90 % of this machine's]"
+    "--max-models", metavar="N", type=click.IntRange(1), help="Keep at most N models in memory.  [default: 3]"
+)
+@click.option(
+    "--memory", metavar="SIZE", help="Let models take SIZE of memory.  [default: 90 % of this machine's]"
 )
 @click.option(
     "--max-image-pixels",
     metavar="N",
     type=click.IntRange(1),
-    help="Most pixels of a picture.  [default: 64 million]",
+    help="Refuse pictures of more than N pixels.  [default: 64 million]",
 )
 @click.option("--more-image-formats", is_flag=True, help="Take JPEG 2000, AVIF, HEIF, ICO and PPM too.")
-@click.option("--allow-image-host", metavar="HOST", multiple=True, help="Fetch pictures from https://HOST.")
+@click.option(
+    "--allow-image-host",
+    metavar="HOST",
+    multiple=True,
+    help="Fetch pictures that requests name from https://HOST, or http://HOST.",
+)
 @click.option(
     "--allow-pull", is_flag=True, help="Let requests fetch models of models.lock and Ollama's library."
 )
@@ -84,10 +93,10 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     type=click.FloatRange(min=0),
     default=10.0,
     show_default=True,
-    help="Time for the running reply after SIGTERM.",
+    help="After SIGTERM, give the running reply SECONDS.",
 )
 @click.option(
-    "--ollama-version", metavar="VERSION", help="Version that /api/version tells.  [default: 0.24.0]"
+    "--ollama-version", metavar="VERSION", help="Tell programs this version of Ollama.  [default: 0.24.0]"
 )
 @click.option(
     "--isolate", is_flag=True, help="Compute in a child process, whose crash is one failed request."
@@ -171,7 +180,7 @@ def _server_settings(from_ollama: dict[str, Any], options: dict[str, Any]) -> Se
             raise RequestError("--ollama-version: programs read it as numbers with dots, as in 0.24.0")
         chosen["version"] = options["ollama_version"]
     chosen["origins"] = (*chosen.get("origins", ()), *options["allow_origin"])
-    pictures = PictureLimits(any_kind=options["more_image_formats"])
+    pictures = PictureLimits(any_kind=options["more_image_formats"], hosts=options["allow_image_host"])
     if options["max_image_pixels"] is not None:
         pictures = replace(pictures, pixels=options["max_image_pixels"])
     settings = ServerSettings(
@@ -182,7 +191,6 @@ def _server_settings(from_ollama: dict[str, Any], options: dict[str, Any]) -> Se
         grace=options["shutdown_grace"],
         allow_pull=options["allow_pull"],
         allow_gbnf=options["allow_gbnf"],
-        image_hosts=options["allow_image_host"],
         pictures=pictures,
     )
     check_reach(settings, options["no_auth"])

@@ -13,7 +13,8 @@ from ..text.tools import Tools, read_tools
 from ..words import brief, show_name
 from . import fields
 from .asking import Ask
-from .pictures import PictureLimits, from_base64
+from .fetching import fetch
+from .pictures import PictureLimits, checked_kind, from_base64
 from .problems import Refused
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,8 @@ def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int
 
 def _image(url: str, where: str, limits: PictureLimits) -> bytes:
     if url[:5].lower() != "data:":
+        if limits.hosts and url[:4].lower() == "http":
+            return checked_kind(fetch(url, where, limits.hosts), where, limits)
         raise Refused(
             400,
             f"{where}: image URLs are not currently supported, please use base64 encoded data instead",

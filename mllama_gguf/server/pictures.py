@@ -29,12 +29,13 @@ NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 @dataclass(frozen=True)
 class PictureLimits:
     """most: pictures a request; n_bytes: of one file; pixels: of one picture; any_kind: take every kind that
-    the package reads, not those of NAMES alone."""
+    the package reads, not those of NAMES alone; hosts: from which pictures are fetched."""
 
     most: int = 16
     n_bytes: int = 32 << 20
     pixels: int = 64_000_000
     any_kind: bool = False
+    hosts: tuple[str, ...] = ()
 
 
 def from_base64(text: str, where: str, limits: PictureLimits) -> bytes:
@@ -46,6 +47,11 @@ def from_base64(text: str, where: str, limits: PictureLimits) -> bytes:
     Raises Refused.
     """
     data = _from_data_uri(text, where) if text[:5].lower() == "data:" else _decode(text, where)
+    return checked_kind(data, where, limits)
+
+
+def checked_kind(data: bytes, where: str, limits: PictureLimits) -> bytes:
+    """The same bytes, if they may be a picture of a kind that is taken. Raises Refused."""
     if len(data) > limits.n_bytes:
         raise Refused(413, f"{where}: a picture of {len(data)} bytes; at most {limits.n_bytes} are taken")
     if not data:

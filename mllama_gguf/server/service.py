@@ -39,8 +39,9 @@ class Service:
         return await read_json(request, self.settings)
 
     async def translate(self, request: Request, read: Callable[[], T]) -> T:
-        """What a request asks for. That of a large one is found out in a thread: base64 takes a while."""
-        if int(request.headers.get("content-length", "0") or 0) > LARGE:
+        """What a request asks for. In a thread, if it is large, or if pictures may be fetched for it."""
+        is_large = int(request.headers.get("content-length", "0") or 0) > LARGE
+        if is_large or self.settings.pictures.hosts:
             return await anyio.to_thread.run_sync(read)
         return read()
 

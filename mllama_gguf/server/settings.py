@@ -59,7 +59,6 @@ class ServerSettings:
     version: str = VERSION
     allow_pull: bool = False
     allow_gbnf: bool = False
-    image_hosts: tuple[str, ...] = ()
     pictures: PictureLimits = field(default_factory=PictureLimits)
 
     @property
