@@ -25,7 +25,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def listen(settings: ServerSettings) -> socket.socket:
     """A socket that listens at the address. Raises MllamaError if that cannot be."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # Only of a socket that names its protocol asyncio turns off Nagle's algorithm, which costs 40 ms a reply.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host, settings.port))
