@@ -10,7 +10,7 @@ from typing import Any
 from ..decode.options import PromptOptions, ReplyOptions
 from ..decode.reply import Reply
 from ..errors import ContextFullError
-from ..vision.embedding import Picture
+from ..vision.embedding import LimitedImage, Picture
 from .contexts import pack, unpack
 from .jobs import Ended, Event, Job, Piece
 from .models import Loaded
@@ -165,13 +165,20 @@ def _decoded(message: Mapping[str, Any], ask: Ask, loaded: Loaded) -> Mapping[st
     if isinstance(message["content"], str):
         return message
     parts = [
-        {**part, "image": _prepared(part["image"], ask, loaded)} if part["type"] == "image" else part
+        {"type": "image", "image": _prepared(part["image"], ask, loaded, part.get("detail"))}
+        if part["type"] == "image"
+        else part
         for part in message["content"]
     ]
     return {**message, "content": parts}
 
 
-def _prepared(image: Picture, ask: Ask, loaded: Loaded) -> Picture:
-    """An image as tiles. Files are decoded within the limits of requests. Raises ImageError, RequestError."""
+def _prepared(image: Picture, ask: Ask, loaded: Loaded, detail: str | None = None) -> Picture:
+    """An image as tiles. Files are decoded within the limits of requests. detail: "low": one tile.
+
+    Raises ImageError, RequestError.
+    """
     pixels = to_pixels(image, ask.limits) if isinstance(image, bytes) else image
+    if detail == "low" and not isinstance(pixels, LimitedImage):
+        pixels = LimitedImage(pixels, 1)
     return loaded.conversation.prepare_image(pixels)

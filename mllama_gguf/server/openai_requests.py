@@ -167,7 +167,7 @@ def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int
         counted[0] += 1
         if counted[0] > limits.most:
             raise Refused(400, f"more than {limits.most} pictures in one request")
-        return [{"type": "image", "image": _image(url, where, limits)}]
+        return [{"type": "image", "image": _image(url, where, limits), "detail": detail or "auto"}]
     raise Refused(
         400,
         f'{where}: expected a part of type "text" or "image_url", got {brief(kind)}',

@@ -71,12 +71,26 @@ def test_a_stream_with_its_usage(served: Running) -> None:
 
 def test_an_image_url_may_be_a_text(served: Running, expected: Callable[..., str]) -> None:
     parts: list[Any] = [{"type": "image_url", "image_url": data_uri()}, {"type": "text", "text": QUESTION}]
-    for detail in ("low", "high", "auto"):
-        assert served.post(
-            CHAT, ask(messages=[{"role": "user", "content": content(detail=detail)}])
-        ).is_success
     found = served.post(CHAT, ask(messages=[{"role": "user", "content": parts}])).json()
     assert found["choices"][0]["message"]["content"] == expected("apple.png", QUESTION)
+
+
+def test_low_detail_is_one_tile(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllama_gguf.decode.conversation import Conversation
+
+    prepare, tiles = Conversation.prepare_image, []
+
+    def prepare_image(self: Conversation, image: Any) -> Any:
+        tiles.append(prepare(self, image).n_tiles)
+        return prepare(self, image)
+
+    monkeypatch.setattr(Conversation, "prepare_image", prepare_image)
+    for detail in ("low", "high", "auto"):
+        message = {"role": "user", "content": content("apple-and-cat.png", detail=detail)}
+        assert served.post(CHAT, ask(messages=[message])).is_success
+    assert tiles[0] == 1 < tiles[1] == tiles[2]
+    message = {"role": "user", "content": content(detail="best")}
+    assert served.post(CHAT, ask(messages=[message])).status_code == 400
 
 
 @pytest.mark.parametrize(
