@@ -149,13 +149,9 @@ def test_exif_as_the_library_of_the_reference_applies_it() -> None:
 @pytest.mark.parametrize("max_tiles", [1, 2, 3])
 def test_fewer_tiles_than_the_model_knows(max_tiles: int) -> None:
     """The pixels of a processor for fewer tiles, with the number that the model of four gives to the grid."""
-    four = MllamaImageProcessor(max_image_tiles=4)
-    processor = MllamaImageProcessor(
-        size={"height": 28, "width": 28},
-        max_image_tiles=max_tiles,
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-    )
+    sizes = {"size": {"height": 28, "width": 28}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    four = MllamaImageProcessor(max_image_tiles=4, **sizes)
+    processor = MllamaImageProcessor(max_image_tiles=max_tiles, **sizes)
     rng = random.Random(max_tiles)
     seen = set()
     for seed in range(60):
@@ -165,7 +161,7 @@ def test_fewer_tiles_than_the_model_knows(max_tiles: int) -> None:
         tiled = preprocess_image(picture, tile_size=28, max_tiles=max_tiles, model_tiles=4)
         assert wanted["pixel_values"][0, 0].tobytes() == tiled.pixels.tobytes()
         # A picture of just that shape, for the model of four.
-        exact = Image.new("RGB", (tiled.columns * 560, tiled.rows * 560))
+        exact = Image.new("RGB", (tiled.columns * 28, tiled.rows * 28))
         assert tiled.aspect_ratio_id == four(exact)["aspect_ratio_ids"][0, 0]
         seen.add(tiled.aspect_ratio_id)
     assert len(seen) == {1: 1, 2: 3, 3: 5}[max_tiles]
