@@ -281,6 +281,12 @@ class Folder:
         return str(value)
 
 
+def check_function(name: str, function: object) -> None:
+    """Raise RequestError for what is neither a function nor None."""
+    if function is not None and not callable(function):
+        raise RequestError(f"{name} must be a function or None, not {brief(function)}")
+
+
 def whole_numbers(name: str, values: Any) -> list[int]:
     """Some whole numbers, those of NumPy too. Raises RequestError that names them."""
     try:

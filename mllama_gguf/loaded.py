@@ -21,7 +21,7 @@ from .backend.opening import Backend, open_backend
 from .backend.types import HParams
 from .cache.disk import ImageCache
 from .cache.keys import Keys, KeySettings
-from .checks import File, checked
+from .checks import File, check_function, checked
 from .decode.conversation import Conversation, Shared
 from .errors import MllamaError, ModelError, RequestError
 from .handles import OneProcess
@@ -33,7 +33,6 @@ from .text.vocab import Vocab
 from .vision.encoder import ImageEncoder
 from .vision.images import Images
 from .vision.preprocess import PREPROCESS_VERSION
-from .words import brief
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +73,8 @@ class LoadedModel(OneProcess):
         Aborted."""
         model_path = checked("model_path", File(), model_path)
         mmproj_path = checked("mmproj_path", File(), mmproj_path, or_none=True)
-        for what, function in (("progress", progress), ("abort", abort)):
-            _check_callable(what, function)
+        check_function("progress", progress)
+        check_function("abort", abort)
         if verbose:
             _log_to_stderr()
         if _is_name(model_path):
@@ -90,8 +89,7 @@ class LoadedModel(OneProcess):
         self.model_path = Path(model_path)
         self.mmproj_path = None if mmproj_path is None else Path(mmproj_path)
         self.settings = Settings.checked(settings)
-        self._progress = progress
-        self._abort = abort
+        self._progress, self._abort = progress, abort
         self._lock = threading.RLock()  # of what follows
         self._conversations: WeakSet[Conversation] = WeakSet()
         self._encoders: WeakSet[ImageEncoder] = WeakSet()
@@ -284,8 +282,8 @@ class LoadedModel(OneProcess):
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
     ) -> Conversation:
-        _check_callable("progress", progress)
-        _check_callable("abort", abort)
+        check_function("progress", progress)
+        check_function("abort", abort)
         with self._lock:
             self._check_open()
             conversation = Conversation(
@@ -391,11 +389,6 @@ def _key_settings(backend: Backend) -> KeySettings:
         repack=s.repack,
         n_batch=s.n_batch,
     )
-
-
-def _check_callable(what: str, function: object) -> None:
-    if function is not None and not callable(function):
-        raise RequestError(f"{what} must be a function or None, not {brief(function)}")
 
 
 def _log_to_stderr() -> None:

@@ -73,6 +73,7 @@ class Answers(ABC):
             messages = [{"role": "user", "content": content}]
         if options is None:
             plain = plain_options(more)
+            plain.pop("stream_options", None)
             if plain.pop("n", 1) != 1:
                 raise RequestError("one reply is written here; create_chat_completion and replies take n")
             options = ReplyOptions.checked({**self._defaults.options, **plain})

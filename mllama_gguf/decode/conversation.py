@@ -137,9 +137,10 @@ class Conversation(OneProcess, Answers):
                 images.prepare(image, max_tiles), self.context, self._callbacks.on_abort, fresh=self._taps > 0
             )
 
-    def prepare_image(self, image: Picture) -> TiledImage | ImageEmbedding:
-        """Decode and cut an image, without the costly part. Raises ImageError, RequestError."""
-        return self._shared.images.prepare(image)
+    def prepare_image(self, image: Picture, *, max_tiles: int | None = None) -> TiledImage | ImageEmbedding:
+        """Decode and cut an image, without the costly part. max_tiles: as in `encode_image`. Raises
+        ImageError, RequestError."""
+        return self._shared.images.prepare(image, max_tiles)
 
     def image_key(self, image: Picture) -> str:
         """What names an image's states, 64 hexadecimal digits; see `known_image`. Raises ImageError,

@@ -80,7 +80,7 @@ class TestRequests:
         for name, value in HARMLESS.items():
             with_one = ChatRequest.checked({"messages": QUESTION, name: value})
             assert with_one.options == ReplyOptions.checked({}), name
-        others = {name: HARMLESS[name] for name in ("model", "user", "n", "presence_penalty", "store")}
+        others = {name: HARMLESS[name] for name in HARMLESS}
         assert model.caption(picture(1), max_tokens=3, **others)
 
     @pytest.mark.parametrize(
