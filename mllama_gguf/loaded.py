@@ -242,7 +242,7 @@ class LoadedModel(OneProcess):
         special: read `<|image|>` and its like as the tokens that they name; else as plain text
         """
         self._check_open()
-        return self._vocab.tokenize(text, add_bos=add_bos, special=special)
+        return self._vocab.tokenize(text, add_bos=add_bos, special=special, abort=self._abort)
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Token ids to text. special: show special tokens as well. Raises RequestError for an unknown id."""

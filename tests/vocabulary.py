@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -107,11 +107,11 @@ def _words() -> Iterator[str]:
             yield rng.choice(("", " ")) + "".join(rng.choice(_SIGNS) for _ in range(rng.randint(2, 4)))
 
 
-def write_vocabulary(path: Path, n_tokens: int = N_TOKENS) -> None:
-    """A GGUF file without tensors."""
+def write_vocabulary(path: Path, n_tokens: int = N_TOKENS, others: Mapping[str, Any] | None = None) -> None:
+    """A GGUF file without tensors. others: keys with other values; None: left out"""
     writer = gguf.GGUFWriter(path, "mllama")
-    for name, value in vocabulary(n_tokens).items():
-        if name == "general.architecture":
+    for name, value in {**vocabulary(n_tokens), **(others or {})}.items():
+        if value is None or name == "general.architecture":
             continue
         if isinstance(value, bool):
             writer.add_bool(name, value)

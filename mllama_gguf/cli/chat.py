@@ -224,5 +224,3 @@ def _write_text(text: str) -> None:
     """Text of the model or of a file, on the terminal: no control characters but the ends of lines."""
     echo("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text), nl=False)
     sys.stdout.flush()
-
-

@@ -226,7 +226,7 @@ class Conversation(OneProcess, Answers):
         for piece in pieces:
             # Templates usually write the bos token themselves.
             add_bos = not tokens and not (bos and piece.startswith(bos))
-            tokens += vocab.tokenize(piece, add_bos=add_bos)
+            tokens += vocab.tokenize(piece, add_bos=add_bos, abort=self._should_stop)
         return tokens
 
     def _write(self, prompt: _Prompt, writer: Writer, cancelled: threading.Event) -> Iterator[str]:

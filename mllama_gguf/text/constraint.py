@@ -13,8 +13,9 @@ from weakref import ref
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RequestError
+from ..errors import OutOfMemoryError, RequestError
 from ..words import one_line
+from .aside import aside
 from .grammar import Grammar
 
 
@@ -27,7 +28,7 @@ class Vocabulary(Protocol):
     @property
     def stop_ids(self) -> frozenset[int]: ...
 
-    def piece(self, token: int) -> bytes: ...
+    def pieces(self) -> list[bytes]: ...
 
     def tokenize(self, text: str, *, add_bos: bool, special: bool) -> list[int]: ...
 
@@ -65,7 +66,7 @@ class _Tokens:
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = ref(vocab)
         self.eos_token_id = min(vocab.stop_ids)
-        self.tokens = [vocab.piece(token) for token in range(vocab.n_tokens)]
+        self.tokens = vocab.pieces()
         # Without text of their own: a reply never holds them. llguidance wants other names for them.
         self.special_token_ids = [token for token, piece in enumerate(self.tokens) if not piece]
         for token in self.special_token_ids:
@@ -203,37 +204,22 @@ def _try_out(matcher: Matcher) -> None:
 def _in_thread(build: Callable[[], T]) -> T:
     """Call it in a thread with a large stack, while this thread hears Ctrl-C.
 
-    Raises what it raises, and RequestError if that takes very long; the thread then goes on to its end.
+    Raises RequestError, also if that takes very long; the thread then goes on to its end.
     """
-    done = threading.Event()
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(build())
-        except BaseException as e:  # such as a panic of Rust, which is none of Exception's
-            errors.append(e)
-        done.set()
-
-    with _starting:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            threading.Thread(target=run, daemon=True, name="mllama-grammar").start()
-        except RuntimeError as e:
-            raise RequestError("no thread for the grammar can be started; is there no memory?") from e
-        finally:
-            threading.stack_size(before)
-    if not done.wait(MAX_BUILD_SECONDS):
-        raise RequestError(f"it takes more than {MAX_BUILD_SECONDS:g} s to read")
-    if errors:
-        if isinstance(errors[0], RequestError):
-            raise errors[0]
-        raise RequestError(_words(str(errors[0]))) from errors[0]
-    return results[0]
-
-
-_starting = threading.Lock()
+    try:
+        return aside(
+            build,
+            name="mllama-grammar",
+            seconds=MAX_BUILD_SECONDS,
+            stack_bytes=_STACK_BYTES,
+            daemon=True,
+        )
+    except (RequestError, OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except TimeoutError as e:
+        raise RequestError(f"it takes more than {MAX_BUILD_SECONDS:g} s to read") from e
+    except BaseException as e:  # such as a panic of Rust
+        raise RequestError(_words(str(e))) from e
 
 
 _IN_OTHER_WORDS = {

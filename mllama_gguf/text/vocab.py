@@ -7,18 +7,31 @@ told that the architecture is "llama".
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..backend import library as _native
 from ..checks import whole_numbers
-from ..errors import ModelError, RequestError
+from ..errors import Aborted, ModelError, RequestError
 from ..gguf.reader import read_gguf
 from ..handles import Handle, OneProcess
-from ..words import brief
+from ..words import brief, show_name
+from .aside import aside
 from .constraint import Constraints
+
+logger = logging.getLogger(__name__)
+
+SPLITTERS = ("llama-bpe", "llama3", "llama-v3", "gpt-2")  # values of tokenizer.ggml.pre
+PIECE = 16_384  # characters that C tokenizes in one call
+MAX_PIECE = 200_000  # the same if no word ends earlier
+# Letters that both Python and llama.cpp know as such, and signs that end every word.
+_LETTERS = "A-Za-z\u0430-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+_AFTER_WORDS = ' \n\t.,;:!?()[]{}<>+-*/=_|"&#%@$~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f'
 
 _SPECIAL_KINDS = (2, 3)  # of tokenizer.ggml.token_type: unknown, control
 
@@ -48,13 +61,16 @@ class Vocab(OneProcess):
         params.n_gpu_layers = 0
         no_devices = (ctypes.c_void_p * 1)()  # else llama.cpp asks every GPU, and one may throw
         params.devices = ctypes.addressof(no_devices)
-        overrides = (llama.llama_model_kv_override * 2)()  # the second, empty, ends the list
-        overrides[0].tag = llama.LLAMA_KV_OVERRIDE_TYPE_STR
-        overrides[0].key = b"general.architecture"
-        value: Any = overrides[0].value
-        value.val_str = b"llama"
+        said = {"general.architecture": "llama", "tokenizer.ggml.pre": _splitter(self.path, self.metadata)}
+        overrides = (llama.llama_model_kv_override * (len(said) + 1))()  # the last, empty, ends the list
+        for override, (key, text) in zip(overrides, said.items(), strict=False):
+            override.tag = llama.LLAMA_KV_OVERRIDE_TYPE_STR
+            override.key = key.encode()
+            value: Any = override.value
+            value.val_str = text.encode()
         params.kv_overrides = overrides
-        model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        name = os.fsencode(path)
+        model = aside(lambda: llama.llama_model_load_from_file(name, params), name="mllama-vocabulary")
         if model is None:
             raise ModelError(f"{path}: its vocabulary cannot be read; was the file made for mllama?")
         pointer = llama.llama_model_get_vocab(model)
@@ -82,16 +98,33 @@ class Vocab(OneProcess):
         """Free it, or let the last thread that uses it do so. Twice is fine."""
         self.handle.close()
 
-    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_bos: bool = True,
+        special: bool = True,
+        abort: Callable[[], bool] | None = None,
+    ) -> list[int]:
         """Text to token ids.
 
         add_bos: begin with the bos token, if the file wants one
         special: read `<|image|>` and its like as the tokens that they name; else as plain text
+        abort:   asked between pieces of some thousand characters; True stops it with Aborted
 
-        Raises RequestError for what is no text.
+        Ctrl-C is heard meanwhile. Raises RequestError for what is no text, and for text in which no word ends
+        for very long.
         """
         if not isinstance(text, str):
             raise RequestError(f"text must be a str, not {brief(text)}")
+        tokens: list[int] = []
+        for piece in self._cut(text):
+            if abort is not None and abort():
+                raise Aborted("stopped by the abort callback")
+            tokens += self._tokenize(piece, add_bos and not tokens, special)
+        return tokens
+
+    def _tokenize(self, text: str, add_bos: bool, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 2
         for _ in range(2):
@@ -103,11 +136,51 @@ class Vocab(OneProcess):
             size = -n
         raise RequestError(f"text of {len(data)} bytes cannot be tokenized")
 
+    def _cut(self, text: str) -> Iterator[str]:
+        """The text in pieces that give the same tokens as all of it: C hears neither Ctrl-C nor `abort`."""
+        start = 0
+        while len(text) - start > PIECE:
+            cut = self._ends.search(text, start + PIECE, start + MAX_PIECE)
+            if cut is None:
+                if len(text) - start <= MAX_PIECE:
+                    break
+                raise RequestError(
+                    f"text with {MAX_PIECE} characters in a row, from {brief(text[start : start + 20])} on, "
+                    "among which no word ends, cannot be tokenized"
+                )
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
+
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        """Finds the place behind a word, where every splitter that is allowed here cuts, and at which no
+        token that has a name is torn."""
+        llama = self._llama
+        named = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED
+        used = set("".join(self.special))
+        with self.handle as pointer:
+            for token in range(self.n_tokens):
+                if llama.llama_vocab_get_attr(pointer, token) & named:
+                    used.update(self.text(token))
+        signs = "".join(sign for sign in _AFTER_WORDS if sign not in used)
+        return re.compile(f"(?<=[{_LETTERS}])(?=[{re.escape(signs)}])" if signs else "(?!)")
+
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Token ids to text; bytes that are no UTF-8 become U+FFFD. special: show special tokens as well.
         Raises RequestError for what are no token ids."""
         ids = whole_numbers("tokens", tokens)
         return b"".join(self.piece(token, special=special) for token in ids).decode("utf-8", "replace")
+
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token; none of special ones."""
+        buffer = ctypes.create_string_buffer(64)
+        to_piece, found = self._llama.llama_token_to_piece, []
+        with self.handle as pointer:
+            for token in range(self.n_tokens):
+                n = to_piece(pointer, token, buffer, 64, 0, False)
+                found.append(buffer.raw[:n] if n >= 0 else self.piece(token))
+        return found
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token, which may be part of a character. Raises RequestError for an unknown id."""
@@ -130,6 +203,25 @@ class Vocab(OneProcess):
     def count(self, tokens: Sequence[int], token: int) -> int:
         """How often a token occurs."""
         return sum(t == token for t in tokens)
+
+
+def _splitter(path: Path, keys: Mapping[str, Any]) -> str:
+    """The name of the rule by which text is split into words.
+
+    llama.cpp has code for those of Llama 3 and GPT-2. Others it leaves to std::regex, which takes stack for
+    each character until the process ends. Every Llama 3.2 Vision has Llama 3's, so a file without a name, or
+    with the name of none, gets it too.
+    """
+    name = keys.get("tokenizer.ggml.pre", "")
+    if name in ("", "default"):
+        logger.warning("%s: tokenizer.ggml.pre is missing; llama-bpe is used", show_name(path.name))
+        return "llama-bpe"
+    if name not in SPLITTERS:
+        raise ModelError(
+            f"{show_name(path)}: tokenizer.ggml.pre is {brief(name)}; Llama 3.2 Vision has 'llama-bpe', and "
+            "'gpt-2' can be used too"
+        )
+    return str(name)
 
 
 def _read_keys(path: Path) -> tuple[dict[str, Any], list[str], frozenset[str]]:
