@@ -14,6 +14,10 @@ import tiny
 
 import mllama_gguf
 
+# Most seconds between a wish to stop and the end. On a quiet machine it is a fraction of a second; what is
+# stopped would go on for longer than this.
+STOP_SECONDS = 8.0
+
 
 @dataclass(frozen=True)
 class TinyFiles:

@@ -203,7 +203,7 @@ def test_fast() -> None:
         start = time.perf_counter()
         assert preprocess_image(picture).n_tiles == 4
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3  # some 0.025 on a quiet machine; the limit is for a busy one
+    assert min(seconds) < 3  # some 0.025 on a quiet machine; with a loop over pixels it is a minute
 
 
 # --- where a picture comes from -------------------------------------------------------------------
