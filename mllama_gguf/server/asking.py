@@ -176,9 +176,11 @@ def _decoded(message: Mapping[str, Any], ask: Ask, loaded: Loaded) -> Mapping[st
 def _prepared(image: Picture, ask: Ask, loaded: Loaded, detail: str | None = None) -> Picture:
     """An image as tiles. Files are decoded within the limits of requests. detail: "low": one tile.
 
-    Raises ImageError, RequestError.
+    A request may ask for fewer tiles than the server's setting allows, not for more. Raises ImageError,
+    RequestError.
     """
     pixels = to_pixels(image, ask.limits) if isinstance(image, bytes) else image
-    if detail == "low" and not isinstance(pixels, LimitedImage):
-        pixels = LimitedImage(pixels, 1)
+    most = 1 if detail == "low" else ask.options.get("max_tiles")
+    if most is not None and not isinstance(pixels, LimitedImage):
+        pixels = LimitedImage(pixels, min(most, loaded.model.max_tiles))
     return loaded.conversation.prepare_image(pixels)
