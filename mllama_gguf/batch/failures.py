@@ -18,7 +18,8 @@ from ..errors import RequestError
 from ..files import write_whole
 from ..temporary import open_locked
 from ..words import as_json, show_name
-from .outputs import append, whole_lines
+from .outputs import append
+from .records import whole_lines
 
 NAMES = ("errors.jsonl", "mllama-errors.jsonl")
 _BEGINS = b'{"image": '

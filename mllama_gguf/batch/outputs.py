@@ -11,50 +11,37 @@ from __future__ import annotations
 import csv
 import errno
 import io
-import json
 import logging
 import os
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Protocol
 
 from ..errors import RequestError
 from ..files import AnyPath, Kind, cannot_write, check_output, keep_attributes, replacing
-from ..temporary import is_at, open_locked, remove_leftovers, sync_folder
-from ..words import as_json, one_line, os_reason, show_name
-from .sources import MEDIA_SUFFIXES
+from ..temporary import is_at, open_locked, sync_folder
+from ..words import one_line, os_reason, show_name
+from .records import FORMATS, Existing, Record, combine, last_of_each, line_ends, whole_lines
 
 logger = logging.getLogger(__name__)
 
-LARGEST_CAPTION = 1 << 20  # bytes of a caption file; what is larger is something else
-
-
-@dataclass(frozen=True)
-class Record:
-    """A caption that is done.
-
-    image:         path, as the batch was told
-    finish_reason: "stop", or "length" for a caption that max_tokens or n_ctx cut
-    tokens:        tokens of the caption
-    sha256:        of the picture's file
-    duplicate_of:  path of the picture with the same content whose caption this is, or ""
-    """
-
-    image: str
-    caption: str
-    finish_reason: str
-    tokens: int
-    sha256: str
-    duplicate_of: str = ""
-
 
 class Output(Protocol):
-    """Where captions go."""
+    """Where captions go.
+
+    refused: pictures that can have no caption there, and why
+    """
+
+    @property
+    def refused(self) -> Mapping[str, str]: ...
 
     def records(self) -> Iterable[Record]:
-        """What is there already; a sha256 of "" is not known."""
+        """What is there already; a sha256 of "" is not known. Of several records of a picture the last
+        counts."""
+
+    def again(self, images: Collection[str]) -> None:
+        """Captions of these, which `records` gave, are made once more; `write` replaces them."""
 
     def write(self, record: Record) -> None:
         """Keep a record, for good once this returns. Raises OSError; nothing of the record is there then."""
@@ -79,14 +66,12 @@ class RecordFile:
 
         Raises RequestError for a file that is something else, or in use, MllamaError if it cannot be written.
         """
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix not in FORMATS:
-            raise RequestError(f"{show_name(path)}: captions go to a file called .jsonl or .csv")
-        self._format = FORMATS[suffix]()
+        self._format = FORMATS[_suffix_of(path)]()
         self._kind = Kind("file of captions", self._format.is_one)
         self._target = check_output(path, self._kind, inputs=inputs, overwrite=True)
         self._path = partial or self._target
         self._file = _open(self._path)
+        self._replaces = False  # some records have a later one of the same picture, or will have
         try:
             self._records = self._recover()
         except OSError as e:
@@ -99,6 +84,15 @@ class RecordFile:
     def records(self) -> Iterable[Record]:
         """See Output."""
         return self._records
+
+    def again(self, images: Collection[str]) -> None:
+        """See Output. The new record is added; `finish` drops the old one."""
+        self._replaces = self._replaces or bool(images)
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """See Output: none."""
+        return {}
 
     def write(self, record: Record) -> None:
         """See Output."""
@@ -113,6 +107,8 @@ class RecordFile:
     def finish(self) -> None:
         """See Output."""
         if self._path == self._target:
+            if self._replaces:
+                self._drop_replaced()
             return
         if self._target.exists() and self._target.stat().st_size and not self._kind.fits(self._target):
             words = "it exists by now and is no file of captions; move it away"
@@ -124,6 +120,29 @@ class RecordFile:
     def close(self) -> None:
         """See Output."""
         self._file.close()
+
+    def _drop_replaced(self) -> None:
+        """Leave out records of pictures that have a later one."""
+        self._file.seek(0)
+        data = self._file.readall()
+        ends = line_ends(data, quotes=self._format.quotes)
+        try:
+            records = self._format.read(data.decode("utf-8", "surrogateescape"))
+        except (ValueError, TypeError, KeyError, csv.Error):
+            return  # somebody else has written there meanwhile
+        last = last_of_each(records)
+        if len(last) == len(records):
+            return
+        n_head = len(ends) - len(records)  # lines before the records
+        if n_head != bool(self._format.head):
+            return  # empty lines: an editor's work, which stays
+        starts = [0, *ends]
+        kept = [data[: starts[n_head]]]
+        for index, record in enumerate(records):
+            if last[record.image] is record:
+                kept.append(data[starts[n_head + index] : ends[n_head + index]])
+        with replacing(self._path, durable=True) as file:
+            file.write(b"".join(kept))
 
     def _recover(self) -> list[Record]:
         """Read the file, drop a torn end, write what a file begins with."""
@@ -144,6 +163,7 @@ class RecordFile:
             self._file.truncate(whole)
         if not whole and self._format.head:
             append(self._file, self._format.head)
+        self._replaces = len(last_of_each(records)) < len(records)
         return records
 
 
@@ -156,212 +176,80 @@ class Journal(RecordFile):
             raise RequestError(f"{show_name(path)}: this link is in the way; delete it")
         super().__init__(path)
 
+    def read_again(self) -> list[Record]:
+        """All records, those that were written meanwhile too."""
+        self._file.seek(0)
+        return self._format.read(self._file.readall().decode("utf-8", "surrogateescape"))
+
     def remove(self) -> None:
         """Delete the file."""
         self._path.unlink()
 
 
-class _Jsonl:
-    quotes = False
-    head = b""
-
-    def is_one(self, file: BinaryIO) -> bool:
-        """Whether a file begins with a record, or with a torn one."""
-        begins = b'{"image": '
-        if not begins.startswith(file.read(len(begins))):
-            return False
-        file.seek(0)
-        line = file.readline(16 * LARGEST_CAPTION)
-        return self.is_record(line) or not (line.endswith(b"\n") or _is_json(line))
-
-    def is_record(self, line: bytes) -> bool:
-        """Whether this is a whole record; the line end may be missing."""
-        try:
-            return bool(self.read(line.decode("utf-8", "surrogateescape")))
-        except (ValueError, TypeError, RecursionError):
-            return False
-
-    def line(self, record: Record) -> bytes:
-        values = asdict(record)
-        if not record.duplicate_of:
-            del values["duplicate_of"]
-        return as_json(values).encode() + b"\n"
-
-    def read(self, text: str) -> list[Record]:
-        return [_record(json.loads(line)) for line in text.split("\n") if line]
-
-
-class _Csv:
-    quotes = True
-    head = (",".join(field.name for field in fields(Record)) + "\n").encode()
-
-    def is_one(self, file: BinaryIO) -> bool:
-        """Whether a file begins with the names of the columns, or with a part of them."""
-        return self.head.startswith(file.read(len(self.head)))
-
-    def is_record(self, line: bytes) -> bool:
-        """Without its line end no row is known to be whole."""
-        return False
-
-    def line(self, record: Record) -> bytes:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(asdict(record).values())
-        return text.getvalue().encode("utf-8", "surrogateescape")
-
-    def read(self, text: str) -> list[Record]:
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        return [_record({**row, "tokens": int(row["tokens"])}) for row in rows]
-
-
-FORMATS: dict[str, type[_Jsonl | _Csv]] = {".jsonl": _Jsonl, ".csv": _Csv}
-
-
-def _record(values: Any) -> Record:
-    names = {field.name for field in fields(Record)}
-    if not isinstance(values, dict):
-        raise ValueError("a record is an object")
-    record = Record(**{name: value for name, value in values.items() if name in names})
-    if not isinstance(record.image, str) or not isinstance(record.caption, str):
-        raise ValueError("image and caption must be strings")
-    return record
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-# ---- one file beside each picture --------------------------------------------------------------------------
-
-
-class Sidecars:
-    """Captions beside their pictures: photos/a.png, photos/a.txt."""
+class CombinedFile:
+    """Captions that are put after or before those which a file has. A journal keeps the new ones; the file
+    changes at the end, in one step."""
 
     def __init__(
-        self,
-        suffix: str,
-        pictures: Iterable[str],
-        journal: Path | None = None,
-        *,
-        inputs: Iterable[AnyPath] = (),
+        self, path: AnyPath, journal: Path, how: Existing, separator: str, inputs: Iterable[AnyPath] = ()
     ) -> None:
-        """suffix:  of the caption files
-        pictures: what the batch is about
-        journal: captions that exist are replaced, and this file of our own keeps what is done meanwhile (see
-                 Journal); None: they stay
-        inputs:  other files that the run reads or writes, none of which may be a caption file
-
-        Raises RequestError for a suffix that is none or belongs to pictures, for two pictures with one
-        caption file, and for a caption file that is an input.
-        """
-        check_suffix(suffix)
-        self._suffix = suffix
-        self._pictures = list(pictures)
-        owner: dict[Path, str] = {}
-        read = {_identity(path): path for path in (*self._pictures, *inputs)}
-        for picture in self._pictures:
-            path = self.path(picture)
-            other = owner.setdefault(path, picture)
-            if other != picture:
-                raise RequestError(f"{other} and {picture} would share {path}; rename one or use --out")
-            there = _identity(path)
-            if there is not None and there in read:
-                raise RequestError(
-                    f"the caption of {show_name(picture)} would replace the input {show_name(read[there])}; "
-                    "give another --sidecar, or use --out"
-                )
-        self._journal = Journal(journal) if journal is not None else None
-
-    def path(self, picture: str) -> Path:
-        """The caption file of a picture."""
-        return Path(os.path.splitext(picture)[0] + self._suffix)
+        """journal: as in `Journal`; how, separator: as in `combine`. Raises RequestError."""
+        suffix = _suffix_of(path)
+        self._format = FORMATS[suffix]()
+        kind = Kind("file of captions", self._format.is_one)
+        self._target = check_output(path, kind, inputs=inputs, overwrite=True)
+        self._how, self._separator = how, separator
+        self._journal = Journal(journal)
+        self._old = {record.image: record.caption for record in self._read_target()}
 
     def records(self) -> Iterable[Record]:
+        """See Output: those of the journal."""
+        return self._journal.records()
+
+    def again(self, images: Collection[str]) -> None:
         """See Output."""
-        for folder in {Path(picture).parent for picture in self._pictures}:
-            remove_leftovers(folder)
-        if self._journal is not None:
-            for record in self._journal.records():
-                self._place(record)  # the journal came first
-                yield record
-            return
-        for picture in self._pictures:
-            path = self.path(picture)
-            with suppress(OSError):
-                if path.is_file():
-                    caption = path.read_text("utf-8", "replace").removesuffix("\n")
-                    yield Record(picture, caption, "stop", 0, "")
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """See Output: none."""
+        return {}
 
     def write(self, record: Record) -> None:
         """See Output."""
-        if self._journal is not None:
-            self._journal.write(record)
-        self._place(record)
+        self._journal.write(replace(record, existing=self._old.get(record.image, "")))
 
     def finish(self) -> None:
-        """See Output."""
-        if self._journal is not None:
-            self._journal.remove()
+        """See Output. Doing it twice is the same as once, because the journal has the older captions too."""
+        records = last_of_each(self._read_target())
+        for image, record in last_of_each(self._journal.read_again()).items():
+            caption = combine(record.existing, record.caption, self._how, self._separator)
+            records[image] = replace(record, caption=caption, existing="")
+        lines = b"".join(self._format.line(record) for record in records.values())
+        with replacing(self._target, durable=True) as file:
+            file.write(self._format.head + lines)
+        self._journal.remove()
+
+    def _read_target(self) -> list[Record]:
+        """What the file has. Raises RequestError."""
+        if not self._target.exists():
+            return []
+        there = RecordFile(self._target)
+        there.close()
+        return list(there.records())
 
     def close(self) -> None:
         """See Output."""
-        if self._journal is not None:
-            self._journal.close()
-
-    def _place(self, record: Record) -> None:
-        path = self.path(record.image)
-        if self._journal is not None and path.is_file() and not _CAPTION.fits(path):
-            words = "it exists and is no caption; move it away"
-            raise FileExistsError(errno.EEXIST, words, os.fspath(path))
-        with replacing(path, durable=True, overwrite=self._journal is not None) as file:
-            file.write((record.caption + "\n").encode("utf-8"))
+        self._journal.close()
 
 
-def check_suffix(suffix: str) -> None:
-    """That caption files may have this suffix. Raises RequestError."""
-    if not suffix.startswith(".") or not suffix.strip(".") or set(suffix) & {"/", os.sep, "\0"}:
-        raise RequestError(f"--sidecar takes a suffix like .txt, not {suffix!r}")
-    if os.path.splitext(f"x{suffix}")[1].strip().lower() in MEDIA_SUFFIXES:
-        raise RequestError(
-            f"--sidecar {suffix}: this suffix belongs to pictures or films, which captions would replace; "
-            "give another, as in .txt"
-        )
-
-
-def _is_caption(file: BinaryIO) -> bool:
-    data = file.read(LARGEST_CAPTION + 1)
-    data.decode("utf-8")
-    return len(data) <= LARGEST_CAPTION and b"\0" not in data
-
-
-_CAPTION = Kind("caption", _is_caption)
-
-
-def _identity(path: AnyPath) -> tuple[int, int] | None:
-    """Tells files apart, whatever their names."""
-    try:
-        info = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return info.st_dev, info.st_ino
+def _suffix_of(path: AnyPath) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in FORMATS:
+        raise RequestError(f"{show_name(path)}: captions go to a file called .jsonl or .csv")
+    return suffix
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
-
-def whole_lines(data: bytes, *, quotes: bool = False) -> int:
-    """Bytes of the lines that are complete. quotes: a line end inside double quotes, as in CSV, is none."""
-    size, whole, inside = 0, 0, False
-    for line in data.split(b"\n")[:-1]:
-        size += len(line) + 1
-        if quotes and line.count(b'"') % 2:
-            inside = not inside
-        if not inside:
-            whole = size
-    return whole
 
 
 def append(file: io.FileIO, line: bytes) -> None:

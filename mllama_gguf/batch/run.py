@@ -12,11 +12,11 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..errors import Aborted, BackendError, MllamaError, ModelError, RequestError
 from ..model import Mllama
@@ -27,10 +27,15 @@ from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead
 from .captions import Caption, CaptionOptions, caption_picture
 from .failures import ErrorLog
-from .outputs import Output, Record
+from .outputs import Output
+from .records import Record
 
 Report: TypeAlias = Callable[[dict[str, Any]], None]
 
+Redo = Literal["length", "empty", "failed"]
+REDO: tuple[Redo, ...] = get_args(Redo)
+# How much the clocks of this machine and of a file server may differ.
+CLOCK_SECONDS = 2.0
 # A device that fails this often without a caption between is not opened once more.
 MAX_LOSSES = 3
 # Errors of writing that the next picture would meet as well.
@@ -43,6 +48,7 @@ class Summary:
 
     pictures:  all that the run was about: done before it, captioned, duplicates (of a picture's content; they
                got its caption), failed, and those it did not come to
+    again:     how many had a caption that was to be made once more
     tokens:    of the new captions
     prompt_tokens, cached_tokens: of the prompts, and how many of them were not computed again
     seconds:   encode, prompt, decode: what the model computed, at once perhaps; busy: in which any of it was
@@ -55,6 +61,7 @@ class Summary:
     captioned: int = 0
     duplicates: int = 0
     failed: int = 0
+    again: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -79,6 +86,8 @@ def caption_pictures(
     errors: ErrorLog,
     report: Report = lambda event: None,
     encode_ahead: bool | None = None,
+    redo: Collection[Redo] = (),
+    unchanged_since: float | None = None,
 ) -> Summary:
     """Caption pictures that the output does not hold yet, and keep each caption while the next is made.
 
@@ -88,6 +97,10 @@ def caption_pictures(
     report:     called with what happened, a dict whose "event" is "start", "caption", "error" or "summary"
     encode_ahead: encode the next pictures in another thread while a caption is written; None: if the model
                 leaves CPUs free for that (`Mllama.encoder_threads`). The captions are the same.
+    redo:       captions that are made once more: "length": those that were cut, "empty"; "failed" ones are
+                always tried again
+    unchanged_since: pictures that changed later (seconds, as `time.time` counts) are looked at: one with
+                another content than when it was captioned is captioned again. None: none is looked at
 
     Ctrl-C drops the picture at hand; the summary tells. A full disk, or a device that cannot be opened again,
     stops the run; the summary tells why. Raises RequestError for an output that cannot be used, and what
@@ -96,14 +109,28 @@ def caption_pictures(
     summary = Summary(pictures=len(pictures))
     try:
         known = {record.image: record for record in output.records()}
+        again = {
+            picture
+            for picture in pictures
+            if picture in known and _is_stale(known[picture], redo, unchanged_since)
+        }
+        output.again(again)
+        for picture in again:
+            del known[picture]
         errors.tidy(known)
     except OSError as e:
         raise RequestError(f"{e.filename}: {e.strerror}; nothing can be kept there") from e
-    pending = [picture for picture in pictures if picture not in known]
-    summary.done_before = len(pictures) - len(pending)
-    report({"event": "start", "pictures": len(pictures), "done_before": summary.done_before})
+    refused = output.refused
+    pending = [picture for picture in pictures if picture not in known and picture not in refused]
+    summary.done_before = sum(picture in known for picture in pictures)
+    summary.again = len(again)
+    counts = {"done_before": summary.done_before, "again": summary.again}
+    report({"event": "start", "pictures": len(pictures), **counts})
     run = _Run(known, output, open_model, options, errors, report, summary, encode_ahead)
     try:
+        for picture in pictures:
+            if picture in refused:
+                run.fail(picture, RequestError(refused[picture]))
         if pending:
             run.caption(pending)
     except (KeyboardInterrupt, Aborted):
@@ -119,6 +146,24 @@ def caption_pictures(
             summary.stopped = f"{e.filename}: {e.strerror}"
     report({"event": "summary", **vars(summary), "utilisation": summary.utilisation})
     return summary
+
+
+def _is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | None) -> bool:
+    """Whether a caption that is there is to be made once more."""
+    if "length" in redo and record.finish_reason == "length":
+        return True
+    if "empty" in redo and not record.caption.strip():
+        return True
+    if unchanged_since is None or not record.sha256:
+        return False
+    try:
+        info = os.stat(record.image)
+        # A file that is renamed to this name keeps the time when it was written.
+        if max(info.st_mtime, info.st_ctime) < unchanged_since - CLOCK_SECONDS:
+            return False
+        return file_sha256(record.image) != record.sha256
+    except (OSError, ValueError):
+        return False  # it is gone, and its caption stays
 
 
 class _Stop(Exception):
@@ -211,11 +256,11 @@ class _Run:
         except Aborted:
             raise
         except BackendError as e:
-            self._fail(path, e)
+            self.fail(path, e)
             self._open_again(e)
             return
         except (MllamaError, MemoryError, OSError) as e:
-            self._fail(path, e)
+            self.fail(path, e)
             return
         self._finish_writing()
         self._by_content[record.sha256] = record
@@ -240,7 +285,7 @@ class _Run:
         except OSError as e:
             self._writing = None
             words = f"{e.filename or 'the output'}: cannot be written: {e.strerror}"
-            self._fail(record.image, OSError(e.errno, words))
+            self.fail(record.image, OSError(e.errno, words))
             if e.errno in FULL:
                 raise _Stop(words) from e
             return
@@ -295,7 +340,8 @@ class _Run:
             caption = replace(caption, seconds={**caption.seconds, "encode": encode})
         return Record(path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption
 
-    def _fail(self, path: str, error: Exception) -> None:
+    def fail(self, path: str, error: Exception) -> None:
+        """Note that a picture has no caption."""
         self._summary.failed += 1
         message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         entry = {"image": path, "error": type(error).__name__, "message": one_line(message, 2000)}

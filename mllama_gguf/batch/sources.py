@@ -35,6 +35,7 @@ def list_pictures(
     *,
     recursive: bool = False,
     sidecar: str | None = None,
+    full_name: bool = False,
     exclude: Iterable[str] = (),
     stdin: bytes = b"",
 ) -> list[str]:
@@ -45,6 +46,7 @@ def list_pictures(
                or separated by NUL, relative to the current folder.
     recursive: search the folders in the folders too; links to folders are not followed
     sidecar:   suffix of caption files: photos/a.txt is no list if photos/a.png is named beside it
+    full_name: caption files are called photos/a.png.txt
     exclude:   files that are no pictures, the batch's own outputs
 
     Natural order (2.png before 10.png), except that what lists hold follows in the lists' own order.
@@ -53,7 +55,7 @@ def list_pictures(
     from natsort import natsorted, ns
 
     own = {os.path.basename(path): os.path.realpath(path) for path in exclude}
-    captions = _captions_among(sources, sidecar)
+    captions = _captions_among(sources, sidecar, full_name)
     named: list[str] = []
     listed: list[str] = []
     for source in sources:
@@ -81,16 +83,18 @@ def list_pictures(
     return pictures
 
 
-def lists_among(sources: Iterable[str], sidecar: str | None) -> list[str]:
+def lists_among(sources: Iterable[str], sidecar: str | None, full_name: bool = False) -> list[str]:
     """The sources that `list_pictures` reads as lists."""
-    captions = _captions_among(sources, sidecar)
+    captions = _captions_among(sources, sidecar, full_name)
     return [path for path in sources if path.lower().endswith(".txt") and path not in captions]
 
 
-def _captions_among(sources: Iterable[str], sidecar: str | None) -> set[str]:
+def _captions_among(sources: Iterable[str], sidecar: str | None, full_name: bool) -> set[str]:
     """The sources that are caption files of pictures named beside them."""
     if sidecar is None:
         return set()
+    if full_name:
+        return {path + sidecar for path in sources} & set(sources)
     parts = [os.path.splitext(path) for path in sources]
     stems = {stem for stem, suffix in parts if suffix.lower() in SUFFIXES}
     return {stem + suffix for stem, suffix in parts if suffix == sidecar and stem in stems}

@@ -7,88 +7,27 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from ..settings import DEFAULTS
-from .opening import open_chosen
-from .options import F, ModelChoice
+from ..words import os_reason
+from .batch_options import BatchSettings
+from .opening import find_files, open_chosen
+from .options import ModelChoice
 from .progress import BatchBar
 from .terminal import echo, echo_json, is_live
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
     from ..batch.outputs import Output
+    from ..batch.records import Record
     from ..batch.run import Report, Summary
+    from ..batch.settings import SettingsFile
     from ..files import AnyPath
     from ..model import Mllama
-
-
-@dataclass(frozen=True)
-class BatchSettings:
-    """The values of `batch_options`."""
-
-    out: str | None
-    sidecar: str | None
-    recursive: bool
-    prefix: str
-    suffix: str
-    overwrite: bool
-    limit: int | None
-    encode_ahead: bool | None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether this is a batch. Raises UsageError for options that only one would heed."""
-        if self.out is not None and self.sidecar is not None:
-            raise click.UsageError("--out and --sidecar exclude each other")
-        if self.out is not None or self.sidecar is not None:
-            return True
-        for name in ("recursive", "prefix", "suffix", "overwrite", "limit"):
-            if getattr(self, name):
-                raise click.UsageError(f"--{name} needs --out or --sidecar")
-        if self.encode_ahead is not None:
-            raise click.UsageError("--encode-ahead needs --out or --sidecar")
-        return False
-
-
-def batch_options(command: F) -> F:
-    """The options of a batch; the command takes them as `batch`, a BatchSettings."""
-
-    @wraps(command)
-    def run(**values: Any) -> Any:
-        named = {field.name: values.pop(field.name) for field in fields(BatchSettings)}
-        return command(batch=BatchSettings(**named), **values)
-
-    wrapped: Any = run
-    for option in reversed(
-        (
-            click.option("--out", metavar="FILE", help="Write the captions to FILE.jsonl or FILE.csv."),
-            click.option(
-                "--sidecar", metavar=".txt", help="Write each caption beside its image, with this suffix."
-            ),
-            click.option("--recursive", is_flag=True, help="Search subfolders too."),
-            click.option("--prefix", default="", metavar="TEXT", help="Text to put before every caption."),
-            click.option("--suffix", default="", metavar="TEXT", help="Text to put after every caption."),
-            click.option("--overwrite", is_flag=True, help="Replace captions that exist."),
-            click.option(
-                "--limit", metavar="N", type=click.IntRange(min=1), help="Caption only the first N images."
-            ),
-            click.option(
-                "--encode-ahead/--no-encode-ahead",
-                default=None,
-                help="Encode the next images while a caption is written.  [default: if a CPU is free]",
-            ),
-        )
-    ):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[no-any-return]
 
 
 def run_batch(
@@ -102,9 +41,11 @@ def run_batch(
     """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
     from ..batch.failures import NAMES, error_log
     from ..batch.run import caption_pictures
+    from ..batch.settings import SettingsFile, now, run_settings
     from ..batch.sources import home_of, list_pictures, lists_among
     from ..errors import RequestError
 
+    started = now()
     home = Path(settings.out).parent if settings.out is not None else Path(home_of(sources[0]))
     logs = [home / name for name in NAMES]
     if settings.out is not None and any(
@@ -116,13 +57,20 @@ def run_batch(
         sources,
         recursive=settings.recursive,
         sidecar=settings.sidecar,
+        full_name=settings.sidecar_full_name,
         exclude=[*map(str, logs), *([settings.out] if settings.out else [])],
         stdin=sys.stdin.buffer.read() if "-" in sources else b"",
     )[: settings.limit]
     named = [name for name in (choice.name, choice.mmproj) if name]
-    read: list[AnyPath] = [*inputs, *named, *logs, *lists_among(sources, settings.sidecar)]
-    output = _open_output(settings, options, pictures, home, choice, read)
+    lists = lists_among(sources, settings.sidecar, settings.sidecar_full_name)
+    read: list[AnyPath] = [*inputs, *named, *logs, *lists]
+    files = find_files(replace(choice, verify=False))
+    mine = run_settings(options, files, choice.settings.get("chat_template"))
+    beside = SettingsFile.beside(*_place(settings, home))
+    output = _open_output(settings, options, pictures, home, mine, read)
     try:
+        done = list(output.records()) if settings.how == "skip" else []
+        since = _since(settings, beside, mine, done, started)
         with ExitStack() as stack, _reporter(as_json) as report:
 
             def opened() -> Mllama:
@@ -137,7 +85,14 @@ def run_batch(
                 errors=errors,
                 report=report,
                 encode_ahead=settings.encode_ahead,
+                redo=settings.redo,
+                unchanged_since=since,
             )
+        whole = not (summary.failed or summary.stopped or summary.interrupted)
+        # Later runs look at what changed since: only if all that is there was looked at, and done.
+        everything = whole and {record.image for record in done} <= set(pictures)
+        if settings.how == "skip" or whole:
+            _keep(beside, mine, started if everything else since)
     finally:
         output.close()
     if not as_json:
@@ -147,48 +102,112 @@ def run_batch(
     return 3 if summary.failed or summary.stopped else 0
 
 
+def _place(settings: BatchSettings, home: Path) -> tuple[Path, str]:
+    """The folder of an output, links followed, and the name under which its settings are kept."""
+    if settings.out is None:
+        full = "full-name" if settings.sidecar_full_name else ""
+        return home, f"mllama-sidecar{full}{settings.sidecar}"
+    path = Path(os.path.realpath(settings.out))
+    return path.parent, path.name
+
+
+def _since(
+    settings: BatchSettings,
+    beside: SettingsFile,
+    mine: Mapping[str, Any],
+    done: Sequence[Record],
+    started: float,
+) -> float:
+    """When the pictures of captions that are there were last looked at. Keeps the settings of this run, so
+    that one that goes on after a kill is compared with it. Raises RequestError if the captions there were
+    made with others."""
+    from ..batch.settings import check_same
+
+    if settings.how != "skip":
+        return started
+    kept = beside.read()
+    if not done:
+        since = started
+    elif kept is None:  # of an earlier version
+        since = os.stat(settings.out).st_mtime if settings.out is not None else started
+    else:
+        since = kept.looked
+        if not settings.any_settings:
+            ignore = ("max_tokens",) if "length" in settings.redo else ()
+            check_same(settings.out or f"--sidecar {settings.sidecar}", kept, mine, ignore=ignore)
+    _keep(beside, mine, since)
+    return since
+
+
+def _keep(beside: SettingsFile, settings: Mapping[str, Any], looked: float) -> None:
+    try:
+        beside.write(settings, looked)
+    except OSError as e:
+        echo(f"Warning: {beside.path}: the settings of this run cannot be kept: {os_reason(e)}", err=True)
+
+
 def _open_output(
     settings: BatchSettings,
     options: CaptionOptions,
     pictures: Sequence[str],
     home: Path,
-    choice: ModelChoice,
+    mine: Mapping[str, Any],
     inputs: Sequence[AnyPath],
 ) -> Output:
     """Where the captions go.
 
-    --overwrite collects them in a hidden file until all are there, which a killed run finds again. The
-    file's name has a digest of what shapes the captions, so that it never mixes two kinds.
+    What overwrites or adds to captions collects new ones in a hidden file until all are there, which a killed
+    run finds again. The file's name has a digest of what shapes the captions, so that it never mixes two
+    kinds.
     """
-    from ..batch.outputs import RecordFile, Sidecars
+    from ..batch.outputs import CombinedFile, RecordFile
+    from ..batch.sidecars import Sidecars
+    from ..errors import RequestError
     from ..temporary import remove_leftovers
 
+    how, is_added = settings.how, settings.how in ("append", "prepend")
+    is_xmp = settings.sidecar is not None and settings.sidecar.lower().endswith(".xmp")
+    if is_added and not is_xmp and "json" in str((options.response_format or {}).get("type", "")):
+        raise RequestError(f"--existing {how}: JSON with text before or after it is no JSON")
     folder = Path(os.path.realpath(settings.out)).parent if settings.out is not None else home
     remove_leftovers(folder)
     partial = None
-    if settings.overwrite:
-        model = [choice.name, choice.mmproj, choice.settings.get("n_ctx", DEFAULTS["n_ctx"])]
-        words = json.dumps([settings.out, settings.sidecar, repr(options), model])
-        partial = _partial(folder, settings.out, words)
+    if how != "skip":
+        words = json.dumps([settings.out, settings.sidecar, how, settings.separator, mine])
+        name = "x.jsonl" if is_added else settings.out
+        partial = _partial(folder, settings.out, name, words)
+    if settings.out is not None and is_added:
+        assert partial is not None
+        return CombinedFile(settings.out, partial, how, settings.separator, inputs)
     if settings.out is not None:
         return RecordFile(settings.out, inputs=inputs, partial=partial)
     assert settings.sidecar is not None
-    return Sidecars(settings.sidecar, pictures, partial, inputs=inputs)
+    place, name = _place(settings, home)
+    return Sidecars(
+        settings.sidecar,
+        pictures,
+        partial,
+        how=how,
+        separator=settings.separator,
+        full_name=settings.sidecar_full_name,
+        log=place / f".{name}.mllama.jsonl",
+        inputs=inputs,
+    )
 
 
-def _partial(folder: Path, out: str | None, words: str) -> Path:
+def _partial(folder: Path, out: str | None, name: str | None, words: str) -> Path:
     """The hidden file of an output and of the words that say how it is made; others of the output go, unless
-    a run writes them now."""
+    a run writes them now. name: has the suffix of the hidden file; None: .jsonl"""
 
     from ..temporary import remove_unlocked
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
-    suffix = ".jsonl" if out is None else os.path.splitext(out)[1]
+    suffix = ".jsonl" if name is None else os.path.splitext(name)[1]
     beginning = f".mllama-{digest(os.path.basename(out or ''))}-"
     partial = folder / f"{beginning}{digest(words)}.partial{suffix}"
-    pattern = re.compile(re.escape(beginning) + "[0-9a-f]{12}" + re.escape(f".partial{suffix}"))
+    pattern = re.compile(re.escape(beginning) + r"[0-9a-f]{12}\.partial\.[a-zA-Z]+")
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name) and entry.name != partial.name:
@@ -233,6 +252,7 @@ def _in_words(summary: Summary, errors: Path) -> str:
     parts = [f"{s.captioned} captioned"]
     for count, words in ((s.duplicates, "duplicates"), (s.done_before, "done before")):
         parts += [f"{count} {words}"] if count else []
+    parts += [f"{s.again} of them again"] if s.again else []
     parts += [f"{s.failed} failed, see {os.fspath(errors)}"] if s.failed else []
     left = s.pictures - s.captioned - s.duplicates - s.done_before - s.failed
     parts += [f"{left} left"] if left else []

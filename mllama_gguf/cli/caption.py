@@ -14,7 +14,8 @@ import click
 
 from ..errors import ImageError, TimeLimitError
 from ..words import os_reason, show_size
-from .batch import BatchSettings, batch_options, run_batch
+from .batch import run_batch
+from .batch_options import BatchSettings, batch_options
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options
 from .replies import ReplyChoice, reply_options

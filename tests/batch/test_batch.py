@@ -28,8 +28,10 @@ from mllama_gguf import BackendError, Mllama, RequestError
 from mllama_gguf.batch.ahead import prefetch
 from mllama_gguf.batch.captions import CaptionOptions
 from mllama_gguf.batch.failures import ErrorLog
-from mllama_gguf.batch.outputs import Record, RecordFile, Sidecars
+from mllama_gguf.batch.outputs import RecordFile
+from mllama_gguf.batch.records import Record
 from mllama_gguf.batch.run import MAX_LOSSES, caption_pictures
+from mllama_gguf.batch.sidecars import Sidecars
 from mllama_gguf.batch.sources import home_of, list_pictures
 from mllama_gguf.cli.main import run
 

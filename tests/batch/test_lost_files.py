@@ -13,7 +13,9 @@ from PIL import Image
 
 from mllama_gguf import RequestError
 from mllama_gguf.batch.failures import ErrorLog, error_log
-from mllama_gguf.batch.outputs import Record, RecordFile, Sidecars, check_suffix
+from mllama_gguf.batch.outputs import RecordFile
+from mllama_gguf.batch.records import Record
+from mllama_gguf.batch.sidecars import Sidecars, check_suffix
 from mllama_gguf.cli.main import run
 
 Captured = pytest.CaptureFixture[str]

@@ -1,0 +1,155 @@
+"""Captions as records, and records as lines of JSONL and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, BinaryIO, Literal, get_args
+
+from ..words import as_json
+
+# What happens to captions that exist.
+Existing = Literal["skip", "overwrite", "append", "prepend"]
+EXISTING: tuple[Existing, ...] = get_args(Existing)
+LARGEST_CAPTION = 1 << 20  # bytes of a caption file; what is larger is something else
+
+
+@dataclass(frozen=True)
+class Record:
+    """A caption that is done.
+
+    image:         path, as the batch was told
+    finish_reason: "stop", or "length" for a caption that max_tokens or n_ctx cut
+    tokens:        tokens of the caption
+    sha256:        of the picture's file; "": not known
+    duplicate_of:  path of the picture with the same content whose caption this is, or ""
+    existing:      the older caption that it was put after or before, in files of our own; else ""
+    """
+
+    image: str
+    caption: str
+    finish_reason: str
+    tokens: int
+    sha256: str
+    duplicate_of: str = ""
+    existing: str = ""
+
+
+def combine(existing: str, caption: str, how: Existing, separator: str) -> str:
+    """A new caption with the one that exists, or alone."""
+    if how == "append" and existing.strip():
+        return existing + separator + caption
+    if how == "prepend" and existing.strip():
+        return caption + separator + existing
+    return caption
+
+
+def last_of_each(records: Iterable[Record]) -> dict[str, Record]:
+    """The last record of each picture, in the order of the first ones."""
+    return {record.image: record for record in records}
+
+
+class Jsonl:
+    """An object a line."""
+
+    quotes = False
+    head = b""
+
+    def is_one(self, file: BinaryIO) -> bool:
+        """Whether a file begins with a record, or with a torn one."""
+        begins = b'{"image": '
+        if not begins.startswith(file.read(len(begins))):
+            return False
+        file.seek(0)
+        line = file.readline(16 * LARGEST_CAPTION)
+        return self.is_record(line) or not (line.endswith(b"\n") or _is_json(line))
+
+    def is_record(self, line: bytes) -> bool:
+        """Whether this is a whole record; the line end may be missing."""
+        try:
+            return bool(self.read(line.decode("utf-8", "surrogateescape")))
+        except (ValueError, TypeError, RecursionError):
+            return False
+
+    def line(self, record: Record) -> bytes:
+        """A record as a line. Optional fields that say nothing are left out."""
+        values = asdict(record)
+        for name in ("duplicate_of", "existing"):
+            if not values[name]:
+                del values[name]
+        return as_json(values).encode() + b"\n"
+
+    def read(self, text: str) -> list[Record]:
+        """The records of whole lines. Raises ValueError, TypeError, RecursionError."""
+        return [_record(json.loads(line)) for line in text.split("\n") if line]
+
+
+class Csv:
+    """A row of a table, which begins with the names of its columns."""
+
+    quotes = True
+    names = tuple(field.name for field in fields(Record) if field.name != "existing")
+    head = (",".join(names) + "\n").encode()
+
+    def is_one(self, file: BinaryIO) -> bool:
+        """Whether a file begins with the names of the columns, or with a part of them."""
+        return self.head.startswith(file.read(len(self.head)))
+
+    def is_record(self, line: bytes) -> bool:
+        """Without its line end no row is known to be whole."""
+        return False
+
+    def line(self, record: Record) -> bytes:
+        """A record as a row."""
+        text = io.StringIO()
+        values = asdict(record)
+        csv.writer(text, lineterminator="\n").writerow(values[name] for name in self.names)
+        return text.getvalue().encode("utf-8", "surrogateescape")
+
+    def read(self, text: str) -> list[Record]:
+        """The records of whole rows. Raises ValueError, TypeError, KeyError, csv.Error."""
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return [_record({**row, "tokens": int(row["tokens"])}) for row in rows]
+
+
+FORMATS: dict[str, type[Jsonl | Csv]] = {".jsonl": Jsonl, ".csv": Csv}
+
+
+def _record(values: Any) -> Record:
+    names = {field.name for field in fields(Record)}
+    if not isinstance(values, dict):
+        raise ValueError("a record is an object")
+    record = Record(**{name: value for name, value in values.items() if name in names})
+    if not isinstance(record.image, str) or not isinstance(record.caption, str):
+        raise ValueError("image and caption must be strings")
+    return record
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def line_ends(data: bytes, *, quotes: bool = False) -> list[int]:
+    """Where the lines that are complete end, in bytes. quotes: a line end inside double quotes, as in CSV, is
+    none."""
+    size, ends, inside = 0, [], False
+    for line in data.split(b"\n")[:-1]:
+        size += len(line) + 1
+        if quotes and line.count(b'"') % 2:
+            inside = not inside
+        if not inside:
+            ends.append(size)
+    return ends
+
+
+def whole_lines(data: bytes, *, quotes: bool = False) -> int:
+    """Bytes of the lines that are complete. quotes: as in `line_ends`."""
+    ends = line_ends(data, quotes=quotes)
+    return ends[-1] if ends else 0

@@ -1,0 +1,207 @@
+"""XMP sidecars: a caption as dc:description, tags as dc:subject, beside whatever else a file has.
+
+As darktable, digiKam and Lightroom write and read them. What is there already stays: other programs keep
+their work in these files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from ..reading import decode_text
+
+_X = "adobe:ns:meta/"
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_DC = "http://purl.org/dc/elements/1.1/"
+_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+_OURS = {"x": _X, "rdf": _RDF, "dc": _DC}
+_HEAD = '<?xml version="1.0" encoding="UTF-8"?>\n<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
+_TAIL = '\n<?xpacket end="w"?>\n'
+
+LARGEST = 16 << 20  # bytes; darktable's history of a picture takes some hundred thousand
+_DEEPEST = 200  # elements inside each other
+_NO_XML = re.compile("[^\t\n\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Names, in replies of a schema, of what is the caption and of what are the tags.
+_TEXTS = ("description", "caption", "summary", "text", "title")
+_TAGS = ("tags", "keywords")
+
+_registry = threading.Lock()  # of prefixes, which ElementTree keeps for the whole process
+
+
+class XmpError(ValueError):
+    """A file that is no XMP that could be added to."""
+
+
+def parts_of(caption: str) -> tuple[str, list[str]]:
+    """The description and the tags in a caption. One that is no JSON object is a description alone; of an
+    object the description is its text of that name, or else all of it."""
+    try:
+        values = json.loads(caption)
+    except (ValueError, RecursionError):
+        return caption, []
+    if not isinstance(values, dict):
+        return caption, []
+    named = {str(name).lower(): value for name, value in values.items()}
+    tags: list[Any] = next((named[name] for name in _TAGS if isinstance(named.get(name), list)), [])
+    text = next((named[name] for name in _TEXTS if isinstance(named.get(name), str)), caption)
+    return text, [tag.strip() for tag in tags if isinstance(tag, str) and tag.strip()]
+
+
+def read_description(data: bytes) -> str:
+    """The description in an XMP file; "" if it has none. Raises XmpError."""
+    rdf = _rdf(_parse(data)[0])
+    found = rdf.find(f"{{{_RDF}}}Description/{{{_DC}}}description")
+    if found is None:
+        return next((d.get(f"{{{_DC}}}description", "") for d in _descriptions(rdf)), "")
+    item = _default_item(found)
+    return (found if item is None else item).text or ""
+
+
+def write_description(old: bytes, description: str, tags: Sequence[str] = ()) -> bytes:
+    """An XMP file with this description, in the default language, and with these tags beside those that are
+    there.
+
+    old: the file as it is, of which all else stays; b"": there is none
+
+    Raises XmpError.
+    """
+    if old.strip():
+        root, prefixes = _parse(old)
+    else:
+        root, prefixes = ET.Element(f"{{{_X}}}xmpmeta"), {}
+        ET.SubElement(root, f"{{{_RDF}}}RDF")
+    rdf = _rdf(root)
+    _set_description(rdf, _clean(description))
+    if tags:
+        _add_tags(rdf, [_clean(tag) for tag in tags])
+    try:
+        with _registry:
+            for prefix, uri in {**prefixes, **_OURS}.items():
+                if prefix and not re.fullmatch(r"ns\d+|xml.*", prefix, re.IGNORECASE):
+                    ET.register_namespace(prefix, uri)
+            text = ET.tostring(root, encoding="unicode")
+    except RecursionError as e:
+        raise XmpError("its elements are nested too deeply") from e
+    return (_HEAD + text.strip() + _TAIL).encode("utf-8")
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+class _Builder(ET.TreeBuilder):
+    """Keeps comments, notes prefixes, and bounds how deep elements are nested."""
+
+    def __init__(self) -> None:
+        super().__init__(insert_comments=True, insert_pis=True)
+        self.prefixes: dict[str, str] = {}
+        self._depth = 0
+
+    def start(self, tag: str, attrs: Mapping[Any, Any], /) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise XmpError("its elements are nested too deeply")
+        return super().start(tag, dict(attrs))
+
+    def end(self, tag: str, /) -> Any:
+        self._depth -= 1
+        return super().end(tag)
+
+    def start_ns(self, prefix: str, uri: str) -> None:
+        self.prefixes.setdefault(prefix or "", uri)
+
+
+def _parse(data: bytes) -> tuple[ET.Element, dict[str, str]]:
+    """The root of a file, and the prefixes of its namespaces. Nothing that a document type may do is done."""
+    if len(data) > LARGEST:
+        raise XmpError(f"it has more than {LARGEST} bytes")
+    try:
+        text = decode_text(data)
+    except UnicodeDecodeError as e:
+        raise XmpError("it is neither UTF-8 nor UTF-16") from e
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise XmpError("it has a document type, which no XMP has")
+    builder = _Builder()
+    parser = ET.XMLParser(target=builder)
+    try:
+        parser.feed(text.strip("\ufeff\0 \t\r\n"))
+        root = parser.close()
+    except ET.ParseError as e:
+        raise XmpError(f"it is no XML: {e}") from e
+    return root, builder.prefixes
+
+
+def _rdf(root: ET.Element) -> ET.Element:
+    tag = f"{{{_RDF}}}RDF"
+    found = root if root.tag == tag else root.find(f".//{tag}")
+    if found is None:
+        raise XmpError("it is no XMP (rdf:RDF is missing)")
+    return found
+
+
+def _descriptions(rdf: ET.Element) -> list[ET.Element]:
+    return rdf.findall(f"{{{_RDF}}}Description")
+
+
+def _default_item(description: ET.Element) -> ET.Element | None:
+    """The text in the default language, or the first one."""
+    items = description.findall(f"{{{_RDF}}}Alt/{{{_RDF}}}li")
+    return next((item for item in items if item.get(_LANG) == "x-default"), items[0] if items else None)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def _place(rdf: ET.Element, name: str) -> ET.Element:
+    """The property dc:NAME, made if it is missing."""
+    tag = f"{{{_DC}}}{name}"
+    blocks = _descriptions(rdf)
+    for block in blocks:
+        found = block.find(tag)
+        if found is not None:
+            return found
+    if not blocks:
+        blocks = [ET.SubElement(rdf, f"{{{_RDF}}}Description", {f"{{{_RDF}}}about": ""})]
+    blocks[0].attrib.pop(tag, None)  # the short form, which has no languages and no list
+    return ET.SubElement(blocks[0], tag)
+
+
+def _list_in(parent: ET.Element, kind: str) -> ET.Element:
+    """The rdf:KIND in a property, made if it is missing."""
+    found = parent.find(f"{{{_RDF}}}{kind}")
+    if found is None:
+        parent.text = None
+        found = ET.SubElement(parent, f"{{{_RDF}}}{kind}")
+    return found
+
+
+def _set_description(rdf: ET.Element, text: str) -> None:
+    for block in _descriptions(rdf):
+        block.attrib.pop(f"{{{_DC}}}description", None)
+    place = _place(rdf, "description")
+    alternatives = _list_in(place, "Alt")
+    items = alternatives.findall(f"{{{_RDF}}}li")
+    item = next((item for item in items if item.get(_LANG) == "x-default"), None)
+    if item is None:
+        item = ET.Element(f"{{{_RDF}}}li", {_LANG: "x-default"})
+        alternatives.insert(0, item)
+    item.text = text
+
+
+def _add_tags(rdf: ET.Element, tags: Sequence[str]) -> None:
+    place = _place(rdf, "subject")
+    kind = "Seq" if place.find(f"{{{_RDF}}}Seq") is not None else "Bag"
+    bag = _list_in(place, kind)
+    there = {item.text for item in bag.findall(f"{{{_RDF}}}li")}
+    for tag in dict.fromkeys(tags):
+        if tag not in there:
+            ET.SubElement(bag, f"{{{_RDF}}}li").text = tag
+
+
+def _clean(text: str) -> str:
+    """A text without characters that no XML can have."""
+    return _NO_XML.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))

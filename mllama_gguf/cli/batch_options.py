@@ -1,0 +1,126 @@
+"""The options of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..batch.records import EXISTING, Existing
+from .options import F
+
+if TYPE_CHECKING:
+    from ..batch.run import Redo
+
+REDO = ("length", "empty", "failed")  # as batch.run has them, which imports much
+# Options that only a batch obeys, beside --encode-ahead.
+_ONLY_HERE = ("recursive", "prefix", "suffix", "overwrite", "existing", "redo", "any_settings", "limit")
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """The values of `batch_options`."""
+
+    out: str | None
+    sidecar: str | None
+    recursive: bool
+    prefix: str
+    suffix: str
+    overwrite: bool
+    existing: Existing | None
+    separator: str
+    redo: tuple[Redo, ...]
+    any_settings: bool
+    sidecar_full_name: bool
+    limit: int | None
+    encode_ahead: bool | None
+
+    @property
+    def how(self) -> Existing:
+        """What happens to captions that exist."""
+        return self.existing or ("overwrite" if self.overwrite else "skip")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this is a batch. Raises UsageError for options that only one would heed."""
+        if self.out is not None and self.sidecar is not None:
+            raise click.UsageError("--out and --sidecar exclude each other")
+        if self.overwrite and self.existing not in (None, "overwrite"):
+            raise click.UsageError(f"--overwrite and --existing {self.existing} exclude each other")
+        if self.redo and self.how != "skip":
+            raise click.UsageError("--redo is for captions that else are skipped")
+        if self.sidecar_full_name and self.sidecar is None:
+            raise click.UsageError("--sidecar-full-name needs --sidecar")
+        if self.out is not None or self.sidecar is not None:
+            return True
+        for name in _ONLY_HERE:
+            if getattr(self, name):
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --out or --sidecar")
+        if self.encode_ahead is not None:
+            raise click.UsageError("--encode-ahead needs --out or --sidecar")
+        return False
+
+
+def batch_options(command: F) -> F:
+    """The options of a batch; the command takes them as `batch`, a BatchSettings."""
+
+    @wraps(command)
+    def run(**values: Any) -> Any:
+        named = {field.name: values.pop(field.name) for field in fields(BatchSettings)}
+        return command(batch=BatchSettings(**named), **values)
+
+    wrapped: Any = run
+    for option in reversed(
+        (
+            click.option("--out", metavar="FILE", help="Write the captions to FILE.jsonl or FILE.csv."),
+            click.option(
+                "--sidecar",
+                metavar=".txt",
+                help="Write each caption beside its image, with this suffix. .xmp: as an XMP sidecar.",
+            ),
+            click.option("--recursive", is_flag=True, help="Search subfolders too."),
+            click.option("--prefix", default="", metavar="TEXT", help="Text to put before every caption."),
+            click.option("--suffix", default="", metavar="TEXT", help="Text to put after every caption."),
+            click.option(
+                "--existing",
+                type=click.Choice(EXISTING),
+                help="Skip, overwrite, or add to captions that exist.  [default: skip]",
+            ),
+            click.option("--overwrite", is_flag=True, help="The same as --existing overwrite."),
+            click.option(
+                "--separator",
+                metavar="TEXT",
+                default="\n",
+                help="Text between an old caption and one that is added.  [default: a line end]",
+            ),
+            click.option(
+                "--redo",
+                type=click.Choice(REDO),
+                multiple=True,
+                help="Make captions once more that were cut (length) or are empty. Images that failed are "
+                "always tried again.",
+            ),
+            click.option(
+                "--any-settings",
+                is_flag=True,
+                help="Go on although the captions there were made with another prompt, model or form.",
+            ),
+            click.option(
+                "--sidecar-full-name",
+                is_flag=True,
+                help="Name caption files after the whole name: a.jpg.txt in place of a.txt.",
+            ),
+            click.option(
+                "--limit", metavar="N", type=click.IntRange(min=1), help="Caption only the first N images."
+            ),
+            click.option(
+                "--encode-ahead/--no-encode-ahead",
+                default=None,
+                help="Encode the next images while a caption is written.  [default: if a CPU is free]",
+            ),
+        )
+    ):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[no-any-return]
