@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from .captions import CaptionOptions
 _MARK = "settings of a run of mllama caption"  # what tells our files from others
 _LARGEST = 16 << 20  # bytes
 _SAMPLE = 1 << 20  # bytes at either end of a model file that are looked at
-# The keys of settings, and what they are called.
-_NAMES = {
+# The settings that captions of one output have in common, and what they are called.
+_SAME = {
     "prompt": "prompt",
     "system": "system message",
     "begin": "--begin",
@@ -32,6 +32,9 @@ _NAMES = {
     "form": "schema or other form",
     "prefix": "prefix",
     "suffix": "suffix",
+}
+# Those that may differ, which is only said.
+_MAY_DIFFER = {
     "max_tokens": "--max-tokens",
     "temperature": "temperature",
     "seed": "seed",
@@ -127,28 +130,23 @@ class SettingsFile:
         write_whole(self.path, as_json({"is": _MARK, "looked": looked, "settings": settings}) + "\n")
 
 
-def check_same(
-    output: str, kept: KeptSettings, settings: Mapping[str, Any], *, ignore: Collection[str] = ()
-) -> None:
-    """That the captions of an output were made with these settings. Raises RequestError that says what is
-    another, and the ways out.
-
-    output: for people; ignore: settings that may differ
-    """
-    for key, name in _NAMES.items():
-        if key in ignore or key not in kept.settings:
-            continue
-        old, new = kept.settings[key], settings.get(key)
-        if old != new:
-            shown = (
-                ""
-                if key in ("model", "model_says", "chat_template")
-                else f" ({brief(old)}, not {brief(new)})"
-            )
+def check_same(output: str, kept: KeptSettings, settings: Mapping[str, Any]) -> list[str]:
+    """That the captions of an output were made with these settings. Returns the names of smaller ones that
+    differ. Raises RequestError that says what is another, and the ways out. output: for people"""
+    for key, name in _SAME.items():
+        old, new = kept.settings.get(key), settings.get(key)
+        if key in kept.settings and old != new:
+            hidden = key in ("model", "model_says", "chat_template")
+            shown = "" if hidden else f" ({brief(old)}, not {brief(new)})"
             raise RequestError(
                 f"{show_name(output)}: the captions there were made with another {name}{shown}; give the "
                 "same, or another output; --overwrite makes all once more, --any-settings mixes them"
             )
+    return [
+        name
+        for key, name in _MAY_DIFFER.items()
+        if key in kept.settings and kept.settings[key] != settings.get(key)
+    ]
 
 
 def now() -> float:

@@ -152,12 +152,15 @@ class Sidecars:
         """See Output."""
         for folder in {Path(picture).parent for picture in self._pictures}:
             remove_leftovers(folder)
+        written = self._log.read() if self._log is not None else {}
         if self._journal is not None:
             for record in self._journal.records():
+                noted = written.get(os.path.realpath(record.image))
+                if noted is None or replace(noted, image=record.image) != self._whole(record):
+                    self._note(record)
                 self._put(record)  # the journal came first
                 yield replace(record, existing="")
             return
-        written = self._log.read() if self._log is not None else {}
         for picture in self._pictures:
             if picture in self.refused:
                 continue
@@ -180,10 +183,8 @@ class Sidecars:
             if self._how != "overwrite":
                 record = replace(record, existing=self._read(self.path(record.image)))
             self._journal.write(record)
+        self._note(record)  # a note without a file does no harm, a file without a note is not known as ours
         self._put(record)
-        if self._log is not None:
-            whole = replace(record, caption=self._text(record), existing="")
-            self._log.add(whole if record.existing else record)
 
     def finish(self) -> None:
         """See Output."""
@@ -196,6 +197,14 @@ class Sidecars:
         """See Output."""
         if self._journal is not None:
             self._journal.close()
+
+    def _note(self, record: Record) -> None:
+        if self._log is not None:
+            self._log.add(self._whole(record))
+
+    def _whole(self, record: Record) -> Record:
+        """A record with the caption as the file has it."""
+        return replace(record, caption=self._text(record), existing="") if record.existing else record
 
     def _text(self, record: Record) -> str:
         """The caption file's text of a record."""
@@ -240,7 +249,7 @@ class Sidecars:
         elif self._journal is not None or not text.strip() or self._expected.get(record.image) == text:
             return
         else:
-            words = "it came into being, or was edited, meanwhile; it stays"
+            words = "it came into being meanwhile, or was edited; it stays"
         raise FileExistsError(errno.EEXIST, words, os.fspath(path))
 
 

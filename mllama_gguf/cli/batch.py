@@ -133,8 +133,10 @@ def _since(
     else:
         since = kept.looked
         if not settings.any_settings:
-            ignore = ("max_tokens",) if "length" in settings.redo else ()
-            check_same(settings.out or f"--sidecar {settings.sidecar}", kept, mine, ignore=ignore)
+            where = settings.out or f"--sidecar {settings.sidecar}"
+            if others := check_same(where, kept, mine):
+                words = f"Note: {where}: captions there were made with other {', '.join(others)}"
+                echo(words, err=True)
     _keep(beside, mine, since)
     return since
 

@@ -196,8 +196,12 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 def test_pictures_that_would_share_a_caption_file() -> None:
-    with pytest.raises(RequestError, match=r"a/b\.jpg and a/b\.png would share a/b\.txt"):
-        Sidecars(".txt", ["a/b.jpg", "a/c.jpg", "a/b.png"])
+    pictures = ["a/b.jpg", "a/c.jpg", "a/b.png"]
+    refused = Sidecars(".txt", pictures).refused
+    assert set(refused) == {"a/b.jpg", "a/b.png"}
+    assert refused["a/b.jpg"].startswith("would share a/b.txt with a/b.png; use --sidecar-full-name")
+    assert refused["a/b.png"].startswith("would share a/b.txt with a/b.jpg;")
+    assert not Sidecars(".txt", pictures, full_name=True).refused
     with pytest.raises(RequestError, match=r"takes a suffix like \.txt, not 'txt'"):
         Sidecars("txt", ["a.png"])
 
@@ -307,7 +311,8 @@ def test_captions_beside_their_pictures(photos: Path, capsys: Captured) -> None:
     # What was captioned by an earlier run tells a duplicate too.
     (photos / "13.png").write_bytes((photos / "3.png").read_bytes())
     capsys.readouterr()
-    assert run(["caption", str(photos), "--sidecar", ".txt", "-n", "9"]) == 0
+    args = ["--sidecar", ".txt", "-n", "9", "--prefix", "Look: ", "--suffix", "!"]
+    assert run(["caption", str(photos), *args]) == 0
     assert "0 captioned, 1 duplicates, 12 done before" in capsys.readouterr().err
     assert (photos / "13.txt").read_text() == "by hand\n"
 
@@ -423,7 +428,7 @@ def test_events(photos: Path, capsys: Captured) -> None:
     (photos / "5.png").write_bytes(b"no picture")
     assert run(["caption", str(photos), "--out", str(photos / "c.jsonl"), "-n", "5", "--json"]) == 3
     first, *middle, last = lines(capsys.readouterr().err)
-    assert first == {"event": "start", "pictures": 12, "done_before": 0}
+    assert first == {"event": "start", "pictures": 12, "done_before": 0, "again": 0}
     assert Counter(event["event"] for event in middle) == {"caption": 11, "error": 1}
     assert (last["event"], last["captioned"], last["duplicates"], last["failed"]) == ("summary", 10, 1, 1)
     assert last["tokens"] == sum(event["tokens"] for event in middle if "seconds" in event)
@@ -598,7 +603,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """The files of a folder; those that keep settings have the time of the run in them."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".json"]
+    return {path.name: path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("how", ["c.jsonl", "c.csv", "sidecar", "overwrite c.jsonl", "overwrite sidecar"])

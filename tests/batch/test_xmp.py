@@ -1,0 +1,211 @@
+"""XMP sidecars: what is written, what of other programs stays, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from mllama_gguf.batch.xmp import XmpError, parts_of, read_description, write_description
+from mllama_gguf.cli.main import run
+
+Captured = pytest.CaptureFixture[str]
+APPLE = Path(__file__).parents[2] / "examples" / "apple.png"
+RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+DC = "{http://purl.org/dc/elements/1.1/}"
+LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+DARKTABLE = """<?xml version="1.0" encoding="UTF-8"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk="XMP Core 4.4.0-Exiv2">
+ <!-- a comment -->
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:exif="http://ns.adobe.com/exif/1.0/"
+    xmlns:darktable="http://darktable.sf.net/"
+    xmlns:dc="http://purl.org/dc/elements/1.1/"
+   exif:DateTimeOriginal="2024:01:02"
+   darktable:history_end="7">
+   <dc:subject>
+    <rdf:Bag><rdf:li>mine</rdf:li></rdf:Bag>
+   </dc:subject>
+   <darktable:history>
+    <rdf:Seq><rdf:li darktable:num="0" darktable:operation="exposure" darktable:params="00ff"/></rdf:Seq>
+   </darktable:history>
+  </rdf:Description>
+ </rdf:RDF>
+</x:xmpmeta>
+"""
+
+
+def rdf(data: bytes) -> ET.Element:
+    return next(ET.fromstring(data.decode("utf-8")).iter(f"{RDF}RDF"))
+
+
+def tags(data: bytes) -> list[str | None]:
+    return [item.text for item in rdf(data).iterfind(f".//{DC}subject/{RDF}Bag/{RDF}li")]
+
+
+def test_a_new_file() -> None:
+    data = write_description(b"", 'a <b> & "c"\r\nd\x00\x1b', ["red", "two words", "red"])
+    assert data.startswith(b'<?xml version="1.0" encoding="UTF-8"?>\n<?xpacket begin="\xef\xbb\xbf"')
+    assert data.endswith(b'<?xpacket end="w"?>\n')
+    (item,) = rdf(data).findall(f"{RDF}Description/{DC}description/{RDF}Alt/{RDF}li")
+    assert item.get(LANG) == "x-default" and item.text == 'a <b> & "c"\nd\ufffd\ufffd'
+    assert read_description(data) == item.text
+    assert tags(data) == ["red", "two words"]
+    assert b"<rdf:RDF" in data and b"<dc:description>" in data and b"<x:xmpmeta" in data
+    assert b"dc:subject" not in write_description(b"", "x")
+    block = rdf(data).find(f"{RDF}Description")
+    assert block is not None and block.get(f"{RDF}about") == ""
+
+
+def test_the_work_of_others_stays() -> None:
+    data = write_description(DARKTABLE.encode(), "a red apple", ["red", "mine"])
+    assert tags(data) == ["mine", "red"]
+    assert read_description(data) == "a red apple"
+    for kept in (b"<!-- a comment -->", b'darktable:params="00ff"', b'exif:DateTimeOriginal="2024:01:02"'):
+        assert kept in data
+    again = write_description(data, "other")
+    assert read_description(again) == "other" and tags(again) == ["mine", "red"]
+    assert write_description(again, "other") == again
+
+
+def test_other_languages_stay() -> None:
+    old = write_description(b"", "x").replace(
+        b'<rdf:li xml:lang="x-default">x</rdf:li>', b'<rdf:li xml:lang="de-DE">ein Apfel</rdf:li>'
+    )
+    assert read_description(old) == "ein Apfel"
+    data = write_description(old, "an apple")
+    assert read_description(data) == "an apple" and b"ein Apfel" in data
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        DARKTABLE.encode("utf-16"),
+        b"\xef\xbb\xbf" + DARKTABLE.encode(),
+        b"<?xpacket begin='' id='W5M0MpCehiHzreSzNTczkc9d'?>"
+        + DARKTABLE.split("\n", 1)[1].encode()
+        + b"<?xpacket end='w'?>",
+        b'<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#"/>',
+        b'<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:rdf="evil:" xmlns:ns1="x:">'
+        b'<rdf:a ns1:b="c"/></r:RDF>',
+        b'<RDF xmlns="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><Description/></RDF>',
+    ],
+)
+def test_other_spellings(old: bytes) -> None:
+    data = write_description(old, "text", ["tag"])
+    assert read_description(data) == "text" and "tag" in tags(data)
+    assert b"evil:" not in old or b'"evil:"' in data
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        b"not XML",
+        b"<a/>",
+        b"<x:xmpmeta xmlns:x='adobe:ns:meta/'>",
+        b'<!DOCTYPE a [<!ENTITY b "c">]><a/>',
+        b'<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>',
+        '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a><a/>'.encode("utf-16"),
+        b"<a>" * 100_000,
+        b"<a " + b" ".join(b'a%d=""' % i for i in range(3)) + b" a1=''/>",
+        b"\xff\xfe\xfd",
+        b"x" * (17 << 20),
+        b"\0\0\0",
+    ],
+)
+def test_what_is_no_xmp(old: bytes) -> None:
+    with pytest.raises(XmpError):
+        write_description(old, "text")
+    with pytest.raises(XmpError):
+        read_description(old)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("plain", ("plain", [])),
+        ('{"description": "d", "tags": ["a", " b ", 3, ""]}', ("d", ["a", "b"])),
+        ('{"Keywords": ["k"], "Caption": "c"}', ("c", ["k"])),
+        ('{"tags": "no list", "colour": "red"}', ('{"tags": "no list", "colour": "red"}', [])),
+        ("[1, 2]", ("[1, 2]", [])),
+        ("[" * 100_000, ("[" * 100_000, [])),
+    ],
+)
+def test_parts(caption: str, expected: tuple[str, list[str]]) -> None:
+    assert parts_of(caption) == expected
+
+
+# ---- on the command line -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(APPLE, "a.png")
+    return "a.png"
+
+
+def test_captions_as_xmp(photo: str, capsys: Captured) -> None:
+    before = Path(photo).read_bytes()
+    assert run(["caption", photo, "--sidecar", ".xmp"]) == 0
+    assert read_description(Path("a.xmp").read_bytes()) == "a red apple"
+    data = Path("a.xmp").read_bytes()
+    assert run(["caption", photo, "--sidecar", ".xmp"]) == 0
+    assert "1 done before" in capsys.readouterr().err
+    assert Path("a.xmp").read_bytes() == data
+    assert run(["caption", photo, "--sidecar", ".xmp", "--sidecar-full-name"]) == 0
+    assert read_description(Path("a.png.xmp").read_bytes()) == "a red apple"
+    assert Path(photo).read_bytes() == before
+
+
+def test_the_file_of_another_program_gets_a_description(photo: str) -> None:
+    Path("a.xmp").write_text(DARKTABLE)
+    assert run(["caption", photo, "--sidecar", ".xmp"]) == 0
+    data = Path("a.xmp").read_bytes()
+    assert read_description(data) == "a red apple" and b'darktable:params="00ff"' in data
+    assert run(["caption", photo, "--sidecar", ".xmp", "--existing", "append", "--prefix", "and "]) == 0
+    data = Path("a.xmp").read_bytes()
+    assert read_description(data) == "a red apple\nand a red apple" and b'darktable:params="00ff"' in data
+    Path("a.xmp").write_bytes(write_description(data, "by hand"))
+    assert run(["caption", photo, "--sidecar", ".xmp", "--prefix", "and "]) == 0
+    assert read_description(Path("a.xmp").read_bytes()) == "by hand"
+    assert run(["caption", photo, "--sidecar", ".xmp", "--overwrite"]) == 0
+    assert read_description(Path("a.xmp").read_bytes()) == "a red apple"
+
+
+@pytest.mark.parametrize("how", ["skip", "overwrite", "append"])
+def test_a_file_that_is_no_xmp_is_never_lost(photo: str, how: str, capsys: Captured) -> None:
+    for data in (b"mine, and no XML", b'<!DOCTYPE a [<!ENTITY b "c">]><a/>'):
+        Path("a.xmp").write_bytes(data)
+        assert run(["caption", photo, "--sidecar", ".xmp", "--existing", how]) == 3
+        assert Path("a.xmp").read_bytes() == data
+        assert (
+            "a.xmp: cannot be written: it exists and is no XMP file; move it away" in capsys.readouterr().err
+        )
+
+
+def test_tags_of_a_schema(photo: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "description": {"enum": ["a red apple"]},
+            "tags": {"type": "array", "items": {"enum": ["fruit", "red"]}, "minItems": 2, "maxItems": 3},
+        },
+        "required": ["description", "tags"],
+        "additionalProperties": False,
+    }
+    Path("schema.json").write_text(json.dumps(schema))
+    shutil.copy(photo, "twin.png")
+    args = ["caption", photo, "twin.png", "--sidecar", ".xmp", "--json-schema", "schema.json"]
+    assert run(args) == 0
+    for name in ("a.xmp", "twin.xmp"):
+        data = Path(name).read_bytes()
+        assert read_description(data) == "a red apple"
+        assert tags(data) and set(tags(data)) <= {"fruit", "red"}
+    shutil.copy(photo, "late.png")
+    assert run([*args[:2], "late.png", *args[3:]]) == 0
+    assert tags(Path("late.xmp").read_bytes()) == tags(Path("a.xmp").read_bytes())
