@@ -15,9 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from mllama_gguf.backend import process
+from mllama_gguf.backend.base import Context, Model
 from mllama_gguf.backend.callbacks import Callbacks
+from mllama_gguf.backend.child import Child
+from mllama_gguf.backend.isolated import IsolatedModel
 from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import devices, open_model
+from mllama_gguf.backend.supervisor import Supervisor
 from mllama_gguf.backend.types import Floats
 from mllama_gguf.cli.main import run
 from mllama_gguf.errors import MllamaError
@@ -86,12 +91,15 @@ class Use:
 
     def __init__(self, path: str, **settings: Any) -> None:
         callbacks = Callbacks(load())
-        self.model = open_model(path, None, callbacks=callbacks, **{"n_gpu_layers": -1, **settings})
+        self.model = self.open_model(path, callbacks, **{"n_gpu_layers": -1, **settings})
         try:
-            self.context = self.model.open_context(callbacks, n_ctx=256, type_k="f32", type_v="f32")
+            self.context: Context = self.model.open_context(callbacks, n_ctx=256, type_k="f32", type_v="f32")
         except BaseException:
             self.model.close()
             raise
+
+    def open_model(self, path: str, callbacks: Callbacks, **settings: Any) -> Model:
+        return open_model(path, None, callbacks=callbacks, **settings)
 
     def __enter__(self) -> Use:
         return self
@@ -116,6 +124,24 @@ class Use:
         logits = context.decode([h.image_token_id, 20, 21, 22], slot, 1)
         context.image_free(slot)
         return np.concatenate([states.ravel()[:64], logits.ravel()])
+
+
+class IsolatedUse(Use):
+    """The same in a child process, with devices of its own."""
+
+    def open_model(self, path: str, callbacks: Callbacks, **settings: Any) -> Model:
+        self._callbacks = callbacks
+        self.supervisor = Supervisor((), 60.0)
+        return IsolatedModel(self.supervisor, path, None, callbacks, **settings)
+
+    def throw(self, place: str, kind: str = "error") -> None:
+        """As `Standin.throw`, there."""
+        self.supervisor.call(self._callbacks, "", "throw", (place, 1, kind))
+
+
+def register_in_child(library: str) -> None:
+    """In a child, before it serves: the devices, and a call that lets them throw."""
+    Child.throw = Standin(library).throw  # type: ignore[attr-defined]
 
 
 def compare(numbers: Floats, expected: Floats) -> bool:
@@ -177,6 +203,33 @@ def compute(standin: Standin, model: str) -> None:
                 tell(place=place, kind="error", same=compare(used.compute(), expected))
 
 
+def isolated(library: str, model: str) -> None:
+    """The device of a child process throws: the child lives on, and so does what it holds."""
+    start = process.subprocess.Popen
+
+    def start_with_devices(command: list[str], **settings: Any) -> Any:
+        *python, code = command
+        work = "from mllama_gguf.backend.child"
+        assert work in code
+        prepared = f"import throwing; throwing.register_in_child({library!r}); {work}"
+        return start([*python, code.replace(work, prepared)], **settings)
+
+    process.subprocess.Popen = start_with_devices  # type: ignore[misc,assignment]
+    with Use(model, n_gpu_layers=0) as cpu:
+        expected = cpu.compute()
+    used = IsolatedUse(model)
+    with used:
+        tell(devices=[device.device for device in used.context.memory().devices])
+        for place in ("set_tensor", "get_tensor", "graph_compute", "alloc_buffer", "synchronize", "clear"):
+            for kind in ("error", "memory", "odd"):
+                used.compute()
+                used.throw(place, kind)
+                error = error_of(used.compute)
+                used.throw("")
+                tell(place=place, kind=kind, error=error, same=compare(used.compute(), expected))
+        tell(processes=used.supervisor.epoch)
+
+
 def closing(standin: Standin, model: str) -> None:
     """What a device throws when it is given back is logged."""
     for place in ("free", "free_buffer", "synchronize"):
@@ -196,6 +249,9 @@ def command(standin: Standin, place: str, *words: str) -> None:
 
 
 def main(library: str, function: str, *arguments: str) -> None:
+    if function == "isolated":
+        isolated(library, *arguments)
+        return
     standin = Standin(library)
     {"start": start, "compute": compute, "closing": closing, "command": command}[function](
         standin, *arguments

@@ -224,13 +224,59 @@ def test_a_prompt_in_pieces(bad_token: Path, folder: Path) -> None:
 # ---- quantized weights -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("type", ["q4_k_m", "q8_0"])
-@pytest.mark.parametrize("tensor", ["output.weight", "blk.0.ffn_down.weight", "token_embd.weight"])
-def test_noise_in_quantized_weights(tiny_files: Files, tmp_path: Path, type: str, tensor: str) -> None:
-    whole = quantize(tiny_files("quant").one, tmp_path / "whole.gguf", type).path
-    path = damaged(whole, tmp_path / "noise.gguf", tensor, None)
-    with Mllama(path, n_ctx=256) as model, pytest.raises(ModelError, match="the results of the prompt"):
-        model.logits(range(100))
+# A product with quantized weights rounds its factors to 8 bits, which turns NaN into a number: results may
+# be finite, and wrong.
+HIDDEN = {
+    "norm": ("blk.0.attn_norm.weight", NAN),
+    "norm of the feed-forward part": ("blk.2.ffn_norm.weight", INF),
+    "one product": ("blk.0.ffn_up.weight", None),
+    "gate": ("blk.2.ffn_gate.weight", None),
+    "values": ("blk.0.attn_v.weight", None),
+    "queries": ("blk.2.attn_q.weight", None),
+    "down": ("blk.0.ffn_down.weight", None),
+    "embedding": ("token_embd.weight", None),
+    "logits": ("output.weight", None),
+}
+
+
+@pytest.fixture(scope="module", params=["q4_k_m", "q8_0"])
+def quantized(
+    request: pytest.FixtureRequest, tiny_files: Files, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    target = tmp_path_factory.mktemp("quantized") / "whole.gguf"
+    return quantize(tiny_files("quant").one, target, request.param).path
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("kernel", ["", "off"])
+def test_quantized_weights(
+    quantized: Path, tmp_path: Path, name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLLAMA_CPU_KERNEL", kernel)
+    tensor, value = HIDDEN[name]
+    path = damaged(quantized, tmp_path / "broken.gguf", tensor, value)
+    with Mllama(path, n_ctx=256) as model:
+        session = model._conversation.session
+        with pytest.raises(ModelError, match="the results of the prompt are not finite"):
+            session.feed(range(1, 60))
+        assert session.n_past == 0
+
+
+@pytest.mark.parametrize("tensor", ["blk.0.ffn_up.weight", "blk.1.cross_attn_q_norm.weight"])
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_the_weight_is_named_where_it_is_known(
+    quantized: Path, tmp_path: Path, tensor: str, use_mmap: bool
+) -> None:
+    """Of copied weights and of vectors. Damage in a cross-attention layer is none to text alone."""
+    is_vector = "norm" in tensor
+    path = damaged(quantized, tmp_path / "broken.gguf", tensor, NAN if is_vector else None)
+    with Mllama(path, n_ctx=256, use_mmap=use_mmap) as model:
+        assert is_vector == ("cross" in tensor)
+        if is_vector:
+            model._conversation.session.feed([1, 2, 3])
+        with pytest.raises(ModelError) as caught:
+            model.caption(picture(1), max_tokens=1)
+        assert (f"as its tensor {tensor}" in str(caught.value)) == (is_vector or not use_mmap)
 
 
 # ---- what the caller brings --------------------------------------------------------------------------------

@@ -136,6 +136,22 @@ def test_while_computing(place: str, computed: Rows) -> None:
             assert "Standin1" in words and "Standin0" not in words
 
 
+def test_in_a_child_process(throwing: Callable[..., Rows], tiny_files: Files) -> None:
+    """With isolate=True: the same errors, and no process is lost."""
+    _, opened, *rows, closed = throwing("isolated", str(tiny_files("gqa").one))
+    assert opened == {"devices": ["CPU", "Standin0", "Standin1"]}
+    assert closed == {"processes": 1}
+    assert len(rows) == 18
+    for row in rows:
+        assert row["same"]
+        if row["place"] == "clear":  # of caches, which are there already
+            assert row["error"] is None
+            continue
+        words = row["error"]["words"]
+        assert row["error"]["type"] == ("OutOfMemoryError" if row["kind"] == "memory" else "BackendError")
+        assert "\n" not in words and "Standin1" in words
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
 @pytest.mark.parametrize("when", ["vulkan", "always"])
 def test_registration(when: str, tmp_path: Path) -> None:

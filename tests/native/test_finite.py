@@ -7,13 +7,14 @@ import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 NATIVE = Path(__file__).parents[2] / "native"
-TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml's
 
 
 @pytest.fixture(scope="module", params=["-O3 -ffast-math", "-O0"])
@@ -24,13 +25,13 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert spec is not None and spec.submodule_search_locations
     package = Path(spec.submodule_search_locations[0])
     target = tmp_path_factory.mktemp("finite") / "libfinite.so"
-    sources = [NATIVE / "src" / "finite.c", NATIVE / "src" / "status.c"]
+    sources = [NATIVE / "src" / "finite.c"]
     includes = [f"-I{folder}" for folder in (NATIVE / "src", NATIVE / "include", package.parent / "include")]
     libraries = [f"-L{package / 'lib'}", "-lggml-base", f"-Wl,-rpath,{package / 'lib'}"]
     subprocess.run(
         [
             *(compiler, "-std=gnu11", *request.param.split(), "-shared", "-fPIC", *includes, *sources),
-            *("-o", target, *libraries, "-pthread"),
+            *("-o", target, *libraries),
         ],
         check=True,
     )
@@ -42,15 +43,18 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def finite(library: ctypes.CDLL, type: str, values: npt.NDArray[np.generic]) -> bool:
     return bool(
         library.finite_bytes(
-            TYPES[type], values.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(values.nbytes)
+            int(gguf.GGMLQuantizationType[type]),
+            values.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(values.nbytes),
         )
     )
 
 
 @pytest.mark.parametrize(
-    ("type", "bits", "infinity"), [("f32", np.uint32, 0x7F800000), ("f16", np.uint16, 0x7C00)]
+    ("type", "bits", "infinity"),
+    [("F32", np.uint32, 0x7F800000), ("F16", np.uint16, 0x7C00), ("BF16", np.uint16, 0x7F80)],
 )
-def test_bits(library: ctypes.CDLL, type: str, bits: type[np.unsignedinteger], infinity: int) -> None:
+def test_bits(library: ctypes.CDLL, type: str, bits: type[np.unsignedinteger[Any]], infinity: int) -> None:
     """All numbers next to an edge are finite; infinities and NaN of every kind are not, wherever they are."""
     sign = (infinity << 1) & ~infinity & np.iinfo(bits).max
     edges = [
@@ -77,21 +81,32 @@ def test_bits(library: ctypes.CDLL, type: str, bits: type[np.unsignedinteger], i
 
 def test_a_large_array(library: ctypes.CDLL) -> None:
     values = np.random.default_rng(0).standard_normal(128256).astype(np.float32)
-    assert finite(library, "f32", values)
+    assert finite(library, "F32", values)
     for at in (0, 1, 64127, 128255):
         for bad in (np.nan, np.inf, -np.inf):
             changed = values.copy()
             changed[at] = bad
-            assert not finite(library, "f32", changed)
+            assert not finite(library, "F32", changed)
 
 
-def test_q8_0(library: ctypes.CDLL) -> None:
-    """The scale of a block counts, its whole numbers may be anything."""
-    blocks = np.full((5, 34), 0xFF, np.uint8)
-    blocks[:, :2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-    assert finite(library, "q8_0", blocks)
-    for block in range(5):
-        for bad in (np.inf, -np.inf, np.nan):
-            changed = blocks.copy()
-            changed[block, :2] = np.frombuffer(np.float16(bad).tobytes(), np.uint8)
-            assert not finite(library, "q8_0", changed)
+QUANTIZED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ2_S"),
+    *("IQ2_XXS", "IQ2_XS", "IQ3_S", "IQ3_XXS", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"),
+)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_scales_of_blocks(library: ctypes.CDLL, name: str) -> None:
+    """NaN at any place of a block is found exactly where it makes the block's numbers NaN."""
+    kind = gguf.GGMLQuantizationType[name]
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    n_scales = 0
+    for at in range(size - 1):
+        blocks = np.zeros((3, size), np.uint8)
+        blocks[1, at : at + 2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+        with np.errstate(all="ignore"):
+            numbers = gguf.quants.dequantize(blocks, kind)
+        is_finite = bool(np.isfinite(numbers).all())
+        assert finite(library, name, blocks) == is_finite, at
+        n_scales += not is_finite
+    assert n_scales == (2 if name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 1)

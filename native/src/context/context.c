@@ -403,6 +403,13 @@ mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mll
     return MLLAMA_OK;
 }
 
+mllama_status context_not_finite(const gguf_file * file, const char * doing, const char * weight) {
+    return fail(MLLAMA_ERR_FILE,
+                "%s: the results of %s are not finite (NaN or infinity): the file is damaged or badly quantized%s%s; "
+                "`mllama verify` checks it, `mllama trace` names the first such tensor",
+                file->path, doing, weight ? ", as its tensor " : "", weight ? weight : "");
+}
+
 // ---- images -------------------------------------------------------------------------------------------------------
 
 // patches NULL: only the buffers are made.
@@ -418,8 +425,10 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sch
     TRY(context_compute(ctx, *sched, vg->g.gf, "encoding the image"));
     context_report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
     TRY(guard_get(vg->states, states, 0, ggml_nbytes(vg->states)));
-    return finite_f32(states, ggml_nelements(vg->states)) ? MLLAMA_OK
-                                                          : finite_fail(ctx->model->vision_file, "encoding the image");
+    const mllama_model * model = ctx->model;
+    return model->damage[PART_VISION] || !finite_f32(states, ggml_nelements(vg->states))
+               ? context_not_finite(model->vision_file, "encoding the image", model->damage[PART_VISION])
+               : MLLAMA_OK;
 }
 
 // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
@@ -483,7 +492,7 @@ static mllama_status check_filled(const mllama_context * ctx, const image_slot *
         TRY(guard_get(fg->zero, &zero, 0, sizeof(zero)));
     }
     if (!finite_f32(&zero, 1) || !kv_cache_host_rows_finite(&slot->kv, ctx->model->hp.pub.n_layer, first, n_rows)) {
-        return finite_fail(ctx->model->text_file, "filling the cross-attention cache");
+        return context_not_finite(ctx->model->text_file, "filling the cross-attention cache", ctx->model->damage[PART_CROSS]);
     }
     return MLLAMA_OK;
 }

@@ -67,6 +67,9 @@ mllama_status context_alloc(const mllama_context * ctx, ggml_backend_sched_t * s
 mllama_status context_compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf,
                               const char * what);
 mllama_status context_check_memory(const mllama_context * ctx); // that the model was not opened for measuring only
+// The error about results that are not finite. doing: as in "the results of DOING"; weight: one that is not finite
+// itself, or NULL
+mllama_status context_not_finite(const gguf_file * file, const char * doing, const char * weight);
 bool          context_has_slot(const mllama_context * ctx, int32_t slot);
 
 // ---- sequences (sequence.c) ---------------------------------------------------------------------------------------

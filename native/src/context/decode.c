@@ -168,12 +168,26 @@ static mllama_status check_last(const mllama_context * ctx, part * parts, int32_
     return status;
 }
 
+// The same of what the graph has watched, and of damage that products may hide. That counts with logits, the results at
+// last: before them, taps see where it begins.
+static void check_watched(const mllama_context * ctx, part * parts, int32_t n_parts) {
+    const char * const * damage = ctx->model->damage;
+    int64_t              column = 0;
+    for (int32_t i = 0; i < n_parts; column += parts[i++].n_tokens) {
+        parts[i].finite &= !graph_saw(&ctx->text.g, column, parts[i].n_tokens);
+        if (n_logits(&parts[i]) > 0) {
+            parts[i].finite &= !damage[PART_TEXT] && !(parts[i].slot >= 0 && damage[PART_CROSS]);
+        }
+    }
+}
+
 // What such values have reached in the caches cannot be told, and hidden cells must hold numbers: no token is kept.
 mllama_status sequence_not_finite(mllama_context * ctx, sequence * s, const char * doing) {
     s->n_past = 0;
     text_graph_free(&ctx->text);
     TRY(kv_cache_clear(&s->cache));
-    return finite_fail(ctx->model->text_file, doing);
+    const char * const * damage = ctx->model->damage;
+    return context_not_finite(ctx->model->text_file, doing, damage[PART_TEXT] ? damage[PART_TEXT] : damage[PART_CROSS]);
 }
 
 // Appends the tokens of all parts, which are in the order of a text_shape. After an error nothing is appended.
@@ -192,6 +206,7 @@ static mllama_status decode_parts(mllama_context * ctx, part * parts, int32_t n_
     TRY(context_compute(ctx, ctx->sched, ctx->text.g.gf, "decoding"));
     TRY(get_logits(ctx, parts, n_parts));
     TRY(check_last(ctx, parts, n_parts));
+    check_watched(ctx, parts, n_parts);
     for (int32_t i = 0; i < n_parts; i++) {
         parts[i].sequence->n_past += parts[i].n_tokens;
     }

@@ -146,7 +146,8 @@ mllama_status mllama_sequence_get(mllama_context * ctx, int32_t number, int32_t 
     TRY(sequence_find(ctx, number, &s));
     TRY(check_past(ctx, n_tokens, s->n_past, n_bytes, data));
     TRY(kv_cache_copy(&s->cache, n_layer, n_tokens, data, NULL));
-    return kv_cache_finite(&s->cache, n_layer, n_tokens, data) ? MLLAMA_OK : sequence_not_finite(ctx, s, "the prompt");
+    const bool finite = !ctx->model->damage[PART_TEXT] && kv_cache_finite(&s->cache, n_layer, n_tokens, data);
+    return finite ? MLLAMA_OK : sequence_not_finite(ctx, s, "the prompt");
 }
 
 mllama_status mllama_sequence_set(mllama_context * ctx, int32_t number, int32_t n_tokens, uint64_t n_bytes,

@@ -26,6 +26,8 @@ mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env) {
     g->products   = NULL;
     g->n_products = g->max_products = 0;
     g->x          = NULL;
+    g->not_finite = NULL;
+    g->n_watched  = 0;
     return MLLAMA_OK;
 }
 
@@ -41,6 +43,26 @@ mllama_status graph_use_products(graph * g, size_t max_products) {
     return MLLAMA_OK;
 }
 
+mllama_status graph_use_watch(graph * g, size_t n_columns) {
+    g->not_finite = malloc(n_columns * sizeof(*g->not_finite));
+    if (!g->not_finite) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    g->n_watched = n_columns;
+    for (size_t i = 0; i < n_columns; i++) {
+        atomic_init(&g->not_finite[i], false);
+    }
+    return MLLAMA_OK;
+}
+
+bool graph_saw(const graph * g, int64_t first, int64_t n) {
+    bool seen = false;
+    for (int64_t i = first; i < first + n; i++) {
+        seen |= atomic_load_explicit(&g->not_finite[i], memory_order_relaxed);
+    }
+    return seen;
+}
+
 void graph_add_tasks(graph * g, tasks * t) {
     t->stop      = g->env.stop;
     t->stop_data = g->env.stop_data;
@@ -50,6 +72,9 @@ void graph_add_tasks(graph * g, tasks * t) {
 }
 
 void graph_begin(graph * g) {
+    for (size_t i = 0; i < g->n_watched; i++) {
+        atomic_store_explicit(&g->not_finite[i], false, memory_order_relaxed);
+    }
     for (tasks * t = g->tasks; t; t = t->other) {
         tasks_reset(t);
     }
@@ -57,7 +82,9 @@ void graph_begin(graph * g) {
 
 void graph_free(graph * g) {
     free(g->products);
-    g->products = NULL;
+    free(g->not_finite);
+    g->products   = NULL;
+    g->not_finite = NULL;
     ggml_free(g->ctx);
     g->ctx = NULL;
     g->gf  = NULL;
@@ -105,6 +132,16 @@ static bool is_on_cpu(const struct ggml_tensor * t) {
     }
     const ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
     return device && device_is_cpu(device);
+}
+
+void graph_watch(graph * g, struct ggml_tensor * x) {
+    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, g->not_finite));
+}
+
+void graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x) {
+    if (ggml_is_quantized(w->type) && is_on_cpu(w)) {
+        graph_watch(g, x);
+    }
 }
 
 struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {

@@ -200,6 +200,7 @@ static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct 
         attn = wanted_columns(d, attn);
         x    = wanted_columns(d, x);
     }
+    graph_watch_factor(g, l->o, attn);
     attn = graph_named(graph_linear(g, l->o, attn), "blk", il, "attn_out");
     if (l->is_cross) {
         attn = ggml_scale(ctx, attn, l->attn_gate);
@@ -209,6 +210,7 @@ static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct 
     norm = graph_named(graph_rms_norm(g, x, l->ffn_norm, d->p->rms_eps), "blk", il, "ffn_norm");
     struct ggml_tensor * ffn = graph_linear(g, l->ffn_gate, norm);
     ffn = ggml_swiglu_split(ctx, ffn, graph_linear(g, l->ffn_up, norm));
+    graph_watch_factor(g, l->ffn_down, ffn);
     ffn = graph_named(graph_linear(g, l->ffn_down, ffn), "blk", il, "ffn_out");
     if (l->is_cross) {
         ffn = ggml_scale(ctx, ffn, l->mlp_gate);
@@ -321,11 +323,20 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     TRY(graph_init(&tg->g, text_graph_most_nodes(p, n_tokens, shape->n_items), env));
     graph * g = &tg->g;
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
+    TRY(graph_use_watch(g, (size_t) n_tokens));
     add_inputs(tg);
 
     struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);
     graph_named(x, "text", -1, "token_embd");
+    // A column stays not finite once it is so, whatever is added to it, but products with quantized weights keep that
+    // from the columns after it. So all columns are looked at: as they begin, and on the CPU before the last layer.
+    if (n_tokens > shape->n_items && ggml_is_quantized(model->layers[0].q->type)) {
+        graph_watch(g, x);
+    }
     for (int32_t il = 0; il < p->n_layer; il++) {
+        if (n_tokens > shape->n_items && il == p->n_layer - 1) {
+            graph_watch_factor(g, model->layers[il].q, x);
+        }
         x = model->layers[il].is_cross ? cross_layer(&d, il, x) : decoder_layer(&d, il, x);
     }
     if (tg->n_items > 1) {

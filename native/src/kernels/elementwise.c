@@ -1,4 +1,5 @@
 // Bias and GELU, and copies from several tensors into one, see kernels.h
+#include "finite.h"
 #include "kernels/kernel.h"
 
 #include <string.h>
@@ -57,4 +58,18 @@ struct ggml_tensor * cpu_join_node(struct ggml_context * ctx, struct ggml_tensor
     struct ggml_tensor * src[] = { left, right };
     return ggml_custom_4d(ctx, GGML_TYPE_F32, left->ne[0], left->ne[1] + right->ne[1], 1, 1, src, 2, join,
                           GGML_N_TASKS_MAX, NULL);
+}
+
+static void watch(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const struct ggml_tensor * x = dst->src[0];
+    for (int64_t i = ith; i < x->ne[1]; i += nth) {
+        if (!finite_f32((const float *) ((const char *) x->data + (size_t) i * x->nb[1]), x->ne[0])) {
+            atomic_store_explicit((atomic_bool *) userdata + i, true, memory_order_relaxed);
+        }
+    }
+}
+
+struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, atomic_bool * seen) {
+    return ggml_custom_4d(ctx, GGML_TYPE_I8, 1, 1, 1, 1, (struct ggml_tensor *[]) { x }, 1, watch, GGML_N_TASKS_MAX,
+                          seen);
 }

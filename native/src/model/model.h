@@ -56,6 +56,13 @@ typedef struct vision_weights {
 
 typedef struct weight_list weight_list; // weights.h
 
+typedef enum model_part {
+    PART_TEXT,  // without the next
+    PART_CROSS, // cross-attention layers, which compute only where an image is seen
+    PART_VISION,
+    N_PARTS,
+} model_part;
+
 struct mllama_model {
     hparams              hp;
     layout               layout;
@@ -69,5 +76,6 @@ struct mllama_model {
     text_layer *         layers;
     vision_weights       vision;
     weight_list *        weights;
+    const char *         damage[N_PARTS]; // the name of a weight that is not finite, as far as loading has looked, or NULL
     bool                 no_alloc;    // nothing has memory: mllama_model_params.no_alloc
 };

@@ -1,5 +1,6 @@
 #include "model/weights.h"
 
+#include "finite.h"
 #include "guard.h"
 #include "memory.h"
 #include "model/repack.h"
@@ -24,7 +25,7 @@ typedef struct weight {
     ggml_backend_dev_t         device;
     ggml_backend_buffer_type_t repacked; // the faster layout of the CPU that it is copied to, or NULL
     weight_kind                kind;
-    bool                       is_vision;
+    model_part                 part;
     bool                       permuted; // halves to pairs when loaded, see layout.h
 } weight;
 
@@ -66,7 +67,7 @@ static bool is_multipliable(enum ggml_type type) {
 typedef struct finder {
     mllama_model * model;
     gguf_file *    file;
-    bool           is_vision;
+    model_part     part;
     bool           allow_quantized_vision;
     mllama_status  status; // the first failure
 } finder;
@@ -120,7 +121,7 @@ static bool check_type(finder * f, const gguf_file * file, const struct ggml_ten
                          ggml_type_name(t->type));
         return false;
     }
-    if (f->is_vision && kind == WEIGHT_MATRIX && !is_float(t->type) && !f->allow_quantized_vision) {
+    if (f->part == PART_VISION && kind == WEIGHT_MATRIX && !is_float(t->type) && !f->allow_quantized_vision) {
         f->status = fail(MLLAMA_ERR_FILE,
                          "%s: tensor '%s' of the vision encoder is quantized (%s), which gives wrong captions; "
                          "use an F16, BF16 or F32 projector, or allow_quantized_vision=True",
@@ -167,7 +168,7 @@ static void want(finder * f, weight_kind kind, ggml_backend_dev_t device, struct
             return;
         }
     }
-    add_weight(f, (weight) { .file = file, .source = t, .tensor = tensor, .device = device, .kind = kind, .is_vision = f->is_vision });
+    add_weight(f, (weight) { .file = file, .source = t, .tensor = tensor, .device = device, .kind = kind, .part = f->part });
 }
 
 static void matrix(finder * f, ggml_backend_dev_t device, struct ggml_tensor ** tensor, int64_t n_in, int64_t n_out,
@@ -232,6 +233,7 @@ static void find_text_layer(finder * f, int32_t il) {
     ggml_backend_dev_t     dev = f->model->plan.layers[il];
 
     l->is_cross = hparams_is_cross(&f->model->hp, il);
+    f->part     = l->is_cross ? PART_CROSS : PART_TEXT;
     vector(f, dev, &l->attn_norm, p->n_embd, "blk.%d.attn_norm.weight", il);
     if (l->is_cross) {
         matrix(f, dev, &l->q, p->n_embd, n_q, "blk.%d.cross_attn_q_proj.weight", il);
@@ -280,6 +282,7 @@ static void find_text(finder * f) {
     for (int32_t il = 0; il < p->n_layer; il++) {
         find_text_layer(f, il);
     }
+    f->part = PART_TEXT;
     no_layer(f, "blk", p->n_layer, "attn_norm");
     vector(f, last, &m->output_norm, p->n_embd, "output_norm.weight");
     matrix(f, last, &m->output, p->n_embd, p->vocab_size, "output.weight");
@@ -365,7 +368,7 @@ mllama_status weights_find(mllama_model * model, bool allow_quantized_vision) {
             return fail(MLLAMA_ERR_MEMORY, "out of memory");
         }
         f.file                   = model->vision_file;
-        f.is_vision              = true;
+        f.part                   = PART_VISION;
         f.allow_quantized_vision = allow_quantized_vision;
         find_vision(&f);
     }
@@ -390,7 +393,7 @@ static void permute(const float * halves, float * pairs, int64_t n) {
 
 // Of text alone: what the encoder makes of a picture is kept for years, and must not depend on a setting.
 static ggml_backend_buffer_type_t repacked_type(const mllama_model * model, const weight * w, const mllama_model_params * params) {
-    if (!params->repack || w->device != model->plan.cpu || w->kind != WEIGHT_MATRIX || w->is_vision || w->tensor == &model->token_embd) {
+    if (!params->repack || w->device != model->plan.cpu || w->kind != WEIGHT_MATRIX || w->part == PART_VISION || w->tensor == &model->token_embd) {
         return NULL;
     }
     return repack_choose(model->plan.cpu, params->repack_layouts ? params->repack_layouts : "CPU_REPACK", w->source);
@@ -425,13 +428,25 @@ static mllama_status report(loader * ld, int64_t bytes) {
     return MLLAMA_OK;
 }
 
+// Products with quantized weights hide such values: in the factors of a norm before them, or in weights on a device. So
+// they are remembered from here on. Not in tables: a row counts where it is looked up, and reaches the results. Mapped
+// matrices are not read here: graph_watch_factor sees what is computed with them.
+static void note_damage(mllama_model * model, const weight * w, const void * data, size_t n_bytes) {
+    const bool is_table = w->kind == WEIGHT_TABLE || w->tensor == &model->token_embd;
+    if (!is_table && !model->damage[w->part] && !finite_bytes(w->source->type, data, n_bytes)) {
+        model->damage[w->part] = w->source->name;
+    }
+}
+
 static mllama_status upload(loader * ld, const weight * w, struct ggml_tensor * tensor) {
     const size_t n_bytes = ggml_nbytes(w->source);
     const size_t item    = ggml_type_size(w->source->type);
-    const size_t n_piece = w->repacked || ld->n_staging < MAX_STAGING ? ld->n_staging : MAX_STAGING;
+    const size_t most    = w->repacked || ld->n_staging < MAX_STAGING ? ld->n_staging : MAX_STAGING;
+    const size_t n_piece = most - most % item;
     for (size_t at = 0; at < n_bytes;) {
         const size_t n = n_bytes - at < n_piece ? n_bytes - at : n_piece;
         TRY(gguf_file_read(w->file, w->source, at, ld->staging, n));
+        note_damage(ld->model, w, ld->staging, n);
         if (needs_conversion(w) || w->permuted) {
             const int64_t count = (int64_t) (n / item);
             if (w->source->type == GGML_TYPE_F32) {
@@ -510,6 +525,9 @@ static mllama_status load_mapped(loader * ld, gguf_file * file) {
             t->buffer = place->buffer;
         } else {
             TRY(guard_place_tensor(place->buffer, t, (char *) file->map + gguf_file_position(file, w->source)));
+        }
+        if (w->kind == WEIGHT_VECTOR && !no_alloc && (w->part != PART_VISION || ld->params->allow_quantized_vision)) {
+            note_damage(ld->model, w, t->data, ggml_nbytes(t));
         }
         TRY(report(ld, (int64_t) ggml_nbytes(t)));
     }
@@ -654,7 +672,7 @@ mllama_status weights_info(const weight_list * list, int32_t index, mllama_tenso
     memcpy(info->ne, w->source->ne, sizeof(info->ne));
     info->n_bytes   = ggml_nbytes(w->source);
     info->device    = w->device ? device_name(w->device) : "CPU";
-    info->is_vision = w->is_vision;
+    info->is_vision = w->part == PART_VISION;
     info->layout    = w->repacked ? guard_layout_name(w->repacked) : "";
     return MLLAMA_OK;
 }
