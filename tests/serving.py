@@ -80,7 +80,7 @@ class Running:
 def running(
     settings: ServerSettings | None = None,
     *,
-    offers: tuple[Offer, ...] = DEMO,
+    offers: tuple[Offer, ...] | None = DEMO,
     given: dict[str, Any] | None = None,
     opening: Opening | None = None,
     **more: Any,

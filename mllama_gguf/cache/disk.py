@@ -146,6 +146,13 @@ class ImageCache:
 
     # ---- keys and values -----------------------------------------------------------------------------------
 
+    def has_states(self, key: str) -> bool:
+        """Whether there are states of that key, as far as can be told without reading them."""
+        try:
+            return self._path(key, "states").is_file()
+        except OSError:
+            return False
+
     def has_kv(self, key: str, kind: KvKind = "image_kv") -> bool:
         """Whether there is an entry of that key, as far as can be told without reading it."""
         try:

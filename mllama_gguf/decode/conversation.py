@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 from ..backend.callbacks import Callbacks, Progress
 from ..backend.library import load
@@ -151,6 +152,10 @@ class Conversation(OneProcess, Answers):
     def known_image(self, key: str) -> ImageEmbedding | None:
         """The image of a key, if its states are in memory or on disk."""
         return self._shared.images.known(key)
+
+    def image_source(self, image: TiledImage | ImageEmbedding) -> Literal["memory", "disk", "encoded"]:
+        """Where the states of a prepared image would come from."""
+        return self._shared.images.source(image, self._callbacks.on_abort)
 
     def encode(self, image: TiledImage | ImageEmbedding) -> Encoding:
         """A prepared image for the session."""

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import MllamaError
 from . import ollama_api, openai_api, page
+from .bodies import Bodies
 from .catalog import Catalog
 from .engine import Engine
 from .metrics import Metrics
@@ -31,7 +32,7 @@ def make_service(settings: ServerSettings, catalog: Catalog, opening: Opening, *
     """The parts of a server; its engine is not started. more: for `Engine`."""
     metrics = Metrics()
     engine = Engine(settings, opening, metrics, **more)
-    return Service(settings, catalog, engine, metrics)
+    return Service(settings, catalog, engine, metrics, Bodies(settings))
 
 
 def make_app(service: Service) -> ASGIApp:

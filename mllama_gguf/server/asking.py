@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..decode.options import PromptOptions, ReplyOptions
 from ..decode.reply import Reply
 from ..errors import ContextFullError
-from ..vision.embedding import LimitedImage, Picture
+from ..vision.embedding import ImageEmbedding, LimitedImage, Picture
+from ..vision.preprocess import TiledImage
 from .contexts import pack, unpack
 from .jobs import Ended, Event, Job, Piece
 from .models import Loaded
@@ -20,6 +21,7 @@ from .problems import Refused
 logger = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
+Prepared: TypeAlias = "TiledImage | ImageEmbedding"
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ def answer(ask: Ask) -> Callable[[Loaded, Job], Generator[Event, None, None]]:
         room = _room(ask, loaded, len(tokens))
         if options.max_tokens is None or options.max_tokens > room:
             options = replace(options, max_tokens=room)
+        sources = tuple(loaded.conversation.image_source(image) for image in images)
         for choice, reply in enumerate(loaded.conversation.replies_to(tokens, images, options, ask.n)):
-            yield from _told(reply, choice, len(images), ask, lambda said: pack(loaded, tokens, images, said))
+            yield from _told(reply, choice, sources, ask, lambda said: pack(loaded, tokens, images, said))
+            sources = ()
 
     return work
 
@@ -89,7 +93,11 @@ def _options(ask: Ask, loaded: Loaded) -> ReplyOptions:
 
 
 def _told(
-    reply: Reply, choice: int, n_images: int, ask: Ask, context_of: Callable[[str], tuple[int, ...]]
+    reply: Reply,
+    choice: int,
+    sources: tuple[str, ...],
+    ask: Ask,
+    context_of: Callable[[str], tuple[int, ...]],
 ) -> Generator[Event, None, None]:
     said: list[str] = []
     n_told = 0  # logprobs
@@ -101,7 +109,7 @@ def _told(
     if len(reply.logprobs) > n_told:
         yield Piece("", choice, tuple(reply.logprobs[n_told:]))
     context = context_of("".join(said)) if ask.gives_context else ()
-    yield Ended(reply.stats, choice, n_images, context)
+    yield Ended(reply.stats, choice, sources, context)
 
 
 def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
@@ -117,11 +125,11 @@ def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def _prompt(ask: Ask, loaded: Loaded, options: ReplyOptions) -> tuple[list[int], list[Picture]]:
+def _prompt(ask: Ask, loaded: Loaded, options: ReplyOptions) -> tuple[list[int], list[Prepared]]:
     """The tokens of a prompt and its images, decoded. Raises RequestError, ImageError, ContextFullError."""
     if ask.raw is not None:
         tokens = loaded.model.tokenize(ask.raw, add_bos=not ask.context)
-        images = [_prepared(data, ask, loaded) for data in ask.images]
+        images = [_prepared(data, ask, loaded, options.prompt.max_tiles) for data in ask.images]
         n_marks = tokens.count(loaded.model.image_token_id)
         if n_marks != len(images):
             raise Refused(400, f"the prompt has {n_marks} image tokens for {len(images)} pictures")
@@ -136,18 +144,18 @@ def _prompt(ask: Ask, loaded: Loaded, options: ReplyOptions) -> tuple[list[int],
     return tokens, images
 
 
-def _chat(ask: Ask, loaded: Loaded, options: PromptOptions) -> tuple[list[int], list[Picture]]:
+def _chat(ask: Ask, loaded: Loaded, options: PromptOptions) -> tuple[list[int], list[Prepared]]:
     """A conversation, without its oldest messages if it is too long and that is allowed."""
     messages = list(ask.messages)
     if not ask.context:
         messages = list(loaded.model.defaults.precede(messages))
-    messages = [_decoded(message, ask, loaded) for message in messages]
+    messages = [_decoded(message, ask, loaded, options.max_tiles) for message in messages]
     n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length) - len(ask.context)
     while True:
         tokens, images = loaded.conversation.prompt(messages, options)
         dropped = _oldest(messages) if ask.truncate and len(tokens) >= n_ctx else None
         if dropped is None:
-            return tokens, list(images)
+            return tokens, [loaded.conversation.prepare_image(image) for image in images]
         logger.info("the conversation has %d tokens of %d: an old message is left out", len(tokens), n_ctx)
         del messages[dropped]
 
@@ -160,12 +168,14 @@ def _oldest(messages: Messages) -> int | None:
     return next((i for i in range(last) if messages[i]["role"] != "system"), None)
 
 
-def _decoded(message: Mapping[str, Any], ask: Ask, loaded: Loaded) -> Mapping[str, Any]:
+def _decoded(
+    message: Mapping[str, Any], ask: Ask, loaded: Loaded, max_tiles: int | None
+) -> Mapping[str, Any]:
     """A message whose pictures are decoded and cut into tiles: a few megabytes, however large they were."""
     if isinstance(message["content"], str):
         return message
     parts = [
-        {"type": "image", "image": _prepared(part["image"], ask, loaded, part.get("detail"))}
+        {"type": "image", "image": _prepared(part["image"], ask, loaded, _most(part, max_tiles))}
         if part["type"] == "image"
         else part
         for part in message["content"]
@@ -173,14 +183,18 @@ def _decoded(message: Mapping[str, Any], ask: Ask, loaded: Loaded) -> Mapping[st
     return {**message, "content": parts}
 
 
-def _prepared(image: Picture, ask: Ask, loaded: Loaded, detail: str | None = None) -> Picture:
-    """An image as tiles. Files are decoded within the limits of requests. detail: "low": one tile.
+def _most(part: Mapping[str, Any], max_tiles: int | None) -> int | None:
+    """The most tiles of an image; None: as the model's setting says."""
+    return 1 if part.get("detail") == "low" else max_tiles
+
+
+def _prepared(image: Picture, ask: Ask, loaded: Loaded, max_tiles: int | None) -> Prepared:
+    """An image as tiles. Files are decoded within the limits of requests.
 
     A request may ask for fewer tiles than the server's setting allows, not for more. Raises ImageError,
     RequestError.
     """
     pixels = to_pixels(image, ask.limits) if isinstance(image, bytes) else image
-    most = 1 if detail == "low" else ask.options.get("max_tiles")
-    if most is not None and not isinstance(pixels, LimitedImage):
-        pixels = LimitedImage(pixels, min(most, loaded.model.max_tiles))
+    if max_tiles is not None and not isinstance(pixels, LimitedImage):
+        pixels = LimitedImage(pixels, min(max_tiles, loaded.model.max_tiles))
     return loaded.conversation.prepare_image(pixels)

@@ -1,9 +1,17 @@
-"""The body of a request: read within limits, and JSON that is an object."""
+"""The body of a request: read within limits, and JSON that is an object.
+
+A picture of some megabytes is not copied more than it must be: it is in memory as the request brought it, and
+as the file that its base64 stands for. So it is cut out of the body before the JSON is read.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import anyio.to_thread
@@ -14,42 +22,80 @@ from .settings import ServerSettings
 
 LARGE = 1 << 20  # bytes; more is parsed in a thread
 MAX_DEPTH = 128  # of JSON
+# Base64, as the only thing in a string of JSON.
+_PICTURE = re.compile(rb'(?<=[\s:,\[{])"((?:data:[\w/.+;=-]{0,80},)?[A-Za-z0-9+/]{32768,}={0,2})"')
+_FIELDS = frozenset(("images", "image_url", "url"))  # that hold pictures
+_PLACES = _FIELDS | {"messages", "input", "content"}  # that lead there
 
 
-async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
-    """The object in a request's body, whatever its Content-Type says. Raises Refused, ClientDisconnect."""
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding not in ("", "identity"):
-        raise Refused(415, f"Content-Encoding {encoding[:40]!r} is not read; send the JSON as it is")
-    data = await _read(request, settings)
-    if not data.strip():
-        raise Refused(400, "missing request body")
-    if len(data) > LARGE:
-        return await anyio.to_thread.run_sync(parse_object, data)
-    return parse_object(data)
+class Bodies:
+    """Reads bodies, of which only so many bytes are in memory at the same time."""
 
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._taken = 0  # bytes
 
-async def _read(request: Request, settings: ServerSettings) -> bytearray:
-    limit = settings.max_body
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limit:
-        raise _too_large(limit)
-    data = bytearray()
-    chunks = request.stream().__aiter__()
-    while True:
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """The object in a request's body, whatever its Content-Type says. Raises Refused, ClientDisconnect.
+
+        Long base64 in fields of pictures is a memoryview; everything else is as `json` gives it.
+        """
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding not in ("", "identity"):
+            raise Refused(415, f"Content-Encoding {encoding[:40]!r} is not read; send the JSON as it is")
+        with self._room() as take:
+            data = bytearray()
+            async for chunk in self._chunks(request):
+                take(len(chunk))
+                data += chunk
+            if not data.strip():
+                raise Refused(400, "missing request body")
+            if len(data) > LARGE:
+                return await anyio.to_thread.run_sync(parse_object, data)
+            return parse_object(data)
+
+    async def _chunks(self, request: Request) -> Any:
+        settings = self._settings
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > settings.max_body:
+            raise _too_large(settings.max_body)
+        chunks, n_bytes = request.stream().__aiter__(), 0
+        while True:
+            try:
+                chunk = await asyncio.wait_for(chunks.__anext__(), settings.body_seconds)
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                words = f"no more of the request came for {settings.body_seconds:g} s"
+                raise Refused(408, words, headers={"Connection": "close"}) from None
+            n_bytes += len(chunk)
+            if n_bytes > settings.max_body:
+                raise _too_large(settings.max_body)
+            yield chunk
+
+    @contextmanager
+    def _room(self) -> Iterator[Any]:
+        """A function that asks for memory; it is given back at the end."""
+        mine = 0
+
+        def take(n_bytes: int) -> None:
+            nonlocal mine
+            # A request alone may always have what it is allowed.
+            if self._taken > mine and self._taken + n_bytes > self._settings.max_waiting:
+                raise Refused(
+                    503,
+                    "server busy, please try again.  too many requests arrive",
+                    "server_busy",
+                    again=True,
+                    headers={"Connection": "close"},
+                )
+            mine += n_bytes
+            self._taken += n_bytes
+
         try:
-            chunk = await asyncio.wait_for(chunks.__anext__(), settings.body_seconds)
-        except StopAsyncIteration:
-            return data
-        except asyncio.TimeoutError:
-            raise Refused(
-                408,
-                f"no more of the request came for {settings.body_seconds:g} s",
-                headers={"Connection": "close"},
-            ) from None
-        data += chunk
-        if len(data) > limit:
-            raise _too_large(limit)
+            yield take
+        finally:
+            self._taken -= mine
 
 
 def _too_large(limit: int) -> Refused:
@@ -57,9 +103,27 @@ def _too_large(limit: int) -> Refused:
 
 
 def parse_object(data: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object in some bytes. Raises Refused."""
+    """The JSON object in some bytes, which stay as they are. Raises Refused."""
+    views: list[memoryview] = []
+    mark = secrets.token_hex(8)  # a request cannot guess it
+
+    def cut(match: re.Match[bytes]) -> bytes:
+        start, end = match.span(1)
+        views.append(memoryview(data)[start:end])
+        return f'"{mark}{len(views) - 1}"'.encode()
+
+    value = _parse(_PICTURE.sub(cut, data))
+    if not isinstance(value, dict):
+        raise Refused(400, f"expected a JSON object, not {type(value).__name__}")
+    _check_depth(value)
+    if views:
+        _put_back(value, mark, views)
+    return value
+
+
+def _parse(data: bytes) -> Any:
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
         raise Refused(400, f"the JSON is nested deeper than {MAX_DEPTH}") from None
     except UnicodeDecodeError:
@@ -68,10 +132,6 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
         raise Refused(400, f"invalid JSON: {e.msg} at line {e.lineno} column {e.colno}") from None
     except ValueError:  # a number of thousands of digits
         raise Refused(400, "invalid JSON: a number that cannot be read") from None
-    if not isinstance(value, dict):
-        raise Refused(400, f"expected a JSON object, not {type(value).__name__}")
-    _check_depth(value)
-    return value
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -90,3 +150,27 @@ def _check_depth(value: Any) -> None:
         if not layer:
             return
     raise Refused(400, f"the JSON is nested deeper than {MAX_DEPTH}")
+
+
+def _put_back(body: dict[str, Any], mark: str, views: list[memoryview]) -> None:
+    """What was cut out, in its places: as it is in fields of pictures, else as text."""
+
+    def restored(found: Any, is_picture: bool) -> Any:
+        if isinstance(found, str) and found.startswith(mark) and found[len(mark) :].isdecimal():
+            view = views[int(found[len(mark) :])]
+            return view if is_picture else str(view, "ascii")
+        return found
+
+    # Containers, each with whether a picture is expected in it.
+    rest: list[tuple[Any, bool]] = [(body, True)]
+    while rest:
+        outer, expected = rest.pop()
+        for name, inner in list(outer.items() if isinstance(outer, dict) else enumerate(outer)):
+            is_picture = expected and (name in _PLACES or not isinstance(name, str))
+            if isinstance(inner, (dict, list)):
+                rest.append((inner, is_picture))
+            else:
+                is_picture = is_picture and (name in _FIELDS or not isinstance(name, str))
+                outer[name] = restored(inner, is_picture)
+            if isinstance(name, str) and (own := restored(name, False)) != name:
+                outer[own] = outer.pop(name)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ..vision.embedding import ImageEmbedding, Picture
+from ..vision.embedding import ImageEmbedding
+from ..vision.preprocess import TiledImage
 from .models import Loaded
 from .problems import Refused
 
@@ -32,7 +33,9 @@ def to_key(words: Sequence[int]) -> str:
     return "".join(f"{word:08x}" for word in words)
 
 
-def pack(loaded: Loaded, tokens: Sequence[int], images: Sequence[Picture], said: str) -> tuple[int, ...]:
+def pack(
+    loaded: Loaded, tokens: Sequence[int], images: Sequence[TiledImage | ImageEmbedding], said: str
+) -> tuple[int, ...]:
     """The context after a reply. said: its text."""
     reply = loaded.model.tokenize(said, add_bos=False, special=False)
     keys = iter([loaded.conversation.image_key(image) for image in images])

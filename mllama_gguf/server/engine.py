@@ -195,7 +195,7 @@ class Engine:
                         is_first = False
                         self._metrics.first_token.observe(time.monotonic() - job.created)
                     if isinstance(event, Ended):
-                        self._metrics.count_reply(event.stats, event.n_images)
+                        self._metrics.count_reply(event.stats, event.sources)
                     if job.should_stop:
                         raise Aborted("nobody waits for it")
         finally:

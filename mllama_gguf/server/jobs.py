@@ -32,11 +32,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ended:
-    """A reply's end. context: prompt and reply for /api/generate, where they were asked for."""
+    """A reply's end.
+
+    sources: where the images of the prompt came from, for the first of several replies
+    context: prompt and reply for /api/generate, where they were asked for
+    """
 
     stats: Stats
     choice: int = 0
-    n_images: int = 0
+    sources: tuple[str, ...] = ()
     context: tuple[int, ...] = ()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..decode.writer import Stats
@@ -38,7 +40,12 @@ class Metrics:
             "mllama_prompt_tokens_cached", "Of these, those that were in the cache.", registry=r
         )
         self.generated_tokens = Counter("mllama_generated_tokens", "Tokens of replies.", registry=r)
-        self.images = Counter("mllama_images", "Images of prompts.", registry=r)
+        self.images = Counter(
+            "mllama_images",
+            "Images of prompts, by where their results came from: encoded, memory, disk.",
+            ("source",),
+            registry=r,
+        )
         self.encode_seconds = Histogram(
             "mllama_image_encode_seconds", "Images of one prompt: encode or find.", buckets=_LONG, registry=r
         )
@@ -47,13 +54,14 @@ class Metrics:
         self.load_failures = Counter("mllama_load_failures", "Models that could not be loaded.", registry=r)
         self.cancelled = Counter("mllama_cancelled", "Requests that ended early.", ("reason",), registry=r)
 
-    def count_reply(self, stats: Stats, n_images: int) -> None:
-        """A reply that has ended."""
+    def count_reply(self, stats: Stats, sources: Sequence[str]) -> None:
+        """A reply that has ended. sources: of the images of its prompt."""
         self.prompt_tokens.inc(stats.prompt_tokens)
         self.cached_tokens.inc(stats.cached_tokens)
         self.generated_tokens.inc(stats.completion_tokens)
-        if n_images:
-            self.images.inc(n_images)
+        for source in sources:
+            self.images.labels(source).inc()
+        if sources:
             self.encode_seconds.observe(stats.seconds["encode"])
         if stats.completion_tokens:
             self.token_seconds.observe(stats.seconds["decode"] / stats.completion_tokens)

@@ -218,7 +218,7 @@ def _check_number(n_images: int, limits: PictureLimits) -> None:
 
 
 def _image(image: Any, where: str, limits: PictureLimits) -> bytes:
-    if not isinstance(image, str):
+    if not isinstance(image, (str, memoryview)):
         raise fields.wrong(where, "base64 of a picture", image)
     return from_base64(image, where, limits)
 

@@ -14,7 +14,7 @@ from ..words import brief, show_name
 from . import fields
 from .asking import Ask
 from .fetching import fetch
-from .pictures import PictureLimits, checked_kind, from_base64
+from .pictures import PictureLimits, checked_kind, from_base64, is_data_uri
 from .problems import Refused
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int
         given = part.get("image_url")
         inside = given if isinstance(given, dict) else {"url": given}
         url, detail = inside.get("url"), inside.get("detail", part.get("detail"))
-        if not isinstance(url, str):
+        if not isinstance(url, (str, memoryview)):
             raise fields.wrong(f"{where}.image_url", "a data URI", url)
         if detail not in (None, "auto", "low", "high", "original"):
             raise fields.wrong(f"{where}.detail", "auto, low or high", detail)
@@ -176,9 +176,9 @@ def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int
     )
 
 
-def _image(url: str, where: str, limits: PictureLimits) -> bytes:
-    if url[:5].lower() != "data:":
-        if limits.hosts and url[:4].lower() == "http":
+def _image(url: str | memoryview, where: str, limits: PictureLimits) -> bytes:
+    if not is_data_uri(url):
+        if limits.hosts and isinstance(url, str) and url[:4].lower() == "http":
             return checked_kind(fetch(url, where, limits.hosts), where, limits)
         raise Refused(
             400,

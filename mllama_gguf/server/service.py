@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.requests import Request
 
 from .asking import Ask, answer, load_only
-from .bodies import LARGE, read_json
+from .bodies import LARGE, Bodies
 from .catalog import Card, Catalog
 from .engine import Engine
 from .jobs import Job, Mailbox
@@ -32,11 +31,11 @@ class Service:
     catalog: Catalog
     engine: Engine
     metrics: Metrics
-    started: float = field(default_factory=time.time)
+    bodies: Bodies
 
     async def read(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request. Raises Refused."""
-        return await read_json(request, self.settings)
+        return await self.bodies.read_json(request)
 
     async def translate(self, request: Request, read: Callable[[], T]) -> T:
         """What a request asks for. In a thread, if it is large, or if pictures may be fetched for it."""

@@ -133,5 +133,10 @@ class EmbeddingStore:
         with self._lock:
             self._items.clear()
 
+    def __contains__(self, key: object) -> bool:
+        """Whether the embedding of a key is in memory."""
+        with self._lock:
+            return key in self._items
+
     def __len__(self) -> int:
         return len(self._items)

