@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError
+from ..errors import ModelError, RequestError
 from ..words import one_line
 from .messages import Message, read_messages
 from .special import END, SPLIT, Guard
@@ -198,15 +198,20 @@ class ChatTemplate:
         return shown
 
     def _render(self, messages: list[dict[str, Any]], prompt: _Prompt, is_native: bool) -> str:
+        from .sandbox import TooMuch, limited
+
+        variables = {
+            **prompt.variables,
+            **self._tokens,
+            "messages": messages,
+            "tools": (prompt.tools or None) if is_native else None,
+            "add_generation_prompt": not prompt.is_continued,
+            "raise_exception": _raise,
+        }
         try:
-            return self._template.render(
-                **prompt.variables,
-                **self._tokens,
-                messages=messages,
-                tools=(prompt.tools or None) if is_native else None,
-                add_generation_prompt=not prompt.is_continued,
-                raise_exception=_raise,
-            )
+            return limited(lambda: self._template.render(variables))
+        except (TooMuch, MemoryError) as e:
+            raise ModelError(f"the chat template cannot be used: {one_line(e)}") from e
         except Exception as e:  # the template's own raise_exception, or any error of the code in it
             raise _Refusal(f"the chat template refuses the messages: {one_line(e)}") from e
 
@@ -311,7 +316,8 @@ def _compile(source: str) -> Template:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from .sandbox import MAX_SOURCE, Sandbox, TooMuch, limited
 
     class Generation(Extension):
         """Marks what the assistant said, for training. Here it says nothing."""
@@ -322,13 +328,15 @@ def _compile(source: str) -> Template:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+    if len(source) > MAX_SOURCE:
+        raise ModelError(f"the chat template has {len(source)} characters; {MAX_SOURCE} are allowed")
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.add_filter("tojson", _to_json)
     try:
-        return environment.from_string(source)
-    except TemplateError as e:
+        return limited(lambda: environment.from_string(source))
+    except (TooMuch, MemoryError) as e:
+        raise ModelError(f"the chat template cannot be used: {one_line(e)}") from e
+    except (TemplateError, RecursionError, SyntaxError, ValueError, OverflowError) as e:
         raise RequestError(f"the chat template is not valid: {one_line(e)}") from e
 
 
