@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 
 import click
 
-from .terminal import echo, echo_json
+from .terminal import echo, echo_json, is_live
 from .verbose import verbose_option
 
 MARKS = {"ok": "\u2713", "note": "!", "problem": "\u2717"}
@@ -24,17 +25,22 @@ def doctor_command(as_json: bool) -> int:
     Each device computes an answer that is known, in a process of its own. The exit code is 1 if something
     does not work. Paste what it prints into a bug report; your name and your home directory are not in it.
     """
+    from .. import __version__
     from ..inspect.doctor import examine
 
     marks = MARKS if can_show("".join(MARKS.values())) else PLAIN_MARKS
     is_well = True
-    for finding in examine():
+    for finding in examine(__version__):
         is_well = is_well and finding.mark != "problem"
         if as_json:
             echo_json(asdict(finding))
             continue
-        mark = click.style(marks[finding.mark], fg=COLOURS[finding.mark])
-        echo(f"{mark} {finding.name}: {finding.words}")
+        mark = marks[finding.mark]
+        if is_live(sys.stdout) and not os.environ.get("NO_COLOR"):
+            click.secho(mark, fg=COLOURS[finding.mark], nl=False)
+        else:
+            echo(mark, nl=False)
+        echo(f" {finding.name}: {finding.words}")
         if finding.advice:
             echo(f"    {finding.advice}")
     return 0 if is_well else 1

@@ -18,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import __version__
 from ..backend.repack import offered_layouts, usable_layouts
 from ..cpus import usable_cpus
 from ..errors import MllamaError
@@ -48,9 +47,9 @@ class Finding:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def examine() -> Iterator[Finding]:
+def examine(own_version: str) -> Iterator[Finding]:
     """Look at everything, the quick things first. Nothing is written but the caches of ggml's trials."""
-    yield _versions()
+    yield _versions(own_version)
     try:
         yield _library()
     except MllamaError as e:
@@ -83,7 +82,7 @@ def _problem(name: str, error: BaseException, advice: str = "") -> Finding:
     return Finding(name, "problem", private(one_line(error)), advice)
 
 
-def _versions() -> Finding:
+def _versions(own: str) -> Finding:
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -92,11 +91,11 @@ def _versions() -> Finding:
             found[package] = None
     missing = [package for package, number in found.items() if number is None]
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    words = f"mllama_gguf {__version__}, {system}, " + ", ".join(
+    words = f"mllama_gguf {own}, {system}, " + ", ".join(
         f"{package} {number or 'missing'}" for package, number in found.items()
     )
     advice = f"pip install {' '.join(missing)}" if missing else ""
-    facts = {"mllama_gguf": __version__, "python": platform.python_version(), "packages": found}
+    facts = {"mllama_gguf": own, "python": platform.python_version(), "packages": found}
     facts |= {"system": platform.system(), "machine": platform.machine()}
     return Finding("versions", "problem" if missing else "ok", words, advice, facts)
 

@@ -154,7 +154,7 @@ class ChatTemplate:
             if as_text and isinstance(problems[0], _Refusal):
                 self._warn(problems[0])
             return text
-        raise problems[0]
+        raise RequestError(str(problems[0])) from problems[0].__cause__
 
     def _ways(self, prompt: _Prompt) -> Iterator[tuple[bool, bool]]:
         """Whether the template itself writes tools, and whether all content is given as text."""
