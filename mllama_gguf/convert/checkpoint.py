@@ -21,6 +21,8 @@ import numpy as np
 from ..errors import ModelError
 from ..gguf.writer import GGUF
 from ..reading import open_regular, read_text
+from ..words import os_reason
+from .others import check_folder_kind, check_not_quantized
 
 SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
 
@@ -124,6 +126,10 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ModelError(f"{self.directory}: not a directory")
+        try:
+            check_folder_kind(self.directory)
+        except OSError as e:
+            raise ModelError(f"{self.directory}: cannot be listed: {os_reason(e)}") from e
         self.config_file = self.directory / "config.json"
         self.config = read_json(self.config_file)
         self.sources: dict[str, Source] = {}  # by old name
@@ -134,6 +140,8 @@ class Checkpoint:
             if name in self.sources:
                 raise ModelError(f"{source.file}: tensor {source.name} is also in {self.sources[name].file}")
             self.sources[name] = source
+        tensors = [(source.name, source.dtype in SAFETENSORS_TYPES) for source in self.sources.values()]
+        check_not_quantized(self.config_file, self.config, tensors)
 
     def _all_sources(self) -> Iterator[Source]:
         index = self.directory / "model.safetensors.index.json"

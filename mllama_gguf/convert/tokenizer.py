@@ -52,7 +52,7 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
         or not isinstance(model.get("vocab"), dict)
     ):
         raise ModelError(f"{file}: model.type: only a BPE vocabulary is supported")
-    n_tokens = shape.vocab_size + 1
+    n_tokens = _n_tokens(file, data, checkpoint, shape)
     tokens: list[str | None] = [None] * n_tokens
     types = [_UNUSED] * n_tokens
 
@@ -63,9 +63,7 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
             or not isinstance(i, int)
             or not 0 <= i < n_tokens
         ):
-            raise ModelError(
-                f"{file}: token {token!r} has id {i!r}: an id up to {shape.vocab_size} is expected"
-            )
+            raise ModelError(f"{file}: token {token!r} has id {i!r}: an id up to {n_tokens - 1} is expected")
         if tokens[i] not in (None, token):
             raise ModelError(f"{file}: tokens {tokens[i]!r} and {token!r} have the same id {i}")
         tokens[i], types[i] = token, kind
@@ -157,6 +155,25 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
         eos_ids=sorted(eos_ids),
         chat_template=_chat_template(checkpoint, settings),
     )
+
+
+def _n_tokens(file: Path, data: Mapping[str, Any], checkpoint: Checkpoint, shape: Shape) -> int:
+    """How many tokens there are: the vocabulary, the image token, and what a fine-tune has added after them,
+    as far as the embedding has rows. Raises ModelError for an id without a row."""
+    least = shape.vocab_size + 1
+    embed = checkpoint.sources.get("language_model.model.embed_tokens.weight")
+    rows = max(least, embed.shape[0] if embed is not None and embed.shape else 0)
+    added = data.get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    ids = [(entry.get("content"), entry.get("id")) for entry in entries]
+    beyond = [(token, i) for token, i in ids if isinstance(i, int) and i >= rows]
+    if beyond:
+        token, i = beyond[0]
+        raise ModelError(
+            f"{file}: token {token!r} has id {i}: an id up to {rows - 1} is expected (embed_tokens has "
+            f"{rows} rows)"
+        )
+    return max([least, *(i + 1 for _, i in ids if isinstance(i, int) and not isinstance(i, bool))])
 
 
 def _parts(node: object, key: str) -> list[dict[str, Any]]:
