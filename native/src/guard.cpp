@@ -186,7 +186,27 @@ static mllama_status count_devices(int32_t * n) {
     });
 }
 
-mllama_status guard_count_devices(int32_t * n) {
+// ggml looks at GGML_BACKEND_PATH only where all of its backends are libraries of their own.
+static void load_named_backend(int32_t * n) {
+    static bool tried;
+    const char * path = std::getenv("GGML_BACKEND_PATH");
+    if (tried || !path || !*path) {
+        return;
+    }
+    tried = true;
+    log_forget();
+    ggml_backend_reg_t  registry = nullptr;
+    const mllama_status status   = in_registry([&] {
+        registry = ggml_backend_load(path);
+        *n       = (int32_t) ggml_backend_dev_count();
+    });
+    if (status != MLLAMA_OK || !registry) {
+        log_warn("GGML_BACKEND_PATH: %s: no backend for ggml %s: %s", path, ggml_version(),
+                 status != MLLAMA_OK ? mllama_last_error() : log_last_error());
+    }
+}
+
+static mllama_status count_all_devices(int32_t * n) {
     static const char * const no_vulkan = "GGML_DISABLE_VULKAN"; // ggml reads this before it registers Vulkan's devices
     *n = 0;
     if (count_devices(n) == MLLAMA_OK) {
@@ -206,6 +226,12 @@ mllama_status guard_count_devices(int32_t * n) {
         unsetenv(no_vulkan);
     }
     return status;
+}
+
+mllama_status guard_count_devices(int32_t * n) {
+    TRY(count_all_devices(n));
+    load_named_backend(n);
+    return MLLAMA_OK;
 }
 
 mllama_status guard_device(int32_t index, ggml_backend_dev_t * device) {

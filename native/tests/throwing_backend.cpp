@@ -38,6 +38,12 @@ void may_throw(const char * place, int device) {
     throw std::runtime_error("Standin: no luck in\n" + std::string(place));
 }
 
+// Whether STANDIN_REFUSES has this operation: its names as ggml has them, between commas
+bool refused(const ggml_tensor * op) {
+    const char * names = std::getenv("STANDIN_REFUSES");
+    return names && ("," + std::string(names) + ",").find("," + std::string(ggml_op_desc(op)) + ",") != std::string::npos;
+}
+
 int index_of(ggml_backend_dev_t d) { return (int) (reinterpret_cast<abi::device *>(d) - devices); }
 int index_of(ggml_backend_buffer_type_t t) { return (int) (reinterpret_cast<abi::buffer_type *>(t) - types); }
 int index_of(ggml_backend_buffer_t b) { return index_of(ggml_backend_buffer_get_type(b)); }
@@ -157,7 +163,7 @@ const abi::device_table device_functions = {
     nullptr, nullptr,
     [](ggml_backend_dev_t d, const ggml_tensor * op) {
         may_throw("supports_op", index_of(d));
-        return op->op != GGML_OP_CUSTOM && ggml_backend_dev_supports_op(ggml_backend_get_device(cpu), op);
+        return op->op != GGML_OP_CUSTOM && !refused(op) && ggml_backend_dev_supports_op(ggml_backend_get_device(cpu), op);
     },
     [](ggml_backend_dev_t d, ggml_backend_buffer_type_t t) {
         may_throw("supports_buft", index_of(d));
@@ -173,6 +179,17 @@ const abi::registry_table registry_functions = {
     [](ggml_backend_reg_t, const char *) -> void * { may_throw("get_proc_address", -1); return nullptr; },
 };
 
+void prepare(int n) {
+    cpu          = ggml_backend_dev_init(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), nullptr);
+    n_devices    = n;
+    the_registry = { abi::VERSION, registry_functions, nullptr };
+    for (int i = 0; i < n; i++) {
+        names[i]   = "Standin" + std::to_string(i);
+        devices[i] = { device_functions, reinterpret_cast<ggml_backend_reg_t>(&the_registry), nullptr };
+        types[i]   = { type_functions, device(i), nullptr };
+    }
+}
+
 } // namespace
 
 extern "C" {
@@ -185,16 +202,18 @@ __attribute__((visibility("default"))) const char * standin_register(int n) {
     if (n_devices > 0 || n < 1 || n > MAX_DEVICES) {
         return "once, with 1 to 4 devices";
     }
-    cpu          = ggml_backend_dev_init(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), nullptr);
-    n_devices    = n;
-    the_registry = { abi::VERSION, registry_functions, nullptr };
-    for (int i = 0; i < n; i++) {
-        names[i]   = "Standin" + std::to_string(i);
-        devices[i] = { device_functions, reinterpret_cast<ggml_backend_reg_t>(&the_registry), nullptr };
-        types[i]   = { type_functions, device(i), nullptr };
-    }
+    prepare(n);
     ggml_backend_register(reinterpret_cast<ggml_backend_reg_t>(&the_registry));
     return nullptr;
+}
+
+// ggml's name for this: two devices where the environment variable GGML_BACKEND_PATH names this library.
+__attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init(void) {
+    if (!abi::fits() || n_devices > 0) {
+        return nullptr;
+    }
+    prepare(2);
+    return reinterpret_cast<ggml_backend_reg_t>(&the_registry);
 }
 
 // Lets a device (-1: any) throw in a place after some calls that go well. kind: "error", "memory" or "odd". place "":

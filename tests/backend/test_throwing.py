@@ -7,10 +7,8 @@ runs in processes of its own.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 from helpers import TinyFiles, elsewhere
+from standin import compiled, llama_cpp, standin_library
 from throwing import PLACES
 
 Files = Callable[[str], TinyFiles]
@@ -26,43 +25,12 @@ Rows = list[dict[str, Any]]
 
 # No simple use of a device comes here: which of the two has thrown cannot be found out.
 TOO_SELDOM = ("cpy_tensor", "graph_optimize", "get_proc_address")
-SOURCES = Path(__file__).parents[2] / "native" / "tests"
 TESTS = Path(__file__).parents[1]
-
-
-def llama_cpp() -> Path:
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
-
-
-def compiled(source: str, folder: Path) -> Path:
-    """A library from native/tests against the installed ggml."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler, "this test compiles C++, as installing the package does: install g++ or clang++"
-    package = llama_cpp()
-    target = folder / f"lib{Path(source).stem}.so"
-    subprocess.run(
-        [
-            *(
-                compiler,
-                "-std=c++17",
-                "-shared",
-                "-fPIC",
-                f"-I{package.parent / 'include'}",
-                SOURCES / source,
-            ),
-            *("-o", target, f"-L{package / 'lib'}", "-lggml", "-lggml-base", f"-Wl,-rpath,{package / 'lib'}"),
-        ],
-        check=True,
-    )
-    return target
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = os.environ.get("MLLAMA_TEST_BACKEND")
-    return Path(built) if built else compiled("throwing_backend.cpp", tmp_path_factory.mktemp("standin"))
+    return standin_library(tmp_path_factory.mktemp("standin"))
 
 
 @pytest.fixture(scope="module")
