@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mllama_gguf"
 LICENCES = {"LICENSE", "THIRD_PARTY.md"}
 # Named here, so that a file that is lost from the source tree is missed as well.
-DATA = {"data/demo.gguf", "data/models.lock", "data/selftest.json"}
+PAGE = {f"server/static/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")}
+DATA = {"data/demo.gguf", "data/models.lock", "data/selftest.json"} | PAGE
 NEEDED = DATA | {"lib/mllama.h", "py.typed", "__main__.py"}
 
 

@@ -1,0 +1,108 @@
+// Pictures come in: chosen, photographed, dropped, pasted. And the pictures of the next question.
+
+import { take } from "./pictures.js";
+
+const byId = (id) => document.getElementById(id);
+const tray = byId("tray");
+
+export const pictures = [];
+let changed = () => {};
+let say = () => {};
+let counted = () => 0;
+
+// onChange(): pictures were added or removed; notice(words); nBefore(): pictures in the conversation
+export function setUp({ onChange, notice, nBefore }) {
+  changed = onChange;
+  say = notice;
+  counted = nBefore;
+  for (const button of document.querySelectorAll("[data-pick]")) {
+    button.addEventListener("click", () => byId(button.dataset.pick).click());
+  }
+  for (const input of [byId("files"), byId("camera")]) {
+    input.addEventListener("change", () => {
+      add(input.files);
+      input.value = "";
+    });
+  }
+  document.addEventListener("paste", (event) => {
+    const data = event.clipboardData;
+    // Programs for texts put a picture of the text beside it: the text is meant.
+    if (!data?.files.length || (data.getData("text/plain") && event.target.localName === "textarea")) return;
+    event.preventDefault();
+    add(data.files);
+  });
+  setUpDrop();
+}
+
+function setUpDrop() {
+  const veil = byId("drop");
+  let depth = 0;
+  const holds = (event) => [...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === "text/uri-list");
+  document.addEventListener("dragenter", (event) => {
+    if (!holds(event)) return;
+    event.preventDefault();
+    depth += 1;
+    veil.hidden = false;
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!holds(event)) return;
+    depth = Math.max(0, depth - 1);
+    veil.hidden = depth === 0;
+  });
+  document.addEventListener("dragover", (event) => {
+    if (!holds(event)) return;
+    event.preventDefault();
+    event.dataTransfer.dropEffect = "copy";
+  });
+  document.addEventListener("drop", (event) => {
+    depth = 0;
+    veil.hidden = true;
+    if (!holds(event)) return;
+    event.preventDefault();
+    if (event.dataTransfer.files.length) add(event.dataTransfer.files);
+    else say("That was an address, no file. Save the picture first, then drop the file.");
+  });
+}
+
+function add(files) {
+  const { found, words } = take(files, counted() + pictures.length);
+  put(found);
+  say(words);
+  if (found.length) byId("question").focus();
+}
+
+// More pictures for the next question.
+export function put(more) {
+  pictures.push(...more);
+  draw();
+}
+
+// Take the pictures out: they are asked about.
+export function takeAll() {
+  const all = pictures.splice(0);
+  draw();
+  return all;
+}
+
+function draw() {
+  tray.replaceChildren(...pictures.map(tile));
+  tray.hidden = pictures.length === 0;
+  changed();
+}
+
+function tile(picture, index) {
+  const item = document.createElement("li");
+  const button = byId("notice-close").cloneNode(true);
+  button.removeAttribute("id");
+  button.className = "remove round";
+  button.setAttribute("aria-label", `Remove ${picture.name}`);
+  button.title = "Remove";
+  button.addEventListener("click", () => {
+    pictures.splice(pictures.indexOf(picture), 1);
+    draw();
+    const next = tray.querySelectorAll("button")[Math.min(index, pictures.length - 1)];
+    (next ?? byId("question")).focus();
+  });
+  item.append(picture.view(), button);
+  return item;
+}
