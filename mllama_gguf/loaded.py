@@ -23,6 +23,7 @@ from .cache.disk import ImageCache
 from .cache.keys import Keys, KeySettings
 from .checks import File, check_function, checked
 from .decode.conversation import Conversation, Shared
+from .decode.scheduler import Scheduler
 from .errors import MllamaError, ModelError, RequestError
 from .handles import OneProcess
 from .settings import Settings
@@ -93,6 +94,7 @@ class LoadedModel(OneProcess):
         self._lock = threading.RLock()  # of what follows
         self._conversations: WeakSet[Conversation] = WeakSet()
         self._encoders: WeakSet[ImageEncoder] = WeakSet()
+        self._schedulers: WeakSet[Scheduler] = WeakSet()
         self._closed = False
         callbacks = Callbacks(load_native(), progress, abort)
         self._backend = open_backend(model_path, mmproj_path, self.settings, callbacks)
@@ -258,6 +260,7 @@ class LoadedModel(OneProcess):
         n_threads: int | None = None,
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
+        scheduler: Scheduler | None = None,
     ) -> Conversation:
         """A new conversation, with caches of its own. Several compute at the same time, each in a thread;
         their CPU threads should be as many as there are CPUs together. With isolate or rpc_servers they
@@ -266,12 +269,38 @@ class LoadedModel(OneProcess):
         n_ctx:     most tokens; None: as the model's setting says
         n_threads: CPU threads; None: `n_threads`
         progress, abort: called in the thread that uses the conversation; None: those of the model
+        scheduler: of this model; the conversation then computes together with its others, in steps that read
+                   the weights once for all. `abort` is then called in their threads too, and there is no
+                   progress
 
         Raises RequestError, BackendError, MllamaError for a closed model.
         """
+        if scheduler is not None and n_threads is not None:
+            raise RequestError("n_threads is the scheduler's for conversations that compute together")
         return self._open_conversation(
-            "conversation", n_ctx=n_ctx, n_threads=n_threads, progress=progress, abort=abort
+            "conversation",
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            progress=progress,
+            abort=abort,
+            scheduler=scheduler,
         )
+
+    def scheduler(self, *, n_threads: int | None = None) -> Scheduler:
+        """Lets several conversations, each used by a thread, compute together:
+
+            scheduler = model.scheduler()
+            one, two = (model.conversation(scheduler=scheduler) for _ in range(2))
+
+        n_threads: CPU threads of all together; None: `n_threads`
+
+        Raises BackendError, MllamaError for a closed model. Closed with the model.
+        """
+        with self._lock:
+            self._check_open()
+            scheduler = Scheduler(self._backend, self._shared.disk, n_threads=n_threads)
+            self._schedulers.add(scheduler)
+            return scheduler
 
     def _open_conversation(
         self,
@@ -281,6 +310,7 @@ class LoadedModel(OneProcess):
         n_threads: int | None = None,
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
+        scheduler: Scheduler | None = None,
     ) -> Conversation:
         check_function("progress", progress)
         check_function("abort", abort)
@@ -295,6 +325,7 @@ class LoadedModel(OneProcess):
                 progress=progress or self._progress,
                 abort=abort or self._abort,
                 noun=noun,
+                scheduler=scheduler,
             )
             self._conversations.add(conversation)
             return conversation
@@ -340,6 +371,8 @@ class LoadedModel(OneProcess):
                 conversation.save()
             for encoder in list(self._encoders):
                 encoder.close()
+            for scheduler in list(self._schedulers):
+                scheduler.close()
             self._closed = True
             # The weights stay until the last context is freed. A child process ends now, whatever its
             # workers do.

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
+from ..errors import ModelError
 from ..settings import KvType
 from .callbacks import Callbacks
 from .types import Bytes, Device, Floats, HParams, Memory, Tap, TensorInfo
@@ -16,7 +18,18 @@ Logits: TypeAlias = Literal["none", "last", "all"]
 
 # The calls that return a handle, and the call that gives it back: for a caller that is interrupted before it
 # hears of the handle.
-RELEASES = {"image_fill": "image_free", "image_map": "image_free"}
+RELEASES = {"image_fill": "image_free", "image_map": "image_free", "sequence_new": "sequence_free"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tokens of one sequence, for `SharedContext.decode_many`; as `Context.decode` takes them."""
+
+    sequence: int
+    tokens: Sequence[int]
+    slot: int
+    n_visible: int
+    logits: Logits = "last"
 
 
 class Model(Protocol):
@@ -60,7 +73,7 @@ class Model(Protocol):
         flash_attn: bool = True,
         offload_kqv: bool = True,
         cpu_kernel: str = "",
-    ) -> Context:
+    ) -> SharedContext:
         """A context of its own. n_ctx, n_batch: tokens; n_threads 0: ggml's default; cpu_kernel "": as
         $MLLAMA_CPU_KERNEL says. Raises RequestError, BackendError."""
 
@@ -68,7 +81,34 @@ class Model(Protocol):
         """Free it, or let the last of its contexts do so. Twice is fine."""
 
 
-class Context(Protocol):
+class ImageSlots(Protocol):
+    """Where the keys and values of images are. One thread at a time."""
+
+    def image_fill(self, states: Sequence[Floats | int]) -> int:
+        """Put one image, or a group of adjacent ones, into a new slot; each states [n_tiles, n_positions,
+        n_embd], or n_tiles: `image_set` brings the image."""
+
+    def image_mapped_size(self, n_tiles: int) -> int:
+        """How many bytes `image_map` wants of an image with so many tiles; 0: it cannot be mapped."""
+
+    def image_map(self, n_tiles: int, path: Path, offset: int) -> int:
+        """Put one image into a new slot that has the bytes of a file, as `image_get` gives them, from there
+        on. Raises ModelError for a file that is not there or too short."""
+
+    def image_free(self, slot: int) -> None:
+        """Give a slot back."""
+
+    def image_size(self, slot: int, image: int) -> int:
+        """How many bytes `image_get` gives of a slot's image, counted from 0 in its group."""
+
+    def image_get(self, slot: int, image: int, offset: int, n_bytes: int) -> Bytes:
+        """Some bytes of what a slot holds of an image: uint8 [n_bytes]."""
+
+    def image_set(self, slot: int, image: int, offset: int, data: Bytes) -> None:
+        """Put them into another slot."""
+
+
+class Context(ImageSlots, Protocol):
     """The caches and the computation of one conversation. One thread at a time."""
 
     @property
@@ -98,29 +138,6 @@ class Context(Protocol):
         """pixels float32 [n_tiles, 3, image_size, image_size] -> states float32 [n_tiles, n_positions,
         n_embd]."""
 
-    def image_fill(self, states: Sequence[Floats | int]) -> int:
-        """Put one image, or a group of adjacent ones, into a new slot; each states [n_tiles, n_positions,
-        n_embd], or n_tiles: `image_set` brings the image."""
-
-    def image_mapped_size(self, n_tiles: int) -> int:
-        """How many bytes `image_map` wants of an image with so many tiles; 0: it cannot be mapped."""
-
-    def image_map(self, n_tiles: int, path: Path, offset: int) -> int:
-        """Put one image into a new slot that has the bytes of a file, as `image_get` gives them, from there
-        on. Raises ModelError for a file that is not there or too short."""
-
-    def image_free(self, slot: int) -> None:
-        """Give a slot back."""
-
-    def image_size(self, slot: int, image: int) -> int:
-        """How many bytes `image_get` gives of a slot's image, counted from 0 in its group."""
-
-    def image_get(self, slot: int, image: int, offset: int, n_bytes: int) -> Bytes:
-        """Some bytes of what a slot holds of an image: uint8 [n_bytes]."""
-
-    def image_set(self, slot: int, image: int, offset: int, data: Bytes) -> None:
-        """Put them into another slot."""
-
     def decode(self, tokens: Sequence[int], slot: int, n_visible: int, logits: Logits = "last") -> Floats:
         """Append tokens that all see the first n_visible images of a slot (-1: no image yet).
 
@@ -149,3 +166,33 @@ class Context(Protocol):
 
     def close(self) -> None:
         """Free it, or let the thread that uses it do so when it is done. Twice is fine."""
+
+
+class SharedContext(Context, Protocol):
+    """A context that can have more sequences: conversations of their own that share its weights, buffers and
+    image slots. Number 0 is the context's own."""
+
+    def sequence_new(self, n_ctx: int) -> int:
+        """One more sequence of tokens, which shares the image slots; its number. n_ctx: most tokens."""
+
+    def sequence_free(self, sequence: int) -> None:
+        """Give it back."""
+
+    def sequence_n_past(self, sequence: int) -> int:
+        """Its tokens."""
+
+    def sequence_truncate(self, sequence: int, n_past: int) -> None:
+        """As `truncate`."""
+
+    def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
+        """As `past_get`."""
+
+    def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
+        """As `past_set`."""
+
+    def decode_many(self, items: Sequence[Item]) -> list[Floats | ModelError]:
+        """Append tokens to several sequences in one step, n_batch tokens at most.
+
+        Returns for each item what `decode` returns, or the error of an item whose results are not finite: its
+        sequence is then empty. After an error of the whole call no sequence has changed.
+        """

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ModelError
 from ..handles import Handle, OneProcess
 from ..settings import KvType
 from . import library
-from .base import Logits
+from .base import Item, Logits
 from .callbacks import Callbacks
 from .library import Native
 from .types import Bytes, DeviceMemory, Floats, HParams, Memory, Tap
@@ -229,6 +230,66 @@ class LocalContext(OneProcess):
         """As `Context.clear`."""
         with self.handle as pointer:
             self.native.lib.mllama_clear(pointer)
+
+    def sequence_new(self, n_ctx: int) -> int:
+        """As `SharedContext.sequence_new`."""
+        number = self.native.ffi.new("int32_t *")
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_sequence_new(pointer, n_ctx, number))
+        return int(number[0])
+
+    def sequence_free(self, sequence: int) -> None:
+        """As `SharedContext.sequence_free`."""
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_sequence_free(pointer, sequence))
+
+    def sequence_n_past(self, sequence: int) -> int:
+        """As `SharedContext.sequence_n_past`."""
+        with self.handle as pointer:
+            return int(self.native.lib.mllama_sequence_n_past(pointer, sequence))
+
+    def sequence_truncate(self, sequence: int, n_past: int) -> None:
+        """As `SharedContext.sequence_truncate`."""
+        with self.handle as pointer:
+            self.native.check(self.native.lib.mllama_sequence_truncate(pointer, sequence, n_past))
+
+    def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
+        """As `SharedContext.sequence_get`."""
+        data = np.empty(self.past_size(n_tokens), np.uint8)
+        buffer = self.native.ffi.from_buffer(data)
+        with self.handle as pointer:
+            self.native.check(
+                self.native.lib.mllama_sequence_get(pointer, sequence, n_tokens, data.nbytes, buffer)
+            )
+        return data
+
+    def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
+        """As `SharedContext.sequence_set`."""
+        buffer = self.native.ffi.from_buffer(data)
+        with self.handle as pointer:
+            self.native.check(
+                self.native.lib.mllama_sequence_set(pointer, sequence, n_tokens, data.nbytes, buffer)
+            )
+
+    def decode_many(self, items: Sequence[Item]) -> list[Floats | ModelError]:
+        """As `SharedContext.decode_many`."""
+        ffi, vocab_size = self.native.ffi, self.hparams.vocab_size
+        c_items = ffi.new("mllama_item[]", len(items))
+        kept, outs = [], []
+        for c, item in zip(c_items, items, strict=True):
+            rows = {"none": 0, "last": 1, "all": len(item.tokens)}[item.logits]
+            outs.append(out := np.empty((rows, vocab_size), np.float32))
+            kept.append(tokens := ffi.new("int32_t[]", list(item.tokens)))
+            c.sequence, c.tokens, c.n_tokens = item.sequence, tokens, len(item.tokens)
+            c.slot, c.n_visible = item.slot, item.n_visible
+            c.logits_mode = {"none": 0, "last": 1, "all": 2}[item.logits]
+            c.logits, c.logits_capacity = (self._floats(out) if rows else ffi.NULL), out.size
+        with self.handle as pointer:
+            self._callbacks.check(self.native.lib.mllama_decode_many(pointer, len(items), c_items))
+        words = self.native.last_error()
+        return [
+            out if c.status == library.OK else ModelError(words) for c, out in zip(c_items, outs, strict=True)
+        ]
 
     @contextmanager
     def tap(self, callback: Tap) -> Iterator[None]:

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..errors import ModelError
 from ..handles import OneProcess, finalize
 from ..settings import KvType, Settings
-from .base import Logits
+from .base import Item, Logits
 from .callbacks import Callbacks
 from .library import load
 from .supervisor import CONNECT_SECONDS, Supervisor
@@ -202,6 +203,34 @@ class IsolatedContext(OneProcess):
     def clear(self) -> None:
         """As `Context.clear`."""
         self._call(type(None), "clear")
+
+    def sequence_new(self, n_ctx: int) -> int:
+        """As `SharedContext.sequence_new`."""
+        return self._call(int, "sequence_new", n_ctx)
+
+    def sequence_free(self, sequence: int) -> None:
+        """As `SharedContext.sequence_free`."""
+        self._call(type(None), "sequence_free", sequence)
+
+    def sequence_n_past(self, sequence: int) -> int:
+        """As `SharedContext.sequence_n_past`."""
+        return self._call(int, "sequence_n_past", sequence)
+
+    def sequence_truncate(self, sequence: int, n_past: int) -> None:
+        """As `SharedContext.sequence_truncate`."""
+        self._call(type(None), "sequence_truncate", sequence, n_past)
+
+    def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
+        """As `SharedContext.sequence_get`."""
+        return self._call(np.ndarray, "sequence_get", sequence, n_tokens)
+
+    def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
+        """As `SharedContext.sequence_set`."""
+        self._call(type(None), "sequence_set", sequence, n_tokens, data)
+
+    def decode_many(self, items: Sequence[Item]) -> list[Floats | ModelError]:
+        """As `SharedContext.decode_many`."""
+        return self._call(list, "decode_many", list(items))
 
     @contextmanager
     def tap(self, callback: Tap) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from .. import cpus
 from ..errors import OutOfMemoryError
 from ..settings import Settings
-from .base import Context, Model
+from .base import Context, Model, SharedContext
 from .callbacks import Callbacks
 from .isolated import IsolatedModel
 from .library import load
@@ -47,7 +47,7 @@ class Backend:
 
     def open_context(
         self, callbacks: Callbacks, *, n_ctx: int | None = None, n_threads: int | None = None
-    ) -> Context:
+    ) -> SharedContext:
         """A context as the settings say. If they say n_gpu_layers="auto", it has all the memory that it may
         ever need. Raises BackendError, RequestError."""
         context = self.model.open_context(

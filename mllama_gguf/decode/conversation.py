@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+from ..backend.base import Context
 from ..backend.callbacks import Callbacks, Progress
 from ..backend.library import load
 from ..backend.opening import Backend
@@ -31,6 +32,8 @@ from .answers import Answers
 from .openai import Messages
 from .options import PromptOptions, ReplyOptions
 from .reply import Reply
+from .scheduler import Scheduler
+from .sequence import SequenceContext
 from .session import Session
 from .slots import Slots
 from .writer import Writer
@@ -91,13 +94,16 @@ class Conversation(OneProcess, Answers):
         progress: Progress | None = None,
         abort: Callable[[], bool] | None = None,
         noun: str = "conversation",
+        scheduler: Scheduler | None = None,
     ) -> None:
-        """For `LoadedModel.conversation`, which says what these are. noun: what errors call it."""
+        """For `LoadedModel.conversation`, which says what these are. noun: what errors call it. scheduler:
+        what it computes with, together with others; None: a context of its own."""
         if n_threads is not None:
             check_threads(n_threads)
         self._shared = shared
         self._noun = noun
         self._n_threads = n_threads or shared.backend.n_threads
+        self._is_shared = scheduler is not None
         self._abort = abort
         self._lock = threading.Lock()
         # Counts what changed the conversation; an open reply sees by it that it lost the caches.
@@ -106,8 +112,14 @@ class Conversation(OneProcess, Answers):
         self._taps = 0  # open ones
         self._cancelled: threading.Event | None = None  # of the reply that computes now
         callbacks = self._callbacks = Callbacks(load(), progress, self._should_stop)
-        self.context = shared.backend.open_context(callbacks, n_ctx=n_ctx, n_threads=n_threads)
-        slots = Slots(self.context, callbacks, shared.disk)
+        self.context: Context
+        if scheduler is None:
+            self.context = shared.backend.open_context(callbacks, n_ctx=n_ctx, n_threads=n_threads)
+            slots = Slots(self.context, callbacks, shared.disk)
+        else:
+            stop = callbacks.on_abort
+            self.context = SequenceContext(scheduler, n_ctx or shared.backend.n_ctx, stop)
+            slots = scheduler.slots
         self.session = Session(self.context, callbacks, slots, shared.disk, self._prefix_key)
 
     # ---- facts ---------------------------------------------------------------------------------------------
@@ -395,4 +407,6 @@ class Conversation(OneProcess, Answers):
     def _prefix_key(self, tokens: Sequence[int]) -> str:
         if self._shared.disk is None or self._taps:
             return ""
-        return self._shared.keys.prefix_kv(tokens, self._n_threads)
+        # With others, sums are taken in another order: that is another prefix.
+        n_threads = -self._n_threads if self._is_shared else self._n_threads
+        return self._shared.keys.prefix_kv(tokens, n_threads)

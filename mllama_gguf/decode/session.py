@@ -177,7 +177,7 @@ class Session(OneProcess):
             with self._nothing_kept_of_damage():
                 data = self._context.past_get(n)
             self._disk.add_kv(key, data.nbytes, [data], "prefix_kv")
-        self.slots.save()
+        self.slots.save(self._callbacks.on_abort)
 
     def clear(self) -> None:
         """Forget tokens and images."""
@@ -188,18 +188,33 @@ class Session(OneProcess):
     def _decode(self, run: Run, images: Sequence[Encoding], logits: Literal["none", "last", "all"]) -> Floats:
         """The logits of tokens that see the same images."""
         while True:
-            slot = self.slots.acquire([images[i] for i in run.group]) if run.group else None
-            number = -1 if slot is None else slot.number
-            try:
-                row = self._context.decode(run.tokens, number, run.n_visible, logits)
-            except ModelError:
-                if slot is None or self.slots.verify(slot):
-                    raise
-                raise _DamagedFile("the file of an image_kv is damaged") from None
-            if slot is None or self.slots.verify(slot):
-                self._slot, self._n_visible = slot, run.n_visible
+            if not run.group:
+                row = self._context.decode(run.tokens, -1, run.n_visible, logits)
+                self._look_at(None, run.n_visible)
                 return row
+            slot = self.slots.acquire([images[i] for i in run.group], self._callbacks.on_abort)
+            try:
+                try:
+                    row = self._context.decode(run.tokens, slot.number, run.n_visible, logits)
+                except ModelError:
+                    if self.slots.verify(slot):
+                        raise
+                    raise _DamagedFile("the file of an image_kv is damaged") from None
+                is_good = self.slots.verify(slot)
+            except BaseException:
+                self.slots.release(slot)
+                raise
+            if is_good:
+                self._look_at(slot, run.n_visible)
+                return row
+            self.slots.release(slot)
             self._context.truncate(len(self._tokens))
+
+    def _look_at(self, slot: Slot | None, n_visible: int) -> None:
+        """What the last token saw. slot: acquired, and released when another one takes its place."""
+        before, self._slot, self._n_visible = self._slot, slot, n_visible
+        if before is not None:
+            self.slots.release(before)
 
     def _read_prefix(self, tokens: Sequence[int], key: str) -> int:
         """Let the cache hold these tokens, a prompt's first, if they are on disk; how many it then holds."""
@@ -231,9 +246,9 @@ class Session(OneProcess):
     def _forget(self) -> None:
         self._tokens.clear()
         self._seen.clear()
-        self.slots.forget()
+        self._look_at(None, 0)
+        self.slots.forget(self._context.epoch)
         self._unsaved_prefix = 0, ""
-        self._slot, self._n_visible = None, 0
 
     def _truncate(self, n: int) -> None:
         del self._tokens[n:]

@@ -11,13 +11,15 @@ The life of a slot:
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from ..backend.base import Context
+from ..backend.base import ImageSlots
 from ..backend.callbacks import Callbacks
 from ..backend.types import Bytes
 from ..cache.disk import ImageCache
@@ -41,6 +43,7 @@ class Slot:
     number:  what C calls it
     state:   see the head of this file
     check:   of an unverified slot: whether its file is as it was written
+    users:   sessions whose last token saw it; it is not freed to make room
     unsaved: for each of its images that is to be kept on disk, its place in the group and its image_kv key
     """
 
@@ -48,19 +51,27 @@ class Slot:
     number: int
     state: Literal["filling", "unverified", "ready"]
     check: Future[bool] | None = None
+    users: int = 0
     unsaved: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Slots(OneProcess):
-    """The slots of one context. Not thread-safe."""
+    """The slots of one context. Safe from several threads if they are shared."""
 
-    def __init__(self, context: Context, callbacks: Callbacks, disk: ImageCache | None) -> None:
-        """disk: where image_kv is found and kept; None: nowhere."""
+    def __init__(
+        self, context: ImageSlots, callbacks: Callbacks, disk: ImageCache | None, *, shared: bool = False
+    ) -> None:
+        """disk: where image_kv is found and kept; None: nowhere.
+        shared: several sessions use them; a slot is then never unverified outside of `acquire`."""
         self._context = context
         self._callbacks = callbacks
         self._disk = disk
         self._ready: OrderedDict[Group, Slot] = OrderedDict()  # the last used one is last
         self._unfinished: Slot | None = None  # filling or unverified
+        self._shared = shared
+        self._lock = threading.RLock()  # of all that is here, and of the work on it
+        self._stop: Callable[[], bool] = callbacks.on_abort  # of the thread that has the lock
+        self._epoch = 0  # of the context, as a session has seen it
 
     def __len__(self) -> int:
         """How many slots are ready."""
@@ -69,18 +80,50 @@ class Slots(OneProcess):
     @property
     def has_unsaved(self) -> bool:
         """Whether there is something for `save`."""
-        return any(slot.unsaved for slot in self._ready.values())
+        with self._lock:
+            return any(slot.unsaved for slot in self._ready.values())
 
-    def acquire(self, images: Sequence[Encoding]) -> Slot:
-        """A slot with these images, ready or unverified. If it is unverified, what is computed with it counts
-        only after `verify`. Raises BackendError, Aborted."""
+    def should_stop(self) -> bool:
+        """Whether what computes for a slot is to stop."""
+        return self._stop()
+
+    @contextmanager
+    def _locked(self, stop: Callable[[], bool] | None) -> Iterator[None]:
+        """stop: asked while it takes long; None: the context's own callback."""
+        while not self._lock.acquire(timeout=POLL_SECONDS):
+            if stop is not None and stop():
+                raise Aborted("waiting for an image was stopped")
+        before, self._stop = self._stop, stop or self._callbacks.on_abort
+        try:
+            yield
+        finally:
+            self._stop = before
+            self._lock.release()
+
+    def acquire(self, images: Sequence[Encoding], stop: Callable[[], bool] | None = None) -> Slot:
+        """A slot with these images, ready or unverified, for one user more (see `release`). If it is
+        unverified, what is computed with it counts only after `verify`. stop: asked while it takes long.
+        Raises BackendError, Aborted."""
+        with self._locked(stop):
+            slot = self._find(images)
+            while self._shared and not self.verify(slot):
+                slot = self._find(images)
+            slot.users += 1
+            return slot
+
+    def release(self, slot: Slot) -> None:
+        """One user of a slot less."""
+        with self._lock:
+            slot.users -= 1
+
+    def _find(self, images: Sequence[Encoding]) -> Slot:
         group = tuple(image.key for image in images)
         if group in self._ready:
             self._ready.move_to_end(group)
             return self._ready[group]
         self._free_unfinished()
-        while len(self._ready) >= MAX_SLOTS:
-            self._evict()
+        while len(self._ready) >= MAX_SLOTS and self._evict():
+            pass
         return self._map(group, images) or self._fill(group, images)
 
     def verify(self, slot: Slot) -> bool:
@@ -98,8 +141,12 @@ class Slots(OneProcess):
         self._finish(slot)
         return True
 
-    def save(self) -> None:
+    def save(self, stop: Callable[[], bool] | None = None) -> None:
         """Keep on disk what was filled. Raises BackendError, Aborted; what is lost then is only time."""
+        with self._locked(stop):
+            self._save()
+
+    def _save(self) -> None:
         for slot in self._ready.values():
             while slot.unsaved and self._disk is not None:
                 image, key = slot.unsaved.pop()
@@ -107,16 +154,25 @@ class Slots(OneProcess):
                     n_bytes = self._context.image_size(slot.number, image)
                     self._disk.add_kv(key, n_bytes, self._pieces(slot, image, n_bytes))
 
-    def forget(self) -> None:
-        """The context has lost its slots, or is about to."""
-        self._ready.clear()
-        self._unfinished = None
+    def forget(self, epoch: int) -> None:
+        """A session forgets all images. Shared slots stay, unless the context has lost them: epoch is then
+        another one."""
+        with self._lock:
+            if self._shared and epoch == self._epoch:
+                return
+            self._epoch = epoch
+            self._ready.clear()
+            self._unfinished = None
 
-    def _evict(self) -> None:
-        """Free the slot that was used longest ago."""
-        self.save()
-        _, oldest = self._ready.popitem(last=False)
+    def _evict(self) -> bool:
+        """Free the slot that was used longest ago, of those that have no user. False: all have."""
+        oldest = next((slot for slot in self._ready.values() if not slot.users), None)
+        if oldest is None:
+            return False
+        self._save()
+        del self._ready[oldest.group]
         self._context.image_free(oldest.number)
+        return True
 
     def _finish(self, slot: Slot) -> None:
         slot.state = "ready"
@@ -190,5 +246,5 @@ class Slots(OneProcess):
             yield self._context.image_get(slot.number, image, offset, min(PIECE, n_bytes - offset))
 
     def _check_abort(self) -> None:
-        if self._callbacks.on_abort():
+        if self._stop():
             raise Aborted("copying an image was stopped")

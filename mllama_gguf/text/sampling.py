@@ -152,6 +152,7 @@ class Sampler(OneProcess):
         self._biased = np.fromiter(biases.keys(), np.intp, len(biases))
         self._biases = np.fromiter(biases.values(), np.float32, len(biases))
 
+        self._is_greedy = options.temperature == 0 and math.isclose(options.repeat_penalty, 1.0)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         finalize(self, llama.llama_sampler_free, self._chain)
         for part in self._parts(vocab_size):
@@ -190,7 +191,9 @@ class Sampler(OneProcess):
         Raises RequestError if the grammar leaves no token.
         """
         wanted = self._changed(logits)
-        if self._matcher is None:
+        if self._matcher is None and self._is_greedy:
+            token = int(wanted.argmax())  # as llama.cpp's greedy sampler: the first of equal ones
+        elif self._matcher is None:
             token = self._choose(self._ids, wanted)
         else:
             ids = self._matcher.allowed()

@@ -198,7 +198,7 @@ typedef enum mllama_kv_type {
 
 typedef struct mllama_context_params {
     int32_t n_ctx;     // tokens; 0: what the model was trained with
-    int32_t n_batch;   // most tokens in one step
+    int32_t n_batch;   // most tokens in one step; of a single sequence at most n_ctx
     int32_t n_threads; // CPU threads, 512 at most; 0: one for each CPU
     int32_t type_k;    // mllama_kv_type
     int32_t type_v;

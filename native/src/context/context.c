@@ -274,6 +274,7 @@ static mllama_status check_params(mllama_context * ctx) {
     if (ctx->params.n_threads > GGML_MAX_N_THREADS) {
         return fail(MLLAMA_ERR_ARGUMENT, "n_threads is %d; at most %d are possible", ctx->params.n_threads, GGML_MAX_N_THREADS);
     }
+    ctx->n_step = ctx->params.n_batch;
     if (ctx->params.n_batch > ctx->params.n_ctx) {
         ctx->params.n_batch = ctx->params.n_ctx;
     }

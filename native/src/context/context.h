@@ -22,6 +22,7 @@ typedef struct sequence {
 struct mllama_context {
     const mllama_model *  model;
     mllama_context_params params;
+    int32_t               n_step;                     // most tokens of all sequences in one step
     compute_env           env;
     kv_types              types, cross_types;         // of the caches for self- and cross-attention
 

@@ -26,7 +26,7 @@ mllama_status context_prepare(mllama_context * ctx, const text_shape * shape) {
         return MLLAMA_OK;
     }
     const mllama_hparams * p     = &ctx->model->hp.pub;
-    const size_t           nodes = text_graph_most_nodes(p, ctx->params.n_batch, shape->n_items);
+    const size_t           nodes = text_graph_most_nodes(p, ctx->n_step, shape->n_items);
     text_graph_free(&ctx->text);
     mllama_status status = text_graph_build(ctx->model, shape, &ctx->env, &ctx->text);
     if (status == MLLAMA_OK && ctx->sched && nodes > ctx->sched_nodes) { // more sequences than ever
@@ -319,8 +319,8 @@ mllama_status mllama_decode_many(mllama_context * ctx, int32_t n_items, mllama_i
             }
         }
     }
-    if (n_tokens > ctx->params.n_batch) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%lld tokens; n_batch is %d", (long long) n_tokens, ctx->params.n_batch);
+    if (n_tokens > ctx->n_step) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%lld tokens in one step; n_batch is %d", (long long) n_tokens, ctx->n_step);
     }
     qsort(parts, (size_t) n_items, sizeof(*parts), compare_parts);
     context_begin(ctx, MLLAMA_PHASE_PROMPT);
