@@ -4,8 +4,9 @@
     python scripts/bench_parallel.py --dir DIR [--layers N] [--threads N] [--rounds N] [--json FILE]
 
 The text model has the shape of the 11B model, with random weights, Q4_K_M (full_shape.py); --layers N keeps
-the first N of its 40 layers. Each conversation appends --tokens tokens to a prompt of --context tokens: without
-an image, with an image of its own (one tile, four tiles), or all of them about one image of four tiles.
+the first N of its 40 layers. Each conversation appends --tokens tokens to a prompt of --context tokens:
+without an image, with an image of its own (one tile, four tiles), or all of them about one image of four
+tiles.
 
 Three ways, in turns; the figures are medians of the rounds, in tokens a second of all conversations:
 
@@ -13,8 +14,8 @@ Three ways, in turns; the figures are medians of the rounds, in tokens a second 
     steps      decode_many: one call for a token of each
     threads    a thread for each conversation and the scheduler
 
-A newcomer: the time until a prompt of --context tokens has its first logits, while the others decode, relative
-to the time it takes alone.
+A newcomer: the time until a prompt of --context tokens has its first logits, while the others decode,
+relative to the time it takes alone.
 """
 
 from __future__ import annotations

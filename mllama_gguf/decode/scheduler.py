@@ -156,6 +156,8 @@ class Scheduler(OneProcess):
     ) -> Floats:
         """Append tokens to a sequence, as `Context.decode`, in steps with others. Raises what that raises."""
         self.check_process()
+        if stop():
+            raise Aborted("the computation was stopped")
         job = _Job(sequence, tokens, slot, n_visible, logits, stop, [])
         with self._changed:
             self._waiting.append(job)

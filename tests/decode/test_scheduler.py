@@ -87,15 +87,7 @@ def test_one_is_cancelled_and_the_others_go_on(
     model: LoadedModel, scheduler: Scheduler, captions: dict[str, str]
 ) -> None:
     other, one = (model.conversation(scheduler=scheduler) for _ in range(2))
-    long = one.reply(
-        image=IMAGES[0],
-        temperature=5.0,
-        top_k=0,
-        min_p=0.0,
-        seed=1,
-        max_tokens=3000,
-        logit_bias=_no_end(model),
-    )
+    long = one.reply(image=IMAGES[0], **endless(model, max_tokens=3000))
     next(long)
 
     def read(_: int) -> None:
@@ -111,8 +103,10 @@ def test_one_is_cancelled_and_the_others_go_on(
     assert one.caption(IMAGES[3]) == captions[IMAGES[3]]  # it stays usable
 
 
-def _no_end(model: LoadedModel) -> dict[int, float]:
-    return dict.fromkeys(model.stop_ids, -100.0)
+def endless(model: LoadedModel, **options: Any) -> dict[str, Any]:
+    """Options of a reply that goes on."""
+    bias = dict.fromkeys(model.stop_ids, -100.0)
+    return {"temperature": 5.0, "top_k": 0, "min_p": 0.0, "seed": 1, "logit_bias": bias, **options}
 
 
 def test_abort_before_anything_is_computed(model: LoadedModel, scheduler: Scheduler) -> None:
@@ -142,15 +136,7 @@ def test_a_long_prompt_goes_in_pieces(model: LoadedModel, scheduler: Scheduler) 
     one, other = (model.conversation(scheduler=scheduler) for _ in range(2))
     prompt = list(range(10, 110)) * 15
     expected = model.conversation().logits(prompt)
-    run = other.reply(
-        image=IMAGES[0],
-        temperature=5.0,
-        top_k=0,
-        min_p=0.0,
-        seed=1,
-        max_tokens=2000,
-        logit_bias=_no_end(model),
-    )
+    run = other.reply(image=IMAGES[0], **endless(model, max_tokens=2000))
     next(run)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: [piece for piece, _ in zip(run, range(300), strict=False)])
@@ -230,6 +216,6 @@ def test_the_image_cache(captions: dict[str, str], folder: Path) -> None:
         with LoadedModel.from_pretrained("demo") as model:
             scheduler = model.scheduler()
             talks = [model.conversation(scheduler=scheduler) for _ in range(4)]
-            said = in_threads(lambda i: talks[i].caption(IMAGES[i]), 4)
+            said = in_threads(lambda i, talks=talks: talks[i].caption(IMAGES[i]), 4)  # type: ignore[misc]
             assert said == [captions[image] for image in IMAGES]
     assert any(folder.iterdir())
