@@ -168,6 +168,8 @@ def within(reply: Reply, seconds: float | None, spent: float = 0.0) -> Iterator[
         late.set()
         reply.cancel()
 
+    if spent >= seconds:
+        stop()
     timer = threading.Timer(min(max(seconds - spent, 0.0), threading.TIMEOUT_MAX), stop)
     timer.daemon = True
     timer.start()
