@@ -167,14 +167,35 @@ def test_the_slot_used_longest_ago_goes_first(tmp_path: Path) -> None:
     disk = ImageCache(tmp_path, 10**6)
     made = Made(disk)
     for number in range(MAX_SLOTS):
-        made.acquire(number)
-    made.acquire(0)
-    made.acquire(MAX_SLOTS)
+        made.slots.release(made.acquire(number))
+    made.slots.release(made.acquire(0))
+    made.slots.release(made.acquire(MAX_SLOTS))
     assert {numbers[0] for numbers in made.context.slots.values()} == {0.0, 2.0, 3.0, 4.0}
     assert entry(disk, 1).exists()  # before it went
-    made.slots.forget()
+    made.slots.forget(0)
     assert not made.slots.has_unsaved
     assert len(made.slots) == 0
+
+
+def test_a_slot_that_somebody_looks_at_stays() -> None:
+    made = Made()
+    used = made.acquire(0)
+    for number in range(1, 3 * MAX_SLOTS):
+        made.slots.release(made.acquire(number))
+    assert used.number in made.context.slots and len(made.slots) == MAX_SLOTS
+    kept = [made.acquire(number) for number in range(20, 21 + MAX_SLOTS)]
+    assert {slot.number for slot in kept} <= set(made.context.slots)  # more than there should be
+
+
+def test_shared_slots_are_forgotten_with_their_process_only(disk: ImageCache) -> None:
+    made = Made(disk)
+    callbacks: Any = SimpleNamespace(on_abort=lambda: made.stop)
+    slots = Slots(made.context, callbacks, disk, shared=True)  # type: ignore[arg-type]
+    assert slots.acquire([image(7)]).state == "ready"  # verified before anybody sees it
+    slots.forget(0)
+    assert len(slots) == 1
+    slots.forget(1)
+    assert len(slots) == 0
 
 
 def test_a_session_asks_until_a_slot_is_right(disk: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
