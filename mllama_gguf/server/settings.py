@@ -161,8 +161,8 @@ def check_reach(settings: ServerSettings, no_auth: bool) -> None:
     """Raise RequestError for a server that others reach and that asks for no key."""
     if not settings.is_local and not settings.keys and not no_auth:
         raise RequestError(
-            f"--host {settings.host} lets other machines in; give --api-key-file FILE (or --api-key KEY), or "
-            "--no-auth if everybody who reaches it may use it"
+            f"--host {settings.host} (or OLLAMA_HOST) lets other machines in; give --api-key-file FILE, "
+            "--api-key KEY, or --no-auth if everybody who reaches it may use it"
         )
 
 

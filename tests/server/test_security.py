@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -522,3 +523,26 @@ def test_no_fetching(served: Running) -> None:
         assert "please use base64 encoded data instead" in answer.json()["error"]["message"]
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_bodies_that_arrive_share_a_room() -> None:
+    """Many clients that send much do not fill the memory; one alone may send what it is allowed."""
+    with running(ServerSettings(port=0, max_waiting=100_000)) as served:
+        body = json.dumps({"model": "demo", "prompt": "x", "stream": False, "unknown": "y" * 150_000})
+        assert served.post("/api/generate", content=body).status_code == 200
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 10) as connection:
+            head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90000\r\n\r\n"
+            connection.sendall(head + b" " * 60_000)
+            bodies = served.service.bodies
+            for _ in range(500):
+                if bodies._taken == 60_000:
+                    break
+                time.sleep(0.01)
+            answer = served.post("/api/generate", content=body)
+            assert answer.status_code == 503 and "retry-after" in answer.headers
+        for _ in range(500):
+            if bodies._taken == 0:
+                break
+            time.sleep(0.01)
+        assert served.post("/api/generate", content=body).status_code == 200
