@@ -163,13 +163,6 @@ class Catalog:
         with self._lock:
             self._looked = -FRESH_SECONDS
 
-    def first(self) -> Card | None:
-        """The model of the first -m, or the only one."""
-        cards = self._look()
-        if self._chosen:
-            return cards.get(self._chosen[0].name)
-        return next(iter(cards.values())) if len(cards) == 1 else None
-
     def _look(self, again: bool = False) -> dict[str, Card]:
         with self._lock:
             age = time.monotonic() - self._looked

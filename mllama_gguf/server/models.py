@@ -77,7 +77,6 @@ class Loaded:
     seconds: float  # of loading
     expires: float = math.inf
     used: float = 0.0
-    wall: float = 0.0  # the clock when `expires` was set
 
     @property
     def context_length(self) -> int:

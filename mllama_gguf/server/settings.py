@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -169,13 +168,3 @@ def check_reach(settings: ServerSettings, no_auth: bool) -> None:
 def show_address(host: str, port: int) -> str:
     """The address as one types it into a browser."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def show_keep_alive(seconds: float) -> str:
-    """For a line on the terminal."""
-    return "for ever" if math.isinf(seconds) else f"{seconds:g} s"
-
-
-def joined(origins: Sequence[str]) -> str:
-    """For a line on the terminal."""
-    return ", ".join(origins)

@@ -243,7 +243,7 @@ def test_ollama_host() -> None:
 @pytest.fixture(scope="module")
 def small() -> Iterator[Running]:
     limits = PictureLimits(most=2, n_bytes=50_000, pixels=10_000)
-    with running(ServerSettings(port=0, max_body=200_000, body_seconds=0.5, pictures=limits)) as one:
+    with running(ServerSettings(port=0, max_body=200_000, body_seconds=2.0, pictures=limits)) as one:
         yield one
 
 
@@ -261,7 +261,7 @@ def test_a_large_body_is_refused(small: Running) -> None:
 
 def test_a_body_that_does_not_come_is_given_up(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 10) as connection:
+    with socket.create_connection((host, int(port)), 60) as connection:
         connection.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         assert b" 408 " in connection.recv(4096)
 
