@@ -154,7 +154,7 @@ def device_limits(
     place = 0
     for item in budget.split(",") if isinstance(budget, str) else budget:
         name, _, amount = str(item).rpartition("=")
-        n_bytes = parse_size(amount, "budget")
+        n_bytes = parse_size(amount, "--budget")
         if name:
             if name.strip().lower() not in names:
                 known = ", ".join(names.values())

@@ -39,11 +39,14 @@ _MAY_DIFFER = {
     "temperature": "temperature",
     "seed": "seed",
     "sampling": "sampling options",
+    "max_tiles": "--max-tiles",
 }
 
 
-def run_settings(options: CaptionOptions, files: ModelFiles, chat_template: str | None) -> dict[str, Any]:
-    """What shapes captions, as JSON. Raises ModelError for a model that cannot be read."""
+def run_settings(options: CaptionOptions, files: ModelFiles, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes captions, as JSON. settings: those of the model that the user gave. Raises MllamaError for
+    a model that cannot be read."""
+    chat_template = settings.get("chat_template")
     defaults = files.defaults
     found = {
         "prompt": options.prompt,
@@ -59,6 +62,7 @@ def run_settings(options: CaptionOptions, files: ModelFiles, chat_template: str 
         "temperature": options.temperature,
         "seed": options.seed,
         "sampling": dict(options.sampling),
+        "max_tiles": settings.get("max_tiles"),
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain

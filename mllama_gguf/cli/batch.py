@@ -65,7 +65,7 @@ def run_batch(
     lists = lists_among(sources, settings.sidecar, settings.sidecar_full_name)
     read: list[AnyPath] = [*inputs, *named, *logs, *lists]
     files = find_files(replace(choice, verify=False))
-    mine = run_settings(options, files, choice.settings.get("chat_template"))
+    mine = run_settings(options, files, choice.settings)
     beside = SettingsFile.beside(*_place(settings, home))
     output = _open_output(settings, options, pictures, home, mine, read)
     try:

@@ -28,8 +28,9 @@ def pull_command(name: str) -> None:
     """
     from ..store.lockfile import find_locked
     from ..store.pull import pull
+    from ..store.resolve import BUNDLED
 
-    locked = None if name.startswith(("ollama:", "hf:")) else find_locked(name)
+    locked = None if name.startswith(("ollama:", "hf:")) or name in BUNDLED else find_locked(name)
     if locked and locked.licence:
         echo(f"{locked.licence.name}: {locked.licence.url}\n{locked.licence.notice}", err=True)
     with transfer_bar() as progress:

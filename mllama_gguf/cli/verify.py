@@ -21,7 +21,7 @@ def verify_command(name: str) -> int:
     from ..store.resolve import resolve
     from ..store.verify import verify
 
-    show_warnings("mllama_gguf.store.verify")
+    show_warnings("mllama_gguf.store.lockfile")
     with transfer_bar() as progress:
         results = verify(resolve(name), progress)
     for result in results:

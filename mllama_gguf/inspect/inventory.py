@@ -12,7 +12,7 @@ from ..errors import MllamaError, ModelError
 from ..gguf.reader import read_gguf
 from ..settings import DEFAULTS
 from ..store import hub, ollama
-from ..store.lockfile import locked_models
+from ..store.lockfile import usable_locked_models
 from ..store.resolve import BUNDLED, ModelFiles, resolve
 
 Place = Literal["bundled", "downloaded", "ollama", "hub"]
@@ -64,7 +64,7 @@ def names() -> Iterator[tuple[str, Place]]:
             if ref.key not in seen:
                 seen.add(ref.key)
                 yield str(ref), place
-    for name, locked in locked_models().items():
+    for name, locked in usable_locked_models().items():
         if locked.source != "bundled" and _is_here(name):
             yield name, "downloaded"
     for hub_ref, _ in hub.scan():

@@ -6,6 +6,7 @@ that comes with the package. Nothing in such a file can point outside the folder
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 DATA = Path(__file__).parents[1] / "data"
@@ -106,6 +109,16 @@ def locked_models() -> dict[str, LockedModel]:
     for path in reversed(lock_paths()):
         found.update(read_lock(path))
     return found
+
+
+def usable_locked_models() -> dict[str, LockedModel]:
+    """As `locked_models`, without the user's lock file if that is no good; this is logged. For what needs no
+    lock file."""
+    try:
+        return locked_models()
+    except ModelError as e:
+        logger.warning("%s (this lock file is ignored; mend it or move it away)", e)
+        return read_lock(SHIPPED)
 
 
 def find_locked(name: str) -> LockedModel | None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
 from .digests import TransferProgress, sha256_of
 from .resolve import ModelFiles
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,9 @@ def verify(files: ModelFiles, progress: TransferProgress | None = None) -> list[
 
     Raises ModelError if one cannot be read.
     """
-    from .lockfile import SHIPPED, locked_models, read_lock
+    from .lockfile import usable_locked_models
 
-    try:
-        locked = locked_models()
-    except ModelError as e:
-        logger.warning("%s (this lock file is ignored; mend it or move it away)", e)
-        locked = read_lock(SHIPPED)
+    locked = usable_locked_models()
     known = {file.sha256 for model in locked.values() for file in model.files}
     if files.name in locked:
         by_role = {file.role: file.sha256 for file in locked[files.name].files}

@@ -96,9 +96,10 @@ def test_another_model_is_refused(capsys: Captured) -> None:
 def test_smaller_settings_are_only_said(capsys: Captured) -> None:
     assert run(["caption", "a.png", "--out", "c.jsonl"]) == 0
     capsys.readouterr()
-    assert caption("--out", "c.jsonl", "-n", "7", "--temp", "0", "--top-k", "9") == 0
+    more = ["-n", "7", "--temp", "0", "--top-k", "9", "--max-tiles", "1"]
+    assert caption("--out", "c.jsonl", *more) == 0
     said = capsys.readouterr().err
-    words = "captions there were made with other --max-tokens, temperature, sampling options"
+    words = "captions there were made with other --max-tokens, temperature, sampling options, --max-tiles"
     assert f"Note: c.jsonl: {words}\n" in said
 
 

@@ -628,6 +628,26 @@ def test_models(
     assert [row["name"] for row in rows] == list(found)
 
 
+def test_a_broken_lock_file_hides_nothing_else(home: Path, capsys: Captured) -> None:
+    (home / "models.lock").write_text("broken [")
+    in_store(home / "ollama", "ollama:mine", ("model", DEMO.read_bytes()))
+    for command, words in (
+        (["models"], "ollama:mine:latest"),
+        (["verify", "demo"], "ok"),
+        (["pull", "demo"], "demo.gguf"),
+        (["caption", EXAMPLE], "a red apple"),
+        (["caption", EXAMPLE, "-m", "ollama:mine"], "a red apple"),
+    ):
+        assert run(command) == 0, command
+        said = capsys.readouterr()
+        assert words in said.out
+        assert said.err.count("\n") <= 1 and "Error" not in said.err
+        if command[0] in ("models", "verify"):
+            assert said.err.startswith("Warning: models.lock: is no lock file")
+    assert run(["pull", "llama3.2-vision-11b"]) == 1
+    assert capsys.readouterr().err.startswith("Error: models.lock: is no lock file")
+
+
 def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr("mllama_gguf.inspect.inventory.available_memory", lambda: 1)
     assert run(["models"]) == 0
