@@ -41,6 +41,15 @@ def echo_json(value: Any, *, err: bool = False) -> None:
     _write(stream, f"{words}\n")
 
 
+def echo_coloured(words: str, colour: str, *, nl: bool = True) -> None:
+    """Print words of ours on stdout, in a colour if that is a terminal and NO_COLOR is not set."""
+    if is_live(sys.stdout) and not os.environ.get("NO_COLOR"):
+        from click import style
+
+        words = style(words, fg=colour)
+    _write(sys.stdout, f"{words}\n" if nl else words)
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person sees it. False for a closed stream."""
     with suppress(ValueError, AttributeError):
