@@ -36,7 +36,7 @@ class Mllama(LoadedModel, Answers):
         model_path: str | os.PathLike[str],
         mmproj_path: str | os.PathLike[str] | None = None,
         *,
-        n_gpu_layers: int | Literal["auto"] = 0,
+        n_gpu_layers: int | Literal["auto"] = "auto",
         vision_device: str = "auto",
         devices: Sequence[str] | None = None,
         tensor_split: Sequence[float] | None = None,
@@ -67,7 +67,8 @@ class Mllama(LoadedModel, Answers):
         model_path:     GGUF with the text model, or with all of it; or ollama:NAME[:TAG], hf:OWNER/REPO/FILE
         mmproj_path:    GGUF with vision encoder and projector, if they are not in model_path
         n_gpu_layers:   how many of the last layers (the output counts as one) go to GPU devices; -1: all;
-                        "auto": as many as fit with a margin, fewer if a device still refuses
+                        0: none; "auto": as many as fit with a margin, fewer if a device still refuses; none
+                        without GPUs and workers
         vision_device:  "auto": with the text's layers; "cpu"; or a device's name as `mllama devices` shows it
         devices:        names of the devices to offload to; None: every GPU
         tensor_split:   share of each device, as in (3, 1); None: by free memory

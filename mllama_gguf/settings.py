@@ -79,9 +79,9 @@ class Settings:
     """
 
     n_gpu_layers: int | Literal["auto"] = _setting(
-        0,
+        "auto",
         Whole(-1, word="auto"),
-        "Offload the last N layers; -1: all; auto: as many as fit.",
+        "Offload the last N layers; -1: all; 0: none; auto: as many as fit on the GPUs, if there are any.",
         Option(("-ngl", "--n-gpu-layers"), "N|auto"),
     )
     vision_device: str = _setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,10 +15,11 @@ from .base import Context, Model, SharedContext
 from .callbacks import Callbacks
 from .isolated import IsolatedModel
 from .library import load
-from .local import open_model
+from .local import devices, open_model
 from .measure import measuring
-from .plan import device_limits, largest_fitting
+from .plan import device_limits, largest_fitting, offload_devices
 from .supervisor import Supervisor
+from .types import Device
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 class Backend:
     """An open model, and how its contexts are made.
 
+    settings:     as given, but without GPUs n_gpu_layers is 0 in place of "auto"
     n_gpu_layers: as found, if the settings say "auto"
     n_threads:    CPU threads of a context that asks for no other number
     cpu_kernel:   of all contexts: what the environment gave when the model was opened
@@ -86,7 +88,11 @@ def open_backend(
     settings: Settings,
     callbacks: Callbacks,
 ) -> Backend:
-    """Open a model. Raises ModelError, BackendError, RequestError, Aborted."""
+    """Open a model. Where n_gpu_layers is "auto" and there are GPUs, a line in the log at the level INFO says
+    what was chosen.
+
+    Raises ModelError, BackendError, RequestError, Aborted.
+    """
 
     def open_with(layers: int) -> Backend:
         model = _open_model(model_path, mmproj_path, settings, layers, callbacks)
@@ -100,9 +106,12 @@ def open_backend(
             model.close()
             raise
 
+    for_model = settings.for_model()
+    in_this_process = not settings.rpc_servers and not settings.isolate
+    if settings.n_gpu_layers == "auto" and in_this_process and not offload_devices(devices(), for_model):
+        settings = settings.replace(n_gpu_layers=0)
     if settings.n_gpu_layers != "auto":
         return open_with(settings.n_gpu_layers)
-    for_model = settings.for_model()
     with measuring(
         model_path,
         mmproj_path,
@@ -115,8 +124,22 @@ def open_backend(
         **for_model,
         **settings.for_context(),
     ) as (measure_one, found_devices):
-        layers = largest_fitting(measure_one, device_limits(found_devices, for_model))
-    return step_down(open_with, layers)
+        targets = offload_devices(found_devices, for_model)
+        layers = largest_fitting(measure_one, device_limits(found_devices, for_model)) if targets else 0
+    if not targets:
+        settings = settings.replace(n_gpu_layers=0)
+        return open_with(0)
+    backend = step_down(open_with, layers)
+    logger.info("%s", choice_in_words(backend.n_gpu_layers, backend.model.hparams.n_layer + 1, targets))
+    return backend
+
+
+def choice_in_words(layers: int, of: int, targets: Sequence[Device]) -> str:
+    """What "auto" has chosen, as a line: so many of all layers, on these devices."""
+    names = ", ".join(f"{device.name} ({device.description})" for device in targets)
+    if layers == 0:
+        return f"GPU: no layer fits on {names}; all of them run on the CPU"
+    return f"GPU: {of if layers < 0 else layers} of {of} layers on {names}; -ngl 0 runs all on the CPU"
 
 
 def _open_model(

@@ -71,6 +71,7 @@ def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = Fa
     from ..model import Mllama
 
     show_warnings("mllama_gguf.loaded")
+    show_notes("mllama_gguf.backend.opening")
     files = find_files(choice)
     settings = settings_of(choice, files).replace(image_cache=image_cache)
     for note in files.defaults.notes:
@@ -100,3 +101,18 @@ def show_warnings(name: str) -> None:
     shown = is_verbose(click.get_current_context())
     if not shown and not any(isinstance(h, _Warnings) for h in logger.handlers):
         logger.addHandler(_Warnings(logging.WARNING))
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        words = record.getMessage()
+        echo(f"Warning: {words}" if record.levelno >= logging.WARNING else words, err=True)
+
+
+def show_notes(name: str) -> None:
+    """As `show_warnings`, with what is said at the level INFO too."""
+    logger = logging.getLogger(name)
+    shown = is_verbose(click.get_current_context())
+    if not shown and not any(isinstance(h, _Notes) for h in logger.handlers):
+        logger.addHandler(_Notes(logging.INFO))
+        logger.setLevel(logging.INFO)
