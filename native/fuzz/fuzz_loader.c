@@ -3,9 +3,9 @@
 //     python tests/layouts.py CORPUS && fuzz_loader CORPUS SECONDS [SEED]
 //     fuzz_loader --run TEXT.gguf [MMPROJ.gguf]       once, with these files
 //
-// One process loads, another watches. What the first dies of, or hangs in, is left in crash-SEED-NUMBER/, the exit status is
-// 1, and the last line names the command that loads it again. Files that reach code which none reached before are mutated
-// further. The same seed gives the same inputs; how many, the time says.
+// One process loads, another watches. What the first dies of, or hangs in, is left in crash-SEED-NUMBER/, the exit
+// status is 1, and the last line names the command that loads it again. Files that reach code which none reached
+// before are mutated further. The same seed gives the same inputs; how many, the time says.
 #define _GNU_SOURCE
 #include "gguf_mutate.h"
 #include "mllama.h"
@@ -119,11 +119,13 @@ static void compute(const mllama_model * m) {
     if (mllama_context_new(m, &cp, &ctx) != MLLAMA_OK) {
         return;
     }
-    const size_t n_pixels = 3 * (size_t) p->image_size * (size_t) p->image_size, n_states = (size_t) p->n_positions * (size_t) p->n_embd;
+    const size_t n_pixels = 3 * (size_t) p->image_size * (size_t) p->image_size,
+                 n_states = (size_t) p->n_positions * (size_t) p->n_embd;
     float *      pixels = calloc(n_pixels + 1, sizeof(float)), * states = calloc(n_states + 1, sizeof(float));
     float *      logits = calloc((size_t) p->vocab_size, sizeof(float));
     int32_t      tokens[] = { 0, p->image_token_id, p->vocab_size - 1 }, slot = -1, n_tiles = 1;
-    if (pixels && states && logits && mllama_decode(ctx, tokens, 1, -1, 0, MLLAMA_LOGITS_LAST, logits, p->vocab_size) == MLLAMA_OK) {
+    if (pixels && states && logits &&
+        mllama_decode(ctx, tokens, 1, -1, 0, MLLAMA_LOGITS_LAST, logits, p->vocab_size) == MLLAMA_OK) {
         progress->computed++;
         if (p->n_positions > 0 && mllama_encode(ctx, pixels, 1, 1, states) == MLLAMA_OK &&
             mllama_image_fill(ctx, 1, (const float * const[]) { states }, &n_tiles, &slot) == MLLAMA_OK) {
@@ -305,11 +307,12 @@ static void work_until(time_t end, uint64_t seed) {
 
 static void report(const char * when, time_t seconds) {
     const struct progress p = *progress;
-    printf("%s %lld s: %llu inputs; header and tables read %llu, keys right %llu, tensors right %llu, loaded %llu, computed %llu; "
+    printf("%s %lld s: %llu inputs; header and tables read %llu, keys right %llu, tensors right %llu, loaded %llu, "
+           "computed %llu; "
            "%llu edges, %llu inputs kept\n",
-           when, (long long) seconds, (unsigned long long) p.inputs, (unsigned long long) p.header, (unsigned long long) p.keys,
-           (unsigned long long) p.tensors, (unsigned long long) p.loaded, (unsigned long long) p.computed, (unsigned long long) p.edges,
-           (unsigned long long) p.variants);
+           when, (long long) seconds, (unsigned long long) p.inputs, (unsigned long long) p.header,
+           (unsigned long long) p.keys, (unsigned long long) p.tensors, (unsigned long long) p.loaded,
+           (unsigned long long) p.computed, (unsigned long long) p.edges, (unsigned long long) p.variants);
     fflush(stdout);
 }
 
@@ -357,7 +360,8 @@ static int watch(pid_t child, time_t start, uint64_t seed) {
                 }
                 return 0;
             }
-            printf("CRASH: %s %d\n", WIFEXITED(status) ? "exit status" : "signal", WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status));
+            printf("CRASH: %s %d\n", WIFEXITED(status) ? "exit status" : "signal",
+                   WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status));
             keep_input(seed);
             return 1;
         }

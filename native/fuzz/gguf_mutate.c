@@ -131,9 +131,9 @@ static bytes take_string(cursor * c) {
 
 static size_t size_of_type(uint64_t type) {
     static const uint8_t sizes[GGUF_TYPE_COUNT] = {
-        [GGUF_TYPE_UINT8] = 1, [GGUF_TYPE_INT8] = 1, [GGUF_TYPE_UINT16] = 2, [GGUF_TYPE_INT16] = 2, [GGUF_TYPE_UINT32] = 4,
-        [GGUF_TYPE_INT32] = 4, [GGUF_TYPE_FLOAT32] = 4, [GGUF_TYPE_BOOL] = 1, [GGUF_TYPE_UINT64] = 8, [GGUF_TYPE_INT64] = 8,
-        [GGUF_TYPE_FLOAT64] = 8,
+        [GGUF_TYPE_UINT8] = 1,  [GGUF_TYPE_INT8] = 1,  [GGUF_TYPE_UINT16] = 2,  [GGUF_TYPE_INT16] = 2,
+        [GGUF_TYPE_UINT32] = 4, [GGUF_TYPE_INT32] = 4, [GGUF_TYPE_FLOAT32] = 4, [GGUF_TYPE_BOOL] = 1,
+        [GGUF_TYPE_UINT64] = 8, [GGUF_TYPE_INT64] = 8, [GGUF_TYPE_FLOAT64] = 8,
     };
     return type < GGUF_TYPE_COUNT ? sizes[type] : 0;
 }
@@ -329,8 +329,9 @@ static bytes put_together(const gguf_parts * p) {
 
 static uint64_t odd_number(uint64_t value) {
     static const uint64_t odd[] = {
-        0, 1, 2, 3, 7, 31, 32, 63, 64, 127, 128, 255, 256, 1023, 4096, 4097, 65535, 65536, 1u << 20, 1u << 24, 0x7fffffff, 0x80000000u,
-        0xffffffffu, 1ull << 32, 1ull << 40, 1ull << 61, 1ull << 62, INT64_MAX, 1ull << 63, UINT64_MAX - 31, UINT64_MAX,
+        0, 1, 2, 3, 7, 31, 32, 63, 64, 127, 128, 255, 256, 1023, 4096, 4097, 65535, 65536, 1u << 20, 1u << 24,
+        0x7fffffff, 0x80000000u, 0xffffffffu, 1ull << 32, 1ull << 40, 1ull << 61, 1ull << 62, INT64_MAX, 1ull << 63,
+        UINT64_MAX - 31, UINT64_MAX,
     };
     switch (random_below(5)) {
         case 0:  return value + 1 + random_below(4);
@@ -367,8 +368,8 @@ static bytes new_name(bytes old) {
 }
 
 static void retype(key * k) {
-    static const uint8_t types[] = { GGUF_TYPE_UINT8, GGUF_TYPE_INT32, GGUF_TYPE_FLOAT32, GGUF_TYPE_BOOL, GGUF_TYPE_STRING,
-                                     GGUF_TYPE_ARRAY, GGUF_TYPE_UINT64, GGUF_TYPE_FLOAT64, 13, 255 };
+    static const uint8_t types[] = { GGUF_TYPE_UINT8, GGUF_TYPE_INT32, GGUF_TYPE_FLOAT32, GGUF_TYPE_BOOL,
+                                     GGUF_TYPE_STRING, GGUF_TYPE_ARRAY, GGUF_TYPE_UINT64, GGUF_TYPE_FLOAT64, 13, 255 };
     k->type  = types[random_below(sizeof(types))];
     uint8_t * value = allocate(64);
     if (!value) {

@@ -72,8 +72,8 @@ typedef struct mllama_device_info {
 
 int32_t       mllama_device_count(void);
 mllama_status mllama_device_get(int32_t index, mllama_device_info * info);
-// Starts the device and stops it again, unless that went well before. MLLAMA_ERR_BACKEND: it cannot be used; mllama_last_error()
-// has the reason. mllama_model_load leaves such a device out, or fails where the caller names it.
+// Starts the device and stops it again, unless that went well before. MLLAMA_ERR_BACKEND: it cannot be used;
+// mllama_last_error() has the reason. mllama_model_load leaves such a device out, or fails where the caller names it.
 mllama_status mllama_device_start(int32_t index);
 
 // ggml's RPC backend: devices of other processes. It has no authentication, and ends the process when a worker
@@ -321,8 +321,8 @@ typedef struct mllama_item {
 } mllama_item;
 
 // Appends tokens to several sequences in one step, which reads the weights once. No sequence is in two items; all items
-// together have at most n_batch tokens. After an error no sequence has changed. An item whose results are not finite has
-// status MLLAMA_ERR_FILE, with the words of mllama_last_error(); its sequence is then empty, the others went on.
+// together have at most n_batch tokens. After an error no sequence has changed. An item whose results are not finite
+// has status MLLAMA_ERR_FILE, with the words of mllama_last_error(); its sequence is then empty, the others went on.
 mllama_status mllama_decode_many(mllama_context * ctx, int32_t n_items, mllama_item * items);
 
 // Reports every named intermediate tensor right after it is computed. The first call has data NULL; return true to get

@@ -14,26 +14,30 @@
 
 // A worker may be a CPU, whose values ggml cannot have in F16 (see cpu_values in context.c).
 static enum ggml_type type_of_values(const mllama_model * model, ggml_backend_dev_t device, kv_types types) {
-    return device == model->plan.cpu ? types.v_cpu : device_is_rpc(device) && types.v == GGML_TYPE_F16 ? GGML_TYPE_F32 : types.v;
+    return device == model->plan.cpu                           ? types.v_cpu
+           : device_is_rpc(device) && types.v == GGML_TYPE_F16 ? GGML_TYPE_F32
+                                                               : types.v;
 }
 
-// The buffer of the tensors of ctx: new, or memory that is there, in which they follow each other. *buffer NULL: no room.
-static mllama_status make_buffer(struct ggml_context * ctx, ggml_backend_dev_t device, bool no_alloc, char * data, uint64_t size,
-                                 ggml_backend_buffer_t * buffer, uint64_t * allocated) {
+// The buffer of the tensors of ctx: new, or memory that is there, in which they follow each other. *buffer NULL: no
+// room.
+static mllama_status make_buffer(struct ggml_context * ctx, ggml_backend_dev_t device, bool no_alloc, char * data,
+                                 uint64_t size, ggml_backend_buffer_t * buffer, uint64_t * allocated) {
     if (!data) {
         ggml_backend_buffer_type_t type = NULL;
         TRY(guard_buffer_type(device, &type));
         return memory_alloc(ctx, type, no_alloc, buffer, allocated);
     }
     TRY(guard_wrap_memory(data, size, buffer));
-    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); *buffer && t; data += ggml_nbytes(t), t = ggml_get_next_tensor(ctx, t)) {
+    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); *buffer && t;
+         data += ggml_nbytes(t), t = ggml_get_next_tensor(ctx, t)) {
         TRY(guard_place_tensor(*buffer, t, data));
     }
     return MLLAMA_OK;
 }
 
-// k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device or all on the CPU.
-// data: they are here, all on the CPU; NULL: new memory
+// k and v of `rows` rows for every layer that is (or is not) a cross-attention layer, on the layer's device or all on
+// the CPU. data: they are here, all on the CPU; NULL: new memory
 static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool cross, bool offload, int64_t rows,
                               kv_types types, char * data) {
     const mllama_hparams * p       = &model->hp.pub;
@@ -102,6 +106,14 @@ void kv_cache_free(kv_cache * cache) {
     free(cache->k);
     free(cache->v);
     memset(cache, 0, sizeof(*cache));
+}
+
+struct ggml_tensor * kv_cache_rounded(struct ggml_context * ctx, const kv_cache * cache, int32_t il,
+                                      struct ggml_tensor * v) {
+    if (cache->type_v != GGML_TYPE_F16 || cache->v[il]->type == GGML_TYPE_F16) {
+        return v;
+    }
+    return ggml_cast(ctx, ggml_cast(ctx, v, GGML_TYPE_F16), GGML_TYPE_F32);
 }
 
 uint64_t kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows) {
@@ -185,8 +197,8 @@ mllama_status kv_cache_move(const kv_cache * from, const kv_cache * to, int32_t 
     return status;
 }
 
-static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images, const int32_t * n_tiles,
-                          kv_types types, char * data) {
+static mllama_status init(image_slot * slot, const mllama_model * model, bool offload, int32_t n_images,
+                          const int32_t * n_tiles, kv_types types, char * data) {
     slot->row_end = calloc((size_t) n_images, sizeof(*slot->row_end));
     if (!slot->row_end) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
@@ -219,8 +231,8 @@ uint64_t image_slot_mapped_size(const mllama_model * model, bool offload, int32_
     return k % step == 0 && v % step == 0 ? (uint64_t) p->n_cross_layers * (k + v) : 0;
 }
 
-mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles, kv_types types, const char * path,
-                             uint64_t offset) {
+mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool offload, int32_t n_tiles,
+                             kv_types types, const char * path, uint64_t offset) {
     const uint64_t size = image_slot_mapped_size(model, offload, n_tiles, types);
     const int      fd   = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY); // a pipe is not waited for
     struct stat    info;
@@ -237,8 +249,8 @@ mllama_status image_slot_map(image_slot * slot, const mllama_model * model, bool
     }
     if (size == 0 || offset % 64 != 0 || (uint64_t) info.st_size < offset || (uint64_t) info.st_size - offset < size) {
         close(fd);
-        return fail(MLLAMA_ERR_ARGUMENT, "%s: no %llu bytes at %llu that could be mapped", path, (unsigned long long) size,
-                    (unsigned long long) offset);
+        return fail(MLLAMA_ERR_ARGUMENT, "%s: no %llu bytes at %llu that could be mapped", path,
+                    (unsigned long long) size, (unsigned long long) offset);
     }
     void *    map   = mmap(NULL, (size_t) (offset + size), PROT_READ, MAP_SHARED, fd, 0);
     const int error = errno;

@@ -33,7 +33,8 @@ static uint32_t largest_bits(const float * values, int64_t n) {
 }
 
 // largest: the greatest magnitude in src. False if a value does not fit.
-static bool narrow(enum ggml_type type, const float * src, float largest, void * dst, int64_t n_rows, int64_t n_per_row) {
+static bool narrow(enum ggml_type type, const float * src, float largest, void * dst, int64_t n_rows,
+                   int64_t n_per_row) {
     const int64_t n = n_rows * n_per_row;
     switch (type) {
         case GGML_TYPE_F32:
@@ -76,11 +77,12 @@ mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t d
         return fail(MLLAMA_ERR_ARGUMENT, "type %s cannot be written", ggml_type_name(to));
     }
     if (!src || !dst || n_rows < 1 || n_per_row < 1 || n_per_row > INT64_MAX / (int64_t) sizeof(float) / n_rows) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%lld rows of %lld values cannot be converted", (long long) n_rows, (long long) n_per_row);
+        return fail(MLLAMA_ERR_ARGUMENT, "%lld rows of %lld values cannot be converted", (long long) n_rows,
+                    (long long) n_per_row);
     }
     if (n_per_row % ggml_blck_size(from) != 0 || n_per_row % ggml_blck_size(to) != 0) {
-        return fail(MLLAMA_ERR_ARGUMENT, "rows of %lld values are no multiple of the blocks of %s and %s", (long long) n_per_row,
-                    ggml_type_name(from), ggml_type_name(to));
+        return fail(MLLAMA_ERR_ARGUMENT, "rows of %lld values are no multiple of the blocks of %s and %s",
+                    (long long) n_per_row, ggml_type_name(from), ggml_type_name(to));
     }
 
     const int64_t step     = n_per_row < PIECE_VALUES ? PIECE_VALUES / n_per_row : 1;

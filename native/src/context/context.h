@@ -56,8 +56,10 @@ struct mllama_context {
     mllama_status         tap_status;                 // of the call that runs: a tensor that could not be read
 };
 
-// ---- running graphs (context.c) -----------------------------------------------------------------------------------
+// ---- running graphs (compute.c) -----------------------------------------------------------------------------------
 
+bool          context_look(void * ctx);         // whether to stop; for our kernels, on the calling thread
+bool          context_should_abort(void * ctx); // the same for ggml's CPU backend, which asks before every node
 void          context_begin(mllama_context * ctx, int32_t phase); // before a call that computes
 void          context_report(const mllama_context * ctx, int32_t phase, int64_t done, int64_t total);
 mllama_status context_new_sched(mllama_context * ctx, size_t n_nodes, ggml_backend_sched_t * sched);
@@ -73,6 +75,19 @@ mllama_status context_check_memory(const mllama_context * ctx); // that the mode
 mllama_status context_not_finite(const gguf_file * file, const char * doing, const char * weight);
 bool          context_has_slot(const mllama_context * ctx, int32_t slot);
 
+// ---- images (images.c) --------------------------------------------------------------------------------------------
+
+// pixels NULL: only the buffers are made, for any image with n_tiles.
+mllama_status context_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id,
+                             float * states);
+// states NULL: only the buffers are made.
+mllama_status context_fill_rows(mllama_context * ctx, const image_slot * slot, int64_t first, int64_t n_rows,
+                                const float * states);
+mllama_status context_check_images(const mllama_context * ctx, int32_t n_images, const int32_t * n_tiles);
+// Without rows yet; context_free_slot gives it back.
+mllama_status context_new_slot(mllama_context * ctx, int32_t * index);
+void          context_free_slot(mllama_context * ctx, image_slot * slot);
+
 // ---- sequences (sequence.c) ---------------------------------------------------------------------------------------
 
 mllama_status sequence_init(mllama_context * ctx, sequence * s, int32_t n_ctx, int32_t n_tokens);
@@ -84,8 +99,8 @@ mllama_status sequence_find(const mllama_context * ctx, int32_t number, sequence
 // ---- text (decode.c) ----------------------------------------------------------------------------------------------
 
 // n_end: tokens of the sequence after these ones
-text_item     context_item(const mllama_context * ctx, const sequence * s, int32_t n_tokens, int32_t n_end, int32_t slot,
-                           int32_t n_visible, int32_t logits);
+text_item context_item(const mllama_context * ctx, const sequence * s, int32_t n_tokens, int32_t n_end, int32_t slot,
+                       int32_t n_visible, int32_t logits);
 // Makes ctx->text an allocated graph of this shape; most tokens find it there already.
 mllama_status context_prepare(mllama_context * ctx, const text_shape * shape);
 // Forgets a sequence whose results are not finite, and says so.

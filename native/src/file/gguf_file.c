@@ -12,8 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// The tensors of the table in file->meta, without data. ggml would do that itself, but ends the process where an empty tensor
-// has other sizes whose product overflows.
+// The tensors of the table in file->meta, without data. ggml would do that itself, but ends the process where an empty
+// tensor has other sizes whose product overflows.
 static mllama_status read_tensors(gguf_file * file) {
     const int64_t           n      = gguf_get_n_tensors(file->gguf);
     struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (n + 1), .no_alloc = true };
@@ -31,7 +31,8 @@ static mllama_status read_tensors(gguf_file * file) {
             }
         }
         if (offset > file->size || bytes > file->size || file->data_offset + offset > file->size - bytes) {
-            return fail(MLLAMA_ERR_FILE, "%s: the file is truncated: tensor '%s' ends at byte %llu of %llu; download it again",
+            return fail(MLLAMA_ERR_FILE,
+                        "%s: the file is truncated: tensor '%s' ends at byte %llu of %llu; download it again",
                         file->path, name, (unsigned long long) (file->data_offset + offset + bytes),
                         (unsigned long long) file->size);
         }
@@ -65,10 +66,12 @@ static mllama_status open_checked(gguf_file * file) {
     }
     const uint32_t version = head[4] | (uint32_t) head[5] << 8 | (uint32_t) head[6] << 16 | (uint32_t) head[7] << 24;
     if (version != 0 && (version & 0xffff) == 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: a big-endian GGUF file; convert it with gguf-py's gguf_convert_endian.py", file->path);
+        return fail(MLLAMA_ERR_FILE, "%s: a big-endian GGUF file; convert it with gguf-py's gguf_convert_endian.py",
+                    file->path);
     }
     if (version == 1) {
-        return fail(MLLAMA_ERR_FILE, "%s: GGUF version 1, of 2023, is not supported; convert the model again", file->path);
+        return fail(MLLAMA_ERR_FILE, "%s: GGUF version 1, of 2023, is not supported; convert the model again",
+                    file->path);
     }
 
     log_forget();
@@ -76,7 +79,8 @@ static mllama_status open_checked(gguf_file * file) {
     if (!file->gguf) {
         const char * words = log_last_error();
         const char * colon = strstr(words, ": "); // skip the name of ggml's function
-        return fail(MLLAMA_ERR_FILE, "%s: not a readable GGUF file: %s", file->path, colon ? colon + 2 : "damaged or truncated");
+        return fail(MLLAMA_ERR_FILE, "%s: not a readable GGUF file: %s", file->path,
+                    colon ? colon + 2 : "damaged or truncated");
     }
     file->data_offset = gguf_get_data_offset(file->gguf);
     return read_tensors(file);
@@ -107,14 +111,15 @@ static mllama_status check_part(gguf_file * first, gguf_file * part, int32_t no,
     TRY(gguf_file_int(part, "split.no", 0, UINT16_MAX, &its_no));
     TRY(gguf_file_int(part, "split.count", 0, UINT16_MAX, &its_count));
     if (its_no != no || its_count != count) {
-        return fail(MLLAMA_ERR_FILE, "%s: this is part %d of %d, not part %d of %d as its name says; download it again", part->path,
-                    its_no + 1, its_count, no + 1, count);
+        return fail(MLLAMA_ERR_FILE, "%s: this is part %d of %d, not part %d of %d as its name says; download it again",
+                    part->path, its_no + 1, its_count, no + 1, count);
     }
     for (int64_t i = 0; i < gguf_get_n_tensors(part->gguf); i++) {
         const char * name = gguf_get_tensor_name(part->gguf, i);
         gguf_file *  other;
         if (gguf_file_tensor(first, name, &other)) {
-            return fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is in %s too; they are not parts of one model", part->path, name, other->path);
+            return fail(MLLAMA_ERR_FILE, "%s: tensor '%s' is in %s too; they are not parts of one model", part->path,
+                        name, other->path);
         }
     }
     return MLLAMA_OK;
@@ -128,14 +133,15 @@ static mllama_status open_more(gguf_file * first) {
     }
     TRY(gguf_file_int(first, "split.no", 0, count - 1, &no));
     if (no != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: part %d of a model in %d files; give the first, NAME-00001-of-%05d.gguf", first->path,
-                    no + 1, count, count);
+        return fail(MLLAMA_ERR_FILE, "%s: part %d of a model in %d files; give the first, NAME-00001-of-%05d.gguf",
+                    first->path, no + 1, count, count);
     }
     char         suffix[40];
     const size_t n_suffix = (size_t) snprintf(suffix, sizeof(suffix), "-00001-of-%05d.gguf", count);
     const size_t n_path   = strlen(first->path);
     if (n_path < n_suffix || strcmp(first->path + n_path - n_suffix, suffix) != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: part 1 of a model in %d files; its name must end in %s for the others to be found",
+        return fail(MLLAMA_ERR_FILE,
+                    "%s: part 1 of a model in %d files; its name must end in %s for the others to be found",
                     first->path, count, suffix);
     }
     char * path = strdup(first->path);
@@ -146,8 +152,9 @@ static mllama_status open_more(gguf_file * first) {
         gguf_file * part = NULL;
         snprintf(suffix, sizeof(suffix), "-%05d-of-%05d.gguf", no + 1, count);
         memcpy(path + n_path - n_suffix, suffix, n_suffix); // five digits are enough for MAX_PARTS
-        status = access(path, F_OK) == 0 ? open_one(path, &part)
-                                         : fail(MLLAMA_ERR_FILE, "%s: part %d of %d of the model is missing", path, no + 1, count);
+        status = access(path, F_OK) == 0
+                     ? open_one(path, &part)
+                     : fail(MLLAMA_ERR_FILE, "%s: part %d of %d of the model is missing", path, no + 1, count);
         if (status == MLLAMA_OK) {
             status = check_part(first, part, no, count);
             first->more[first->n_more++] = part;
@@ -159,7 +166,8 @@ static mllama_status open_more(gguf_file * first) {
     int32_t promised;
     TRY(gguf_file_int_or(first, "split.tensors.count", 0, INT32_MAX, (int32_t) n_tensors, &promised));
     if (promised != n_tensors) {
-        return fail(MLLAMA_ERR_FILE, "%s: its %d files hold %lld tensors, but split.tensors.count is %d; they are not of one model",
+        return fail(MLLAMA_ERR_FILE,
+                    "%s: its %d files hold %lld tensors, but split.tensors.count is %d; they are not of one model",
                     first->path, count, (long long) n_tensors, promised);
     }
     return MLLAMA_OK;
@@ -219,7 +227,8 @@ void gguf_file_close(gguf_file * file) {
 mllama_status gguf_file_map(gguf_file * file) {
     void * map = mmap(NULL, file->size, PROT_READ, MAP_SHARED, file->fd, 0);
     if (map == MAP_FAILED) {
-        return fail(MLLAMA_ERR_FILE, "%s: cannot be mapped into memory: %s; try use_mmap=False", file->path, strerror(errno));
+        return fail(MLLAMA_ERR_FILE, "%s: cannot be mapped into memory: %s; try use_mmap=False", file->path,
+                    strerror(errno));
     }
     file->map = map;
     return MLLAMA_OK;
@@ -288,7 +297,8 @@ mllama_status gguf_file_int(const gguf_file * file, const char * key, int64_t mi
     }
     const enum gguf_type type = gguf_get_kv_type(file->gguf, id);
     int64_t              wide = 0;
-    if (type == GGUF_TYPE_ARRAY || type == GGUF_TYPE_STRING || !int_of(gguf_get_val_data(file->gguf, id), type, 0, &wide)) {
+    if (type == GGUF_TYPE_ARRAY || type == GGUF_TYPE_STRING ||
+        !int_of(gguf_get_val_data(file->gguf, id), type, 0, &wide)) {
         return wrong_type(file, key, id, "an integer");
     }
     if (wide < min || wide > max) {
@@ -321,8 +331,8 @@ mllama_status gguf_file_float_or(const gguf_file * file, const char * key, float
         default: return wrong_type(file, key, id, "a float");
     }
     if (!(*value >= min && *value <= max)) {
-        return fail(MLLAMA_ERR_FILE, "%s: key '%s' is %g, expected %g to %g", file->path, key, (double) *value, (double) min,
-                    (double) max);
+        return fail(MLLAMA_ERR_FILE, "%s: key '%s' is %g, expected %g to %g", file->path, key, (double) *value,
+                    (double) min, (double) max);
     }
     return MLLAMA_OK;
 }

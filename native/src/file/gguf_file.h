@@ -1,5 +1,6 @@
-// A GGUF file on disk: header, keys and tensor table, checked against the size of the file. Of a model split into several
-// files (NAME-00001-of-0000N.gguf, as gguf-split writes them) the first holds the keys and leads to the others.
+// A GGUF file on disk: header, keys and tensor table, checked against the size of the file. Of a model split into
+// several files (NAME-00001-of-0000N.gguf, as gguf-split writes them) the first holds the keys and leads to the
+// others.
 #pragma once
 
 #include "status.h"
@@ -32,7 +33,8 @@ static inline int32_t gguf_file_n_parts(const gguf_file * file) {
 static inline gguf_file * gguf_file_part(gguf_file * file, int32_t index) {
     return index == 0 ? file : file->more[index - 1];
 }
-// A tensor of the model by its name, or NULL. *part, unless NULL, is the file that has it; the functions below want that one.
+// A tensor of the model by its name, or NULL. *part, unless NULL, is the file that has it; the functions below want
+// that one.
 const struct ggml_tensor * gguf_file_tensor(gguf_file * file, const char * name, gguf_file ** part);
 bool                       gguf_file_has_vision(gguf_file * file);
 

@@ -19,7 +19,8 @@ static mllama_status check_architecture(const gguf_file * file) {
     const char * architecture;
     TRY(gguf_file_string(file, "general.architecture", &architecture));
     if (strcmp(architecture, "mllama") != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: architecture is '%.64s', expected 'mllama' (Llama 3.2 Vision)", file->path, architecture);
+        return fail(MLLAMA_ERR_FILE, "%s: architecture is '%.64s', expected 'mllama' (Llama 3.2 Vision)", file->path,
+                    architecture);
     }
     return MLLAMA_OK;
 }
@@ -61,31 +62,35 @@ mllama_status hparams_read_text(const gguf_file * file, hparams * hp) {
     TRY(gguf_file_float_or(file, "mllama.rope.freq_base", 1.0f, 1e12f, 500000.0f, &p->rope_freq_base));
 
     if (p->n_head % p->n_head_kv != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: %d attention heads cannot share %d key/value heads", file->path, p->n_head, p->n_head_kv);
+        return fail(MLLAMA_ERR_FILE, "%s: %d attention heads cannot share %d key/value heads", file->path, p->n_head,
+                    p->n_head_kv);
     }
     if (gguf_file_has(file, "mllama.attention.key_length")) {
         int32_t value_length;
         TRY(gguf_file_int(file, "mllama.attention.key_length", 2, MAX_WIDTH, &p->head_dim));
         TRY(gguf_file_int_or(file, "mllama.attention.value_length", 2, MAX_WIDTH, p->head_dim, &value_length));
         if (value_length != p->head_dim) {
-            return fail(MLLAMA_ERR_FILE, "%s: keys of %d and values of %d are not supported", file->path, p->head_dim, value_length);
+            return fail(MLLAMA_ERR_FILE, "%s: keys of %d and values of %d are not supported", file->path, p->head_dim,
+                        value_length);
         }
     } else if (p->n_embd % p->n_head == 0) {
         p->head_dim = p->n_embd / p->n_head;
     } else {
-        return fail(MLLAMA_ERR_FILE, "%s: embedding_length %d is not a multiple of head_count %d", file->path, p->n_embd, p->n_head);
+        return fail(MLLAMA_ERR_FILE, "%s: embedding_length %d is not a multiple of head_count %d", file->path,
+                    p->n_embd, p->n_head);
     }
     TRY(gguf_file_int_or(file, "mllama.rope.dimension_count", 2, p->head_dim, p->head_dim, &p->rope_dim));
     if (p->rope_dim % 2 != 0 || (int64_t) p->head_dim * p->n_head > MAX_FF) {
-        return fail(MLLAMA_ERR_FILE, "%s: %d heads of %d values, %d of them rotated, are not supported", file->path, p->n_head,
-                    p->head_dim, p->rope_dim);
+        return fail(MLLAMA_ERR_FILE, "%s: %d heads of %d values, %d of them rotated, are not supported", file->path,
+                    p->n_head, p->head_dim, p->rope_dim);
     }
 
     TRY(gguf_file_ints(file, "mllama.attention.cross_attention_layers", &hp->cross_layers, &p->n_cross_layers));
     for (int32_t i = 0; i < p->n_cross_layers; i++) {
         const int32_t layer = hp->cross_layers[i];
         if (layer < 0 || layer >= p->n_layer || (i > 0 && layer <= hp->cross_layers[i - 1])) {
-            return fail(MLLAMA_ERR_FILE, "%s: cross_attention_layers names layer %d out of order or of a model with %d layers",
+            return fail(MLLAMA_ERR_FILE,
+                        "%s: cross_attention_layers names layer %d out of order or of a model with %d layers",
                         file->path, layer, p->n_layer);
         }
     }
@@ -118,15 +123,17 @@ mllama_status hparams_read_vision(const gguf_file * file, hparams * hp) {
     TRY(gguf_file_int_or(file, "mllama.vision.projection_dim", 1, MAX_WIDTH, p->n_embd, &projection_dim));
 
     if (p->vision_embd % p->vision_head != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: vision embedding_length %d is not a multiple of head_count %d", file->path, p->vision_embd,
-                    p->vision_head);
+        return fail(MLLAMA_ERR_FILE, "%s: vision embedding_length %d is not a multiple of head_count %d", file->path,
+                    p->vision_embd, p->vision_head);
     }
     if (p->image_size % p->patch_size != 0) {
-        return fail(MLLAMA_ERR_FILE, "%s: image_size %d is not a multiple of patch_size %d", file->path, p->image_size, p->patch_size);
+        return fail(MLLAMA_ERR_FILE, "%s: image_size %d is not a multiple of patch_size %d", file->path, p->image_size,
+                    p->patch_size);
     }
     if (projection_dim != p->n_embd) {
-        return fail(MLLAMA_ERR_FILE, "%s: the projector gives %d values, the text model takes %d; they are not of one model",
-                    file->path, projection_dim, p->n_embd);
+        return fail(MLLAMA_ERR_FILE,
+                    "%s: the projector gives %d values, the text model takes %d; they are not of one model", file->path,
+                    projection_dim, p->n_embd);
     }
     if (p->n_cross_layers == 0) {
         return fail(MLLAMA_ERR_FILE, "%s: a projector, but the text model has no cross-attention layers", file->path);
@@ -134,12 +141,13 @@ mllama_status hparams_read_vision(const gguf_file * file, hparams * hp) {
     if (!gguf_file_has(file, "mllama.vision.intermediate_layers_indices")) {
         return fail(MLLAMA_ERR_FILE, "%s: key 'mllama.vision.intermediate_layers_indices' is missing", file->path);
     }
-    TRY(gguf_file_ints(file, "mllama.vision.intermediate_layers_indices", &hp->intermediate_layers, &p->n_intermediate));
+    TRY(gguf_file_ints(file, "mllama.vision.intermediate_layers_indices", &hp->intermediate_layers,
+                       &p->n_intermediate));
     for (int32_t i = 0; i < p->n_intermediate; i++) {
         const int32_t layer = hp->intermediate_layers[i];
         if (layer < 0 || layer >= p->n_vision_layer) {
-            return fail(MLLAMA_ERR_FILE, "%s: intermediate_layers_indices names layer %d of an encoder with %d layers", file->path,
-                        layer, p->n_vision_layer);
+            return fail(MLLAMA_ERR_FILE, "%s: intermediate_layers_indices names layer %d of an encoder with %d layers",
+                        file->path, layer, p->n_vision_layer);
         }
     }
     const int32_t side    = p->image_size / p->patch_size;

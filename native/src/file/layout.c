@@ -46,8 +46,10 @@ mllama_status layout_recognise(gguf_file * text, gguf_file * vision, layout * ou
     const bool a_names  = vision && gguf_file_tensor(vision, "v.blk.0.ln1.weight", NULL);
 
     if (vision == text && a_names) {
-        return fail(MLLAMA_ERR_FILE, "%s: text and vision in one file, with the names of a separate projector ('v.blk.0.ln1.weight'): "
-                    "no known program writes that", text->path);
+        return fail(MLLAMA_ERR_FILE,
+                    "%s: text and vision in one file, with the names of a separate projector ('v.blk.0.ln1.weight'): "
+                    "no known program writes that",
+                    text->path);
     }
     if (vision) {
         out->name = a_names                                ? "A"
@@ -58,7 +60,8 @@ mllama_status layout_recognise(gguf_file * text, gguf_file * vision, layout * ou
     // The text of such a file is what it is, even with another projector or none.
     if (one_file && !ours) {
         out->permute_cross_norms = true;
-        repair(out, "cross_attn_q_norm and cross_attn_k_norm are brought into the order that the file's converter gave to the rows "
+        repair(out, "cross_attn_q_norm and cross_attn_k_norm are brought into the order that the file's converter gave "
+                    "to the rows "
                     "of q and k alone");
     }
     if (a_names) {

@@ -99,6 +99,12 @@ struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, in
     return t;
 }
 
+struct ggml_tensor * graph_input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name) {
+    struct ggml_tensor * t = ggml_new_tensor_2d(g->ctx, type, ne0, ne1);
+    ggml_set_input(graph_named(t, "text", -1, name));
+    return t;
+}
+
 int64_t graph_block_columns(double flop_per_column) {
     const double n = NODE_FLOP / flop_per_column;
     return n < 16.0 ? 16 : n > 1e9 ? (int64_t) 1e9 : (int64_t) n;

@@ -21,6 +21,8 @@ typedef struct graph {
 mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env);
 // Quantized weights in memory are multiplied by the kernel, in max_products nodes at most.
 mllama_status graph_use_products(graph * g, size_t max_products);
+// An input [ne0, ne1] of the text's graphs, named for taps
+struct ggml_tensor * graph_input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name);
 // So many columns can be watched.
 mllama_status graph_use_watch(graph * g, size_t n_columns);
 // Whether graph_watch has seen something in these columns.
@@ -35,8 +37,8 @@ struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, in
 
 // Looks for values that are not finite in x, whose columns are the first of the graph's. It computes on the CPU.
 void                 graph_watch(graph * g, struct ggml_tensor * x);
-// The same where w multiplies x next on the CPU and is quantized: then x is rounded, which turns NaN into a number. Other
-// products carry NaN on.
+// The same where w multiplies x next on the CPU and is quantized: then x is rounded, which turns NaN into a number.
+// Other products carry NaN on.
 void                 graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x);
 // x [n_in, n] -> W x [n_out, n]
 struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);

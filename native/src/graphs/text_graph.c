@@ -32,10 +32,7 @@
 //     blk.N.ffn_norm, blk.N.ffn_out                             input and output of the feed-forward part
 //     blk.N.layer_out                                           x after the layer
 //     text.output_norm, text.logits
-// and of fill_graph: text.states (input), blk.N.cross_k (after its norm), blk.N.cross_v.
 #include "graphs/text_graph.h"
-
-#include "guard.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -60,16 +57,6 @@ static struct ggml_tensor * columns(const decoder * d, struct ggml_tensor * x, i
         return x;
     }
     return ggml_view_2d(d->g->ctx, x, x->ne[0], n, x->nb[1], x->nb[1] * (size_t) first);
-}
-
-// Values as a layer's cache holds them on any device: where they are F32 only because ggml's kernel needs that, they
-// are rounded like the others, so that the answer does not depend on where a layer is.
-static struct ggml_tensor * rounded(struct ggml_context * ctx, const kv_cache * cache, int32_t il,
-                                    struct ggml_tensor * v) {
-    if (cache->type_v != GGML_TYPE_F16 || cache->v[il]->type == GGML_TYPE_F16) {
-        return v;
-    }
-    return ggml_cast(ctx, ggml_cast(ctx, v, GGML_TYPE_F16), GGML_TYPE_F32);
 }
 
 // The mask of an item's queries, [n_rows, n_columns]
@@ -127,7 +114,7 @@ static void store(const decoder * d, int32_t il, const cpu_cache_item * item, st
         v     = columns(d, v, item->column, item->n_columns);
     }
     ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->k, k, cells));
-    ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->v, rounded(ctx, cache, il, v), cells));
+    ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->v, kv_cache_rounded(ctx, cache, il, v), cells));
 }
 
 static struct ggml_tensor * self_attention(const decoder * d, const text_layer * l, int32_t il,
@@ -231,12 +218,6 @@ static struct ggml_tensor * cross_layer(const decoder * d, int32_t il, struct gg
     return ggml_concat(d->g->ctx, seeing, columns(d, x, d->n_seeing, n - d->n_seeing), 1);
 }
 
-static struct ggml_tensor * input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name) {
-    struct ggml_tensor * t = ggml_new_tensor_2d(g->ctx, type, ne0, ne1);
-    ggml_set_input(graph_named(t, "text", -1, name));
-    return t;
-}
-
 int64_t text_graph_columns(const text_shape * shape, int32_t * columns) {
     int64_t n = 0;
     for (int32_t logits = 1; logits >= 0; logits--) { // the wanted ones, then the others
@@ -300,11 +281,11 @@ static void add_inputs(text_graph * tg) {
         tg->n_tokens += tg->items[i].n_tokens;
         mask += tg->items[i].n_tokens * tg->items[i].n_kv;
     }
-    tg->tokens    = input(g, GGML_TYPE_I32, tg->n_tokens, 1, "tokens");
-    tg->positions = input(g, GGML_TYPE_I32, tg->n_tokens, 1, "positions");
-    tg->cells     = input(g, GGML_TYPE_I64, tg->n_tokens, 1, "cells");
+    tg->tokens    = graph_input(g, GGML_TYPE_I32, tg->n_tokens, 1, "tokens");
+    tg->positions = graph_input(g, GGML_TYPE_I32, tg->n_tokens, 1, "positions");
+    tg->cells     = graph_input(g, GGML_TYPE_I64, tg->n_tokens, 1, "cells");
     const int64_t n = tg->n_items == 1 ? tg->n_tokens : 1;
-    tg->mask = input(g, GGML_TYPE_F16, mask / n, n, "mask");
+    tg->mask = graph_input(g, GGML_TYPE_F16, mask / n, n, "mask");
 }
 
 mllama_status text_graph_build(const mllama_model * model, const text_shape * shape, const compute_env * env,
@@ -340,7 +321,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
         x = model->layers[il].is_cross ? cross_layer(&d, il, x) : decoder_layer(&d, il, x);
     }
     if (tg->n_items > 1) {
-        tg->wanted = input(g, GGML_TYPE_I32, text_graph_columns(shape, NULL), 1, "wanted");
+        tg->wanted = graph_input(g, GGML_TYPE_I32, text_graph_columns(shape, NULL), 1, "wanted");
         x = ggml_get_rows(g->ctx, x, tg->wanted);
     }
     if (tg->n_logits > 0) {
@@ -370,58 +351,4 @@ void text_graph_free(text_graph * tg) {
     tg->attention   = NULL;
     tg->cache_items = NULL;
     graph_free(&tg->g);
-}
-
-static struct ggml_tensor * rows_of(struct ggml_context * ctx, struct ggml_tensor * cache, int64_t first, int64_t n) {
-    return ggml_view_2d(ctx, cache, cache->ne[0], n, cache->nb[1], cache->nb[1] * (size_t) first);
-}
-
-// Adds rows that were just written to fg->zero: 0 times a finite number is 0, and times another NaN. On a device this
-// costs less than to read the rows back.
-static void check_rows(fill_graph * fg, struct ggml_tensor * cache, struct ggml_tensor * rows) {
-    if (guard_is_host(cache->buffer)) {
-        return;
-    }
-    struct ggml_context * ctx = fg->g.ctx;
-    struct ggml_tensor *  x   = rows->type == GGML_TYPE_F32 ? rows : ggml_cast(ctx, rows, GGML_TYPE_F32);
-    struct ggml_tensor *  sum = ggml_sum(ctx, ggml_scale(ctx, x, 0.0f));
-    fg->zero = fg->zero ? ggml_add(ctx, fg->zero, sum) : sum;
-}
-
-mllama_status fill_graph_build(const mllama_model * model, const image_slot * slot, int64_t first, int64_t n_rows,
-                               const compute_env * env, fill_graph * fg) {
-    const mllama_hparams * p      = &model->hp.pub;
-    const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv;
-    memset(fg, 0, sizeof(*fg));
-    TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (32 + 4 * (size_t) n_rows / 16), env));
-    TRY(graph_use_products(&fg->g, 2 * (size_t) p->n_cross_layers));
-    graph *               g   = &fg->g;
-    struct ggml_context * ctx = g->ctx;
-    fg->states = input(g, GGML_TYPE_F32, p->n_embd, n_rows, "states");
-
-    for (int32_t i = 0; i < p->n_cross_layers; i++) {
-        const int32_t        il = model->hp.cross_layers[i];
-        const text_layer *   l  = &model->layers[il];
-        struct ggml_tensor * k  = graph_linear(g, l->k, fg->states);
-        k = ggml_reshape_3d(ctx, k, p->head_dim, p->n_head_kv, n_rows);
-        k = ggml_reshape_2d(ctx, graph_rms_norm(g, k, l->k_norm, p->rms_eps), n_embd, n_rows);
-        graph_named(k, "blk", il, "cross_k");
-        struct ggml_tensor * v = graph_named(graph_linear(g, l->v, fg->states), "blk", il, "cross_v");
-        v = rounded(ctx, &slot->kv, il, v);
-        k = ggml_cpy(ctx, k, rows_of(ctx, slot->kv.k[il], first, n_rows));
-        v = ggml_cpy(ctx, v, rows_of(ctx, slot->kv.v[il], first, n_rows));
-        ggml_build_forward_expand(g->gf, k);
-        ggml_build_forward_expand(g->gf, v);
-        check_rows(fg, slot->kv.k[il], k);
-        check_rows(fg, slot->kv.v[il], v);
-    }
-    if (fg->zero) {
-        ggml_set_output(fg->zero);
-        ggml_build_forward_expand(g->gf, fg->zero);
-    }
-    return MLLAMA_OK;
-}
-
-void fill_graph_free(fill_graph * fg) {
-    graph_free(&fg->g);
 }

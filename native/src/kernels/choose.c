@@ -2,6 +2,9 @@
 // instructions there are.
 #include "kernels/kernel.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,8 +13,14 @@ static bool always(void) {
 }
 
 #if defined(__x86_64__)
+// Clang's __builtin_cpu_supports does not know it. With "avx2" the system saves the registers that it uses.
+static bool has_f16c(void) {
+    unsigned int eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
 static bool has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 static bool has_avx512(void) {

@@ -1,5 +1,5 @@
-// ggml's other layouts of weights for the CPU ("CPU_REPACK", "AMX", ...): a matrix that is copied to one is multiplied faster.
-// Some of them end the process on some processors, so none is used that the caller does not name.
+// ggml's other layouts of weights for the CPU ("CPU_REPACK", "AMX", ...): a matrix that is copied to one is multiplied
+// faster. Some of them end the process on some processors, so none is used that the caller does not name.
 #pragma once
 
 #include "status.h"
