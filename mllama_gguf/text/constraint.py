@@ -86,7 +86,7 @@ class Constraints:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokenizer: Any = None
-        self._permitted = np.zeros(0, np.uint8)
+        self._permitted = np.zeros(0, np.uint32)
         self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()  # and how often it was used
 
     def begin(self, vocab: Vocabulary, grammar: Grammar) -> Matcher:
@@ -116,7 +116,7 @@ class Constraints:
         # A Lark grammar can ask for special tokens by their names.
         permitted[tokens.special_token_ids] = False
         permitted[list(vocab.stop_ids)] = True
-        self._permitted = np.packbits(permitted, bitorder="little")
+        self._permitted = np.packbits(permitted, bitorder="little").view(np.uint32)
         del tokens.tokens  # llguidance has a copy, and holds `tokens`
 
     def _build(self, grammar: Grammar, try_out: bool = True) -> Any:
@@ -142,21 +142,21 @@ class Matcher:
     """The state of one reply. Not thread-safe."""
 
     def __init__(
-        self, matcher: Any, permitted: npt.NDArray[np.uint8], build: Callable[[], Any] | None = None
+        self, matcher: Any, permitted: npt.NDArray[np.uint32], build: Callable[[], Any] | None = None
     ) -> None:
         """permitted: a bit for each token that may be in a reply at all; build: makes another matcher, in
         the state of the beginning"""
         self._matcher = matcher
         self._permitted = permitted
         self._build = build
-        self._mask = np.zeros(len(permitted) // 4, np.uint32)
+        self._mask = np.zeros(len(permitted), np.uint32)
         self._tokens: list[int] = []
 
     def allowed(self) -> npt.NDArray[np.intp]:
         """The tokens that may come next, in ascending order. Raises RequestError if there are none."""
         mask = self._mask
         self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes))
-        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8) & self._permitted, bitorder="little"))
+        allowed = _numbers(mask & self._permitted)
         if not len(allowed):
             raise RequestError("the grammar allows no token of this vocabulary here")
         return allowed
@@ -184,6 +184,15 @@ class Matcher:
 
     def _failed(self) -> bool:
         return bool(self._matcher.is_error()) or self._matcher.stop_reason() in _FAILURES
+
+
+def _numbers(mask: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
+    """The numbers of the bits that are set, in ascending order."""
+    words = np.flatnonzero(mask)
+    if len(words) * 4 > len(mask):  # most words have some
+        return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little").view(bool))
+    bits = np.flatnonzero(np.unpackbits(mask[words].view(np.uint8), bitorder="little").view(bool))
+    return (words[bits >> 5] << 5) + (bits & 31)
 
 
 _FAILURES = ("InternalError", "LexerTooComplex", "ParserTooComplex", "MaxTokensTotal", "MaxTokensParser")
