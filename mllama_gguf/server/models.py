@@ -240,12 +240,11 @@ class Models:
 
 
 def need_of(card: Card, settings: Settings) -> Need:
-    """What a model takes with these settings, by its plan. Raises ModelError, BackendError, RequestError."""
+    """What a model takes with these settings, by its plan; with "auto", what all of its layers would take
+    on the devices, because others make room for them. Raises ModelError, BackendError, RequestError."""
     values = settings.as_dict()
     layers = values.pop("n_gpu_layers")
     files = card.files
-    plan = make_plan(files.text, files.mmproj, n_gpu_layers=None if layers == "auto" else layers, **values)
-    chosen = plan.settings[0]
-    if layers == "auto":
-        chosen = next((s for s in plan.settings if s.n_gpu_layers == plan.best), chosen)
+    plan = make_plan(files.text, files.mmproj, n_gpu_layers=-1 if layers == "auto" else layers, **values)
+    (chosen,) = plan.settings
     return Need({d.device: d.mapped + d.peak for d in chosen.devices}, chosen.lacking)

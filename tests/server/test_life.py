@@ -269,12 +269,13 @@ def test_the_oldest_model_makes_room() -> None:
         assert loaded() == {"other"}
 
 
-def test_the_real_plan_is_of_some_use(served: Running) -> None:
+@pytest.mark.parametrize("layers", [0, "auto", -1, 3])
+def test_the_real_plan_is_of_some_use(served: Running, layers: Any) -> None:
     from mllama_gguf.server.models import need_of
 
     card = served.service.catalog.find("demo")
-    need = need_of(card, Opening().settings(card))
-    assert need.n_bytes["CPU"] > card.size and not need.lacking
+    need = need_of(card, Opening({"n_gpu_layers": layers}, tuned=False).settings(card))
+    assert sum(need.n_bytes.values()) > card.size and not need.lacking
 
 
 def test_a_model_is_freed_when_its_time_is_over() -> None:
