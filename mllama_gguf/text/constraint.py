@@ -192,7 +192,8 @@ def _numbers(mask: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
     if len(words) * 4 > len(mask):  # most words have some
         return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little").view(bool))
     bits = np.flatnonzero(np.unpackbits(mask[words].view(np.uint8), bitorder="little").view(bool))
-    return (words[bits >> 5] << 5) + (bits & 31)
+    numbers: npt.NDArray[np.intp] = (words[bits >> 5] << 5) + (bits & 31)
+    return numbers
 
 
 _FAILURES = ("InternalError", "LexerTooComplex", "ParserTooComplex", "MaxTokensTotal", "MaxTokensParser")
