@@ -17,6 +17,7 @@ from helpers import TinyFiles, picture
 from PIL import Image
 
 from mllama_gguf import ImageEmbedding, Mllama, ModelError, RequestError
+from mllama_gguf.backend.base import Item
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.context import LocalContext
 from mllama_gguf.backend.library import load
@@ -343,6 +344,41 @@ def test_keys_that_are_not_finite_are_not_given_out(tiny_files: Files, tmp_path:
                 context.decode([token], -1, 0, "none")
                 context.past_get(context.n_past)
         assert context.n_past == 0
+    finally:
+        context.close()
+        model.close()
+
+
+@pytest.mark.parametrize("type", ["f32", "q8_0"])
+@pytest.mark.parametrize("kernel", ["", "off"])
+def test_of_many_sequences_one_fails(tiny_files: Files, tmp_path: Path, type: str, kernel: str) -> None:
+    """The others go on, with the numbers that they have alone."""
+    whole = tiny_files("quant").one
+    if type != "f32":
+        whole = quantize(whole, tmp_path / "whole.gguf", type).path
+    path = damaged(whole, tmp_path / "token.gguf", "token_embd.weight", NAN, row=BAD)
+    callbacks = Callbacks(load())
+    model = open_model(path, None, callbacks=callbacks)
+    context = model.open_context(callbacks, n_ctx=256, cpu_kernel=kernel)
+    prompts = [[1, 2, 3, 4], [5, BAD, 7, 8], [9], [10, 11, 12]]
+    try:
+        alone = {}
+        for i in (0, 2, 3):
+            context.truncate(0)
+            alone[i] = context.decode(prompts[i], -1, 0)
+        numbers = [context.sequence_new(64) for _ in prompts]
+        items = [Item(number, tokens, -1, 0) for number, tokens in zip(numbers, prompts, strict=True)]
+        results = context.decode_many(items)
+        assert isinstance(results[1], ModelError) and "the results of the prompt" in str(results[1])
+        assert [context.sequence_n_past(number) for number in numbers] == [4, 0, 1, 3]
+        for i, expected in alone.items():
+            result = results[i]
+            assert not isinstance(result, ModelError)
+            assert np.linalg.norm(result - expected) < (1e-5 if type == "f32" else 2e-2) * np.linalg.norm(
+                expected
+            )
+        again = context.decode_many([Item(numbers[1], [5, 6, 7, 8], -1, 0)])
+        assert not isinstance(again[0], ModelError)
     finally:
         context.close()
         model.close()
