@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from ..backend.local import devices
 from ..backend.plan import make_plan
 from ..decode.conversation import Conversation
 from ..errors import Aborted, MllamaError
@@ -245,6 +246,9 @@ def need_of(card: Card, settings: Settings) -> Need:
     values = settings.as_dict()
     layers = values.pop("n_gpu_layers")
     files = card.files
-    plan = make_plan(files.text, files.mmproj, n_gpu_layers=-1 if layers == "auto" else layers, **values)
+    if layers == "auto":
+        has_gpu = any(device.type in ("gpu", "igpu") for device in devices())
+        layers = -1 if has_gpu or settings.rpc_servers else 0
+    plan = make_plan(files.text, files.mmproj, n_gpu_layers=layers, **values)
     (chosen,) = plan.settings
     return Need({d.device: d.mapped + d.peak for d in chosen.devices}, chosen.lacking)
