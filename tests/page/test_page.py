@@ -180,6 +180,24 @@ def test_words_come_one_by_one_and_can_be_stopped(opening: Any, fake: Any) -> No
     assert one.bodies[1]["messages"][1] == {"role": "assistant", "content": "One two ä"}
 
 
+def test_lists_headings_and_code(opening: Any, fake: Any) -> None:
+    page = opening(fake.url).page
+    page.get_by_role("textbox", name="Your question").fill("Hello")
+    page.keyboard.press("Enter")
+    fake.say(
+        "## Fruit\n\n3. one\n   * a\n   - b\n4. two **bold**\n\n5. three\n\nEnd 2 * 3 * 4 ** 5\nof `it`."
+    )
+    fake.finish()
+    shape = """(box) => { const tell = (one) => one.nodeType === 3 ? one.data
+      : `<${one.localName}>${[...one.childNodes].map(tell).join("")}</>`;
+      return [...box.children].map(tell).join(""); }"""
+    assert turn(page).locator(".text").evaluate(shape) == (
+        "<h3>Fruit</><ol><li>one<ul><li>a</><li>b</></></><li>two <strong>bold</></><li>three</></>"
+        "<p>End 2 * 3 * 4 ** 5\nof <code>it</>.</>"
+    )
+    assert page.locator(".text ol").get_attribute("start") == "3"
+
+
 def test_figures_are_of_the_last_object(opening: Any, fake: Any) -> None:
     page = opening(fake.url).page
     page.get_by_role("textbox", name="Your question").fill("Hello")

@@ -59,15 +59,17 @@ export function render(text) {
     } else if (item) {
       close();
       const name = /\d/.test(item[2]) ? "ol" : "ul";
-      const isDeep = item[1].length > 1 && list !== null;
-      if (!isDeep && list?.localName !== name) {
-        list = element(name);
-        if (name === "ol") list.start = parseInt(item[2], 10);
-        found.push(list);
+      // One level of lists in lists: models write no more.
+      const outer = item[1].length > 1 ? list?.lastElementChild : null;
+      const last = outer ? outer.lastElementChild : list;
+      let into = last?.localName === name ? last : null;
+      if (!into) {
+        into = element(name);
+        if (name === "ol") into.start = parseInt(item[2], 10);
+        if (outer) outer.append(into);
+        else found.push((list = into));
       }
-      const made = element("li", ...inline(item[3]));
-      if (isDeep) made.className = "deep";
-      list.append(made);
+      into.append(element("li", ...inline(item[3])));
     } else if (!line.trim()) {
       close();
     } else if (list && /^\s{2,}/.test(line) && !paragraph.length) {
