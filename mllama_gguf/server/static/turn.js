@@ -72,6 +72,7 @@ export class Turn {
     this.started = performance.now();
     this.parts.text.replaceChildren();
     this.#enter("waiting");
+    clearInterval(this.timer);
     this.timer = setInterval(() => this.#tell(), 250);
   }
 
