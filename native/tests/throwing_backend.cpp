@@ -2,6 +2,7 @@
 // ggml knows they are GPUs. A test names a place in which one of them throws. tests/backend/test_throwing.py drives
 // them.
 #include "backend_abi.h"
+#include "metal_table.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -38,8 +39,12 @@ void may_throw(const char * place, int device) {
     throw std::runtime_error("Standin: no luck in\n" + std::string(place));
 }
 
-// Whether STANDIN_REFUSES has this operation: its names as ggml has them, between commas
+// Whether STANDIN_REFUSES has this operation: its names as ggml has them, between commas. STANDIN_METAL: what Metal
+// does not know is refused.
 bool refused(const ggml_tensor * op) {
+    if (std::getenv("STANDIN_METAL") && !metal::supports(op)) {
+        return true;
+    }
     const char * names = std::getenv("STANDIN_REFUSES");
     return names && ("," + std::string(names) + ",").find("," + std::string(ggml_op_desc(op)) + ",") != std::string::npos;
 }

@@ -72,6 +72,22 @@ def test_an_operation_that_the_device_does_not_know_is_seen(library: Path, name:
     assert {operation for operation, _ in on_cpu(encoder)} == {name[:10]}  # as ggml prints them
 
 
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_metal_knows_all_operations(library: Path, flash_attn: bool) -> None:
+    """By Metal's table as data, with types, shapes and strides of the demo's graphs in F16."""
+    settings = {"n_gpu_layers": -1, "main_gpu": 0, "flash_attn": flash_attn}
+    encoder, *others = graphs(library, settings, STANDIN_METAL="1")
+    assert len(encoder) == 1, on_cpu(encoder)
+    for graph in others:
+        assert on_cpu(graph) in ([], [["GET_ROWS", "text.token_embd"]])
+
+
+def test_metal_wants_keys_and_values_of_one_type(library: Path) -> None:
+    settings = {"n_gpu_layers": -1, "main_gpu": 0, "type_k": "f16", "type_v": "f32"}
+    _, *others = graphs(library, settings, STANDIN_METAL="1")
+    assert any("FLASH_ATTN" in {name for name, _ in on_cpu(graph)} for graph in others)
+
+
 def test_without_gpus_all_is_on_the_cpu(library: Path) -> None:
     for graph in graphs(library, {"n_gpu_layers": 0}):
         assert {device for device, _, _ in graph} == {"CPU"}
