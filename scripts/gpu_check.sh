@@ -3,7 +3,7 @@
 # Each step has a time limit and leaves a log in the folder ($OUT, or "gpu-check"); the table summary.txt grows as they
 # end. No network is needed. docs/gpu.md tells how to prepare a run.
 #
-#   MLLAMA_CARRY  a folder made by scripts/gpu/prepare.sh: wheels, and a backend of ggml as a library. Without it the
+#   MLLAMA_CARRY  a folder with wheels, and perhaps a backend of ggml as a library (scripts/gpu/backend.sh). Without it the
 #                 mllama_gguf that is installed is checked, with the GPUs of its ggml and of GGML_BACKEND_PATH.
 #   MLLAMA_STEPS  names of steps, to run these alone
 set -uo pipefail
@@ -35,12 +35,12 @@ step() {
 }
 
 install() {
-  python3 -m pip install -q --no-index --no-deps --no-compile --target "$out/../site" "$MLLAMA_CARRY"/*.whl
+  python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$out/site" "$MLLAMA_CARRY"/*.whl
 }
 if [ -n "${MLLAMA_CARRY:-}" ]; then
   export -f install; export out MLLAMA_CARRY
   step install 60 bash -c install
-  export PYTHONPATH="$out/../site${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHONPATH="$out/site${PYTHONPATH:+:$PYTHONPATH}"
   backend=$(find "$MLLAMA_CARRY" -name 'libggml-*.so' | head -1)
   [ -z "$backend" ] || export GGML_BACKEND_PATH=$backend
 fi
@@ -54,7 +54,7 @@ tests splits 40 "left_to_the_cpu"
 tests golden 90 "golden"
 tests types 40 "types"
 tests layers 90 "number_of_layers or every_count or two_devices"
-tests plan 40 "plan"
+tests plan 90 "plan"
 tests life 60 "taps or abort or cache or child or default"
 step full_shape 180 "$python" scripts/gpu/full_shape.py
 sanitize() {

@@ -1,6 +1,6 @@
 """A GPU of this machine, whichever backend of ggml brings it. Without one these tests fail, on purpose.
 
-scripts/check_vulkan.sh runs them on a Vulkan device in software, scripts/gpu_check.sh on a real one.
+scripts/gpu_check.sh runs them.
 """
 
 from __future__ import annotations
