@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from .settings import ServerSettings
 
 LARGE = 1 << 20  # bytes; more is parsed in a thread
 MAX_DEPTH = 128  # of JSON
+_MOST_DIGITS = 300  # of an integer; a float has 308
 # Base64, as the only thing in a string of JSON.
 _PICTURE = re.compile(rb'(?<=[\s:,\[{])"((?:data:[\w/.+;=-]{0,80},)?[A-Za-z0-9+/]{32768,}={0,2})"')
 _FIELDS = frozenset(("images", "image_url", "url"))  # that hold pictures
@@ -123,15 +125,31 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_refuse_constant, parse_int=_whole_number, parse_float=_number)
     except RecursionError:
         raise Refused(400, f"the JSON is nested deeper than {MAX_DEPTH}") from None
     except UnicodeDecodeError:
         raise Refused(400, "the body is not UTF-8") from None
     except json.JSONDecodeError as e:
         raise Refused(400, f"invalid JSON: {e.msg} at line {e.lineno} column {e.colno}") from None
-    except ValueError:  # a number of thousands of digits
-        raise Refused(400, "invalid JSON: a number that cannot be read") from None
+
+
+def _whole_number(digits: str) -> int:
+    """An integer that a float can hold too, so that it can be compared with any number."""
+    if len(digits) > _MOST_DIGITS:
+        raise _unreadable()
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _unreadable()
+    return value
+
+
+def _unreadable() -> Refused:
+    return Refused(400, "invalid JSON: a number that is too large")
 
 
 def _refuse_constant(word: str) -> NoReturn:
