@@ -219,10 +219,10 @@ junk = st.recursive(
     ),
     max_leaves=6,
 )
-number = st.sampled_from(NUMBERS)
+number = st.sampled_from([0, 1, 1, 0.5, 1.0] * 12 + NUMBERS)
 word = st.sampled_from(WORDS)
-picture = st.sampled_from(PICTURES)
-form = st.sampled_from(FORMS) | junk
+picture = st.sampled_from([PICTURE] * 60 + PICTURES)
+form = st.sampled_from(FORMS) | st.sampled_from(FORMS) | junk
 
 
 def mostly(usual: st.SearchStrategy[Any], n: int = 40) -> st.SearchStrategy[Any]:
