@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import RequestError
-from .words import brief, one_line
+from .words import brief
 
 MAX_WORKERS = 16
 _LARGEST_WHOLE = 2**31 - 1  # what C's int32_t holds
@@ -230,7 +230,7 @@ class Workers:
         for worker in workers:
             match = re.fullmatch(r"[^\s:]+:(\d{1,5})", worker, re.ASCII)
             if not match or not 1 <= int(match[1]) <= 65535:
-                raise ValueError(f"{one_line(repr(worker))} is not host:port, as in 127.0.0.1:50052")
+                raise ValueError(f"{brief(worker)} is not host:port, as in 127.0.0.1:50052")
         if len(set(workers)) < len(workers):
             raise ValueError("a worker is named twice")
         if len(workers) > MAX_WORKERS:
@@ -346,6 +346,6 @@ def checked(name: str, check: Check, value: Any, *, or_none: bool = False) -> An
         return check.read(value)
     except ValueError as e:
         words = (
-            str(e) or f"must be {check.words}{', or None' if or_none else ''}, not {one_line(repr(value))}"
+            str(e) or f"must be {check.words}{', or None' if or_none else ''}, not {brief(value, 300)}"
         )
         raise RequestError(f"{name}{':' if str(e) else ''} {words}") from None

@@ -6,6 +6,7 @@ import os
 from typing import SupportsIndex
 
 from .errors import RequestError
+from .words import brief
 
 MAX_THREADS = 512  # as many as ggml takes: GGML_MAX_N_THREADS
 # ggml's threads wait for each other by spinning, after every operation. With less work than this for each,
@@ -27,7 +28,7 @@ def check_threads(number: object, name: str = "n_threads") -> None:
         or not isinstance(number, SupportsIndex)
         or not 1 <= int(number) <= MAX_THREADS
     ):
-        raise RequestError(f"{name} must be a whole number from 1 to {MAX_THREADS}, not {number!r}")
+        raise RequestError(f"{name} must be a whole number from 1 to {MAX_THREADS}, not {brief(number)}")
 
 
 def default_threads(n_bytes: int) -> int:

@@ -51,6 +51,18 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig")
 
 
+def can_be_file(path: str | os.PathLike[str]) -> bool:
+    """Whether the system can have a file of this name: it has no NUL, no lone surrogate, and is not too
+    long."""
+    try:
+        os.lstat(path)
+    except ValueError:
+        return False
+    except OSError as e:
+        return e.errno != errno.ENAMETOOLONG
+    return True
+
+
 def kind_of_file(mode: int) -> str:
     """What a file is, by its mode: "a file", "a folder", "a pipe", "a socket" or "a device"."""
     for is_kind, words in (

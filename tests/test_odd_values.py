@@ -59,6 +59,56 @@ def test_paths(path: Any) -> None:
             Mllama.from_pretrained(path)
 
 
+HUGE = 10**5000  # Python writes no more than 4,300 digits
+
+
+@pytest.mark.parametrize("value", [HUGE, -HUGE], ids=["huge", "below"])
+def test_numbers_that_python_does_not_write(tiny_files: Files, model: Mllama, value: int) -> None:
+    for name in ("n_ctx", "n_batch", "n_threads", "n_gpu_layers", "main_gpu", "rpc_timeout"):
+        with pytest.raises(RequestError, match=name):
+            Mllama(tiny_files("gqa").one, **{name: value})
+    for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "n"):
+        with pytest.raises(RequestError, match=name):
+            model.create_chat_completion([{"role": "user", "content": "x"}], **{name: value})
+    with pytest.raises(RequestError, match="logit_bias"):
+        model.create_chat_completion([{"role": "user", "content": "x"}], logit_bias={value: 1})
+    for do in (model.detokenize, model.logits):
+        with pytest.raises(RequestError, match="not in the vocabulary"):
+            do([value])
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "a\udc80" + "\ud800", "y" * 30_000, "/" + "x" * 5000, "~nosuchuser/x"], ids=range(5)
+)
+def test_names_that_no_file_can_have(name: str, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_files("gqa").one
+
+    def check(do: Callable[[], object]) -> None:
+        with pytest.raises(MllamaError) as raised:
+            do()
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 1100
+
+    check(lambda: Mllama(name))
+    check(lambda: Mllama(file, name))
+    check(lambda: Mllama.from_pretrained(name))
+    check(lambda: Mllama(file, devices=[name]))
+    if not name.startswith("~"):  # that is a folder's name too
+        check(lambda: Mllama(file, image_cache=name))
+    if "\ud800" not in name:  # which no variable can have
+        monkeypatch.setenv("MLLAMA_MODEL", name)
+        check(lambda: Mllama.from_pretrained())
+
+
+@pytest.mark.parametrize("name", ["MLLAMA_IMAGE_CACHE", "MLLAMA_DOWNLOADS", "OLLAMA_MODELS", "MLLAMA_LOCK"])
+def test_the_home_of_nobody(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "~nosuchuser/x")
+    try:
+        Mllama.from_pretrained("demo").close()
+    except MllamaError as e:
+        assert "nosuchuser" in str(e)
+
+
 def test_numbers_of_numpy(tiny_files: Files) -> None:
     settings = {"n_ctx": np.int32(99), "n_threads": np.uint8(1), "n_gpu_layers": np.int64(0)}
     with Mllama(tiny_files("gqa").one, flash_attn=np.bool_(True), image_cache=False, **settings) as model:  # type: ignore[arg-type]

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import ModelError, RequestError
 from ..handles import Handle, OneProcess
 from ..settings import KvType
+from ..words import brief, show_name
 from . import library
 from .callbacks import Callbacks
 from .context import LocalContext
@@ -46,13 +47,21 @@ def devices(*, start: bool = False) -> list[Device]:
     return found
 
 
+def _c_path(path: str | os.PathLike[str]) -> bytes:
+    """A path as C opens it. Raises ModelError for one that the system cannot have."""
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ModelError(f"{show_name(path)}: no file can have this name") from None
+
+
 def device_index(name: str) -> int:
     """The index of a device by its name, whatever the case. Raises RequestError naming those that exist."""
     names = [device.name for device in devices()]
     for index, known in enumerate(names):
         if known.lower() == name.lower():
             return index
-    raise RequestError(f"no device {name!r}; there are: {', '.join(names)}")
+    raise RequestError(f"no device {brief(name)}; there are: {', '.join(names)}")
 
 
 class LocalModel(OneProcess):
@@ -103,8 +112,8 @@ class LocalModel(OneProcess):
         params.progress, params.abort = callbacks.c_progress, callbacks.c_abort
 
         out = ffi.new("mllama_model **")
-        mmproj = ffi.NULL if mmproj_path is None else ffi.new("char[]", os.fsencode(mmproj_path))
-        status = lib.mllama_model_load(os.fsencode(text_path), mmproj, params, out)
+        mmproj = ffi.NULL if mmproj_path is None else ffi.new("char[]", _c_path(mmproj_path))
+        status = lib.mllama_model_load(_c_path(text_path), mmproj, params, out)
         if status == library.OK:
             self.handle = Handle("this model", out[0], lib.mllama_model_free)
             # C holds the callbacks as long as the model lives.

@@ -37,10 +37,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backend.types import Bytes, Floats
-from ..errors import ImageError
+from ..errors import ImageError, RequestError
 from ..files import replacing
+from ..reading import can_be_file
 from ..temporary import remove_leftovers
-from ..words import os_reason, parse_size
+from ..words import os_reason, parse_size, show_name
 from . import folder
 from .entries import (
     KV_OFFSET,
@@ -79,7 +80,7 @@ class CacheInfo:
 def default_directory() -> Path:
     """The directory in which the cache has its folder if nobody says otherwise."""
     chosen = os.environ.get(DIRECTORY_VARIABLE)
-    return Path(chosen).expanduser() if chosen else _own_directory()
+    return Path(os.path.expanduser(chosen)) if chosen else _own_directory()
 
 
 def _own_directory() -> Path:
@@ -104,6 +105,8 @@ class ImageCache:
         Raises RequestError; touches no file.
         """
         self._parent = default_directory() if directory is None else Path(directory)
+        if not can_be_file(self._parent):
+            raise RequestError(f"the image cache: {show_name(self._parent)}: no folder can have this name")
         self.directory = self._parent / folder.NAME
         self.max_bytes = default_max_bytes() if max_bytes is None else max_bytes
         self._warned = False

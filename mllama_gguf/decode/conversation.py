@@ -220,7 +220,7 @@ class Conversation(OneProcess, Answers):
         shared, hparams = self._shared, self.context.hparams
         wrong = [token for token in tokens if not 0 <= token < hparams.n_token_embd]
         if wrong:
-            raise RequestError(f"token {wrong[0]} is not in the vocabulary")
+            raise RequestError(f"token {brief(wrong[0])} is not in the vocabulary")
         if list(tokens).count(hparams.image_token_id) != len(images):
             raise RequestError(f"the prompt has not one image token for each of {len(images)} images")
         with self.exclusive(changes=False):
@@ -288,7 +288,7 @@ class Conversation(OneProcess, Answers):
             raise RequestError(f"images must be a list of images, not {brief(images)}")
         wrong = [token for token in tokens if not 0 <= token < self.context.hparams.n_token_embd]
         if wrong:
-            raise RequestError(f"token {wrong[0]} is not in the vocabulary")
+            raise RequestError(f"token {brief(wrong[0])} is not in the vocabulary")
         with self.exclusive():
             encodings = [self.encode(self._shared.images.prepare(image)) for image in images]
             rows, _ = self.session.feed(tokens, encodings, logits="all")

@@ -98,7 +98,7 @@ class LockedModel:
 def lock_paths() -> list[Path]:
     """The lock files that exist, the one with priority first."""
     chosen = os.environ.get("MLLAMA_LOCK")
-    user = Path(chosen).expanduser() if chosen else Path("models.lock")
+    user = Path(os.path.expanduser(chosen)) if chosen else Path("models.lock")
     own = chosen or (user.is_file() and not user.samefile(SHIPPED))
     return [user, SHIPPED] if own else [SHIPPED]
 

@@ -144,14 +144,16 @@ def downloads() -> Path:
     import platformdirs
 
     chosen = os.environ.get("MLLAMA_DOWNLOADS")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("mllama_gguf") / "models"
+    if chosen:
+        return Path(os.path.expanduser(chosen))
+    return platformdirs.user_cache_path("mllama_gguf") / "models"
 
 
 def find_stores() -> list[Path]:
     """The folders to look in, in this order: our downloads, and those of Ollama."""
     folders = [downloads()]
     if chosen := os.environ.get("OLLAMA_MODELS"):
-        folders.append(Path(chosen).expanduser())
+        folders.append(Path(os.path.expanduser(chosen)))
     folders += [Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
     return list(dict.fromkeys(folders))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..reading import can_be_file
+from ..words import show_name
 from .defaults import Defaults
 from .digests import stored_sha256
 
@@ -59,6 +61,8 @@ def resolve(
     Raises ModelError: there is no such model, or it is not here.
     """
     words = os.fspath(name) if name is not None else default_model()
+    if not can_be_file(words):
+        raise ModelError(f"{show_name(words, 80)}: no model has such a name")
     if words.startswith("ollama:"):
         files = _from_ollama(words)
     elif words.startswith("hf:"):

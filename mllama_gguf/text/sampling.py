@@ -148,7 +148,8 @@ class Sampler(OneProcess):
         biases: dict[int, float] = dict(_biases(options.logit_bias))
         for token in biases:
             if not 0 <= token < vocab_size:
-                raise RequestError(f"logit_bias: the model has {vocab_size} tokens, and none is {token}")
+                words = f"the model has {vocab_size} tokens, and none is {brief(token)}"
+                raise RequestError(f"logit_bias: {words}")
         self._biased = np.fromiter(biases.keys(), np.intp, len(biases))
         self._biases = np.fromiter(biases.values(), np.float32, len(biases))
 

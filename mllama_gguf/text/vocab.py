@@ -185,7 +185,7 @@ class Vocab(OneProcess):
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token, which may be part of a character. Raises RequestError for an unknown id."""
         if not 0 <= token < self.n_tokens:
-            raise RequestError(f"token {token} is not in the vocabulary of {self.n_tokens}")
+            raise RequestError(f"token {brief(token)} is not in the vocabulary of {self.n_tokens}")
         size = 64
         for _ in range(2):
             buffer = ctypes.create_string_buffer(size)
