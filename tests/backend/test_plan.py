@@ -249,6 +249,6 @@ def test_plan_command(tiny_files: Files, capsys: Captured) -> None:
     assert "more amounts than devices to offload to (there are none)" in capsys.readouterr().err
     for budget in ("x", "CPU=x", "8GiB,x", "NaN"):
         assert run(["plan", "demo", "--budget", budget]) == 1
-        assert capsys.readouterr().err.startswith("Error: budget: ")
+        assert capsys.readouterr().err.startswith("Error: --budget: ")
     assert run(["plan", "nowhere.gguf"]) == 1
     assert run(["caption", "x.png", "-ngl", "some"]) == 2
