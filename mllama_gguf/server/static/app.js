@@ -99,7 +99,10 @@ function askForKey() {
       resolve(true);
     };
     byId("key-cancel").onclick = () => dialog.close();
-    dialog.addEventListener("close", () => resolve(false), { once: true });
+    // The event comes with the next frame: by then the dialog may be open again, for the next key.
+    dialog.onclose = () => {
+      if (!dialog.open) resolve(false);
+    };
   });
 }
 
