@@ -78,7 +78,7 @@ def opening(browser: Browser) -> Iterator[Callable[..., Opened]]:
     def open_page(url: str, path: str = "/ui", **settings: Any) -> Opened:
         settings = {"viewport": {"width": 1280, "height": 860}, **settings}
         context = browser.new_context(**settings)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(120_000)  # a loaded machine
         one = Opened(context.new_page(), context)
         one.watch()
         opened.append((one, url))
