@@ -220,8 +220,8 @@ def test_system_and_messages() -> None:
     with Mllama("ollama:m") as model:
         render = model._shared.template.render
 
-        def spy(messages: Any) -> Any:
-            done = render(messages)
+        def spy(messages: Any, **more: Any) -> Any:
+            done = render(messages, **more)
             seen.append(done.text)
             return done
 
