@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -94,16 +95,15 @@ def test_the_end_by_a_command(chat: Chat) -> None:
     assert chat.leave() == 0
 
 
-def test_control_c(chat: Chat) -> None:
+def test_control_c(chat: Chat, tmp_path: Path) -> None:
     """At the prompt it drops the line; in a reply it stops the reply. The chat goes on."""
     chat.child.send("half a line")
     chat.until(">>> half a line")
     chat.child.send("\x03")
     chat.until("half a line\n>>>")
-    chat.answers("/set temperature 9", "temperature is 9")
-    chat.answers("/set top_k 0", "top_k is 0")
-    chat.answers("/set min_p 0", "min_p is 0")
-    chat.answers("/set top_p 1", "top_p is 1")
+    schema = {"type": "array", "items": {"enum": ["apple"]}, "minItems": 900}  # a reply that goes on
+    (tmp_path / "long.json").write_text(json.dumps(schema))
+    chat.answers("/json long.json", "Replies are JSON of the schema")
     chat.line("Tell a long story.")
     chat.until(r"long story\.\n(?s:.*\w.*)")
     chat.child.send("\x03")

@@ -214,7 +214,7 @@ def test_tuned_settings_reach_the_model(
     run(["caption", str(image), "-ngl", "3", "--no-tuned"])
     run(["caption", str(image), "--no-kv-offload"])  # tuned for other devices
     names = ("n_gpu_layers", "n_threads", "n_batch")
-    expected = [(0, 2, 77), (0, 1, 77), (3, None, 512), (0, None, 512)]
+    expected = [(0, 2, 77), (0, 1, 77), (3, None, 512), ("auto", None, 512)]
     assert [tuple(s[name] for name in names) for s in seen] == expected
     capsys.readouterr()
 
