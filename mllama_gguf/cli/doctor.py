@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 
 import click
 
-from .terminal import echo, echo_json, is_live
+from .terminal import echo, echo_coloured, echo_json
 from .verbose import verbose_option
 
 MARKS = {"ok": "\u2713", "note": "!", "problem": "\u2717"}
@@ -35,11 +34,7 @@ def doctor_command(as_json: bool) -> int:
         if as_json:
             echo_json(asdict(finding))
             continue
-        mark = marks[finding.mark]
-        if is_live(sys.stdout) and not os.environ.get("NO_COLOR"):
-            click.secho(mark, fg=COLOURS[finding.mark], nl=False)
-        else:
-            echo(mark, nl=False)
+        echo_coloured(marks[finding.mark], COLOURS[finding.mark], nl=False)
         echo(f" {finding.name}: {finding.words}")
         if finding.advice:
             echo(f"    {finding.advice}")

@@ -227,7 +227,7 @@ def decoding(name: str) -> Iterator[None]:
             ) from e
 
 
-_LARGER = f"make it smaller first, or allow more (--max-pixels, {MAX_PIXELS_VARIABLE})"
+_LARGER = f"make it smaller first, or allow more (max_pixels, --max-pixels, {MAX_PIXELS_VARIABLE})"
 
 
 def finish(image: Image.Image, name: str, limit: int) -> Image.Image:
