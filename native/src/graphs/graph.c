@@ -140,13 +140,13 @@ static bool is_on_cpu(const struct ggml_tensor * t) {
     return device && device_is_cpu(device);
 }
 
-void graph_watch(graph * g, struct ggml_tensor * x) {
-    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, g->not_finite));
+void graph_watch(graph * g, struct ggml_tensor * x, struct ggml_tensor * beside) {
+    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, beside, g->not_finite));
 }
 
-void graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x) {
+void graph_watch_factor(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
     if (ggml_is_quantized(w->type) && is_on_cpu(w)) {
-        graph_watch(g, x);
+        graph_watch(g, x, w);
     }
 }
 

@@ -35,11 +35,12 @@ void          graph_free(graph * g);
 // Names a tensor as "prefix.layer.name" (as "prefix.name" for layer -1), for taps.
 struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name);
 
-// Looks for values that are not finite in x, whose columns are the first of the graph's. It computes on the CPU.
-void                 graph_watch(graph * g, struct ggml_tensor * x);
+// Looks for values that are not finite in x, whose columns are the first of the graph. It computes on the CPU, where
+// the weight `beside` is.
+void                 graph_watch(graph * g, struct ggml_tensor * x, struct ggml_tensor * beside);
 // The same where w multiplies x next on the CPU and is quantized: then x is rounded, which turns NaN into a number.
 // Other products carry NaN on.
-void                 graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x);
+void                 graph_watch_factor(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
 // x [n_in, n] -> W x [n_out, n]
 struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
 // as graph_linear, plus a bias [n_out]

@@ -312,7 +312,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     // A column stays not finite once it is so, whatever is added to it, but products with quantized weights keep that
     // from the columns after it. So all columns are looked at: as they begin, and on the CPU before the last layer.
     if (n_tokens > shape->n_items && ggml_is_quantized(model->layers[0].q->type)) {
-        graph_watch(g, x);
+        graph_watch(g, x, model->token_embd);
     }
     for (int32_t il = 0; il < p->n_layer; il++) {
         if (n_tokens > shape->n_items && il == p->n_layer - 1) {

@@ -69,7 +69,8 @@ static void watch(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, atomic_bool * seen) {
-    return ggml_custom_4d(ctx, GGML_TYPE_I8, 1, 1, 1, 1, (struct ggml_tensor *[]) { x }, 1, watch, GGML_N_TASKS_MAX,
-                          seen);
+struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * beside,
+                                    atomic_bool * seen) {
+    return ggml_custom_4d(ctx, GGML_TYPE_I8, 1, 1, 1, 1, (struct ggml_tensor *[]) { x, beside }, 2, watch,
+                          GGML_N_TASKS_MAX, seen);
 }

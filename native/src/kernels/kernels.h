@@ -136,7 +136,9 @@ struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_ker
                                         struct ggml_tensor * bias);
 
 // Sets seen[i] if a value of column i of x [n, m] is not finite. The node's own result means nothing.
-struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, atomic_bool * seen);
+// beside: a weight on the CPU. It is not read: ggml computes the node where the weight is, and no other device can.
+struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * beside,
+                                    atomic_bool * seen);
 
 enum { CPU_INTERLEAVE_MAX = 9 };
 // tensors[0 .. n - 1] [n_values, n_rows], at most CPU_INTERLEAVE_MAX -> [n * n_values, n_rows]: rows of the first, then
