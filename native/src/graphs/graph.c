@@ -43,7 +43,8 @@ mllama_status graph_use_products(graph * g, size_t max_products) {
     return MLLAMA_OK;
 }
 
-mllama_status graph_use_watch(graph * g, size_t n_columns) {
+mllama_status graph_use_watch(graph * g, size_t n_columns, struct ggml_tensor * beside) {
+    g->beside     = beside;
     g->not_finite = malloc(n_columns * sizeof(*g->not_finite));
     if (!g->not_finite) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
@@ -140,13 +141,13 @@ static bool is_on_cpu(const struct ggml_tensor * t) {
     return device && device_is_cpu(device);
 }
 
-void graph_watch(graph * g, struct ggml_tensor * x, struct ggml_tensor * beside) {
-    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, beside, g->not_finite));
+void graph_watch(graph * g, struct ggml_tensor * x) {
+    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, g->beside, g->not_finite));
 }
 
-void graph_watch_factor(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
+void graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x) {
     if (ggml_is_quantized(w->type) && is_on_cpu(w)) {
-        graph_watch(g, x, w);
+        graph_watch(g, x);
     }
 }
 

@@ -16,6 +16,7 @@ typedef struct graph {
     struct ggml_tensor *  x, * quantized; // of the last of them
     atomic_bool *         not_finite;     // [n_watched], for each column: seen by graph_watch
     size_t                n_watched;
+    struct ggml_tensor *  beside;         // where graph_watch computes
 } graph;
 
 mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env);
@@ -23,8 +24,8 @@ mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env);
 mllama_status graph_use_products(graph * g, size_t max_products);
 // An input [ne0, ne1] of the text's graphs, named for taps
 struct ggml_tensor * graph_input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name);
-// So many columns can be watched.
-mllama_status graph_use_watch(graph * g, size_t n_columns);
+// So many columns can be watched. beside: a weight in the CPU's own memory, in no layout of special kernels.
+mllama_status graph_use_watch(graph * g, size_t n_columns, struct ggml_tensor * beside);
 // Whether graph_watch has seen something in these columns.
 bool          graph_saw(const graph * g, int64_t first, int64_t n);
 // The tasks of a node of this graph, which live as long as it does
@@ -35,12 +36,11 @@ void          graph_free(graph * g);
 // Names a tensor as "prefix.layer.name" (as "prefix.name" for layer -1), for taps.
 struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name);
 
-// Looks for values that are not finite in x, whose columns are the first of the graph. It computes on the CPU, where
-// the weight `beside` is.
-void                 graph_watch(graph * g, struct ggml_tensor * x, struct ggml_tensor * beside);
+// Looks for values that are not finite in x, whose columns are the first of the graph. It computes on the CPU.
+void                 graph_watch(graph * g, struct ggml_tensor * x);
 // The same where w multiplies x next on the CPU and is quantized: then x is rounded, which turns NaN into a number.
 // Other products carry NaN on.
-void                 graph_watch_factor(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
+void                 graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x);
 // x [n_in, n] -> W x [n_out, n]
 struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x);
 // as graph_linear, plus a bias [n_out]

@@ -304,7 +304,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     TRY(graph_init(&tg->g, text_graph_most_nodes(p, n_tokens, shape->n_items), env));
     graph * g = &tg->g;
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
-    TRY(graph_use_watch(g, (size_t) n_tokens));
+    TRY(graph_use_watch(g, (size_t) n_tokens, model->token_embd));
     add_inputs(tg);
 
     struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);
@@ -312,7 +312,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     // A column stays not finite once it is so, whatever is added to it, but products with quantized weights keep that
     // from the columns after it. So all columns are looked at: as they begin, and on the CPU before the last layer.
     if (n_tokens > shape->n_items && ggml_is_quantized(model->layers[0].q->type)) {
-        graph_watch(g, x, model->token_embd);
+        graph_watch(g, x);
     }
     for (int32_t il = 0; il < p->n_layer; il++) {
         if (n_tokens > shape->n_items && il == p->n_layer - 1) {

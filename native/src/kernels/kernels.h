@@ -136,7 +136,8 @@ struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_ker
                                         struct ggml_tensor * bias);
 
 // Sets seen[i] if a value of column i of x [n, m] is not finite. The node's own result means nothing.
-// beside: a weight on the CPU. It is not read: ggml computes the node where the weight is, and no other device can.
+// beside: a weight in the CPU's own memory. It is not read: ggml computes a node where its weight is, and no other
+// device can compute this one.
 struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * beside,
                                     atomic_bool * seen);
 
