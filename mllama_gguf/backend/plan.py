@@ -158,7 +158,7 @@ def device_limits(
         if name:
             if name.strip().lower() not in names:
                 known = ", ".join(names.values())
-                raise RequestError(f"budget: no device {name.strip()!r}; there are: {known}")
+                raise RequestError(f"--budget: no device {name.strip()!r}; there are: {known}")
             limits[names[name.strip().lower()]] = n_bytes
         elif place < len(targets):
             limits[targets[place].name] = n_bytes
@@ -166,7 +166,7 @@ def device_limits(
         else:
             names_of = ", ".join(device.name for device in targets) or "there are none"
             raise RequestError(
-                f"budget: more amounts than devices to offload to ({names_of}); NAME=AMOUNT names a device, "
+                f"--budget: more amounts than devices to offload to ({names_of}); NAME=AMOUNT names one, "
                 "as in CPU=8GiB"
             )
     return limits
