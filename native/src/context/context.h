@@ -88,6 +88,11 @@ mllama_status context_check_images(const mllama_context * ctx, int32_t n_images,
 mllama_status context_new_slot(mllama_context * ctx, int32_t * index);
 void          context_free_slot(mllama_context * ctx, image_slot * slot);
 
+// Rows of a cache for so many tokens. What is attended is rounded up, so the cache is too.
+static inline int32_t context_rows(int32_t n_tokens) {
+    return (n_tokens + KV_STEP - 1) / KV_STEP * KV_STEP;
+}
+
 // ---- sequences (sequence.c) ---------------------------------------------------------------------------------------
 
 mllama_status sequence_init(mllama_context * ctx, sequence * s, int32_t n_ctx, int32_t n_tokens);

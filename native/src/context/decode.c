@@ -15,7 +15,7 @@ text_item context_item(const mllama_context * ctx, const sequence * s, int32_t n
         .slot            = images,
         .slot_generation = images ? images->generation : 0,
         .n_tokens        = n_tokens,
-        .n_kv            = (n_end + KV_STEP - 1) / KV_STEP * KV_STEP,
+        .n_kv            = context_rows(n_end),
         .n_rows          = images ? images->row_end[n_visible - 1] : 0,
         .logits          = logits,
     };
@@ -125,7 +125,7 @@ static mllama_status set_inputs(const text_graph * tg, const part * parts) {
 // ---- one step -----------------------------------------------------------------------------------------------------
 
 static int64_t n_logits(const part * p) {
-    return p->logits_mode == MLLAMA_LOGITS_ALL ? p->n_tokens : p->logits_mode == MLLAMA_LOGITS_LAST ? 1 : 0;
+    return text_n_logits(p->logits_mode, p->n_tokens);
 }
 
 static mllama_status get_logits(const mllama_context * ctx, part * parts, int32_t n_parts) {

@@ -4,16 +4,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-// What is attended is rounded up, so the cache is too.
-static int32_t rows_for(int32_t n_tokens) {
-    return (n_tokens + KV_STEP - 1) / KV_STEP * KV_STEP;
-}
-
 mllama_status sequence_init(mllama_context * ctx, sequence * s, int32_t n_ctx, int32_t n_tokens) {
     s->used       = true;
     s->n_ctx      = n_ctx;
     s->n_past     = 0;
-    s->n_rows     = rows_for(n_tokens);
+    s->n_rows     = context_rows(n_tokens);
     s->generation = ++ctx->generation;
     return kv_cache_init(&s->cache, ctx->model, ctx->params.offload_kqv, s->n_rows, ctx->types);
 }
@@ -29,7 +24,7 @@ mllama_status sequence_grow(mllama_context * ctx, sequence * s, int32_t n_tokens
     if (n_tokens <= s->n_rows) {
         return MLLAMA_OK;
     }
-    const int32_t most = rows_for(s->n_ctx), twice = s->n_rows <= most / 2 ? 2 * s->n_rows : most;
+    const int32_t most = context_rows(s->n_ctx), twice = s->n_rows <= most / 2 ? 2 * s->n_rows : most;
     sequence      grown = { 0 };
     text_graph_free(&ctx->text);
     mllama_status status = sequence_init(ctx, &grown, s->n_ctx, twice > n_tokens ? twice : n_tokens);

@@ -265,6 +265,10 @@ static mllama_status prepare(const mllama_model * model, const text_shape * shap
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     memcpy(tg->items, shape->items, n_items * sizeof(*tg->items));
+    for (size_t i = 0; i < n_items; i++) {
+        tg->n_tokens += tg->items[i].n_tokens;
+        tg->n_logits += text_n_logits(tg->items[i].logits, tg->items[i].n_tokens);
+    }
     for (size_t il = 0; il < n_layer; il++) {
         tg->attention[il] = (cpu_cache_attention) {
             .kernel = env->kernel, .n_head = p->n_head, .n_head_kv = p->n_head_kv, .head_dim = p->head_dim,
@@ -278,7 +282,6 @@ static void add_inputs(text_graph * tg) {
     graph * g    = &tg->g;
     int64_t mask = 0;
     for (int32_t i = 0; i < tg->n_items; i++) {
-        tg->n_tokens += tg->items[i].n_tokens;
         mask += tg->items[i].n_tokens * tg->items[i].n_kv;
     }
     tg->tokens    = graph_input(g, GGML_TYPE_I32, tg->n_tokens, 1, "tokens");
@@ -293,29 +296,24 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     const mllama_hparams * p = &model->hp.pub;
     TRY(prepare(model, shape, env, tg));
     decoder d = { .g = &tg->g, .model = model, .p = p, .tg = tg };
-    int64_t n_tokens = 0;
-    for (int32_t i = 0; i < shape->n_items; i++) {
-        n_tokens   += shape->items[i].n_tokens;
-        d.n_seeing += shape->items[i].n_rows > 0 ? shape->items[i].n_tokens : 0;
-        tg->n_logits += shape->items[i].logits == MLLAMA_LOGITS_ALL    ? shape->items[i].n_tokens
-                        : shape->items[i].logits == MLLAMA_LOGITS_LAST ? 1
-                                                                       : 0;
+    for (int32_t i = 0; i < tg->n_items; i++) {
+        d.n_seeing += tg->items[i].n_rows > 0 ? tg->items[i].n_tokens : 0;
     }
-    TRY(graph_init(&tg->g, text_graph_most_nodes(p, n_tokens, shape->n_items), env));
+    TRY(graph_init(&tg->g, text_graph_most_nodes(p, tg->n_tokens, tg->n_items), env));
     graph * g = &tg->g;
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
-    TRY(graph_use_watch(g, (size_t) n_tokens, model->token_embd));
+    TRY(graph_use_watch(g, (size_t) tg->n_tokens, model->token_embd));
     add_inputs(tg);
 
     struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);
     graph_named(x, "text", -1, "token_embd");
     // A column stays not finite once it is so, whatever is added to it, but products with quantized weights keep that
     // from the columns after it. So all columns are looked at: as they begin, and on the CPU before the last layer.
-    if (n_tokens > shape->n_items && ggml_is_quantized(model->layers[0].q->type)) {
+    if (tg->n_tokens > tg->n_items && ggml_is_quantized(model->layers[0].q->type)) {
         graph_watch(g, x);
     }
     for (int32_t il = 0; il < p->n_layer; il++) {
-        if (n_tokens > shape->n_items && il == p->n_layer - 1) {
+        if (tg->n_tokens > tg->n_items && il == p->n_layer - 1) {
             graph_watch_factor(g, model->layers[il].q, x);
         }
         x = model->layers[il].is_cross ? cross_layer(&d, il, x) : decoder_layer(&d, il, x);

@@ -17,6 +17,11 @@ typedef struct text_item {
     int32_t            logits;     // mllama_logits
 } text_item;
 
+// Columns of logits of so many tokens. mode: mllama_logits
+static inline int64_t text_n_logits(int32_t mode, int64_t n_tokens) {
+    return mode == MLLAMA_LOGITS_ALL ? n_tokens : mode == MLLAMA_LOGITS_LAST ? 1 : 0;
+}
+
 // What a decode graph was built for; a graph serves every later call of the same shape. Items that see images come
 // first, those that see the same rows next to each other.
 typedef struct text_shape {
