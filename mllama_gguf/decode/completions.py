@@ -33,11 +33,11 @@ def completion(replies: Sequence[Reply], model: str, *, tools: Tools = _NO_TOOLS
             {
                 "index": index,
                 "message": message,
-                "logprobs": _logprobs(reply.logprobs),
+                "logprobs": shown_logprobs(reply.logprobs),
                 "finish_reason": "tool_calls" if calls else reply.finish_reason,
             }
         )
-    stats = _together(replies)
+    stats = together([reply.stats for reply in replies])
     return {**head, "choices": choices, "usage": usage(stats), "timings": timings(stats)}
 
 
@@ -61,7 +61,7 @@ def chunks(
         choice = {
             "index": index,
             "delta": delta,
-            "logprobs": _logprobs(logprobs),
+            "logprobs": shown_logprobs(logprobs),
             "finish_reason": finish,
         }
         return {**head, "choices": [choice]}
@@ -87,10 +87,10 @@ def chunks(
             n_told = len(reply.logprobs)
         last = chunk(index, {}, reply.logprobs[n_told:], "tool_calls" if calls else reply.finish_reason)
         if include_usage is None and index == len(replies) - 1:
-            last |= _figures(_together(replies))
+            last |= _figures(together([reply.stats for reply in replies]))
         yield last
     if include_usage:
-        yield {**head, "choices": [], **_figures(_together(replies))}
+        yield {**head, "choices": [], **_figures(together([reply.stats for reply in replies]))}
 
 
 def tool_calls(reply: Reply, text: str, tools: Tools) -> list[dict[str, Any]]:
@@ -135,18 +135,19 @@ def _figures(stats: Stats) -> dict[str, Any]:
     return {"usage": usage(stats), "timings": timings(stats)}
 
 
-def _together(replies: Sequence[Reply]) -> Stats:
+def together(stats: Sequence[Stats]) -> Stats:
     """What several replies to one prompt took. The prompt counts once."""
-    first = replies[0].stats
+    first = stats[0]
     return Stats(
         prompt_tokens=first.prompt_tokens,
         cached_tokens=first.cached_tokens,
-        completion_tokens=sum(reply.stats.completion_tokens for reply in replies),
-        seconds={name: sum(reply.stats.seconds[name] for reply in replies) for name in first.seconds},
+        completion_tokens=sum(one.completion_tokens for one in stats),
+        seconds={name: sum(one.seconds[name] for one in stats) for name in first.seconds},
     )
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+def shown_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """In OpenAI's shape; None: there are none."""
     return {"content": [one.as_dict() for one in logprobs], "refusal": None} if logprobs else None
 
 

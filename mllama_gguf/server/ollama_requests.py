@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..store.parameters import ROLES, WITHOUT_EFFECT
 from ..text.sampling import MAX_TOP_LOGPROBS, OLLAMA_SAMPLERS
 from ..words import show_name
 from . import fields
@@ -18,7 +19,6 @@ from .times import parse_duration
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("system", "user", "assistant", "tool")
 # What Ollama 0.24 took where neither the request nor the model said anything.
 DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.8,
@@ -28,16 +28,6 @@ DEFAULTS: Mapping[str, Any] = {
     "samplers": OLLAMA_SAMPLERS,
 }
 MAX_SEED = (1 << 63) - 1
-# Options that Ollama did not obey with this model either, or that are the operator's.
-_IDLE = frozenset(
-    (
-        "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty", "mirostat",
-        "mirostat_eta", "mirostat_tau", "tfs_z", "typical_p", "penalize_newline", "num_keep", "num_batch",
-        "num_gpu",
-        "num_thread", "main_gpu", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock",
-        "numa", "embedding_only", "num_gqa",
-    )
-)  # fmt: skip
 _MARK = re.compile(r"\[img(?:-(\d{1,4}))?\]")
 
 
@@ -187,7 +177,7 @@ def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     n_ctx = fields.whole(given, "num_ctx", where=where)
     known = {"temperature", "top_k", "top_p", "min_p", "seed", "num_predict", "stop", "num_ctx"}
     for name in given:
-        if name not in known and name not in _IDLE:
+        if name not in known and name not in WITHOUT_EFFECT:
             logger.info("option %s is not known and has no effect", show_name(name, 60))
     return found, n_ctx if n_ctx and n_ctx > 0 else None
 

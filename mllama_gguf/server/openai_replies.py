@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from ..decode.completions import shown_calls, timings, usage
+from ..decode.completions import shown_calls, shown_logprobs, timings, together, usage
 from ..decode.writer import Stats
 from ..text.logprobs import TokenLogprob
 from ..text.tools import Tools, may_be_call
@@ -99,7 +99,7 @@ class CompletionWriter:
         self, choice: int, inside: Any, logprobs: Sequence[TokenLogprob] = (), finish: str | None = None
     ) -> dict[str, Any]:
         key = "delta" if self._kind == "chat" else "text"
-        return {"index": choice, key: inside, "logprobs": shown(logprobs), "finish_reason": finish}
+        return {"index": choice, key: inside, "logprobs": shown_logprobs(logprobs), "finish_reason": finish}
 
     def _line(self, choice: dict[str, Any] | None, stats: Stats | None) -> bytes:
         kind = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
@@ -136,7 +136,7 @@ class CompletionWriter:
     def _whole_choice(self, text: str, logprobs: Sequence[TokenLogprob], event: Ended) -> dict[str, Any]:
         calls = self._held.calls(text, event)
         end = {
-            "logprobs": shown(logprobs),
+            "logprobs": shown_logprobs(logprobs),
             "finish_reason": "tool_calls" if calls else event.stats.finish_reason,
         }
         if self._kind == "text":
@@ -181,22 +181,6 @@ class _Held:
 def _joined(pieces: Sequence[Piece]) -> Piece:
     logprobs = tuple(one for piece in pieces for one in piece.logprobs)
     return Piece("".join(piece.text for piece in pieces), pieces[-1].choice, logprobs)
-
-
-def shown(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    """In OpenAI's shape."""
-    return {"content": [one.as_dict() for one in logprobs], "refusal": None} if logprobs else None
-
-
-def together(stats: Sequence[Stats]) -> Stats:
-    """What several replies to one prompt took; the prompt counts once."""
-    first = stats[0]
-    return Stats(
-        prompt_tokens=first.prompt_tokens,
-        cached_tokens=first.cached_tokens,
-        completion_tokens=sum(one.completion_tokens for one in stats),
-        seconds={name: sum(one.seconds[name] for one in stats) for name in first.seconds},
-    )
 
 
 def model_object(card: Card) -> dict[str, Any]:

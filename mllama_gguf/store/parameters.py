@@ -41,6 +41,9 @@ _MACHINE = frozenset(
     )
 )  # fmt: skip
 
+# What a request may name and the server does not obey.
+WITHOUT_EFFECT = frozenset(_IDLE) | _MACHINE
+
 # Llama 3.2 Vision's template in Ollama's library, and the older form that many Modelfiles have. Both say what
 # LLAMA_3_2_TEMPLATE says. Blanks beside the braces are left out, see `_squeezed`.
 _TEMPLATES = (
