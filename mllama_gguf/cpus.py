@@ -6,7 +6,8 @@ import os
 from typing import SupportsIndex
 
 from .errors import RequestError
-from .words import brief
+from .reading import read_text
+from .words import brief, one_line
 
 MAX_THREADS = 512  # as many as ggml takes: GGML_MAX_N_THREADS
 # ggml's threads wait for each other by spinning, after every operation. With less work than this for each,
@@ -19,6 +20,18 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), MAX_THREADS)
     return min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def processor_name() -> str:
+    """The processor as the system calls it."""
+    import platform  # not for every start of the command line
+
+    try:
+        lines = read_text("/proc/cpuinfo").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    named = (line.split(":", 1)[1] for line in lines if line.startswith("model name"))
+    return one_line(next(named, platform.processor() or platform.machine()))
 
 
 def check_threads(number: object, name: str = "n_threads") -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from mllama_gguf import __version__
 from mllama_gguf.backend.library import load
+from mllama_gguf.cpus import processor_name
 from mllama_gguf.errors import MllamaError
 from mllama_gguf.files import Kind, check_output, write_whole
 
@@ -30,7 +31,7 @@ def about(**settings: Any) -> dict[str, Any]:
     """Machine, versions, commit, and the settings of a benchmark."""
     native = load()
     return {
-        "cpu": _cpu_name(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
+        "cpu": processor_name(), "cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
         "load_average": os.getloadavg()[0], "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(), "mllama_gguf": __version__, "commit": _commit(),
         "ggml": native.text(native.lib.mllama_ggml_version_loaded()),
@@ -38,15 +39,6 @@ def about(**settings: Any) -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         **settings,
     }  # fmt: skip
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _commit() -> str | None:

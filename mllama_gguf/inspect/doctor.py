@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..backend.repack import offered_layouts, usable_layouts
-from ..cpus import usable_cpus
+from ..cpus import processor_name, usable_cpus
 from ..errors import MllamaError
 from ..words import one_line, show_size
 
@@ -119,7 +119,7 @@ def _processor() -> Finding:
     kernel = load().cpu_kernel()
     usable = usable_layouts()
     layouts = {layout: layout in usable for layout in offered_layouts()}
-    name, cpus = _processor_name(), usable_cpus()
+    name, cpus = processor_name(), usable_cpus()
     words = f"{name}, {cpus} usable CPU{'s' if cpus > 1 else ''}, kernel {kernel or 'off'}"
     if layouts:
         states = (f"{layout} {'works' if works else 'fails'}" for layout, works in layouts.items())
@@ -128,19 +128,6 @@ def _processor() -> Finding:
     if kernel:
         return Finding("processor", "ok", words, "", facts)
     return Finding("processor", "note", words, "unset MLLAMA_CPU_KERNEL to use the fast kernels", facts)
-
-
-def _processor_name() -> str:
-    """As the system calls it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                key, _, value = line.partition(":")
-                if key.strip() == "model name":
-                    return one_line(value)
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> Finding:
