@@ -18,7 +18,7 @@ from ..model import Mllama
 from ..reading import open_regular, read_text
 from ..vision.embedding import ImageEmbedding
 from ..vision.loading import load_image
-from ..words import os_reason, show_name
+from ..words import brief, os_reason, show_name
 
 VERSION = 1
 FORMAT = "mllama chat"
@@ -154,10 +154,10 @@ class Talk:
 
     # ---- files ---------------------------------------------------------------------------------------------
 
-    def save(self, path: str, *, overwrite: bool = True) -> Path:
+    def save(self, path: str) -> Path:
         """Write the conversation with its pictures to a file, which may replace an earlier one. Raises
         RequestError, OSError."""
-        target = check_output(path, SAVED, overwrite=overwrite)
+        target = check_output(path, SAVED, overwrite=True)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -179,7 +179,7 @@ class Talk:
             if content["format"] != FORMAT:
                 raise ValueError
             if content["version"] != VERSION:
-                raise RequestError(f"{shown}: version {content['version']!r} of the format is not known")
+                raise RequestError(f"{shown}: version {brief(content['version'])} of the format is not known")
             turns = [
                 Turn(list(map(_unpacked, turn["images"])), str(turn["text"]), str(turn["reply"]))
                 for turn in content["turns"]

@@ -17,7 +17,7 @@ from ..words import os_reason, show_size
 from .batch import run_batch
 from .batch_options import BatchSettings, batch_options
 from .opening import open_chosen, with_tuned
-from .options import ModelChoice, model_options
+from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
 from .replies import ReplyChoice, reply_options
 from .terminal import echo, echo_json
 
@@ -46,9 +46,9 @@ _DESCRIPTOR = re.compile(r"/dev/fd/\d+|/proc/self/fd/\d+|/dev/stdin")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @reply_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image, one a line.")
-@click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
+@no_cache_option
 @batch_options
-@click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found for this model.")
+@no_tuned_option
 @model_options
 def caption_command(
     images: tuple[str, ...],

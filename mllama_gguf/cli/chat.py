@@ -13,7 +13,7 @@ import click
 from ..errors import Aborted, MllamaError, RequestError
 from ..words import show_name
 from .opening import open_chosen, with_tuned
-from .options import ModelChoice, model_options
+from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
 @click.option("--preview/--no-preview", default=True, help="Show pictures, if the terminal can.")
 @click.option("--history/--no-history", default=True, help="Keep the lines that are typed for next time.")
-@click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
-@click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found for this model.")
+@no_cache_option
+@no_tuned_option
 @model_options
 def chat_command(
     images: tuple[str, ...],
@@ -105,7 +105,6 @@ def _answer_one(talk: Talk) -> None:
         raise RequestError("standard input is empty; it is the question")
     for piece in talk.ask(text):
         echo(piece, nl=False)
-        sys.stdout.flush()
     echo()
 
 
@@ -150,14 +149,14 @@ class _Terminal:
         from ..chat.commands import Commands
 
         self._talk, self._session, self._show_picture = talk, session, show_picture
-        self._commands: Commands = Commands(talk, _show, self._write, self._added)
+        self._commands: Commands = Commands(talk, echo, self._write, self._added)
 
     def run(self) -> None:
         from ..chat.commands import Leave
 
         for image in self._talk.images:
             self._added(image)
-        _show(f"{show_name(self._talk.model.model_path.name)}. /help lists the commands, Ctrl-D leaves.")
+        echo(f"{show_name(self._talk.model.model_path.name)}. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:
                 line = self._read()
@@ -171,7 +170,7 @@ class _Terminal:
                 return
             except (KeyboardInterrupt, Aborted):
                 echo()
-                _show("(stopped)")
+                echo("(stopped)")
             except MllamaError as e:
                 echo(f"Error: {e}", err=True)
 
@@ -199,28 +198,18 @@ class _Terminal:
         for name in parsed.pictures:
             self._commands.add(name)
         for link in parsed.links:
-            _show(f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file")
+            echo(f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file")
         if parsed.text:
             self._write(self._talk.ask(parsed.text))
 
     def _write(self, pieces: Iterator[str]) -> None:
         try:
             for piece in pieces:
-                _write_text(piece)
+                echo(piece, nl=False)
         finally:
             echo()
 
     def _added(self, image: Attached) -> None:
         if self._show_picture is not None:
             self._show_picture(image)
-        _show(f"[{show_name(image.name)}, {image.size[0]} x {image.size[1]}]")
-
-
-def _show(line: str) -> None:
-    _write_text(line + "\n")
-
-
-def _write_text(text: str) -> None:
-    """Text of the model or of a file, on the terminal: no control characters but the ends of lines."""
-    echo("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text), nl=False)
-    sys.stdout.flush()
+        echo(f"[{show_name(image.name)}, {image.size[0]} x {image.size[1]}]")

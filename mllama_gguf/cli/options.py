@@ -51,6 +51,14 @@ def many_models_options(command: F) -> F:
     return settings_options(several=True)(command)
 
 
+no_cache_option = click.option(
+    "--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`)."
+)
+no_tuned_option = click.option(
+    "--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found for this model."
+)
+
+
 def settings_options(only: Collection[str] | None = None, *, several: bool = False) -> Callable[[F], F]:
     """The options of a model and of its settings; the command takes them as `choice`, a ModelChoice.
 

@@ -13,7 +13,7 @@ import click
 
 from ..errors import MllamaError, RequestError
 from ..words import parse_size
-from .options import ModelChoice, many_models_options
+from .options import ModelChoice, many_models_options, no_cache_option
 from .terminal import echo
 from .verbose import is_verbose
 
@@ -101,7 +101,7 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
 @click.option(
     "--isolate", is_flag=True, help="Compute in a child process, whose crash is one failed request."
 )
-@click.option("--no-cache", is_flag=True, help="Do not use the image cache on disk (`mllama cache`).")
+@no_cache_option
 @click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found.")
 @many_models_options
 def serve_command(
