@@ -1,4 +1,4 @@
-"""What the programs of tests/clients ask."""
+"""What the programs of tests/clients ask, and some of tests/server."""
 
 from __future__ import annotations
 
@@ -14,4 +14,17 @@ SCHEMA: dict[str, Any] = {
     "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 9}},
     "required": ["colour", "count"],
     "additionalProperties": False,
+}
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "description": "Paint something.",
+        "parameters": {
+            "type": "object",
+            "properties": {"colour": {"enum": ["red", "blue"]}},
+            "required": ["colour"],
+            "additionalProperties": False,
+        },
+    },
 }

@@ -18,6 +18,7 @@ from typing import Any
 
 import gguf
 import tiny
+from layouts import save
 
 N_TOKENS = 128_256
 _BEGINNINGS = "b c d f g h j k l m n p r s t v w st tr pr ch sh th br cl str qu ex in un re de con"
@@ -109,21 +110,9 @@ def _words() -> Iterator[str]:
 
 def write_vocabulary(path: Path, n_tokens: int = N_TOKENS, others: Mapping[str, Any] | None = None) -> None:
     """A GGUF file without tensors. others: keys with other values; None: left out"""
-    writer = gguf.GGUFWriter(path, "mllama")
-    for name, value in {**vocabulary(n_tokens), **(others or {})}.items():
-        if value is None or name == "general.architecture":
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        else:
-            writer.add_array(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    keys = {**vocabulary(n_tokens), **(others or {})}
+    del keys["general.architecture"]  # which the writer adds
+    save(path, {name: value for name, value in keys.items() if value is not None}, {})
 
 
 if __name__ == "__main__":

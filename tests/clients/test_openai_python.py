@@ -9,24 +9,11 @@ from typing import Any
 
 import openai
 import pytest
-from asked import KEY, MODEL, QUESTION, SCHEMA, TAGGED
+from asked import KEY, MODEL, QUESTION, SCHEMA, TAGGED, TOOL
 from pydantic import BaseModel
 from serving import data_uri
 
 FORM: Any = {"type": "json_schema", "json_schema": {"name": "fruit", "schema": SCHEMA, "strict": True}}
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "paint",
-        "description": "Paint something.",
-        "parameters": {
-            "type": "object",
-            "properties": {"colour": {"enum": ["red", "blue"]}},
-            "required": ["colour"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,18 +52,6 @@ HARMLESS: dict[str, Any] = {
     "safety_identifier": "x",
     "prompt_cache_key": "x",
 }
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_files: Files) -> Iterator[Mllama]:
-    with Mllama(tiny_files("gqa").one, n_ctx=512, n_threads=1, image_cache=False) as model:
-        yield model
-
-
-@pytest.fixture
-def model(opened: Mllama) -> Mllama:
-    opened.reset()
-    return opened
 
 
 def ask(*content: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,6 @@ from mllama_gguf.decode.options import ReplyOptions
 
 Files = Callable[[str], TinyFiles]
 QUESTION = [{"role": "user", "content": "the dog"}]
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_files: Files) -> Iterator[Mllama]:
-    with Mllama(tiny_files("gqa").one, n_ctx=512, n_threads=1, image_cache=False) as model:
-        yield model
-
-
-@pytest.fixture
-def model(opened: Mllama) -> Mllama:
-    opened.reset()
-    return opened
 
 
 def test_text_and_stats(model: Mllama) -> None:

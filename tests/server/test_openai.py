@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from asked import QUESTION, TOOL
 from serving import Running, data_uri, picture64
 
-QUESTION = "Describe this image."
 CHAT = "/v1/chat/completions"
 
 
@@ -286,21 +286,6 @@ def test_responses_are_not_kept(served: Running) -> None:
 
 
 # ---- tools -------------------------------------------------------------------------------------------------
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "paint",
-        "description": "Paint something.",
-        "parameters": {
-            "type": "object",
-            "properties": {"colour": {"enum": ["red", "blue"]}},
-            "required": ["colour"],
-            "additionalProperties": False,
-        },
-    },
-}
-
 
 def test_a_tool_is_called(served: Running) -> None:
     body = ask(tools=[TOOL], tool_choice="required", max_tokens=100)
