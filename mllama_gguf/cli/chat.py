@@ -14,6 +14,7 @@ from ..errors import Aborted, MllamaError, RequestError
 from ..words import show_name
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
+from .replies import temperature_option
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -35,15 +36,7 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
 )
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
 @click.option("--system", metavar="TEXT", default="", help="System message: how the model should answer.")
-@click.option(
-    "--temp",
-    "temperature",
-    metavar="T",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Temperature. 0: always the likeliest token; higher: more variety.",
-)
+@temperature_option
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
 @click.option("--preview/--no-preview", default=True, help="Show pictures, if the terminal can.")
 @click.option("--history/--no-history", default=True, help="Keep the lines that are typed for next time.")
@@ -53,7 +46,7 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
 def chat_command(
     images: tuple[str, ...],
     system: str,
-    temperature: float,
+    temperature: float | None,
     saved: str | None,
     preview: bool,
     history: bool,
@@ -86,7 +79,7 @@ def chat_command(
         talk = Talk(model, system)
         if saved is not None:
             talk.load(saved)
-        if temperature:
+        if temperature is not None:
             talk.set("temperature", temperature)
         for image in images:
             talk.attach(image)

@@ -74,6 +74,15 @@ allow_truncated_option = click.option(
     help="Take images whose file ends too early; what is missing is grey or black.",
 )
 
+temperature_option = click.option(
+    "--temp",
+    "temperature",
+    metavar="T",
+    type=click.FloatRange(min=0),
+    help="Temperature. 0: always the likeliest token; higher: more variety.  [default: what the model says, "
+    "or 0]",
+)
+
 _OPTIONS = (
     click.option("-p", "--prompt", help=f"Question about the image.  [default: {DEFAULT_PROMPT}]"),
     click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Read the prompt from FILE."),
@@ -114,14 +123,7 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         help="Stop a reply after MAX tokens.  [default: what the model says, or 256]",
     ),
-    click.option(
-        "--temp",
-        "temperature",
-        metavar="T",
-        type=click.FloatRange(min=0),
-        help="Temperature. 0: always the likeliest token; higher: more variety.  [default: what the model "
-        "says, or 0]",
-    ),
+    temperature_option,
     click.option("--seed", metavar="S", type=int, help="Random seed (with --temp above 0)."),
     click.option(
         "--top-k",

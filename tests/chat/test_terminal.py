@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,9 @@ import pexpect
 import pyte
 import pytest
 from helpers import elsewhere
+
+from mllama_gguf.chat.talk import Talk
+from mllama_gguf.cli.main import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 APPLE, TALL = str(EXAMPLES / "apple.png"), str(EXAMPLES / "tall.png")
@@ -116,6 +120,21 @@ def test_completion(chat: Chat) -> None:
     chat.child.send("/und\t")
     chat.until(">>> /undo")
     chat.answers("", "There is no question")
+
+
+@pytest.mark.parametrize("args", [[], ["--temp", "0"], ["--temp", "0.5"]])
+def test_a_temperature_of_0_is_told_to_the_model(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of Ollama has one of its own, which 0 puts out of force."""
+    seen: list[dict[str, Any]] = []
+
+    def ask(talk: Talk, text: str) -> Iterator[str]:
+        seen.append(dict(talk.options))
+        return iter(())
+
+    monkeypatch.setattr(Talk, "ask", ask)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
+    assert run(["chat", "--no-cache", APPLE, *args]) == 0
+    assert seen == [{"temperature": float(args[1])} if args else {}]
 
 
 @pytest.mark.parametrize(
