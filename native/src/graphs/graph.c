@@ -11,7 +11,7 @@
 // At the 60 GFLOPS of two old CPU cores a node of this size takes a third of a second.
 static const double NODE_FLOP = 2e10;
 
-mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env) {
+mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env, struct ggml_tensor * beside) {
     struct ggml_init_params params = {
         .mem_size = ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false),
         .no_alloc = true,
@@ -22,6 +22,7 @@ mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env) {
     }
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->env        = *env;
+    g->beside     = beside;
     g->tasks      = NULL;
     g->products   = NULL;
     g->n_products = g->max_products = 0;
@@ -43,8 +44,7 @@ mllama_status graph_use_products(graph * g, size_t max_products) {
     return MLLAMA_OK;
 }
 
-mllama_status graph_use_watch(graph * g, size_t n_columns, struct ggml_tensor * beside) {
-    g->beside     = beside;
+mllama_status graph_use_watch(graph * g, size_t n_columns) {
     g->not_finite = malloc(n_columns * sizeof(*g->not_finite));
     if (!g->not_finite) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
@@ -125,7 +125,7 @@ struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t 
     if (!on_cpu) {
         return ggml_concat(g->ctx, left, right, 1);
     }
-    return cpu_join_node(g->ctx, left, right);
+    return cpu_join_node(g->ctx, left, right, g->beside);
 }
 
 static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w) {

@@ -16,16 +16,19 @@ typedef struct graph {
     struct ggml_tensor *  x, * quantized; // of the last of them
     atomic_bool *         not_finite;     // [n_watched], for each column: seen by graph_watch
     size_t                n_watched;
-    struct ggml_tensor *  beside;         // where graph_watch computes
+    struct ggml_tensor *  beside;         // a weight in the CPU's own memory, or NULL
 } graph;
 
-mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env);
+// beside: a weight in the CPU's own memory, in no layout of special kernels; NULL where all of the graph is on the CPU.
+// ggml computes a node where its weight is. A node of ours without one would go to a worker, which cannot compute it,
+// if the next layer is there.
+mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env, struct ggml_tensor * beside);
 // Quantized weights in memory are multiplied by the kernel, in max_products nodes at most.
 mllama_status graph_use_products(graph * g, size_t max_products);
 // An input [ne0, ne1] of the text's graphs, named for taps
 struct ggml_tensor * graph_input(graph * g, enum ggml_type type, int64_t ne0, int64_t ne1, const char * name);
-// So many columns can be watched. beside: a weight in the CPU's own memory, in no layout of special kernels.
-mllama_status graph_use_watch(graph * g, size_t n_columns, struct ggml_tensor * beside);
+// So many columns can be watched, in a graph with `beside`.
+mllama_status graph_use_watch(graph * g, size_t n_columns);
 // Whether graph_watch has seen something in these columns.
 bool          graph_saw(const graph * g, int64_t first, int64_t n);
 // The tasks of a node of this graph, which live as long as it does

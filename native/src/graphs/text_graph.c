@@ -299,10 +299,10 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     for (int32_t i = 0; i < tg->n_items; i++) {
         d.n_seeing += tg->items[i].n_rows > 0 ? tg->items[i].n_tokens : 0;
     }
-    TRY(graph_init(&tg->g, text_graph_most_nodes(p, tg->n_tokens, tg->n_items), env));
+    TRY(graph_init(&tg->g, text_graph_most_nodes(p, tg->n_tokens, tg->n_items), env, model->token_embd));
     graph * g = &tg->g;
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
-    TRY(graph_use_watch(g, (size_t) tg->n_tokens, model->token_embd));
+    TRY(graph_use_watch(g, (size_t) tg->n_tokens));
     add_inputs(tg);
 
     struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);

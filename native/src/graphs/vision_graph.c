@@ -365,7 +365,7 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     const size_t layer  = 64 + 8 * (size_t) p->max_tiles + 16 * blocks;
     const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * layer + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;
-    TRY(graph_init(&vg->g, nodes, env));
+    TRY(graph_init(&vg->g, nodes, env, NULL));
 
     struct ggml_tensor * inputs[1024]; // hparams allows no more layers
     encoder              e = { .g = &vg->g, .model = model, .p = p, .n_used = n_used, .tiles = vg->n_tiles,

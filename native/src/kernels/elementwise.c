@@ -54,9 +54,10 @@ static void join(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-struct ggml_tensor * cpu_join_node(struct ggml_context * ctx, struct ggml_tensor * left, struct ggml_tensor * right) {
-    struct ggml_tensor * src[] = { left, right };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, left->ne[0], left->ne[1] + right->ne[1], 1, 1, src, 2, join,
+struct ggml_tensor * cpu_join_node(struct ggml_context * ctx, struct ggml_tensor * left, struct ggml_tensor * right,
+                                   struct ggml_tensor * beside) {
+    struct ggml_tensor * src[] = { left, right, beside };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, left->ne[0], left->ne[1] + right->ne[1], 1, 1, src, beside ? 3 : 2, join,
                           GGML_N_TASKS_MAX, NULL);
 }
 

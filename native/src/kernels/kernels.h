@@ -136,8 +136,7 @@ struct ggml_tensor * cpu_bias_gelu_node(struct ggml_context * ctx, const cpu_ker
                                         struct ggml_tensor * bias);
 
 // Sets seen[i] if a value of column i of x [n, m] is not finite. The node's own result means nothing.
-// beside: a weight in the CPU's own memory. It is not read: ggml computes a node where its weight is, and no other
-// device can compute this one.
+// beside: as in graph_init; it is not read
 struct ggml_tensor * cpu_watch_node(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * beside,
                                     atomic_bool * seen);
 
@@ -146,5 +145,7 @@ enum { CPU_INTERLEAVE_MAX = 9 };
 // of the others value by value in turn
 struct ggml_tensor * cpu_interleave_node(struct ggml_context * ctx, struct ggml_tensor ** tensors, int64_t n);
 
-// [left, right] along the columns. ggml_concat copies value by value, on one thread.
-struct ggml_tensor * cpu_join_node(struct ggml_context * ctx, struct ggml_tensor * left, struct ggml_tensor * right);
+// [left, right] along the columns. ggml_concat copies value by value, on one thread. beside: as in graph_init; it is
+// not read.
+struct ggml_tensor * cpu_join_node(struct ggml_context * ctx, struct ggml_tensor * left, struct ggml_tensor * right,
+                                   struct ggml_tensor * beside);
