@@ -14,6 +14,7 @@ from ..errors import Aborted, MllamaError, RequestError
 from ..words import show_name
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
+from .progress import PhaseBar
 from .replies import temperature_option
 from .terminal import echo
 
@@ -73,7 +74,8 @@ def chat_command(
         show_picture = find_preview() if preview else None
         session = _session(history)
 
-    with open_chosen(choice, image_cache=not no_cache) as model:
+    bar = PhaseBar()
+    with open_chosen(choice, bar=bar, image_cache=not no_cache) as model:
         from ..chat.talk import Talk
 
         talk = Talk(model, system)
@@ -86,7 +88,7 @@ def chat_command(
         if session is None:
             _answer_one(talk)
         else:
-            _Terminal(talk, session, show_picture).run()
+            _Terminal(talk, session, show_picture, bar).run()
 
 
 def _answer_one(talk: Talk) -> None:
@@ -137,10 +139,15 @@ class _Terminal:
     """The loop: a line, what it asks for, and again."""
 
     def __init__(
-        self, talk: Talk, session: PromptSession[str], show_picture: Callable[[Attached], None] | None
+        self,
+        talk: Talk,
+        session: PromptSession[str],
+        show_picture: Callable[[Attached], None] | None,
+        bar: PhaseBar,
     ) -> None:
         from ..chat.commands import Commands
 
+        self._bar = bar
         self._talk, self._session, self._show_picture = talk, session, show_picture
         self._commands: Commands = Commands(talk, echo, self._write, self._added)
 
@@ -200,6 +207,7 @@ class _Terminal:
             for piece in pieces:
                 echo(piece, nl=False)
         finally:
+            self._bar.stop()  # of a question that was stopped while it was read
             echo()
 
     def _added(self, image: Attached) -> None:

@@ -13,7 +13,7 @@ import click
 
 from ..settings import Settings, in_options, offload_settings
 from .options import ModelChoice
-from .progress import phase_bar, transfer_bar
+from .progress import PhaseBar, transfer_bar
 from .terminal import echo
 from .verbose import is_verbose
 
@@ -66,8 +66,14 @@ def with_tuned(choice: ModelChoice) -> ModelChoice:
 
 
 @contextmanager
-def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = False) -> Iterator[Mllama]:
-    """The chosen model; bar: with a progress bar on a terminal; image_cache: keep encoded images on disk."""
+def open_chosen(
+    choice: ModelChoice, *, bar: bool | PhaseBar = True, image_cache: bool = False
+) -> Iterator[Mllama]:
+    """The chosen model.
+
+    bar:         a progress bar on a terminal: True, False, or the caller's own
+    image_cache: keep encoded images on disk
+    """
     from ..model import Mllama
 
     show_warnings("mllama_gguf.loaded")
@@ -81,8 +87,9 @@ def open_chosen(choice: ModelChoice, *, bar: bool = True, image_cache: bool = Fa
     if image_cache:
         show_warnings("mllama_gguf.cache.disk")
     defaults = replace(files.defaults, notes=())  # they are shown
+    own = PhaseBar() if bar is True else bar or nullcontext()
     with (
-        phase_bar() if bar else nullcontext() as progress,
+        own as progress,
         Mllama(
             files.text, files.mmproj, defaults=defaults, progress=progress, **settings.as_dict()
         ) as opened,

@@ -29,42 +29,50 @@ def _new(*columns: ProgressColumn) -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-@contextmanager
-def phase_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback for `Mllama` that draws a bar for each phase; None if stderr is no terminal."""
-    if not is_live(sys.stderr):
-        yield None
-        return
+class PhaseBar:
+    """A callback for `Mllama` that draws a bar for each phase; draws nothing if stderr is no terminal."""
 
-    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
+    def __init__(self) -> None:
+        self._live = is_live(sys.stderr)
+        self._bar: Progress | None = None
+        self._phase = ""
 
-    bar: Progress | None = None
-    task = TaskID(0)
-    phase = ""
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self._live:
+            return
+        if done >= total:
+            self.stop()  # the text that follows must not meet the bar
+            return
+        if self._bar is None or phase != self._phase:
+            self.stop()
+            self._begin(phase, total)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
-    def stop() -> None:
-        nonlocal bar
+    def _begin(self, phase: str, total: int) -> None:
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+
+        self._bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        self._bar.add_task(_PHASES[phase], total=total)
+        self._bar.start()
+        self._phase = phase
+
+    @property
+    def is_shown(self) -> bool:
+        """If a bar stands on the terminal now."""
+        return self._bar is not None
+
+    def stop(self) -> None:
+        """Take the bar away; a phase that was stopped or failed has no other end."""
+        bar, self._bar = self._bar, None
         if bar is not None:
             bar.stop()
-            bar = None
 
-    def progress(new_phase: str, done: int, total: int) -> None:
-        nonlocal bar, task, phase
-        if done >= total:
-            stop()  # the text that follows must not meet the bar
-            return
-        if bar is None or new_phase != phase:
-            stop()
-            bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-            task = bar.add_task(_PHASES[new_phase], total=total)
-            bar.start()
-            phase = new_phase
-        bar.update(task, completed=done, total=total)
+    def __enter__(self) -> PhaseBar:
+        return self
 
-    try:
-        yield progress
-    finally:
-        stop()
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 @contextmanager

@@ -20,6 +20,8 @@ import pytest
 from helpers import elsewhere
 
 from mllama_gguf.chat.talk import Talk
+from mllama_gguf.cli import chat as chat_module
+from mllama_gguf.cli import progress
 from mllama_gguf.cli.main import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -150,3 +152,21 @@ def test_a_pipe(args: list[str], question: str, code: int, out: str, err: str) -
         [sys.executable, *COMMAND, *args], input=question, **elsewhere(), capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_a_question_that_is_stopped_takes_its_bar_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase that is stopped has no end of its own; its bar must not stay over the next prompt."""
+    monkeypatch.setattr(progress, "is_live", lambda stream: True)
+    bar = progress.PhaseBar()
+
+    def pieces() -> Iterator[str]:
+        bar("prompt", 1, 4)
+        assert bar.is_shown
+        raise KeyboardInterrupt
+        yield ""
+
+    session: Any = None
+    terminal = chat_module._Terminal(Talk(session), session, None, bar)
+    with pytest.raises(KeyboardInterrupt):
+        terminal._write(pieces())
+    assert not bar.is_shown
