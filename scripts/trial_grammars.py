@@ -113,7 +113,7 @@ def attempt(vocab: Any, form: Any, rng: random.Random, n_tokens: int) -> tuple[s
         assert grammar is not None
         matcher = vocab.constraints.begin(vocab, grammar)
         for n in range(n_tokens):  # noqa: B007
-            allowed = matcher.allowed()
+            allowed = matcher.mask().ids()
             token = int(allowed[rng.randrange(len(allowed))])
             matcher.accept(token)
             if token in vocab.stop_ids or matcher.finished:

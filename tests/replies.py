@@ -27,7 +27,7 @@ def draw(
     matcher = vocab.constraints.begin(vocab, grammar)
     pieces: list[bytes] = []
     for i in range(longest):
-        allowed = [int(token) for token in matcher.allowed()]
+        allowed = [int(token) for token in matcher.mask().ids()]
         ends = [token for token in allowed if token in closing]
         token = rng.choice(ends if ends and rng.random() < (0.25 if i < 40 else 0.7) else allowed)
         matcher.accept(token)
@@ -42,10 +42,10 @@ def follows(vocab: Vocab, grammar: Grammar, text: str) -> bool:
     """Whether a text is a complete reply of a grammar."""
     matcher = vocab.constraints.begin(vocab, grammar)
     for token in vocab.tokenize(text, add_bos=False, special=False):
-        if matcher.finished or token not in matcher.allowed():
+        if matcher.finished or token not in matcher.mask():
             return False
         matcher.accept(token)
-    return matcher.finished or bool(vocab.stop_ids.intersection(int(t) for t in matcher.allowed()))
+    return matcher.finished or bool(vocab.stop_ids.intersection(int(t) for t in matcher.mask().ids()))
 
 
 def validate(reply: str, schema: Any) -> None:

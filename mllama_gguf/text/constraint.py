@@ -138,6 +138,72 @@ class Constraints:
             raise RequestError(f"the {what} cannot be obeyed: {e}") from e
 
 
+# What to add to the logits of eight tokens whose bits are a byte: 0 if one is allowed, else -inf.
+_PENALTIES = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)
+
+
+class Mask:
+    """Some tokens of a vocabulary."""
+
+    def __init__(self, n_words: int) -> None:
+        """bits: uint32 words, the lowest bit first; bit i of them: if token i is among the tokens"""
+        self.bits = np.zeros(n_words, np.uint32)
+        # Kept, because fresh memory of this size costs more than the work.
+        self._logits = np.empty(n_words * 32, np.float32)
+
+    def __contains__(self, token: int) -> bool:
+        return token >> 5 < len(self.bits) and bool(self.bits[token >> 5] >> (token & 31) & 1)
+
+    def ids(self) -> npt.NDArray[np.intp]:
+        """The tokens, in ascending order."""
+        words = np.flatnonzero(self.bits)
+        if self._has_most(words):
+            return np.flatnonzero(_flags(self.bits))
+        bits = np.flatnonzero(_flags(self.bits[words]))
+        ids: npt.NDArray[np.intp] = (words[bits >> 5] << 5) + (bits & 31)
+        return ids
+
+    def _has_most(self, words: npt.NDArray[np.intp]) -> bool:
+        return len(words) * 4 > len(self.bits)
+
+    def likeliest(self, logits: npt.NDArray[np.float32]) -> int:
+        """The token with the greatest logit, the first of equal ones; much cheaper than by `ids`.
+
+        logits: float32 [n_vocab], finite; tokens without one are passed over
+
+        Raises RequestError if no token has a logit.
+        """
+        token = int(logits.argmax())
+        if token in self:
+            return token
+        if self._has_most(np.flatnonzero(self.bits)):
+            token = int(self._masked(logits).argmax())
+        else:
+            ids = self.ids()
+            ids = ids[: np.searchsorted(ids, len(logits))]
+            token = int(ids[logits[ids].argmax()]) if len(ids) else -1
+        if token < 0 or token not in self:
+            raise RequestError(_NOTHING)
+        return token
+
+    def _masked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The logits, -inf for all other tokens."""
+        masked = self._logits
+        # Every byte is a row of the table. "clip" spares numpy a copy that it makes for its error.
+        np.take(_PENALTIES, self.bits.view(np.uint8), axis=0, out=masked.reshape(-1, 8), mode="clip")
+        n = min(len(logits), len(masked))
+        return np.add(masked[:n], logits[:n], out=masked[:n])
+
+
+def _flags(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_)
+
+
+_NOTHING = "the grammar allows no token of this vocabulary here"
+
+
 class Matcher:
     """The state of one reply. Not thread-safe."""
 
@@ -149,17 +215,18 @@ class Matcher:
         self._matcher = matcher
         self._permitted = permitted
         self._build = build
-        self._mask = np.zeros(len(permitted), np.uint32)
+        self._mask = Mask(len(permitted))
         self._tokens: list[int] = []
 
-    def allowed(self) -> npt.NDArray[np.intp]:
-        """The tokens that may come next, in ascending order. Raises RequestError if there are none."""
-        mask = self._mask
-        self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes))
-        allowed = _numbers(mask & self._permitted)
-        if not len(allowed):
-            raise RequestError("the grammar allows no token of this vocabulary here")
-        return allowed
+    def mask(self) -> Mask:
+        """The tokens that may come next; always the same object. Raises RequestError if there are
+        none."""
+        bits = self._mask.bits
+        self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes))
+        bits &= self._permitted
+        if not bits.any():
+            raise RequestError(_NOTHING)
+        return self._mask
 
     def accept(self, token: int) -> None:
         """Go on with this token. Raises RequestError if it is not allowed."""
@@ -186,16 +253,6 @@ class Matcher:
         return bool(self._matcher.is_error()) or self._matcher.stop_reason() in _FAILURES
 
 
-def _numbers(mask: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
-    """The numbers of the bits that are set, in ascending order."""
-    words = np.flatnonzero(mask)
-    if len(words) * 4 > len(mask):  # most words have some
-        return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little").view(bool))
-    bits = np.flatnonzero(np.unpackbits(mask[words].view(np.uint8), bitorder="little").view(bool))
-    numbers: npt.NDArray[np.intp] = (words[bits >> 5] << 5) + (bits & 31)
-    return numbers
-
-
 _FAILURES = ("InternalError", "LexerTooComplex", "ParserTooComplex", "MaxTokensTotal", "MaxTokensParser")
 
 
@@ -205,7 +262,7 @@ def _try_out(matcher: Matcher) -> None:
     rng = random.Random(0)
     end = time.perf_counter() + _TRIAL_SECONDS
     for _ in range(_TRIAL_TOKENS):
-        allowed = matcher.allowed()
+        allowed = matcher.mask().ids()
         matcher.accept(int(allowed[rng.randrange(len(allowed))]))
         if matcher.finished or time.perf_counter() > end:
             return

@@ -197,9 +197,13 @@ class Sampler(OneProcess):
         elif self._matcher is None:
             token = self._choose(self._ids, wanted)
         else:
-            ids = self._matcher.allowed()
-            ids = ids[: np.searchsorted(ids, len(logits))]  # the image token has no logit
-            token = self._choose(ids, wanted[ids])
+            mask = self._matcher.mask()
+            if self._is_greedy:
+                token = mask.likeliest(wanted)
+            else:
+                ids = mask.ids()
+                ids = ids[: np.searchsorted(ids, len(logits))]  # the image token has no logit
+                token = self._choose(ids, wanted[ids])
             self._matcher.accept(token)
         self._llama.llama_sampler_accept(self._chain, token)
         self._said[token] += 1

@@ -10,13 +10,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import STOP_SECONDS, TinyFiles
 from replies import follows
 
 from mllama_gguf.errors import MllamaError, RequestError
 from mllama_gguf.text import constraint
-from mllama_gguf.text.constraint import Matcher
+from mllama_gguf.text.constraint import Mask, Matcher
 from mllama_gguf.text.grammar import gbnf, grammar_of, json_schema, lark, regex
 from mllama_gguf.text.vocab import Vocab
 
@@ -117,7 +118,7 @@ def test_special_tokens_are_never_allowed(vocab: Vocab) -> None:
     special = {i for i in range(vocab.n_tokens) if not vocab.piece(i)}
     assert vocab.n_tokens - 1 in special  # the image token
     for grammar in (regex("(?s).*"), lark("start: /(?s:.*)/"), gbnf("root ::= .*")):
-        allowed = {int(token) for token in vocab.constraints.begin(vocab, grammar).allowed()}
+        allowed = {int(token) for token in vocab.constraints.begin(vocab, grammar).mask().ids()}
         assert allowed & special == vocab.stop_ids
         # All others may begin a text, except those that begin inside of a character.
         words = set(range(vocab.n_tokens)) - special
@@ -127,7 +128,7 @@ def test_special_tokens_are_never_allowed(vocab: Vocab) -> None:
     matcher = vocab.constraints.begin(vocab, lark('start: "a" (<[333]> | "b")'))
     (token,) = vocab.tokenize("a", add_bos=False)
     matcher.accept(token)
-    assert {vocab.piece(int(token)) for token in matcher.allowed()} == {b"b"}
+    assert {vocab.piece(int(token)) for token in matcher.mask().ids()} == {b"b"}
 
 
 # ---- what is shared ----------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_special_tokens_are_never_allowed(vocab: Vocab) -> None:
 
 def walk(vocab: Vocab, matcher: Matcher, text: str) -> None:
     for token in vocab.tokenize(text, add_bos=False):
-        assert token in matcher.allowed()
+        assert token in matcher.mask()
         matcher.accept(token)
 
 
@@ -209,7 +210,7 @@ def test_a_vocabulary_goes_away_with_its_grammars(tiny_files: Callable[[str], Ti
     vocab.close()
     with pytest.raises(MllamaError):  # which text must follow is asked of the vocabulary
         for _ in range(5):
-            matcher.accept(int(matcher.allowed()[0]))
+            matcher.accept(int(matcher.mask().ids()[0]))
     del vocab, matcher
     gc.collect()
     assert gone() is None
@@ -247,3 +248,32 @@ except KeyboardInterrupt:
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < STOP_SECONDS
     assert done.stderr == ""
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.5, 0.999])
+def test_a_mask_of_some_tokens(share: float) -> None:
+    """ids, `in` and likeliest say the same, for few tokens and for most."""
+    rng = np.random.default_rng(int(share * 10000))
+    flags = rng.random(128 * 32) < share
+    flags[77] = True
+    mask = Mask(128)
+    mask.bits[:] = np.packbits(flags, bitorder="little").view(np.uint32)
+    assert np.array_equal(mask.ids(), np.flatnonzero(flags))
+    assert all((token in mask) == flags[token] for token in range(len(flags)))
+    assert len(flags) not in mask
+    for n_vocab in (100, 4000, len(flags), len(flags) + 5):
+        for _ in range(20):
+            logits = rng.integers(-3, 3, n_vocab).astype(np.float32)  # with many equal ones
+            ids = mask.ids()[: np.searchsorted(mask.ids(), n_vocab)]
+            assert mask.likeliest(logits) == ids[logits[ids].argmax()]
+
+
+def test_a_mask_of_tokens_without_logits() -> None:
+    mask = Mask(2)
+    mask.bits[:] = 0, 1 << 31
+    assert mask.likeliest(np.zeros(64, np.float32)) == 63
+    with pytest.raises(RequestError, match="allows no token"):
+        mask.likeliest(np.zeros(63, np.float32))
