@@ -7,7 +7,7 @@ Transparency is composited over white. Where the reference has no useful behavio
 - 16-bit grey (`I;16` and its byte orders) is scaled, round(v / 257); the reference clips it to 255, which
   turns the image white. `I` is read as 16-bit grey too, because that is how Pillow opens 16-bit PGM; values
   outside 0..65535 are refused. 12-bit grey of a TIFF is scaled by its own range. 16-bit colour never arrives:
-  Pillow keeps the high byte when it decodes.
+  Pillow keeps the high byte when it decodes (JPEG 2000: see `jpeg2000`).
 - Grey of a TIFF where 0 is white is inverted in 16 bits too.
 - `La` is converted by way of `LA`; the reference fails.
 - `F` is refused: nothing says which range its values have.
@@ -34,6 +34,17 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _OFFSETS, _SAMPLES, _COUNTS = 258, 259, 262, 
 _PLANAR, _PALETTE, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA, _FORMAT = 284, 320, 324, 325, 338, 339
 _WHITE_IS_ZERO, _YCBCR, _LAB = 0, 6, 8
 _SUBSAMPLING = 530
+# Compressions that Pillow does not read, or not with every libtiff.
+_COMPRESSIONS = {
+    34661: "JBIG",
+    34712: "JPEG 2000",
+    34887: "LERC",
+    34892: "lossy JPEG",
+    34933: "PNG",
+    34934: "JPEG XR",
+    50001: "WebP",
+    50002: "JPEG XL",
+}
 # width, height, compression, order of bits, rows of a strip, predictor, size of a tile: of every plane alike
 _PLANE_TAGS = (256, 257, _COMPRESSION, 266, 278, 317, 322, 323)
 
@@ -157,4 +168,19 @@ def describe_tiff(image: Any) -> str:
     bits = "/".join(sorted({str(b) for b in np.atleast_1d(tags.get(_BITS, 1))}))
     numbers = {1: "", 2: " signed", 3: " float"}.get(int(np.atleast_1d(tags.get(_FORMAT, 1))[0]), " unusual")
     planes = " in separate planes" if tags.get(_PLANAR) == 2 else ""
-    return f"a TIFF of a kind that is not supported ({kind},{numbers} {bits} bits a sample{planes})"
+    packed = describe_compression(image)
+    packed = f", {packed}" if packed else ""
+    return f"a TIFF of a kind that is not supported ({kind},{numbers} {bits} bits a sample{planes}{packed})"
+
+
+def describe_compression(image: Any) -> str:
+    """The compression of a TIFF if it is one that Pillow may not read; "" if it is a usual one. image: as for
+    `describe_tiff`."""
+    compression = getattr(image, "tag_v2", image).get(_COMPRESSION, 1)
+    if compression in TiffImagePlugin.COMPRESSION_INFO and compression not in _COMPRESSIONS:
+        return ""
+    return (
+        f"{_COMPRESSIONS[compression]} compression"
+        if compression in _COMPRESSIONS
+        else (f"compression {compression}")
+    )

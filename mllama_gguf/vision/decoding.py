@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from ..errors import ImageError, RequestError
 from ..words import one_line
-from .colour import describe_tiff, mend_tiff, to_rgb
+from .colour import describe_compression, describe_tiff, mend_tiff, to_rgb
+from .jpeg2000 import mend_jpeg2000
 from .repair import JPEG_SIGNATURE, PNG_SIGNATURE, clean_png, fill_png, jpeg_endings, jpeg_scans_complete
-from .signatures import describe_signature, is_heif
+from .signatures import describe_jpeg, describe_signature, is_heif
 
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; Pillow refuses above it as well
 MAX_SIDE = 1_000_000  # Pillow's resize needs 16 bytes of coefficients for every pixel of a side
@@ -185,6 +187,10 @@ def _describe(file: BinaryIO, head: bytes) -> str:
     """Why a file cannot be opened."""
     if words := describe_signature(head):
         return words
+    if head.startswith(JPEG_SIGNATURE):
+        file.seek(0)
+        if words := describe_jpeg(file.read()):
+            return words
     if head[:4] in (b"II*\0", b"MM\0*"):
         with suppress(Exception):
             tags = TiffImagePlugin.ImageFileDirectory_v2(head[:8], prefix=head[:2])
@@ -221,12 +227,18 @@ def decoding(name: str) -> Iterator[None]:
         except Exception as e:  # a damaged file makes the decoders raise nearly anything
             if "data precision 12" in str(e):
                 raise ImageError(f"{name}: a JPEG of 12 bits a sample; convert it to 8 bits first") from e
+            if _UNSUPPORTED.search(str(e)):
+                raise ImageError(
+                    f"{name}: of a kind that is not supported: {one_line(e)}; convert it to PNG first"
+                ) from e
             hint = "; --allow-truncated takes what is there" if "truncated" in str(e) else ""
             raise ImageError(
                 f"{name}: corrupt or truncated: {one_line(e)}; get a fresh copy or save it again{hint}"
             ) from e
 
 
+# Words of Pillow's for a file that may be whole.
+_UNSUPPORTED = re.compile(r"unsupported|not supported|unknown .*(?:compression|method|mode)", re.IGNORECASE)
 _LARGER = f"make it smaller first, or allow more (max_pixels, --max-pixels, {MAX_PIXELS_VARIABLE})"
 
 
@@ -235,7 +247,14 @@ def finish(image: Image.Image, name: str, limit: int) -> Image.Image:
     check_size(image.size, name, limit)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         image = mend_tiff(image, name)
-    image.load()
+    elif image.format == "JPEG2000":
+        image = mend_jpeg2000(image, _whole_file(image), name)
+    try:
+        image.load()
+    except OSError as e:
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and (words := describe_compression(image)):
+            raise ImageError(f"{name}: a TIFF with {words}; convert it to 8-bit PNG first") from e
+        raise
     orientation: Any = None
     with suppress(Exception):  # damaged EXIF is no reason to refuse the pixels
         orientation = image.getexif().get(_EXIF_ORIENTATION)
@@ -245,6 +264,18 @@ def finish(image: Image.Image, name: str, limit: int) -> Image.Image:
     upright = to_rgb(image, name).transpose(_UPRIGHT[orientation])
     upright.info = {}  # it still holds the orientation, which must not be applied twice
     return upright
+
+
+def _whole_file(image: Image.Image) -> bytes:
+    """The file of an image that is not decoded yet; b"" if it is, or if it has none."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return b""
+    at = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(at)
+    return data
 
 
 def check_size(size: tuple[int, int], name: str, limit: int) -> None:

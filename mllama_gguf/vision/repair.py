@@ -161,7 +161,7 @@ def jpeg_scans_complete(data: bytes) -> bool:
     progressive = False
     left: dict[tuple[int, int], int] = {}  # component and coefficient: lowest bit that was sent
     seen: set[int] = set()
-    for marker, body in _jpeg_heads(data):
+    for marker, body in jpeg_heads(data):
         if marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) and len(body) >= 6:
             progressive = marker in (0xC2, 0xCA)
             components = tuple(body[6 + 3 * i] for i in range(body[5]) if 6 + 3 * i < len(body))
@@ -177,7 +177,7 @@ def jpeg_scans_complete(data: bytes) -> bool:
     return not progressive or all(left.get((c, k), 1) == 0 for c in components for k in range(64))
 
 
-def _jpeg_heads(data: bytes) -> Iterator[tuple[int, bytes]]:
+def jpeg_heads(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Marker and content of each segment with a length; the data of the scans is passed over."""
     at = 2
     while (found := re.compile(rb"\xff+([^\xff\0])", re.DOTALL).search(data, at)) is not None:

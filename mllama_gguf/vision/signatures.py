@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .repair import jpeg_heads
+
 # A box at the head of an ISO file names its brand: which of its formats it is.
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 
@@ -26,9 +28,26 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (rb"v/1\x01|#\?RADIANCE", "a picture of high dynamic range; convert it to 8-bit PNG first"),
     (rb"SIMPLE  =", "a FITS picture; convert it to 8-bit PNG first"),
     (rb"DDS |\x76\x2f\x31\x01", "a texture; convert it to PNG first"),
+    (rb"II\xbc\x01", "JPEG XR; convert it to PNG first"),
+    (rb"MM\x00\x2b", "a BigTIFF of the byte order that is not read; convert it to PNG first"),
     (rb"\xd7\xcd\xc6\x9a|\x01\x00\x09\x00|.{40} EMF", "a Windows metafile; save it as PNG first"),
     (rb"FUJIFILM|II\*\x00.{4}CR|IIRO|IIU\x00", "a camera's raw file; develop it to JPEG or PNG first"),
     (rb"version https://git-lfs", "a pointer of Git LFS, not the picture; run: git lfs pull"),
+)
+# Pictures of other formats, which all have one way out.
+_OTHER_PICTURES: tuple[tuple[bytes, str], ...] = (
+    (rb"\x0a[\x00-\x05]\x01[\x01\x02\x04\x08]", "PCX"),
+    (rb"\x01\xda[\x00\x01][\x01\x02]", "SGI"),
+    (rb"P7\s|P[Ff]\s", "PAM or PFM"),
+    (rb"/\* XPM \*/|#define \w+_width", "X pixmap or bitmap"),
+    (rb"qoif", "QOI"),
+    (rb"icns", "Apple icon"),
+    (rb"AT&TFORM", "DjVu"),
+    (rb"[\x8a\x8b][MJ]NG", "MNG or JNG"),
+    (rb"\x59\xa6\x6a\x95", "Sun raster"),
+    (rb"id=ImageMagick", "MIFF"),
+    (rb"BPG\xfb|FLIF", "BPG or FLIF"),
+    (rb"SDPX|XPDS|\x80\x2a\x5f\xd7", "DPX or Cineon"),
 )
 _TEXT_SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (
@@ -55,8 +74,23 @@ def describe_signature(head: bytes) -> str:
     for pattern, words in _SIGNATURES:
         if re.match(pattern, head, re.DOTALL):
             return words
+    for pattern, kind in _OTHER_PICTURES:
+        if re.match(pattern, head, re.DOTALL):
+            return f"a picture of a format that is not read ({kind}); convert it to PNG first"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, words in _TEXT_SIGNATURES:
         if re.match(pattern, text, re.DOTALL | re.IGNORECASE):
             return words
+    return ""
+
+
+def describe_jpeg(data: bytes) -> str:
+    """Why a JPEG file cannot be opened, by the head of its frame; "" if that says nothing."""
+    for marker, body in jpeg_heads(data):
+        if marker == 0xF7:
+            return "JPEG-LS; convert it to PNG first"
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and body:
+            if body[0] != 8:
+                return f"a JPEG of {body[0]} bits a sample; convert it to 8 bits first"
+            return "a hierarchical JPEG; convert it to PNG first" if marker & 7 in (5, 6, 7) else ""
     return ""

@@ -251,3 +251,9 @@ def test_other_formats(
         path = tmp_path / f"{mode}.{suffix}"
         path.write_bytes(saved(mode, format, **options))
         compare(path, tolerance)
+
+
+@pytest.mark.parametrize("depth", ["10", "12", "16"])
+@pytest.mark.parametrize("kind", ["Grayscale", "TrueColor", "TrueColorAlpha"])
+def test_deep_jpeg2000(depth: str, kind: str, tmp_path: Path) -> None:
+    compare(converted(tmp_path, "a.jp2", "-type", kind, "-depth", depth, "-quality", "100"))

@@ -159,6 +159,16 @@ def test_things_that_can_only_be_read() -> None:
         (b"GGUF\3\0\0\0", "a GGUF model"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b'{"error": "not found"}', "a JSON document"),
+        (b"II\xbc\x01\x20\0\0\0", "JPEG XR"),
+        (b"MM\0\x2b\0\x08\0\0", "a BigTIFF"),
+        (b"\x0a\5\1\x08", "not read (PCX)"),
+        (b"qoif\0\0\0\1", "not read (QOI)"),
+        (b"P7\nWIDTH 1\n", "not read (PAM or PFM)"),
+        (b"\xff\xd8\xff\xf7\0\x0b\x08", "JPEG-LS"),
+        (b"\xff\xd8\xff\xc0\0\x0b\x0c" + bytes(9), "a JPEG of 12 bits"),
+        (b"\xff\xd8\xff\xc3\0\x0b\x10" + bytes(9), "a JPEG of 16 bits"),
+        (b"\xff\xd8\xff\xc5\0\x0b\x08" + bytes(9), "a hierarchical JPEG"),
+        (b"BM" + struct.pack("<IIIIiiHHI", 70, 0, 54, 40, 1, 1, 1, 7, 0) + bytes(40), "is not supported"),
     ],
 )
 def test_files_that_are_no_pictures_are_named(data: bytes, words: str, tmp_path: Path) -> None:
@@ -171,6 +181,8 @@ def test_unsupported_tiffs_are_named() -> None:
     message = error_of(make_tiff(ramp(8, 3) / 255, 32, 2, sample_format=3))
     assert "RGB, float 32 bits a sample" in message
     assert "L*a*b*" in error_of(make_tiff(ramp(8, 3), 8, 8, planar=2))
+    for compression, words in ((34712, "JPEG 2000 compression"), (50002, "JPEG XL"), (60000, "60000")):
+        assert words in error_of(make_tiff(ramp(8, 3), 8, 2, compression=compression))
 
 
 # --- what is mended ---------------------------------------------------------------------------------------
