@@ -345,7 +345,5 @@ def checked(name: str, check: Check, value: Any, *, or_none: bool = False) -> An
     try:
         return check.read(value)
     except ValueError as e:
-        words = (
-            str(e) or f"must be {check.words}{', or None' if or_none else ''}, not {brief(value, 300)}"
-        )
+        words = str(e) or f"must be {check.words}{', or None' if or_none else ''}, not {brief(value, 300)}"
         raise RequestError(f"{name}{':' if str(e) else ''} {words}") from None

@@ -157,6 +157,14 @@ class Session(OneProcess):
         self._truncate(n_tokens)
         return True
 
+    def n_known(self, tokens: Sequence[int], image_keys: Sequence[str]) -> int:
+        """How many first tokens of a prompt the cache holds, as far as is known without a look at it.
+
+        image_keys: for each image token in order the key of the image's states
+        """
+        runs = split_runs(tokens, self._context.hparams.image_token_id)
+        return common_prefix(self._tokens, self._seen, tokens, visible_keys(runs, image_keys))
+
     def check_fits(self, n_tokens: int) -> None:
         """Raise ContextFullError if a prompt of so many tokens cannot fit."""
         if n_tokens > self.n_ctx:

@@ -13,8 +13,7 @@ from ..errors import ContextFullError
 from ..vision.embedding import ImageEmbedding, LimitedImage, Picture
 from ..vision.preprocess import TiledImage
 from .contexts import pack, unpack
-from .jobs import Ended, Event, Job, Piece
-from .models import Loaded
+from .jobs import Ended, Event, Job, Piece, Usable
 from .pictures import PictureLimits, to_pixels
 from .problems import Refused
 
@@ -64,15 +63,16 @@ class Ask:
         )
 
 
-def answer(ask: Ask) -> Callable[[Loaded, Job], Generator[Event, None, None]]:
+def answer(ask: Ask) -> Callable[[Usable, Job], Generator[Event, None, None]]:
     """The work of a job."""
 
-    def work(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
+    def work(loaded: Usable, job: Job) -> Generator[Event, None, None]:
         options = _options(ask, loaded)
         tokens, images = _prompt(ask, loaded, options)
         room = _room(ask, loaded, len(tokens))
         if options.max_tokens is None or options.max_tokens > room:
             options = replace(options, max_tokens=room)
+        loaded.choose(tokens, images)
         sources = tuple(loaded.conversation.image_source(image) for image in images)
         for choice, reply in enumerate(loaded.conversation.replies_to(tokens, images, options, ask.n)):
             yield from _told(reply, choice, sources, ask, lambda said: pack(loaded, tokens, images, said))
@@ -81,12 +81,12 @@ def answer(ask: Ask) -> Callable[[Loaded, Job], Generator[Event, None, None]]:
     return work
 
 
-def load_only(loaded: Loaded, job: Job) -> Generator[Event, None, None]:
+def load_only(loaded: Usable, job: Job) -> Generator[Event, None, None]:
     """The work of a job that only wants the model in memory."""
     yield from ()
 
 
-def _options(ask: Ask, loaded: Loaded) -> ReplyOptions:
+def _options(ask: Ask, loaded: Usable) -> ReplyOptions:
     """Those of the request, over those of the model, over those of the API."""
     own = loaded.model.defaults.options if ask.own_defaults else {}
     return ReplyOptions.checked({**ask.fallback, **own, **ask.options})
@@ -112,7 +112,7 @@ def _told(
     yield Ended(reply.stats, choice, sources, context)
 
 
-def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
+def _room(ask: Ask, loaded: Usable, n_tokens: int) -> int:
     """Tokens that a reply may have. Raises ContextFullError."""
     n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length)
     if n_tokens >= n_ctx:
@@ -125,7 +125,7 @@ def _room(ask: Ask, loaded: Loaded, n_tokens: int) -> int:
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def _prompt(ask: Ask, loaded: Loaded, options: ReplyOptions) -> tuple[list[int], list[Prepared]]:
+def _prompt(ask: Ask, loaded: Usable, options: ReplyOptions) -> tuple[list[int], list[Prepared]]:
     """The tokens of a prompt and its images, decoded. Raises RequestError, ImageError, ContextFullError."""
     if ask.raw is not None:
         tokens = loaded.model.tokenize(ask.raw, add_bos=not ask.context)
@@ -144,7 +144,7 @@ def _prompt(ask: Ask, loaded: Loaded, options: ReplyOptions) -> tuple[list[int],
     return tokens, images
 
 
-def _chat(ask: Ask, loaded: Loaded, options: PromptOptions) -> tuple[list[int], list[Prepared]]:
+def _chat(ask: Ask, loaded: Usable, options: PromptOptions) -> tuple[list[int], list[Prepared]]:
     """A conversation, without its oldest messages if it is too long and that is allowed."""
     messages = list(ask.messages)
     if not ask.context:
@@ -169,7 +169,7 @@ def _oldest(messages: Messages) -> int | None:
 
 
 def _decoded(
-    message: Mapping[str, Any], ask: Ask, loaded: Loaded, max_tiles: int | None
+    message: Mapping[str, Any], ask: Ask, loaded: Usable, max_tiles: int | None
 ) -> Mapping[str, Any]:
     """A message whose pictures are decoded and cut into tiles: a few megabytes, however large they were."""
     if isinstance(message["content"], str):
@@ -188,7 +188,7 @@ def _most(part: Mapping[str, Any], max_tiles: int | None) -> int | None:
     return 1 if part.get("detail") == "low" else max_tiles
 
 
-def _prepared(image: Picture, ask: Ask, loaded: Loaded, max_tiles: int | None) -> Prepared:
+def _prepared(image: Picture, ask: Ask, loaded: Usable, max_tiles: int | None) -> Prepared:
     """An image as tiles. Files are decoded within the limits of requests.
 
     A request may ask for fewer tiles than the server's setting allows, not for more. Raises ImageError,

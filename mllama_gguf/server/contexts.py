@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ..vision.embedding import ImageEmbedding
 from ..vision.preprocess import TiledImage
-from .models import Loaded
+from .jobs import Usable
 from .problems import Refused
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def to_key(words: Sequence[int]) -> str:
 
 
 def pack(
-    loaded: Loaded, tokens: Sequence[int], images: Sequence[TiledImage | ImageEmbedding], said: str
+    loaded: Usable, tokens: Sequence[int], images: Sequence[TiledImage | ImageEmbedding], said: str
 ) -> tuple[int, ...]:
     """The context after a reply. said: its text."""
     reply = loaded.model.tokenize(said, add_bos=False, special=False)
@@ -50,7 +50,7 @@ def pack(
     return (*packed, *reply)
 
 
-def unpack(loaded: Loaded, context: Sequence[int]) -> tuple[list[int], list[ImageEmbedding]]:
+def unpack(loaded: Usable, context: Sequence[int]) -> tuple[list[int], list[ImageEmbedding]]:
     """The tokens of a context and its images. An image that is gone is left out. Raises Refused."""
     tokens: list[int] = []
     images: list[ImageEmbedding] = []

@@ -1,4 +1,4 @@
-"""The one thread that computes, and the queue before it."""
+"""The thread that opens models and computes, or has threads compute together; and the queue before it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from typing import TypeAlias
 
 from ..errors import Aborted
 from ..settings import Settings
 from .catalog import Card
-from .jobs import Done, Ended, FairQueue, Job
+from .jobs import Done, Ended, Event, FairQueue, Job, Usable
 from .metrics import Metrics
-from .models import Models, Need, Opening, Shown
+from .models import Loaded, Models, Need, Opening, Shown
 from .problems import Refused, refusal, ruins_model
 from .settings import ServerSettings
+from .talks import Lent
 
 logger = logging.getLogger(__name__)
 
+Task: TypeAlias = Callable[[], None]
+
+POLL_SECONDS = 0.05
 STOPPING = Refused(503, "the server is stopping", "server_stopping", again=True, seconds=5)
 
 
 class Engine:
-    """Computes jobs one after the other.
+    """Computes jobs one after the other, or several of a model together.
 
-    Clients that wait take turns. A job that nobody waits for any more is left out, or stopped within 50 ms.
+    One thread opens and closes models. It computes itself where jobs of a model do not run together; else
+    each job has a thread of its own. Clients that wait take turns. A job that nobody waits for any more is
+    left out, or stopped within 50 ms.
     """
 
     def __init__(
@@ -40,15 +47,19 @@ class Engine:
         self._metrics = metrics
         self._changed = threading.Condition()  # of what follows
         self._queue = FairQueue()
-        self._current: Job | None = None
+        self._running: set[Job] = set()
         self._stopping = False
-        self._tasks: list[Callable[[], None]] = []  # for the thread, before the next job
+        self._tasks: list[Task] = []  # for the thread, before the next job
+        self._current: Job | None = None  # of the thread
+        self._of_thread = threading.local()  # job: that the thread computes
         self._models = Models(
             opening,
             most=settings.max_models,
             memory=settings.memory,
+            parallel=settings.parallel,
             metrics=metrics,
             abort=self._should_stop,
+            wait=self._wait,
             plan=plan,
         )
         self._thread = threading.Thread(target=self._run, name="mllama-engine", daemon=True)
@@ -90,9 +101,9 @@ class Engine:
                 self._metrics.cancelled.labels(reason).inc()
 
     def unload(self, card: Card) -> None:
-        """Free a model once the thread is free."""
+        """Free a model once nobody uses it."""
         with self._changed:
-            self._tasks.append(lambda: self._models.close(card.name))
+            self._tasks.append(lambda: self._models.unload(card.name))
             self._changed.notify_all()
 
     def snapshot(self) -> list[Shown]:
@@ -110,7 +121,7 @@ class Engine:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Take no more jobs; those that wait are refused, the one that runs goes on."""
+        """Take no more jobs; those that wait are refused, those that run go on."""
         with self._changed:
             self._stopping = True
             waiting = list(self._queue)
@@ -123,9 +134,9 @@ class Engine:
     def stop_now(self) -> None:
         """Stop what runs, after `stop`."""
         with self._changed:
-            current = self._current
-        if current is not None:
-            current.cancel("shutdown")
+            running = list(self._running)
+        for job in running:
+            job.cancel("shutdown")
 
     def join(self, seconds: float = 10.0) -> None:
         """Wait for the thread's end, after `stop`."""
@@ -136,59 +147,97 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            tasks, job, stopping = self._next()
+            tasks, job, is_over = self._next()
             for task in tasks:
                 task()
             if job is not None:
-                self._answer(job)
-                with self._changed:
-                    self._current = None
-            elif stopping:
+                self._current = job
+                self._begin(job)
+                self._current = None
+            elif is_over:
                 break
         self._models.close_all()
 
-    def _next(self) -> tuple[list[Callable[[], None]], Job | None, bool]:
+    def _next(self) -> tuple[list[Task], Job | None, bool]:
         """Wait for something to do."""
         while True:
             seconds = self._models.close_expired()
             with self._changed:
                 tasks, self._tasks = self._tasks, []
-                job = self._queue.take()
+                job = self._queue.take(lambda one: self._models.has_place(one.card))
                 if job is not None:
-                    self._current = job
+                    self._running.add(job)
                     self._metrics.queued.set(len(self._queue))
-                if tasks or job is not None or self._stopping:
-                    return tasks, job, self._stopping
+                is_over = self._stopping and not self._running
+                if tasks or job is not None or is_over:
+                    return tasks, job, is_over and not tasks
                 self._changed.wait(seconds)
 
-    def _answer(self, job: Job) -> None:
-        self._metrics.queue_seconds.observe(time.monotonic() - job.created)
-        self._metrics.processing.set(1)
-        try:
-            self._compute(job)
-        except BaseException as e:
-            if ruins_model(e):
-                logger.warning("%s: %s: %s", job.card.name, type(e).__name__, e)
-                self._models.close(job.card.name)
-            if isinstance(e, Aborted):
-                self._metrics.cancelled.labels("time" if job.is_late else job.reason).inc()
-                if job.is_late:
-                    e = Refused(504, f"not done within {job.time_limit:g} s", "time_limit")
-                elif job.reason == "shutdown":
-                    e = STOPPING
-            job.mailbox.put(refusal(e))
-        finally:
-            self._metrics.processing.set(0)
-
-    def _compute(self, job: Job) -> None:
-        if job.should_stop:
+    def _wait(self) -> None:
+        """Wait a little for the end of jobs that run in other threads. Raises Aborted."""
+        with self._changed:
+            if not self._tasks:
+                self._changed.wait(POLL_SECONDS)
+            tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task()
+        if self._should_stop():
             raise Aborted("nobody waits for it")
-        loaded, _ = self._models.get(job.card)
-        began = time.monotonic()
+
+    def _begin(self, job: Job) -> None:
+        """Open the model of a job, and compute here or in another thread."""
+        self._metrics.queue_seconds.observe(time.monotonic() - job.created)
+        self._metrics.processing.inc()
+        try:
+            if job.should_stop:
+                raise Aborted("nobody waits for it")
+            loaded, _ = self._models.get(job.card)
+            began = time.monotonic()
+        except BaseException as e:
+            self._close_job(job, self._problem(job, e))
+            return
+        self._models.begin(loaded)
+        if loaded.talks is None:
+            self._answer(job, loaded, began)
+        else:
+            threading.Thread(
+                target=self._answer, args=(job, loaded, began), name="mllama-reply", daemon=True
+            ).start()
+
+    def _should_stop(self) -> bool:
+        """Asked every 50 ms by what computes for a job."""
+        job = getattr(self._of_thread, "job", None) or self._current
+        return job is not None and job.should_stop
+
+    # ---- the thread, or one of a job -----------------------------------------------------------------------
+
+    def _answer(self, job: Job, loaded: Loaded, began: float) -> None:
+        self._of_thread.job = job
+        outcome: Event
+        is_ruined = False
+        try:
+            self._compute(job, loaded)
+            now = time.monotonic()
+            outcome = Done(began - job.created, now - job.created)
+        except BaseException as e:
+            is_ruined = ruins_model(e)
+            outcome = self._problem(job, e)
+        self._of_thread.job = None
         keep = self._settings.keep_alive if job.keep_alive is None else job.keep_alive
+        if not self._models.end(loaded, keep, is_ruined=is_ruined):
+            self._close_job(job, outcome)
+        elif threading.current_thread() is self._thread:
+            self._close_model(job, loaded, outcome)
+        else:
+            with self._changed:
+                self._tasks.append(lambda: self._close_model(job, loaded, outcome))
+                self._changed.notify_all()
+
+    def _compute(self, job: Job, loaded: Loaded) -> None:
+        lent: Usable = loaded if loaded.talks is None else loaded.talks.lend(job)
         is_first = True
         try:
-            with closing(job.work(loaded, job)) as events:
+            with closing(job.work(lent, job)) as events:
                 for event in events:
                     job.mailbox.put(event)
                     if is_first:
@@ -199,11 +248,29 @@ class Engine:
                     if job.should_stop:
                         raise Aborted("nobody waits for it")
         finally:
-            self._models.keep(loaded, keep)
-        now = time.monotonic()
-        job.mailbox.put(Done(began - job.created, now - job.created))
+            if isinstance(lent, Lent):
+                lent.give_back()
 
-    def _should_stop(self) -> bool:
-        """Asked by the computation every 50 ms."""
-        current = self._current
-        return current is not None and current.should_stop
+    def _problem(self, job: Job, error: BaseException) -> Refused:
+        """What a job is told."""
+        if ruins_model(error):
+            logger.warning("%s: %s: %s", job.card.name, type(error).__name__, error)
+        if isinstance(error, Aborted):
+            self._metrics.cancelled.labels("time" if job.is_late else job.reason).inc()
+            if job.is_late:
+                return Refused(504, f"not done within {job.time_limit:g} s", "time_limit")
+            if job.reason == "shutdown":
+                return STOPPING
+        return refusal(error)
+
+    def _close_model(self, job: Job, loaded: Loaded, outcome: Event) -> None:
+        """What a job leaves is freed before the client hears of the end."""
+        self._models.close_unused(loaded)
+        self._close_job(job, outcome)
+
+    def _close_job(self, job: Job, outcome: Event) -> None:
+        job.mailbox.put(outcome)
+        self._metrics.processing.dec()
+        with self._changed:
+            self._running.discard(job)
+            self._changed.notify_all()

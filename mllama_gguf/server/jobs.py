@@ -7,18 +7,19 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Protocol, TypeAlias
 
+from ..decode.conversation import Conversation
 from ..decode.writer import Stats
+from ..loaded import LoadedModel
 from ..text.logprobs import TokenLogprob
+from ..vision.embedding import ImageEmbedding
+from ..vision.preprocess import TiledImage
 from .catalog import Card
 from .problems import Refused
-
-if TYPE_CHECKING:
-    from .models import Loaded
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ Event: TypeAlias = "Piece | Ended | Done | Refused"
 
 
 class Mailbox:
-    """What the engine's thread tells the event loop. A reader who is busy gets all that came meanwhile."""
+    """What the engine's threads tell the event loop. A reader who is busy gets all that came meanwhile."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, whole: bool) -> None:
         """whole: the reader wants nothing before the end."""
@@ -67,7 +68,7 @@ class Mailbox:
         self._woken = False
 
     def put(self, item: Event) -> None:
-        """From the engine's thread."""
+        """From the thread that computes."""
         self._items.append(item)
         if self._woken or (self._whole and isinstance(item, (Piece, Ended))):
             return
@@ -89,18 +90,34 @@ class Mailbox:
         return found
 
 
+class Usable(Protocol):
+    """A model and a conversation with it, for one job."""
+
+    @property
+    def model(self) -> LoadedModel: ...
+
+    @property
+    def conversation(self) -> Conversation: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def choose(self, tokens: Sequence[int], images: Sequence[TiledImage | ImageEmbedding]) -> None:
+        """The conversation that serves this prompt best takes the place of the one before."""
+
+
 @dataclass(eq=False)
 class Job:
     """A request that a model answers.
 
-    work:    run in the engine's thread; gives Pieces and Endeds
+    work:    run in the engine's thread, or in one of its own; gives Pieces and Endeds
     keep_alive: seconds that the model stays afterwards; None: the server's
     n_bytes: of its pictures
     """
 
     card: Card
     client: str
-    work: Callable[[Loaded, Job], Generator[Event, None, None]]
+    work: Callable[[Usable, Job], Generator[Event, None, None]]
     mailbox: Mailbox
     keep_alive: float | None = None
     n_bytes: int = 0
@@ -148,11 +165,12 @@ class FairQueue:
         """Let a job wait."""
         self._by_client.setdefault(job.client, deque()).append(job)
 
-    def take(self) -> Job | None:
-        """The next one; None if nobody waits."""
-        if not self._by_client:
+    def take(self, may_begin: Callable[[Job], bool] = lambda job: True) -> Job | None:
+        """The next one that may begin; None if there is none. A client's second job waits for its first."""
+        client = next((name for name, jobs in self._by_client.items() if may_begin(jobs[0])), None)
+        if client is None:
             return None
-        client, jobs = self._by_client.popitem(last=False)
+        jobs = self._by_client.pop(client)
         job = jobs.popleft()
         if jobs:
             self._by_client[client] = jobs  # behind all others

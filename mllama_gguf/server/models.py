@@ -1,6 +1,6 @@
 """The models in memory: opened when they are asked for, closed when their time is over or room is needed.
 
-For the engine's thread alone, but for `snapshot`.
+For the engine's thread alone, but for `snapshot` and `end`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,18 @@ import psutil
 
 from ..backend.local import devices
 from ..backend.plan import make_plan
+from ..cpus import usable_cpus
 from ..decode.conversation import Conversation
 from ..errors import Aborted, MllamaError
 from ..loaded import LoadedModel
 from ..settings import Settings, offload_settings
 from ..store.verify import require_verified
 from ..tune.saved import key_of, read_tuned
+from ..vision.embedding import ImageEmbedding
+from ..vision.preprocess import TiledImage
 from .catalog import Card
 from .metrics import Metrics
+from .talks import Talks
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +71,40 @@ class Need:
     lacking: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Loaded:
-    """A model in memory. expires, used: as time.monotonic counts."""
+    """A model in memory, `Usable` by one job at a time.
+
+    talks:   conversations of jobs that run together; None: one job at a time
+    expires, used: as time.monotonic counts
+    users:   running jobs
+    is_over: it is closed once nobody uses it, and no job begins with it
+    to_unload: it is closed once nobody uses it
+    """
 
     card: Card
     model: LoadedModel
     conversation: Conversation
     need: Need
     seconds: float  # of loading
+    talks: Talks | None = None
     expires: float = math.inf
     used: float = 0.0
+    users: int = 0
+    is_over: bool = False
+    to_unload: bool = False
 
     @property
     def context_length(self) -> int:
         return self.conversation.n_ctx
+
+    @property
+    def has_place(self) -> bool:
+        """Whether one more job can begin now, or must wait for the end of all."""
+        return self.is_over or self.users < (1 if self.talks is None else self.talks.most)
+
+    def choose(self, tokens: Sequence[int], images: Sequence[TiledImage | ImageEmbedding]) -> None:
+        """There is one conversation."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +127,20 @@ class Models:
         *,
         most: int,
         memory: int | None,
+        parallel: int | None,
         metrics: Metrics,
         abort: Callable[[], bool],
+        wait: Callable[[], None],
         plan: Callable[[Card, Settings], Need] | None = None,
     ) -> None:
         """most: at the same time; memory: bytes of this machine; None: nearly all.
-        abort: asked while something computes."""
+        parallel: jobs of a model that run together; None: see `default_parallel`
+        abort: asked while something computes; wait: for the end of a running job; raises Aborted."""
         self._opening = opening
         self._most = max(1, most)
         self._memory = memory
+        self._parallel = parallel
+        self._wait = wait
         self._metrics = metrics
         self._abort = abort
         self._plan = plan or need_of
@@ -122,10 +150,14 @@ class Models:
     def get(self, card: Card) -> tuple[Loaded, float]:
         """A model, opened if it is not; and how long that took. Raises ModelError, BackendError, Aborted."""
         found = self._loaded.get(card.name)
-        if found is not None and found.card == card:
+        if found is not None and found.card == card and not found.is_over:
             found.used = time.monotonic()
             return found, 0.0
-        self.close(card.name)  # its files are others now
+        if found is not None:  # it failed, or its files are others now
+            found.is_over = True
+            while found.users:
+                self._wait()
+            self.close(card.name)
         start = time.monotonic()
         try:
             settings = self._opening.settings(card)
@@ -149,12 +181,19 @@ class Models:
             files.text, files.mmproj, defaults=files.defaults, abort=self._abort, **settings.as_dict()
         )
         try:
-            conversation = model.conversation()
+            parallel = self._parallel or default_parallel(model)
+            talks = Talks(model, parallel) if parallel > 1 else None
+            conversation = model.conversation() if talks is None else talks.first
         except BaseException:
             model.close()
             raise
         now = time.monotonic()
-        return Loaded(card, model, conversation, need, now - start, used=now)
+        return Loaded(card, model, conversation, need, now - start, talks, used=now)
+
+    def has_place(self, card: Card) -> bool:
+        """Whether a job with this model may begin, perhaps after others have ended."""
+        found = self._loaded.get(card.name)
+        return found is None or found.card != card or found.has_place
 
     def _check_abort(self) -> None:
         if self._abort():
@@ -183,7 +222,12 @@ class Models:
         return taken + need.n_bytes.get(CPU, 0) > limit
 
     def _close_oldest(self, why: str) -> None:
-        oldest = min(self._loaded.values(), key=lambda loaded: loaded.used)
+        """Of those that nobody uses; waits until there is one."""
+        idle = [loaded for loaded in self._loaded.values() if not loaded.users]
+        if not idle:
+            self._wait()
+            return
+        oldest = min(idle, key=lambda loaded: loaded.used)
         logger.info("%s: unloaded, %s", oldest.card.name, why)
         self.close(oldest.card.name)
 
@@ -204,23 +248,47 @@ class Models:
         for name in list(self._loaded):
             self.close(name)
 
-    def keep(self, loaded: Loaded, seconds: float) -> None:
-        """Let a model stay for so long from now; 0: not at all."""
-        loaded.used = time.monotonic()
-        if seconds <= 0:
+    def unload(self, name: str) -> None:
+        """Free a model once nobody uses it, if it is in memory."""
+        found = self._loaded.get(name)
+        if found is not None:
+            found.to_unload = True
+            self.close_unused(found)
+
+    def begin(self, loaded: Loaded) -> None:
+        """A job uses a model."""
+        with self._lock:
+            loaded.users += 1
+
+    def end(self, loaded: Loaded, seconds: float, *, is_ruined: bool) -> bool:
+        """A job's end, from any thread. Whether `close_unused` has something to do.
+
+        seconds: that the model stays from now; 0: it does not stay
+        """
+        with self._lock:
+            loaded.users -= 1
+            loaded.used = time.monotonic()
+            loaded.expires = loaded.used + seconds
+            loaded.is_over |= is_ruined
+            return self._is_to_close(loaded)
+
+    def _is_to_close(self, loaded: Loaded) -> bool:
+        is_wanted = not loaded.is_over and not loaded.to_unload and loaded.expires > loaded.used
+        return loaded.users == 0 and not is_wanted
+
+    def close_unused(self, loaded: Loaded) -> None:
+        """Free a model that nobody uses or wants any more."""
+        if self._is_to_close(loaded) and self._loaded.get(loaded.card.name) is loaded:
             self.close(loaded.card.name)
-        else:
-            with self._lock:
-                loaded.expires = loaded.used + seconds
 
     def close_expired(self) -> float | None:
         """Free those whose time is over; seconds until the next one's is, None: never."""
         now = time.monotonic()
         for loaded in list(self._loaded.values()):
-            if loaded.expires <= now:
+            if loaded.expires <= now and not loaded.users:
                 logger.info("%s: unloaded, not used for its keep_alive", loaded.card.name)
                 self.close(loaded.card.name)
-        left = [loaded.expires - now for loaded in self._loaded.values()]
+        left = [loaded.expires - now for loaded in self._loaded.values() if not loaded.users]
         nearest = min(left, default=math.inf)
         return None if math.isinf(nearest) else max(0.0, nearest)
 
@@ -238,6 +306,14 @@ class Models:
                 )
                 for one in self._loaded.values()
             ]
+
+
+def default_parallel(model: LoadedModel) -> int:
+    """How many jobs of a model run together, if nobody says it."""
+    on_gpu = any(device.type == "gpu" and not device.name.startswith("RPC") for device in devices())
+    if on_gpu and not 0 <= model.n_gpu_layers <= model.hparams.n_layer:
+        return 16
+    return 4 if usable_cpus() >= 8 else 1
 
 
 def need_of(card: Card, settings: Settings) -> Need:

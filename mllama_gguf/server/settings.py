@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from ..decode.scheduler import MAX_SEQUENCES
 from ..errors import RequestError
 from ..reading import read_text
 from ..words import one_line
@@ -31,6 +32,7 @@ class ServerSettings:
     keep_alive:  seconds that a model stays loaded; inf: for ever
     max_queue:   waiting requests
     max_models:  loaded at the same time
+    parallel:    requests of a model that are computed together; None: as `models.default_parallel` says
     max_body:    bytes of a request
     max_waiting: bytes of the pictures of all waiting requests
     body_seconds: the longest pause inside a request that arrives
@@ -48,6 +50,7 @@ class ServerSettings:
     keep_alive: float = KEEP_ALIVE
     max_queue: int = 512
     max_models: int = 3
+    parallel: int | None = None
     max_body: int = 64 << 20
     max_waiting: int = 1 << 30
     body_seconds: float = 30.0
@@ -138,11 +141,13 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
     for variable, name, least in (
         ("OLLAMA_MAX_QUEUE", "max_queue", 1),
         ("OLLAMA_MAX_LOADED_MODELS", "max_models", 0),
+        ("OLLAMA_NUM_PARALLEL", "parallel", 0),
         ("OLLAMA_CONTEXT_LENGTH", "n_ctx", 0),
     ):
         if words := environment.get(variable, "").strip():
-            if not words.isascii() or not words.isdecimal() or not least <= int(words[:20]) < 1 << 31:
-                raise RequestError(f"{variable}: {one_line(repr(words))} is no number of at least {least}")
+            most = MAX_SEQUENCES if name == "parallel" else (1 << 31) - 1
+            if not words.isascii() or not words.isdecimal() or not least <= int(words[:20]) <= most:
+                raise RequestError(f"{variable}: {one_line(repr(words))} is no number from {least} to {most}")
             if int(words):
                 found[name] = int(words)
     return found
