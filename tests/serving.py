@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import random
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from helpers import elsewhere
 
 from mllama_gguf.server.app import make_app, make_service
 from mllama_gguf.server.catalog import Catalog, Offer
@@ -115,3 +121,78 @@ def picture64(name: str = "apple.png") -> str:
 
 def data_uri(name: str = "apple.png") -> str:
     return f"data:image/png;base64,{picture64(name)}"
+
+
+def endless(model: str = "demo", **more: Any) -> dict[str, Any]:
+    """A reply that has no end for seconds."""
+    form = {"type": "object", "properties": {"a": {"type": "string", "minLength": 9000}}, "required": ["a"]}
+    return {"model": model, "prompt": "x", "format": form, "options": {"temperature": 0}, **more}
+
+
+def slow_picture(stream: bool) -> dict[str, Any]:
+    """A request whose picture is encoded for seconds."""
+    message = {"role": "user", "content": "x", "images": [picture64("apple-and-cat.png")]}
+    return {"model": "slow", "messages": [message], "stream": stream}
+
+
+def wait_for(found: Any, seconds: float = 60.0) -> None:
+    """Wait until a function says yes."""
+    start = time.monotonic()
+    while not found():
+        assert time.monotonic() - start < seconds, "it never came"
+        time.sleep(0.005)
+
+
+@contextmanager
+def sent(served: Running, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A request on a connection of its own, whose answer nobody reads yet."""
+    host, port = served.url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    with socket.create_connection((host, int(port)), 20) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        yield connection
+
+
+@contextmanager
+def process(*args: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`mllama serve` as a process, and its address."""
+    command = [sys.executable, "-m", "mllama_gguf", "serve", "--port", "0", "--no-cache", *args]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **elsewhere(**env)
+    ) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        try:
+            assert line.startswith("Serving at http://127.0.0.1:"), (
+                line,
+                child.stderr and child.stderr.read(),
+            )
+            yield child, line.split()[2]
+        finally:
+            if child.poll() is None:
+                child.kill()
+
+
+def one_client(served: Running, seed: int, n: int) -> int:
+    """Requests of one client, some of which it leaves early; how many it read to their end."""
+    rng, read = random.Random(seed), 0
+    message = {
+        "role": "user",
+        "content": "x",
+        "images": [picture64(rng.choice(["apple.png", "apple-and-cat.png"]))],
+    }
+    for _ in range(n):
+        kind = rng.randrange(4)
+        chat = {"model": "demo", "messages": [message], "stream": rng.random() < 0.5, "options": {"seed": 1}}
+        if kind == 0:
+            with sent(served, "/api/generate", endless(stream=rng.random() < 0.5)):
+                time.sleep(rng.random() * 0.05)
+        elif kind == 1:
+            with sent(served, "/api/chat", chat):
+                time.sleep(rng.random() * 0.05)
+        else:
+            answer = served.post("/api/chat", chat)
+            assert answer.status_code == 200, answer.text
+            read += 1
+    return read

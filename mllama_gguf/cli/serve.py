@@ -99,7 +99,7 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     type=click.FloatRange(min=0),
     default=10.0,
     show_default=True,
-    help="After SIGTERM, give the running reply SECONDS.",
+    help="After SIGTERM, give the running replies SECONDS.",
 )
 @click.option(
     "--ollama-version", metavar="VERSION", help="Tell programs this version of Ollama.  [default: 0.24.0]"

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,18 @@ import httpx
 import psutil
 import pytest
 from helpers import elsewhere
-from serving import DEMO, Running, picture64, running
+from serving import (
+    DEMO,
+    Running,
+    endless,
+    one_client,
+    picture64,
+    process,
+    running,
+    sent,
+    slow_picture,
+    wait_for,
+)
 
 from mllama_gguf.cli.main import run
 from mllama_gguf.errors import BackendError
@@ -31,37 +38,6 @@ from mllama_gguf.server.catalog import Offer
 from mllama_gguf.server.jobs import FairQueue, Job, Mailbox
 from mllama_gguf.server.models import Need, Opening
 from mllama_gguf.server.settings import ServerSettings
-
-
-def endless(model: str = "demo", **more: Any) -> dict[str, Any]:
-    """A reply that has no end for seconds."""
-    form = {"type": "object", "properties": {"a": {"type": "string", "minLength": 9000}}, "required": ["a"]}
-    return {"model": model, "prompt": "x", "format": form, "options": {"temperature": 0}, **more}
-
-
-def slow_picture(stream: bool) -> dict[str, Any]:
-    """A request whose picture is encoded for seconds."""
-    message = {"role": "user", "content": "x", "images": [picture64("apple-and-cat.png")]}
-    return {"model": "slow", "messages": [message], "stream": stream}
-
-
-def wait_for(found: Any, seconds: float = 60.0) -> None:
-    """Wait until a function says yes."""
-    start = time.monotonic()
-    while not found():
-        assert time.monotonic() - start < seconds, "it never came"
-        time.sleep(0.005)
-
-
-@contextmanager
-def sent(served: Running, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
-    """A request on a connection of its own, whose answer nobody reads yet."""
-    host, port = served.url.removeprefix("http://").split(":")
-    data = json.dumps(body).encode()
-    with socket.create_connection((host, int(port)), 20) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
-        yield connection
 
 
 def is_computing(served: Running) -> bool:
@@ -304,26 +280,6 @@ def test_files_that_cannot_be_used_are_said_before(
 # ---- the process -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def process(*args: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`mllama serve` as a process, and its address."""
-    command = [sys.executable, "-m", "mllama_gguf", "serve", "--port", "0", "--no-cache", *args]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **elsewhere(**env)
-    ) as child:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        try:
-            assert line.startswith("Serving at http://127.0.0.1:"), (
-                line,
-                child.stderr and child.stderr.read(),
-            )
-            yield child, line.split()[2]
-        finally:
-            if child.poll() is None:
-                child.kill()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_good_order(number: int) -> None:
     with process("-m", "demo", "--shutdown-grace", "60") as (child, url):
@@ -414,27 +370,3 @@ def test_many_requests_with_clients_that_go_away() -> None:
 
 
 N_REQUESTS = int(os.environ.get("MLLAMA_TEST_REQUESTS", "160"))
-
-
-def one_client(served: Running, seed: int, n: int) -> int:
-    """Requests of one client, some of which it leaves early; how many it read to their end."""
-    rng, read = random.Random(seed), 0
-    message = {
-        "role": "user",
-        "content": "x",
-        "images": [picture64(rng.choice(["apple.png", "apple-and-cat.png"]))],
-    }
-    for _ in range(n):
-        kind = rng.randrange(4)
-        chat = {"model": "demo", "messages": [message], "stream": rng.random() < 0.5, "options": {"seed": 1}}
-        if kind == 0:
-            with sent(served, "/api/generate", endless(stream=rng.random() < 0.5)):
-                time.sleep(rng.random() * 0.05)
-        elif kind == 1:
-            with sent(served, "/api/chat", chat):
-                time.sleep(rng.random() * 0.05)
-        else:
-            answer = served.post("/api/chat", chat)
-            assert answer.status_code == 200, answer.text
-            read += 1
-    return read

@@ -287,6 +287,7 @@ def test_responses_are_not_kept(served: Running) -> None:
 
 # ---- tools -------------------------------------------------------------------------------------------------
 
+
 def test_a_tool_is_called(served: Running) -> None:
     body = ask(tools=[TOOL], tool_choice="required", max_tokens=100)
     (choice,) = served.post(CHAT, body).json()["choices"]
