@@ -73,7 +73,7 @@ def read_messages(messages: Any) -> list[Message]:
 
     A message is {"role": ..., "content": a text or a list of parts}. A part is {"type": "text", "text": ...},
     {"type": "image_url", "image_url": {"url": X, "detail": "low"} or X} or {"type": "image", "image": X},
-    where X stands for an image. An assistant's message may have "tool_calls", and then no content; a tool's
+    where X stands for an image. Ollama's "images": [X, ...] beside the content come before it. An assistant's message may have "tool_calls", and then no content; a tool's
     has a "tool_call_id".
 
     An assistant's message with several calls becomes several, each with the tool's answer after it, because
@@ -107,18 +107,27 @@ def _message(where: str, message: Any) -> Message:
     content = message.get("content")
     if content is None and (calls or isinstance(message.get("refusal"), str)):
         content = message.get("refusal") or ""
-    parts = _parts(where, content)
+    parts = (*_ollama_images(where, message.get("images")), *_parts(where, content))
     has_images = any(isinstance(part, Image) for part in parts)
     if has_images and role == "tool":
         raise RequestError(f"{where}: what a tool says is text; put images into a message of the user")
     return Message(
         role,
         parts,
-        is_string=isinstance(content, str) or (role in ("system", "tool") and not has_images),
+        is_string=not has_images and (isinstance(content, str) or role in ("system", "tool")),
         calls=calls,
         call_id=_name(f"{where}.tool_call_id", message.get("tool_call_id")),
         name=_name(f"{where}.name", message.get("name")),
     )
+
+
+def _ollama_images(where: str, images: Any) -> tuple[Image, ...]:
+    """The images of a message in Ollama's shape, where they are beside the content; they come before it."""
+    if images is None:
+        return ()
+    if not isinstance(images, (list, tuple)) or any(image is None for image in images):
+        raise RequestError(f"{where}: images must be a list of images, not {brief(images)}")
+    return tuple(map(Image, images))
 
 
 def _parts(where: str, content: Any) -> tuple[str | Image, ...]:

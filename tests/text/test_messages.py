@@ -183,6 +183,22 @@ class TestRoles:
         refused = {"role": "assistant", "content": None, "refusal": "No."}
         assert f"{header('assistant')}No.{EOT}" in template().render([refused, user(text("Why?"))]).text
 
+    @pytest.mark.parametrize("source", [None, FIRST])
+    def test_images_as_ollama_has_them(self, source: str | None) -> None:
+        told = {"role": "user", "content": "What?", "images": ["a", b"b"]}
+        chat = template(source).render([told], variables=DATE)
+        same = template(source).render([user(image("a"), image(b"b"), text("What?"))], variables=DATE)
+        assert chat == same and chat.images == ("a", b"b")
+        none = template(source).render([{**told, "images": []}], variables=DATE)
+        assert none == template(source).render([{"role": "user", "content": "What?"}], variables=DATE)
+
+    @pytest.mark.parametrize("images", ["a", {"a": 1}, [None], 5])
+    def test_images_of_another_shape(self, images: Any) -> None:
+        with pytest.raises(RequestError, match="images must be a list of images"):
+            template().render([{"role": "user", "content": "What?", "images": images}])
+        with pytest.raises(RequestError, match="what a tool says is text"):
+            template().render([user(text("x")), {"role": "tool", "content": "x", "images": ["a"]}])
+
     def test_details(self) -> None:
         parts = [
             {"type": "image_url", "image_url": {"url": "a", "detail": "low"}},
