@@ -22,6 +22,7 @@ from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..text.grammar import grammar_of, json_schema
+from ..vision.decoding import pixel_limit
 from ..vision.embedding import ImageEmbedding, LimitedImage, Picture
 from ..vision.loading import ImageSource
 from ..vision.preprocess import TiledImage, preprocess_image
@@ -74,6 +75,7 @@ class CaptionOptions:
             raise RequestError("a caption of a given form cannot begin with a given text")
         self.reply_options(Defaults())
         checked("time_limit", Seconds(), self.time_limit, or_none=True)
+        pixel_limit(self.max_pixels)
 
     @property
     def response_format(self) -> Mapping[str, Any] | None:

@@ -66,7 +66,7 @@ class RecordFile:
 
         Raises RequestError for a file that is something else, or in use, MllamaError if it cannot be written.
         """
-        self._format = FORMATS[_suffix_of(path)]()
+        self._format = FORMATS[suffix_of(path)]()
         self._kind = Kind("file of captions", self._format.is_one)
         self._target = check_output(path, self._kind, inputs=inputs, overwrite=True)
         self._path = partial or self._target
@@ -194,7 +194,7 @@ class CombinedFile:
         self, path: AnyPath, journal: Path, how: Existing, separator: str, inputs: Iterable[AnyPath] = ()
     ) -> None:
         """journal: as in `Journal`; how, separator: as in `combine`. Raises RequestError."""
-        suffix = _suffix_of(path)
+        suffix = suffix_of(path)
         self._format = FORMATS[suffix]()
         kind = Kind("file of captions", self._format.is_one)
         self._target = check_output(path, kind, inputs=inputs, overwrite=True)
@@ -242,7 +242,8 @@ class CombinedFile:
         self._journal.close()
 
 
-def _suffix_of(path: AnyPath) -> str:
+def suffix_of(path: AnyPath) -> str:
+    """The suffix of a file that can hold captions. Raises RequestError."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FORMATS:
         raise RequestError(f"{show_name(path)}: captions go to a file called .jsonl or .csv")

@@ -23,7 +23,7 @@ from ..words import show_name
 from .outputs import Journal, append
 from .records import LARGEST_CAPTION, Existing, Jsonl, Record, combine, last_of_each
 from .sources import MEDIA_SUFFIXES
-from .xmp import LARGEST, XmpError, parts_of, read_description, write_description
+from .xmp import LARGEST, XmpError, clean, parts_of, read_description, write_description
 
 _WAIT = 60.0  # seconds for another run that adds a line
 
@@ -73,7 +73,7 @@ class XmpForm:
 
     def shown(self, caption: str) -> str:
         """See Form."""
-        return parts_of(caption)[0]
+        return clean(parts_of(caption)[0])
 
     def read(self, data: bytes) -> str:
         """See Form."""

@@ -157,7 +157,13 @@ def _listed_paths(data: bytes, origin: str) -> list[str]:
             "binary file (without --out and --sidecar, - takes one image)"
         )
     parts = data.split(b"\0") if b"\0" in data else data.splitlines()
-    return [os.fsdecode(part) for part in parts if part.strip()]
+    return [os.fsdecode(_name_in(part)) for part in parts if part.strip()]
+
+
+def _name_in(line: bytes) -> bytes:
+    """The path that a line names: blanks around it are parts of it only if there is such a file."""
+    bare = line.strip()
+    return line if bare == line or os.path.lexists(line) or not os.path.lexists(bare) else bare
 
 
 def _is_binary(head: bytes) -> bool:

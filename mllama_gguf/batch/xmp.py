@@ -19,6 +19,7 @@ _X = "adobe:ns:meta/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _DC = "http://purl.org/dc/elements/1.1/"
 _LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+_LISTS = tuple(f"{{{_RDF}}}{kind}" for kind in ("Alt", "Bag", "Seq"))
 _OURS = {"x": _X, "rdf": _RDF, "dc": _DC}
 _HEAD = '<?xml version="1.0" encoding="UTF-8"?>\n<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
 _TAIL = '\n<?xpacket end="w"?>\n'
@@ -76,9 +77,9 @@ def write_description(old: bytes, description: str, tags: Sequence[str] = ()) ->
         root, prefixes = ET.Element(f"{{{_X}}}xmpmeta"), {}
         ET.SubElement(root, f"{{{_RDF}}}RDF")
     rdf = _rdf(root)
-    _set_description(rdf, _clean(description))
+    _set_description(rdf, clean(description))
     if tags:
-        _add_tags(rdf, [_clean(tag) for tag in tags])
+        _add_tags(rdf, [clean(tag) for tag in tags])
     try:
         with _registry:
             for prefix, uri in {**prefixes, **_OURS}.items():
@@ -148,9 +149,14 @@ def _descriptions(rdf: ET.Element) -> list[ET.Element]:
 
 
 def _default_item(description: ET.Element) -> ET.Element | None:
-    """The text in the default language, or the first one."""
-    items = description.findall(f"{{{_RDF}}}Alt/{{{_RDF}}}li")
-    return next((item for item in items if item.get(_LANG) == "x-default"), items[0] if items else None)
+    """The text in the default language, or the first one; also where a program wrote another kind of list."""
+    items = list(description.iter(f"{{{_RDF}}}li"))
+    return next(filter(_is_default, items), items[0] if items else None)
+
+
+def _is_default(item: ET.Element) -> bool:
+    """Whether a text has no language of its own."""
+    return item.get(_LANG, "x-default") == "x-default"
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -166,42 +172,46 @@ def _place(rdf: ET.Element, name: str) -> ET.Element:
             return found
     if not blocks:
         blocks = [ET.SubElement(rdf, f"{{{_RDF}}}Description", {f"{{{_RDF}}}about": ""})]
-    blocks[0].attrib.pop(tag, None)  # the short form, which has no languages and no list
-    return ET.SubElement(blocks[0], tag)
+    made = ET.SubElement(blocks[0], tag)
+    for block in blocks:  # the short form, which has no languages and no list
+        made.text = block.attrib.pop(tag, None) or made.text
+    return made
 
 
-def _list_in(parent: ET.Element, kind: str) -> ET.Element:
-    """The rdf:KIND in a property, made if it is missing."""
-    found = parent.find(f"{{{_RDF}}}{kind}")
-    if found is None:
-        parent.text = None
-        found = ET.SubElement(parent, f"{{{_RDF}}}{kind}")
-    return found
+def _list_in(parent: ET.Element, kind: str) -> tuple[ET.Element, str]:
+    """The list in a property, an rdf:KIND if it is made here, and the text that stood in its place, or "".
+    Raises XmpError for a property that is something else."""
+    children = [child for child in parent if isinstance(child.tag, str)]
+    if len(children) == 1 and children[0].tag in _LISTS:
+        return children[0], ""
+    if children or any(name != _LANG for name in parent.attrib):
+        raise XmpError(f"its {parent.tag.partition('}')[2]} is of a form that is not known")
+    text, parent.text = (parent.text or "").strip(), None
+    return ET.SubElement(parent, f"{{{_RDF}}}{kind}"), text
 
 
 def _set_description(rdf: ET.Element, text: str) -> None:
     for block in _descriptions(rdf):
         block.attrib.pop(f"{{{_DC}}}description", None)
-    place = _place(rdf, "description")
-    alternatives = _list_in(place, "Alt")
+    alternatives, _ = _list_in(_place(rdf, "description"), "Alt")
+    alternatives.tag = f"{{{_RDF}}}Alt"
     items = alternatives.findall(f"{{{_RDF}}}li")
-    item = next((item for item in items if item.get(_LANG) == "x-default"), None)
+    item = next(filter(_is_default, items), None)
     if item is None:
-        item = ET.Element(f"{{{_RDF}}}li", {_LANG: "x-default"})
+        item = ET.Element(f"{{{_RDF}}}li")
         alternatives.insert(0, item)
+    item.set(_LANG, "x-default")
     item.text = text
 
 
 def _add_tags(rdf: ET.Element, tags: Sequence[str]) -> None:
-    place = _place(rdf, "subject")
-    kind = "Seq" if place.find(f"{{{_RDF}}}Seq") is not None else "Bag"
-    bag = _list_in(place, kind)
+    bag, text = _list_in(_place(rdf, "subject"), "Bag")
     there = {item.text for item in bag.findall(f"{{{_RDF}}}li")}
-    for tag in dict.fromkeys(tags):
+    for tag in dict.fromkeys([text, *tags] if text else tags):
         if tag not in there:
             ET.SubElement(bag, f"{{{_RDF}}}li").text = tag
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """A text without characters that no XML can have."""
     return _NO_XML.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))

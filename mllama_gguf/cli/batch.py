@@ -40,12 +40,18 @@ def run_batch(
 ) -> int:
     """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
     from ..batch.failures import NAMES, error_log
+    from ..batch.outputs import suffix_of
     from ..batch.run import caption_pictures
     from ..batch.settings import SettingsFile, now, run_settings
+    from ..batch.sidecars import check_suffix
     from ..batch.sources import home_of, list_pictures, lists_among
     from ..errors import RequestError
 
     started = now()
+    if settings.out is not None:
+        suffix_of(settings.out)
+    if settings.sidecar is not None:
+        check_suffix(settings.sidecar)
     home = Path(settings.out).parent if settings.out is not None else Path(home_of(sources[0]))
     logs = [home / name for name in NAMES]
     if settings.out is not None and any(

@@ -51,6 +51,8 @@ class BatchSettings:
             raise click.UsageError(f"--overwrite and --existing {self.existing} exclude each other")
         if self.redo and self.how != "skip":
             raise click.UsageError("--redo is for captions that else are skipped")
+        if self.separator != "\n" and self.existing is None:
+            raise click.UsageError("--separator needs --existing append or prepend")
         if self.sidecar_full_name and self.sidecar is None:
             raise click.UsageError("--sidecar-full-name needs --sidecar")
         if self.out is not None or self.sidecar is not None:

@@ -154,7 +154,7 @@ def _is_list(data: bytes) -> bool:
     if head[:1] in (b"<", b"{", b"%") or not head:
         return False
     try:
-        text = head.decode("utf-8")
+        text = head.decode("utf-8-sig")
     except UnicodeDecodeError:
         return False
     return (

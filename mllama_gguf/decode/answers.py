@@ -135,7 +135,8 @@ class Answers(ABC):
         messages: [{"role": "user", "content": "text" or [part, ...]}, ...]; a part is {"type": "text",
                   "text": ...}, {"type": "image_url", "image_url": {"url": ...}} or {"type": "image", "image":
                   ...} with whatever `caption` takes as an image; "images": [...] beside the content, as
-                  Ollama has it, comes first. The last message may be the assistant's: the reply goes on with it
+                  Ollama has it, comes first. The last message may be the assistant's: the reply goes on with
+                  it
         stream:   True: an iterator of chunks, of which the last has usage and timings
         options:
           max_tokens:      most tokens of the reply; None: until n_ctx is full (the default);

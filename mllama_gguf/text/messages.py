@@ -73,8 +73,8 @@ def read_messages(messages: Any) -> list[Message]:
 
     A message is {"role": ..., "content": a text or a list of parts}. A part is {"type": "text", "text": ...},
     {"type": "image_url", "image_url": {"url": X, "detail": "low"} or X} or {"type": "image", "image": X},
-    where X stands for an image. Ollama's "images": [X, ...] beside the content come before it. An assistant's message may have "tool_calls", and then no content; a tool's
-    has a "tool_call_id".
+    where X stands for an image. Ollama's "images": [X, ...] beside the content come before it. An
+    assistant's message may have "tool_calls", and then no content; a tool's has a "tool_call_id".
 
     An assistant's message with several calls becomes several, each with the tool's answer after it, because
     the model knows one call at a time.

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
+from ..checks import Whole, checked
 from ..errors import ImageError, RequestError
 from ..words import one_line
 from .colour import describe_compression, describe_tiff, mend_tiff, to_rgb
@@ -22,6 +23,7 @@ from .signatures import describe_jpeg, describe_signature, is_heif
 
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; Pillow refuses above it as well
 MAX_SIDE = 1_000_000  # Pillow's resize needs 16 bytes of coefficients for every pixel of a side
+_MOST_PIXELS = 2**63 - 1
 MAX_PIXELS_VARIABLE = "MLLAMA_MAX_PIXELS"
 
 # Formats that hold pixels and have a signature: no EPS (runs a program), no TGA (guesses). Names that the
@@ -113,14 +115,14 @@ _unlimited = _Unlimited()
 def pixel_limit(max_pixels: int | None) -> int:
     """The most pixels of a picture: what the caller says, or the variable MLLAMA_MAX_PIXELS, or MAX_PIXELS.
 
-    Raises RequestError for a variable that is no number.
+    Raises RequestError for what is no number of pixels.
     """
     if max_pixels is not None:
-        return max_pixels
+        return int(checked("max_pixels", Whole(1, _MOST_PIXELS), max_pixels))
     words = os.environ.get(MAX_PIXELS_VARIABLE, "").strip()
     if not words:
         return MAX_PIXELS
-    if not words.isascii() or not words.isdecimal() or not 0 < int(words[:20]) < 2**63:
+    if not words.isascii() or not words.isdecimal() or not 0 < int(words[:20]) <= _MOST_PIXELS:
         raise RequestError(f"{MAX_PIXELS_VARIABLE}: {one_line(words)!r} is no number of pixels")
     return int(words)
 

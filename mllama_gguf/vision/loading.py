@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..errors import ImageError
+from ..errors import ImageError, RequestError
 from ..reading import open_regular
 from ..words import one_line, show_name
 from .decoding import check_size, decode, decoding, finish, pixel_limit
@@ -188,7 +188,7 @@ def _from_path(
     try:
         with open_regular(os.fsdecode(path)) as file:
             return decode(file, name, max_pixels, allow_truncated)
-    except ImageError:
+    except (ImageError, RequestError):
         raise
     except FileNotFoundError:
         hint = "; neither a path nor base64 of a picture" if name.startswith("text of ") else ""

@@ -242,6 +242,9 @@ def test_redo_of_empty_captions() -> None:
         ["--any-settings"],
         ["--overwrite", "--existing", "append", "--out", "c.jsonl"],
         ["--sidecar-full-name", "--out", "c.jsonl"],
+        ["--separator", ", "],
+        ["--separator", ", ", "--out", "c.jsonl"],
+        ["--separator", ", ", "--out", "c.jsonl", "--overwrite"],
     ],
 )
 def test_usage(args: list[str], capsys: Captured) -> None:

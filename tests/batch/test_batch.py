@@ -117,6 +117,15 @@ def test_lists_keep_their_order(tree: Path) -> None:
         "a\nb.png",
         "\udcff.png",
     ]
+    # blanks around a name are parts of it only where there is such a file
+    assert list_pictures(["-"], stdin=b" b/2.png\nb/10.png \n none.png\n") == [
+        "b/2.png",
+        "b/10.png",
+        " none.png",
+    ]
+    (tree / " b").mkdir()
+    (tree / " b" / "2.png").touch()
+    assert list_pictures(["-"], stdin=b" b/2.png\n") == [" b/2.png"]
     with pytest.raises(RequestError, match=r"none\.txt: this list of pictures cannot be read"):
         list_pictures(["none.txt"])
 

@@ -73,6 +73,12 @@ def test_suffixes(photos: Path, suffix: str, overwrite: list[str], capsys: Captu
     refused([".", "--sidecar", suffix, *overwrite], "--sidecar", photos, capsys)
 
 
+def test_the_wrong_output_is_named_first(photos: Path, capsys: Captured) -> None:
+    """Not that there are no pictures beside it."""
+    refused(["1.jpg", "--sidecar", ".jpg"], "this suffix belongs to pictures", photos, capsys)
+    refused(["1.jpg", "--out", "1.jpg"], "captions go to a file called", photos, capsys)
+
+
 def test_a_suffix_with_a_nul() -> None:
     with pytest.raises(RequestError, match="takes a suffix"):
         check_suffix(".a\0b")

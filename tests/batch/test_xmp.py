@@ -9,6 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from mllama_gguf.batch.sidecars import XmpForm
 from mllama_gguf.batch.xmp import XmpError, parts_of, read_description, write_description
 from mllama_gguf.cli.main import run
 
@@ -44,7 +45,7 @@ def rdf(data: bytes) -> ET.Element:
 
 
 def tags(data: bytes) -> list[str | None]:
-    return [item.text for item in rdf(data).iterfind(f".//{DC}subject/{RDF}Bag/{RDF}li")]
+    return [item.text for item in rdf(data).iterfind(f".//{DC}subject/*/{RDF}li")]
 
 
 def test_a_new_file() -> None:
@@ -99,6 +100,52 @@ def test_other_spellings(old: bytes) -> None:
     data = write_description(old, "text", ["tag"])
     assert read_description(data) == "text" and "tag" in tags(data)
     assert b"evil:" not in old or b'"evil:"' in data
+
+
+BLOCK = (
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    'xmlns:dc="http://purl.org/dc/elements/1.1/" %s>%s</rdf:Description></rdf:RDF>'
+)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "inside", "expected"),
+    [
+        ('dc:subject="old"', "", ["old", "new"]),
+        ("", "<dc:subject> old </dc:subject>", ["old", "new"]),
+        ("", "<dc:subject><rdf:Alt><rdf:li>old</rdf:li></rdf:Alt></dc:subject>", ["old", "new"]),
+        ("", "<dc:subject/>", ["new"]),
+        ('dc:subject="new"', "", ["new"]),
+    ],
+)
+def test_tags_that_are_no_list_stay(attributes: str, inside: str, expected: list[str]) -> None:
+    data = write_description((BLOCK % (attributes, inside)).encode(), "text", ["new"])
+    assert tags(data) == expected
+    assert write_description(data, "text", ["new"]) == data
+
+
+@pytest.mark.parametrize("kind", ["Bag", "Seq", "Alt"])
+def test_a_description_in_another_list(kind: str) -> None:
+    """It is found, and replaced rather than put beside the new one."""
+    inside = f"<dc:description><rdf:{kind}><rdf:li>old</rdf:li></rdf:{kind}></dc:description>"
+    old = (BLOCK % ("", inside)).encode()
+    assert read_description(old) == "old"
+    data = write_description(old, "new")
+    assert read_description(data) == "new" and b"old" not in data and b"Alt>" in data
+
+
+def test_a_description_of_a_form_that_is_not_known_stays() -> None:
+    inside = '<dc:description rdf:parseType="Resource"><rdf:value>old</rdf:value></dc:description>'
+    with pytest.raises(XmpError, match="its description is of a form that is not known"):
+        write_description((BLOCK % ("", inside)).encode(), "new")
+
+
+def test_what_a_file_gives_back_is_what_was_shown() -> None:
+    """Else a caption would count as edited by somebody."""
+    form = XmpForm()
+    for caption in ("a\0b\x1b[31m\ufffe", "one\r\ntwo\rthree", '{"caption": "a\\u0007b"}', " a\t"):
+        shown = form.shown(caption)
+        assert form.read(form.write(b"", shown, caption)) == shown
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mllama_gguf.batch.captions import CaptionOptions, caption_picture
 from mllama_gguf.cli.main import run
 from mllama_gguf.decode.options import ReplyOptions
 from mllama_gguf.store.defaults import Defaults
+from mllama_gguf.vision.loading import load_image
 
 Captured = pytest.CaptureFixture[str]
 APPLE = Path(__file__).parents[2] / "examples" / "apple.png"
@@ -117,6 +118,20 @@ def test_max_pixels(command: str, capsys: Captured, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLLAMA_MAX_PIXELS", "100")
     assert run([command, str(APPLE)]) == 1
     assert run([command, str(APPLE), "--max-pixels", "1M"]) == 0
+    monkeypatch.setenv("MLLAMA_MAX_PIXELS", "many")
+    assert run([command, str(APPLE)]) == 1
+    assert "Error: MLLAMA_MAX_PIXELS: 'many' is no number of pixels\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["many", "0", "-5", "1e6", "9" * 30])
+def test_a_variable_that_is_no_number_stops_a_batch(
+    words: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLLAMA_MAX_PIXELS", words)
+    assert run(["caption", str(APPLE), "--out", "c.jsonl"]) == 1
+    assert "Error: MLLAMA_MAX_PIXELS: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_limits_in_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -142,6 +157,11 @@ def test_limits_in_python(tmp_path: Path) -> None:
     with Mllama.from_pretrained("demo") as model:
         with pytest.raises(ImageError, match="pixels"):
             caption_picture(model, APPLE, CaptionOptions(max_pixels=100))
+        for wrong in (0, -1, "many", 1.5, True, 2**63):
+            with pytest.raises(RequestError, match="max_pixels must be a whole number"):
+                CaptionOptions(max_pixels=wrong)  # type: ignore[arg-type]
+            with pytest.raises(RequestError, match="max_pixels must be a whole number"):
+                load_image(APPLE, max_pixels=wrong)  # type: ignore[arg-type]
         assert caption_picture(model, APPLE, CaptionOptions()).text == "a red apple"
 
 
@@ -204,6 +224,7 @@ def test_an_image_on_standard_input(tmp_path: Path) -> None:
             b"standard input: an image is expected, this is text; a list of images needs --out",
         ),
         (b"/photos/\xe7\x8c\xab.jpg\n", b"an image is expected, this is text"),
+        (b"\xef\xbb\xbfa.png\r\nb.png\r\n", b"an image is expected, this is text"),
         (b"<html></html>", b"standard input: an HTML page"),
         (b"%PDF-1.4 x/y", b"standard input: a PDF document"),
         (b"\x89PNG\r\n\x1a\nbroken", b"standard input: "),
