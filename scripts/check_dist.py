@@ -19,6 +19,8 @@ import tarfile
 import tempfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,9 +128,9 @@ def main() -> None:
     check_sdist(sdists[0])
     check_wheel(wheels[0])
     if not arguments.contents:
-        with tempfile.TemporaryDirectory() as folder:
-            for path in (*sdists, *wheels):
-                check_installed(path, Path(folder).resolve())
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+            install = partial(check_installed, folder=Path(folder).resolve())
+            list(pool.map(install, (*sdists, *wheels)))  # raises what one of them raised
 
 
 if __name__ == "__main__":
