@@ -416,6 +416,7 @@ def _key_settings(backend: Backend) -> KeySettings:
         preprocess=PREPROCESS_VERSION,
         cpu_kernel=backend.cpu_kernel,
         flash_attn=s.flash_attn,
+        precision=s.precision,
         type_k=s.type_k,
         type_v=s.type_v,
         offload_kqv=s.offload_kqv,

@@ -14,7 +14,7 @@ from .decode.openai import Messages
 from .decode.options import ReplyOptions
 from .decode.reply import Reply
 from .loaded import LoadedModel
-from .settings import KvType
+from .settings import KvType, Precision
 from .store.defaults import Defaults
 from .vision.embedding import ImageEmbedding, Picture
 
@@ -51,6 +51,7 @@ class Mllama(LoadedModel, Answers):
         type_k: KvType = "f16",
         type_v: KvType = "f16",
         flash_attn: bool = True,
+        precision: Precision = "fast",
         use_mmap: bool = True,
         repack: bool = False,
         max_tiles: int | None = None,
@@ -85,6 +86,8 @@ class Mllama(LoadedModel, Answers):
         n_threads:      CPU threads, 512 at most; None: all usable CPUs, fewer for a small model
         type_k, type_v: of the caches: "f32", "f16" (values up to 65504), or "q8_0" (self-attention only; V
                         needs flash_attn)
+        precision:      of GPUs: "fast" rounds the factors of products, as docs/gpu.md tells; "exact" computes
+                        them in F32, as the CPU does, which takes longer. One process has one precision
         use_mmap:       let the CPU read weights from the file's pages instead of copying them. The file must
                         then stay as it is: the system ends the process (SIGBUS) if another program cuts it
                         short, and overwritten weights give wrong words. With isolate that is a BackendError
@@ -123,6 +126,7 @@ class Mllama(LoadedModel, Answers):
             type_k=type_k,
             type_v=type_v,
             flash_attn=flash_attn,
+            precision=precision,
             use_mmap=use_mmap,
             repack=repack,
             max_tiles=max_tiles,

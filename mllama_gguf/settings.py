@@ -29,6 +29,7 @@ from .cpus import MAX_THREADS
 from .errors import RequestError
 
 KvType = Literal["f32", "f16", "q8_0"]
+Precision = Literal["fast", "exact"]
 
 DEFAULT_PROMPT = "Describe this image."
 
@@ -174,6 +175,12 @@ class Settings:
         "Use flash attention (less memory).",
         Option(("-fa", "--flash-attn"), "on|off"),
     )
+    precision: Precision = _setting(
+        "fast",
+        Choice(get_args(Precision)),
+        "Precision of GPUs: fast, or exact (as the CPU; slower).",
+        Option(("--precision",), "fast|exact"),
+    )
     use_mmap: bool = _setting(
         True,
         Switch(),
@@ -236,7 +243,15 @@ class Settings:
 
     def for_model(self) -> dict[str, Any]:
         """What `open_model` takes, but n_gpu_layers, which "auto" leaves open."""
-        names = ("vision_device", "devices", "tensor_split", "use_mmap", "repack", "allow_quantized_vision")
+        names = (
+            "vision_device",
+            "devices",
+            "tensor_split",
+            "precision",
+            "use_mmap",
+            "repack",
+            "allow_quantized_vision",
+        )
         main_gpu = -1 if self.main_gpu is None else self.main_gpu
         return {**{name: getattr(self, name) for name in names}, "main_gpu": main_gpu}
 

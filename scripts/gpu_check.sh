@@ -52,6 +52,7 @@ export MLLAMA_GPU_FIGURES=$out/figures.json
 tests() { step "$1" "$2" "$python" -m pytest -q -p no:cacheprovider tests/gpu -k "$3"; }
 tests splits 40 "left_to_the_cpu"
 tests golden 90 "golden"
+MLLAMA_GPU_PRECISION=exact MLLAMA_GPU_FIGURES=$out/figures-exact.json tests exact 60 "golden"
 tests types 40 "types"
 tests layers 90 "number_of_layers or every_count or two_devices"
 tests plan 90 "plan"

@@ -116,9 +116,9 @@ class Child:
         """Keep what was logged as an error."""
         self._last_error = words
 
-    def devices(self, *, start: bool = False) -> list[Device]:
+    def devices(self, **settings: Any) -> list[Device]:
         """As `local.devices`."""
-        return local.devices(start=start)
+        return local.devices(**settings)
 
     def measure(self, *args: Any, **settings: Any) -> tuple[Memory, HParams]:
         """As `measure.measure`."""

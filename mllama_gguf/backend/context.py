@@ -45,6 +45,7 @@ class LocalContext(OneProcess):
         type_k: KvType,
         type_v: KvType,
         flash_attn: bool,
+        exact: bool,
         offload_kqv: bool,
         cpu_kernel: str,
     ) -> None:
@@ -59,6 +60,7 @@ class LocalContext(OneProcess):
         params.n_threads = n_threads
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         params.flash_attn = flash_attn
+        params.exact = exact
         params.offload_kqv = offload_kqv
         c_kernel = ffi.new("char[]", cpu_kernel.encode()) if cpu_kernel else ffi.NULL  # read during the call
         params.cpu_kernel = c_kernel

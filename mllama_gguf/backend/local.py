@@ -9,24 +9,29 @@ from typing import Any
 
 from ..errors import ModelError, RequestError
 from ..handles import Handle, OneProcess
-from ..settings import KvType
+from ..settings import KvType, Precision
 from ..words import brief, show_name
 from . import library
 from .callbacks import Callbacks
 from .context import LocalContext
+from .precision import begin as begin_precision
 from .repack import usable_layouts
 from .types import Device, HParams, TensorInfo
 
 _DEVICE_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
 
-def devices(*, start: bool = False) -> list[Device]:
+def devices(*, start: bool = False, precision: Precision | None = None) -> list[Device]:
     """All ggml devices of the process, in the order that indices count.
 
-    start: start each, to find those that cannot be used (`Device.error`)
+    start:     start each, to find those that cannot be used (`Device.error`)
+    precision: of GPUs that are started; None: as they run already, else "fast"
 
-    Raises BackendError when there is no device at all, not even the CPU.
+    Raises BackendError when there is no device at all, not even the CPU; RequestError if GPUs run with
+    another precision.
     """
+    if start:
+        choose_precision(precision)
     native = library.load()
     info = native.ffi.new("mllama_device_info *")
     found = []
@@ -45,6 +50,12 @@ def devices(*, start: bool = False) -> list[Device]:
             )
         )
     return found
+
+
+def choose_precision(precision: Precision | None) -> None:
+    """How the GPUs of this process compute; before any of them is started. None: as they run already, else
+    "fast". Raises RequestError if they run otherwise."""
+    begin_precision(precision, lambda: any(device.type in ("gpu", "igpu") for device in devices()))
 
 
 def _c_path(path: str | os.PathLike[str]) -> bytes:
@@ -80,6 +91,7 @@ class LocalModel(OneProcess):
         devices: Sequence[int] | None = None,
         tensor_split: Sequence[float] | None = None,
         main_gpu: int = -1,
+        precision: Precision = "fast",
         use_mmap: bool = True,
         repack: bool = False,
         allow_quantized_vision: bool = False,
@@ -88,9 +100,11 @@ class LocalModel(OneProcess):
     ) -> None:
         """Load, or with check_only read and validate. no_alloc: for contexts that only `reserve`.
 
-        Raises ModelError for a file that is not right, BackendError for memory and devices, and what the
-        callbacks raised.
+        Raises ModelError for a file that is not right, BackendError for memory and devices, RequestError if
+        GPUs run with another precision, and what the callbacks raised.
         """
+        choose_precision(precision)
+        self._precision = precision
         self.native = library.load()
         ffi, lib = self.native.ffi, self.native.lib
         params = ffi.new("mllama_model_params *", lib.mllama_model_default_params())
@@ -195,6 +209,7 @@ class LocalModel(OneProcess):
             type_k=type_k,
             type_v=type_v,
             flash_attn=flash_attn,
+            exact=self._precision == "exact",
             offload_kqv=offload_kqv,
             cpu_kernel=cpu_kernel,
         )

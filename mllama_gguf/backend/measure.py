@@ -73,7 +73,7 @@ def measuring(
     if not workers and not isolate:
         yield (
             lambda n: measure(model_path, mmproj_path, callbacks=callbacks, n_gpu_layers=n, **settings),
-            devices(start=True),
+            devices(start=True, precision=settings.get("precision")),
         )
         return
     supervisor = Supervisor(workers, rpc_timeout)
@@ -86,6 +86,7 @@ def measuring(
         return found
 
     try:
-        yield measure_there, supervisor.call(callbacks, "", "devices", settings={"start": True})
+        start = {"start": True, "precision": settings.get("precision")}
+        yield measure_there, supervisor.call(callbacks, "", "devices", settings=start)
     finally:
         supervisor.close()

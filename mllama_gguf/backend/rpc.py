@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..cpus import check_threads
 from ..errors import BackendError, RequestError
+from ..settings import Precision
 from .library import load
-from .local import device_index, devices
+from .local import choose_precision, device_index, devices
 
 PROBE_SECONDS = 2.0
 _HELLO = 14  # RPC_CMD_HELLO; its number and the first bytes of the answer are the same in all versions
@@ -45,18 +46,21 @@ def serve(
     names: Sequence[str] | None = None,
     n_threads: int = 1,
     cache_dir: Path | None = None,
+    precision: Precision = "fast",
 ) -> None:
     """Serve devices at an IPv4 address, to one client after the other, until the process ends.
 
     names:     of the devices; None: `default_devices`
     n_threads: for the CPU
     cache_dir: where weights of more than 10 MiB are kept for the next client; None: nowhere
+    precision: of the GPUs, as of `Mllama`
 
     Never returns: raises BackendError if it cannot start, RequestError for a wrong device, and
     KeyboardInterrupt.
     """
     check_threads(n_threads)
     native = load()
+    choose_precision(precision)
     indices = [device_index(name) for name in (default_devices() if names is None else names)]
     try:
         with socket.socket() as trial:  # for words that say why not

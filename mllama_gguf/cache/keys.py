@@ -6,7 +6,7 @@ result is served; if too much is in it, nothing is found again.
 States depend on:
 - the image's pixels and tile grid, and the version of the code that cuts images into tiles;
 - the weights of the vision encoder, by content;
-- the device that they are on and the code that computes there; flash_attn.
+- the device that they are on and the code that computes there; flash_attn; precision.
 
 image_kv depends on:
 - the states, by their key;
@@ -14,14 +14,14 @@ image_kv depends on:
   (layout and repairs);
 - the devices of these weights and the layouts that they were repacked to, and the code there and on
   the CPU;
-- type_k, type_v, flash_attn, offload_kqv.
+- type_k, type_v, flash_attn, offload_kqv, precision.
 
 prefix_kv depends on:
 - the tokens;
 - the text file, by path, inode, size and modification time, because there are gigabytes to hash;
 - layout and repairs, and the devices of all text weights, the layouts that they were repacked to, and the
   code there and on the CPU;
-- type_k, type_v, flash_attn, offload_kqv, repack, n_batch, n_threads.
+- type_k, type_v, flash_attn, offload_kqv, precision, repack, n_batch, n_threads.
 
 Code is the build of libmllama, its CPU kernel, the version of ggml, and the device's name and description.
 """
@@ -71,6 +71,7 @@ class KeySettings:
     preprocess: int
     cpu_kernel: str
     flash_attn: bool
+    precision: str
     type_k: str
     type_v: str
     offload_kqv: bool
@@ -121,7 +122,7 @@ class Keys(OneProcess):
             (self._text.stamps, self._model.layout, self._model.repairs),
             places,
             self._code({device for _, device, _ in places}),
-            (s.type_k, s.type_v, s.flash_attn, s.offload_kqv, s.repack, s.n_batch, n_threads),
+            (s.type_k, s.type_v, s.flash_attn, s.offload_kqv, s.precision, s.repack, s.n_batch, n_threads),
             list(tokens),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -133,7 +134,8 @@ class Keys(OneProcess):
                 vision = [tensor for tensor in self._model.tensors() if tensor.is_vision]
                 weights = self._vision.identity([tensor.name for tensor in vision], stop)
                 (code,) = self._code({vision[0].device})
-                self._states = f"{weights}/{self._settings.preprocess}/{code}/{self._settings.flash_attn}"
+                s = self._settings
+                self._states = f"{weights}/{s.preprocess}/{code}/{s.flash_attn}/{s.precision}"
             return self._states
 
     def _image_kv_identity(self, stop: Callable[[], bool]) -> str:
@@ -150,7 +152,7 @@ class Keys(OneProcess):
                     (self._text.identity(places, stop), self._model.layout, self._model.repairs),
                     sorted(places.items()),
                     self._code({device for device, _ in places.values()}),
-                    (s.type_k, s.type_v, s.flash_attn, s.offload_kqv),
+                    (s.type_k, s.type_v, s.flash_attn, s.offload_kqv, s.precision),
                 )
                 self._image_kv = repr(parts)
             return self._image_kv

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import click
 
 from ..cpus import MAX_THREADS
+from ..settings import Precision
 from .options import comma_list
 from .terminal import echo
 from .verbose import verbose_option
@@ -34,8 +37,22 @@ from .verbose import verbose_option
     help="Use THREADS CPU threads.  [default: all CPUs]",
 )
 @click.option("--cache", is_flag=True, help="Keep large weights on disk for the next client.")
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    default="fast",
+    show_default=True,
+    help="Precision of the GPUs: fast, or exact (as the CPU; slower).",
+)
 @verbose_option
-def worker_command(host: str, port: int, devices: list[str] | None, threads: int | None, cache: bool) -> None:
+def worker_command(
+    host: str,
+    port: int,
+    devices: list[str] | None,
+    threads: int | None,
+    cache: bool,
+    precision: Precision,
+) -> None:
     """Serve this machine's devices over ggml's RPC protocol, until Ctrl-C.
 
     One client at a time. The protocol has no authentication and no encryption.
@@ -58,4 +75,5 @@ def worker_command(host: str, port: int, devices: list[str] | None, threads: int
         names=devices,
         n_threads=threads or usable_cpus(),
         cache_dir=user_cache_path("mllama_gguf") / "rpc" if cache else None,
+        precision=precision,
     )

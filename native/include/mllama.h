@@ -203,6 +203,7 @@ typedef struct mllama_context_params {
     int32_t type_k;    // mllama_kv_type
     int32_t type_v;
     bool    flash_attn;
+    bool    exact;       // sums of products in F32 on GPUs too
     bool    offload_kqv; // true: cache and attention of a layer are on its device; false: on the CPU
     const char * cpu_kernel; // see "kernels of the CPU" below; NULL: from MLLAMA_CPU_KERNEL
     mllama_progress_callback progress;

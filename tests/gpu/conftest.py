@@ -5,6 +5,9 @@ scripts/gpu_check.sh runs them.
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 
 from mllama_gguf.backend.local import devices
@@ -14,7 +17,8 @@ from mllama_gguf.backend.types import Device
 @pytest.fixture(scope="session")
 def gpus() -> list[Device]:
     """The GPUs, started."""
-    found = [d for d in devices(start=True) if d.type in ("gpu", "igpu")]
+    precision: Any = os.environ.get("MLLAMA_GPU_PRECISION", "fast")
+    found = [d for d in devices(start=True, precision=precision) if d.type in ("gpu", "igpu")]
     if not found:
         pytest.fail("ggml shows no GPU; GGML_BACKEND_PATH names a backend that is a library of its own")
     broken = [d.error for d in found if d.error is not None]

@@ -53,6 +53,7 @@ static mllama_status choose_kernel(mllama_context * ctx) {
     ctx->env               = (compute_env){
         .kernel     = ctx->params.flash_attn ? kernel : NULL,
         .flash_attn = ctx->params.flash_attn,
+        .exact      = ctx->params.exact,
         .stop       = context_look,
         .stop_data  = ctx,
     };

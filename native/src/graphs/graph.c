@@ -129,7 +129,11 @@ struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t 
 }
 
 static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w) {
-    return ggml_mul_mat(g->ctx, w, x);
+    struct ggml_tensor * y = ggml_mul_mat(g->ctx, w, x);
+    if (g->env.exact) {
+        ggml_prec_set_acc(y, GGML_PREC_F32);
+    }
+    return y;
 }
 
 // In the CPU's memory: mapped or copied, or in a layout of its own, which is no host memory to ggml
@@ -153,7 +157,7 @@ void graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_ten
 
 struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml_tensor * x) {
     if (!is_on_cpu(w) || x->ne[2] > 1) {
-        return ggml_mul_mat(g->ctx, w, x);
+        return mul_mat(g, x, w);
     }
     if (g->n_products < g->max_products && cpu_product_supported(g->env.kernel, w)) {
         if (g->x != x) { // else another weight of the same input
@@ -211,7 +215,7 @@ static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, vo
     ggml_prec_set_acc(scores, GGML_PREC_F32);
     scores = ggml_soft_max_ext(g->ctx, scores, a->mask, scale, 0.0f);
     struct ggml_tensor * v   = ggml_cont(g->ctx, ggml_permute(g->ctx, a->v, 1, 0, 2, 3)); // [n_kv, head_dim, n_head_kv]
-    struct ggml_tensor * out = ggml_mul_mat(g->ctx, v, scores);                          // [head_dim, n, n_head]
+    struct ggml_tensor * out = mul_mat(g, scores, v);                                    // [head_dim, n, n_head]
     return ggml_cont_2d(g->ctx, ggml_permute(g->ctx, out, 0, 2, 1, 3), n_embd, n);
 }
 
