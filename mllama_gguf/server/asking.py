@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -54,13 +54,17 @@ class Ask:
     @property
     def n_bytes(self) -> int:
         """Of all pictures."""
-        return sum(map(len, self.images)) + sum(
-            len(part["image"])
-            for message in self.messages
-            if isinstance(message["content"], list)
-            for part in message["content"]
-            if part["type"] == "image"
-        )
+        return sum(len(data) for data, _ in self.pictures(None))
+
+    def pictures(self, max_tiles: int | None) -> Iterator[tuple[bytes, int | None]]:
+        """Files, and the most tiles of each. max_tiles: if it says nothing itself."""
+        for data in self.images:
+            yield data, max_tiles
+        for message in self.messages:
+            if isinstance(message["content"], list):
+                for part in message["content"]:
+                    if part["type"] == "image":
+                        yield part["image"], _most(part, max_tiles)
 
 
 def answer(ask: Ask) -> Callable[[Usable, Job], Generator[Event, None, None]]:
@@ -73,12 +77,31 @@ def answer(ask: Ask) -> Callable[[Usable, Job], Generator[Event, None, None]]:
         if options.max_tokens is None or options.max_tokens > room:
             options = replace(options, max_tokens=room)
         loaded.choose(tokens, images)
-        sources = tuple(loaded.conversation.image_source(image) for image in images)
+        sources = tuple(_source(loaded, job, image) for image in images)
         for choice, reply in enumerate(loaded.conversation.replies_to(tokens, images, options, ask.n)):
             yield from _told(reply, choice, sources, ask, lambda said: pack(loaded, tokens, images, said))
             sources = ()
 
     return work
+
+
+def encode_ahead(ask: Ask) -> Callable[[Usable, Job], None]:
+    """What can be done for a job that waits: its pictures, unless their results are known."""
+
+    def work(loaded: Usable, job: Job) -> None:
+        conversation, max_tiles = loaded.conversation, _options(ask, loaded).prompt.max_tiles
+        for data, most in ask.pictures(max_tiles):
+            image = _prepared(data, ask, loaded, most)
+            if conversation.image_source(image) == "encoded":
+                job.encoded.add(conversation.encode_image(image).key)
+
+    return work
+
+
+def _source(loaded: Usable, job: Job, image: Prepared) -> str:
+    """Where the states of an image come from; those that were computed ahead are no others' work."""
+    is_ahead = bool(job.encoded) and loaded.conversation.image_key(image) in job.encoded
+    return "encoded" if is_ahead else loaded.conversation.image_source(image)
 
 
 def load_only(loaded: Usable, job: Job) -> Generator[Event, None, None]:

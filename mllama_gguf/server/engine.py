@@ -129,6 +129,7 @@ class Engine:
             self._metrics.queued.set(0)
             self._changed.notify_all()
         for job in waiting:
+            job.cancel("shutdown")
             job.mailbox.put(STOPPING)
 
     def stop_now(self) -> None:
@@ -171,7 +172,21 @@ class Engine:
                 is_over = self._stopping and not self._running
                 if tasks or job is not None or is_over:
                     return tasks, job, is_over and not tasks
+                self._encode_ahead()
                 self._changed.wait(seconds)
+
+    def _encode_ahead(self) -> None:
+        """Let the pictures of the next job be encoded while it waits, if its model's jobs run together."""
+        job = self._queue.first()
+        if job is None or job.ahead is None:
+            return
+        talks = self._models.talks_of(job.card)
+        if talks is not None and talks.encode_ahead(job, job.ahead, self._wake):
+            job.ahead = None
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _wait(self) -> None:
         """Wait a little for the end of jobs that run in other threads. Raises Aborted."""

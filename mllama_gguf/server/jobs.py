@@ -113,6 +113,8 @@ class Job:
     work:    run in the engine's thread, or in one of its own; gives Pieces and Endeds
     keep_alive: seconds that the model stays afterwards; None: the server's
     n_bytes: of its pictures
+    ahead:   run in another thread while the job waits for its place; None: there is nothing to do
+    encoded: keys of the states that were computed so
     """
 
     card: Card
@@ -122,6 +124,8 @@ class Job:
     keep_alive: float | None = None
     n_bytes: int = 0
     time_limit: float = 0.0
+    ahead: Callable[[Usable, Job], None] | None = None
+    encoded: set[str] = field(default_factory=set)
     created: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     reason: str = "client"
@@ -175,6 +179,10 @@ class FairQueue:
         if jobs:
             self._by_client[client] = jobs  # behind all others
         return job
+
+    def first(self) -> Job | None:
+        """The one whose turn is next."""
+        return next((jobs[0] for jobs in self._by_client.values()), None)
 
     def remove(self, job: Job) -> bool:
         """Take one out of its place; whether it was there."""

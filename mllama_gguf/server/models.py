@@ -190,6 +190,11 @@ class Models:
         now = time.monotonic()
         return Loaded(card, model, conversation, need, now - start, talks, used=now)
 
+    def talks_of(self, card: Card) -> Talks | None:
+        """Of a model that jobs may begin with; None if they do not run together."""
+        found = self._loaded.get(card.name)
+        return None if found is None or found.card != card or found.is_over else found.talks
+
     def has_place(self, card: Card) -> bool:
         """Whether a job with this model may begin, perhaps after others have ended."""
         found = self._loaded.get(card.name)
@@ -239,6 +244,8 @@ class Models:
             return
         self._metrics.loaded.labels(name).set(0)
         try:
+            if found.talks is not None:
+                found.talks.end_ahead()
             found.model.close()
         except MllamaError as e:
             logger.warning("%s: %s", name, e)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import anyio.to_thread
 from starlette.requests import Request
 
-from .asking import Ask, answer, load_only
+from .asking import Ask, answer, encode_ahead, load_only
 from .bodies import LARGE, Bodies
 from .catalog import Card, Catalog
 from .engine import Engine
@@ -64,6 +64,7 @@ class Service:
             keep_alive,
             0 if ask is None else ask.n_bytes,
             self.settings.time_limit,
+            encode_ahead(ask) if ask is not None and ask.n_bytes else None,
         )
 
     def computed(

@@ -6,9 +6,10 @@ it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..decode.conversation import Conversation
@@ -17,6 +18,8 @@ from ..vision.embedding import ImageEmbedding
 from ..vision.preprocess import TiledImage
 from .jobs import Job
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class _Talk:
@@ -24,19 +27,17 @@ class _Talk:
 
     job: Job | None = None
     used: float = 0.0
-    _opened: Conversation | None = None
+    opened: Conversation | None = None
 
     @property
     def conversation(self) -> Conversation:
-        assert self._opened is not None
-        return self._opened
+        assert self.opened is not None
+        return self.opened
 
-    def open(self, model: LoadedModel, talks: Talks) -> None:
-        """Raises BackendError, Aborted."""
-        self._opened = model.conversation(scheduler=talks.scheduler, abort=self._should_stop)
-
-    def _should_stop(self) -> bool:
-        job = self.job  # asked in the threads of others too
+    @property
+    def should_stop(self) -> bool:
+        """Asked in the threads of others too."""
+        job = self.job
         return job is not None and job.should_stop
 
 
@@ -50,6 +51,10 @@ class Talks:
         self.scheduler = model.scheduler()
         self._lock = threading.Lock()  # of what follows
         self._n = 0  # open, or being opened
+        self._ahead: threading.Thread | None = None
+        self._ahead_talk: _Talk | None = None
+        self._is_ahead = False  # it works
+        self._is_closing = False
         self._idle = [self._open(None)]
         self.first = self._idle[0].conversation
 
@@ -93,6 +98,36 @@ class Talks:
             return None
         return empty or min(free, key=lambda one: one.used)
 
+    def encode_ahead(self, job: Job, work: Callable[[Lent, Job], None], ended: Callable[[], None]) -> bool:
+        """Let a thread work for a job that waits, with a conversation that no job gets. Whether it can: one
+        thread does so at a time. ended: called in it."""
+        if self._is_closing or self._is_ahead:
+            return False
+        self._is_ahead = True
+
+        def run() -> None:
+            try:
+                talk = self._ahead_talk = self._ahead_talk or self._new(None)
+                talk.job = job
+                work(Lent(self, talk), job)
+            except Exception as e:  # the job itself meets it, and tells it
+                logger.debug("encoding ahead: %s: %s", type(e).__name__, e)
+            finally:
+                if self._ahead_talk is not None:
+                    self._ahead_talk.job = None
+                self._is_ahead = False
+                ended()
+
+        self._ahead = threading.Thread(target=run, name="mllama-ahead", daemon=True)
+        self._ahead.start()
+        return True
+
+    def end_ahead(self) -> None:
+        """Stop `encode_ahead`, and wait for its end."""
+        self._is_closing = True
+        if self._ahead is not None:
+            self._ahead.join()
+
     def give_back(self, talk: _Talk) -> None:
         """The job with it has ended."""
         talk.job = None
@@ -103,13 +138,19 @@ class Talks:
     def _open(self, job: Job | None) -> _Talk:
         with self._lock:
             self._n += 1
-        talk = _Talk(job)
         try:
-            talk.open(self.model, self)
+            return self._new(job)
         except BaseException:
             with self._lock:
                 self._n -= 1
             raise
+
+    def _new(self, job: Job | None) -> _Talk:
+        talk = _Talk(job)
+        conversation = self.model.conversation(
+            scheduler=self.scheduler, abort=lambda: self._is_closing or talk.should_stop
+        )
+        talk.opened = conversation
         return talk
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from serving import (
     wait_for,
 )
 
+from mllama_gguf.decode.scheduler import Scheduler
 from mllama_gguf.loaded import LoadedModel
 from mllama_gguf.server.catalog import Offer
 from mllama_gguf.server.models import Need, Opening, default_parallel
@@ -188,6 +190,56 @@ def test_unload_and_keep_alive_wait_for_the_last_one(together: Running) -> None:
         assert loaded() == []
         assert together.post("/api/generate", SHORT).is_success
         assert loaded() == ["demo:latest"]
+
+
+def test_pictures_of_the_next_request_are_encoded_while_it_waits(
+    monkeypatch: pytest.MonkeyPatch, expected: Callable[..., str]
+) -> None:
+    encoded: list[str] = []
+    encode = Scheduler.encode
+
+    def spy(self: Scheduler, *args: Any) -> Any:
+        encoded.append(threading.current_thread().name)
+        return encode(self, *args)
+
+    monkeypatch.setattr(Scheduler, "encode", spy)
+    with running(ServerSettings(port=0, parallel=2)) as served, ThreadPoolExecutor(2) as pool:
+        with sent(served, "/api/generate", endless()), sent(served, "/api/generate", endless()):
+            wait_for(lambda: served.metric(PROCESSING) == 2)
+            waits = pool.submit(served.client().post, "/api/chat", json=question("apple.png"))
+            wait_for(lambda: encoded)
+            gone = pool.submit(served.client().post, "/api/chat", json=question("wide.png", model="other"))
+            assert served.metric(PROCESSING) >= 2
+        answer = waits.result()
+        assert answer.json()["message"]["content"] == expected("apple.png", "Describe this image.")
+        assert gone.result().is_success
+        assert encoded == ["mllama-ahead", "mllama-reply"]
+        assert served.metric('mllama_images_total{source="encoded"}') == 2
+        assert served.metric('mllama_images_total{source="memory"}') == 0
+
+
+def test_the_end_while_a_picture_is_encoded_ahead(slow: Path) -> None:
+    """Nothing of it stays, and a client that goes away stops it."""
+    offers = (Offer("slow:latest", str(slow)),)
+    form = endless("slow")
+    with running(
+        ServerSettings(port=0, parallel=2, grace=0.1), offers=offers, given={"n_ctx": 512}
+    ) as served:
+        with sent(served, "/api/generate", form), sent(served, "/api/generate", form):
+            wait_for(lambda: served.metric(PROCESSING) == 2)
+            talks = served.service.engine._models._loaded["slow:latest"].talks
+            assert talks is not None
+            for _ in range(2):
+                with sent(served, "/api/chat", slow_picture(True)):
+                    wait_for(lambda: talks._is_ahead)
+                wait_for(lambda: not talks._is_ahead, 3)
+            late = sent(served, "/api/chat", slow_picture(True))
+            late.__enter__()
+            wait_for(lambda: talks._is_ahead)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+    assert not any(thread.name == "mllama-ahead" for thread in threading.enumerate())
+    late.__exit__(None, None, None)
 
 
 def test_a_time_limit_ends_one_of_several(slow: Path) -> None:
