@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from ..errors import ModelError
+from ..errors import MllamaError
 from ..settings import KvType
 from .callbacks import Callbacks
 from .types import Bytes, Device, Floats, HParams, Memory, Tap, TensorInfo
@@ -190,9 +190,10 @@ class SharedContext(Context, Protocol):
     def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
         """As `past_set`."""
 
-    def decode_many(self, items: Sequence[Item]) -> list[Floats | ModelError]:
+    def decode_many(self, items: Sequence[Item]) -> list[Floats | MllamaError]:
         """Append tokens to several sequences in one step, n_batch tokens at most.
 
-        Returns for each item what `decode` returns, or the error of an item whose results are not finite: its
-        sequence is then empty. After an error of the whole call no sequence has changed.
+        Returns for each item what `decode` returns, or its error: a ModelError if its results are not finite,
+        and its sequence is then empty; a BackendError if its sequence was lost with its process. After an
+        error of the whole call no sequence has changed.
         """

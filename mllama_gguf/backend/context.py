@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import MllamaError, ModelError
 from ..handles import Handle, OneProcess
 from ..settings import KvType
 from . import library
@@ -273,7 +273,7 @@ class LocalContext(OneProcess):
                 self.native.lib.mllama_sequence_set(pointer, sequence, n_tokens, data.nbytes, buffer)
             )
 
-    def decode_many(self, items: Sequence[Item]) -> list[Floats | ModelError]:
+    def decode_many(self, items: Sequence[Item]) -> list[Floats | MllamaError]:
         """As `SharedContext.decode_many`."""
         ffi, vocab_size = self.native.ffi, self.hparams.vocab_size
         c_items = ffi.new("mllama_item[]", len(items))

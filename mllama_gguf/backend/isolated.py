@@ -8,21 +8,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import BackendError, MllamaError
 from ..handles import OneProcess, finalize
 from ..settings import KvType, Settings
 from .base import Item, Logits
 from .callbacks import Callbacks
 from .library import load
-from .supervisor import CONNECT_SECONDS, Supervisor
+from .supervisor import CONNECT_SECONDS, LOST, Supervisor
 from .types import Bytes, Device, Floats, HParams, Memory, ModelFacts, Tap, TensorInfo
 
 T = TypeVar("T")
+
+EPOCH = 1000  # numbers of sequences in one epoch, more than there are
 
 
 class IsolatedModel(OneProcess):
@@ -205,32 +208,41 @@ class IsolatedContext(OneProcess):
         self._call(type(None), "clear")
 
     def sequence_new(self, n_ctx: int) -> int:
-        """As `SharedContext.sequence_new`."""
-        return self._call(int, "sequence_new", n_ctx)
+        """As `SharedContext.sequence_new`. The number tells the epoch too: another process may have given
+        the same number to another sequence."""
+        epoch = self.epoch
+        return epoch * EPOCH + self._call(int, "sequence_new", n_ctx, epoch=epoch)
 
     def sequence_free(self, sequence: int) -> None:
         """As `SharedContext.sequence_free`."""
-        self._call(type(None), "sequence_free", sequence)
+        self._call_sequence(type(None), "sequence_free", sequence)
 
     def sequence_n_past(self, sequence: int) -> int:
         """As `SharedContext.sequence_n_past`."""
-        return self._call(int, "sequence_n_past", sequence)
+        return self._call_sequence(int, "sequence_n_past", sequence)
 
     def sequence_truncate(self, sequence: int, n_past: int) -> None:
         """As `SharedContext.sequence_truncate`."""
-        self._call(type(None), "sequence_truncate", sequence, n_past)
+        self._call_sequence(type(None), "sequence_truncate", sequence, n_past)
 
     def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
         """As `SharedContext.sequence_get`."""
-        return self._call(np.ndarray, "sequence_get", sequence, n_tokens)
+        return self._call_sequence(np.ndarray, "sequence_get", sequence, n_tokens)
 
     def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
         """As `SharedContext.sequence_set`."""
-        self._call(type(None), "sequence_set", sequence, n_tokens, data)
+        self._call_sequence(type(None), "sequence_set", sequence, n_tokens, data)
 
-    def decode_many(self, items: Sequence[Item]) -> list[Floats | ModelError]:
-        """As `SharedContext.decode_many`."""
-        return self._call(list, "decode_many", list(items))
+    def decode_many(self, items: Sequence[Item]) -> list[Floats | MllamaError]:
+        """As `SharedContext.decode_many`. A BackendError for those whose sequences are lost."""
+        epoch = self.epoch
+        results: list[Floats | MllamaError] = [BackendError(LOST) for _ in items]
+        there = [i for i, item in enumerate(items) if item.sequence // EPOCH == epoch]
+        if there:
+            known = [replace(items[i], sequence=items[i].sequence % EPOCH) for i in there]
+            for i, result in zip(there, self._call(list, "decode_many", known, epoch=epoch), strict=True):
+                results[i] = result
+        return results
 
     @contextmanager
     def tap(self, callback: Tap) -> Iterator[None]:
@@ -245,9 +257,13 @@ class IsolatedContext(OneProcess):
         """As `Context.close`."""
         self._closing()
 
-    def _call(self, kind: type[T], name: str, *args: Any) -> T:
+    def _call_sequence(self, kind: type[T], name: str, sequence: int, *args: Any) -> T:
+        """Of a sequence, which must be of the process that is there."""
+        return self._call(kind, name, sequence % EPOCH, *args, epoch=sequence // EPOCH)
+
+    def _call(self, kind: type[T], name: str, *args: Any, epoch: int | None = None) -> T:
         """What the child's context returns, which must be of that kind."""
-        value = self._supervisor.call(self._callbacks, self._number, name, args, tap=self._tap)
+        value = self._supervisor.call(self._callbacks, self._number, name, args, tap=self._tap, epoch=epoch)
         if not isinstance(value, kind):
             raise TypeError(f"{name} of the child returned {type(value).__name__}, not {kind.__name__}")
         return value

@@ -20,6 +20,7 @@ from .process import POLL_SECONDS, Process, ProcessLost, Target
 from .rpc import probe
 from .types import Tap
 
+LOST = "the caches were lost with the process that had them; begin again"
 CONNECT_SECONDS = 30.0  # for a worker to answer its first message
 
 
@@ -90,15 +91,19 @@ class Supervisor(OneProcess):
         args: tuple[Any, ...] = (),
         settings: dict[str, Any] | None = None,
         tap: Tap | None = None,
+        epoch: int | None = None,
     ) -> Any:
         """What the child's object `target` ("model", the number of a context, "": the child itself) returns.
 
         callbacks: those of the caller
+        epoch:     that the arguments are of; None: of any
 
         Raises what it raises, BackendError when the child dies, Aborted, and what the callbacks raise.
         """
         with self._alone(callbacks):
             process = self._start(callbacks)
+            if epoch is not None and epoch != self.epoch:
+                raise BackendError(LOST)
             self._close_unused()
             if isinstance(target, int) and target not in process.contexts:
                 self._open_context(process, callbacks, target)

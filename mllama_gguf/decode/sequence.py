@@ -23,6 +23,7 @@ class SequenceContext(Exclusive):
         self.n_ctx = n_ctx
         with self._use() as context:
             self.hparams: HParams = context.hparams
+            _ = context.n_past  # starts a lost process again
             self.epoch = context.epoch
             self._number = context.sequence_new(n_ctx)
 
@@ -34,8 +35,8 @@ class SequenceContext(Exclusive):
         with self._use() as context:
             _ = context.n_past
             if context.epoch != self.epoch:
-                self._number = context.sequence_new(self.n_ctx)
                 self.epoch = context.epoch
+                self._number = context.sequence_new(self.n_ctx)
             return context.sequence_n_past(self._number)
 
     def memory(self) -> Memory:

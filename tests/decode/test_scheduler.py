@@ -12,6 +12,7 @@ import pytest
 
 from mllama_gguf import (
     Aborted,
+    BackendError,
     BusyError,
     ContextFullError,
     Conversation,
@@ -219,3 +220,30 @@ def test_the_image_cache(captions: dict[str, str], folder: Path) -> None:
             said = in_threads(lambda i, talks=talks: talks[i].caption(IMAGES[i]), 4)  # type: ignore[misc]
             assert said == [captions[image] for image in IMAGES]
     assert any(folder.iterdir())
+
+
+def test_a_lost_process_is_never_another_s_sequence(captions: dict[str, str]) -> None:
+    """Numbers of sequences count from 1 again in the next process, where they are others'."""
+    with LoadedModel.from_pretrained("demo", image_cache=False, isolate=True) as model:
+        scheduler = model.scheduler()
+        talks = [model.conversation(scheduler=scheduler) for _ in range(3)]
+        runs = [one.reply(image=IMAGES[i], **endless(model, max_tokens=50)) for i, one in enumerate(talks)]
+        for run in runs:
+            next(run)
+        old = talks[0].context
+        model._backend.model._supervisor._process._child.kill()  # type: ignore[attr-defined]
+        with pytest.raises(BackendError):
+            runs[1].read()
+        assert talks[1].caption(IMAGES[1]) == captions[IMAGES[1]]  # has the first number of the new process
+        for lost in (
+            lambda: old.decode([5], -1, 0),
+            lambda: old.truncate(1),
+            lambda: old.past_get(1),
+            lambda: old.past_set(1, old.past_get(1)),
+        ):
+            with pytest.raises(BackendError, match="lost"):
+                lost()
+        for run in (runs[0], runs[2]):
+            with pytest.raises(BackendError, match="lost"):
+                run.read()
+        assert in_threads(lambda i: talks[i].caption(IMAGES[i]), 3) == [captions[i] for i in IMAGES[:3]]
