@@ -18,7 +18,7 @@ from .batch_options import BatchSettings
 from .opening import find_files, open_chosen
 from .options import ModelChoice
 from .progress import BatchBar
-from .terminal import echo, echo_json, is_live
+from .terminal import echo, echo_json, is_live, name_on
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
@@ -249,7 +249,8 @@ def _reporter(as_json: bool) -> Iterator[Report]:
 
 def _show_failure(event: dict[str, Any], show: Callable[[str], None]) -> None:
     if event["event"] == "error":
-        name = "" if event["image"] in event["message"] else f"{event['image']}: "
+        shown = name_on(sys.stderr, event["image"])
+        name = "" if event["image"] in event["message"] or shown in event["message"] else f"{shown}: "
         show(f"Error: {name}{event['message']}")
         if "unrecorded" in event:
             show(f"Error: not even that could be written: {event['unrecorded']}")

@@ -19,7 +19,7 @@ from .batch_options import BatchSettings, batch_options
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
 from .replies import ReplyChoice, reply_options
-from .terminal import echo, echo_json
+from .terminal import echo, echo_json, name_on
 
 if TYPE_CHECKING:
     from ..decode.writer import Stats
@@ -90,7 +90,7 @@ def caption_command(
             try:
                 reply = begin_caption(model, _source(image), options)
                 if len(images) > 1 and not as_json:
-                    echo(f"{name}: ", nl=False)
+                    echo(f"{name_on(sys.stdout, name)}: ", nl=False)
                 text = options.begin
                 if text and not as_json:
                     echo(text, nl=False)
@@ -100,9 +100,10 @@ def caption_command(
                         if not as_json:
                             echo(piece, nl=False)
             except (ImageError, TimeLimitError) as e:
+                shown = name_on(sys.stderr, name)
                 if isinstance(e, TimeLimitError) and not as_json:
                     echo()
-                echo(f"Error: {e}" if isinstance(e, ImageError) else f"Error: {name}: {e}", err=True)
+                echo(f"Error: {e}" if isinstance(e, ImageError) else f"Error: {shown}: {e}", err=True)
                 failed = True
                 continue
             if as_json:
@@ -112,7 +113,7 @@ def caption_command(
             # Plain text of -n tokens is what was asked for; half a JSON document is not.
             if reply.finish_reason == "length" and options.response_format is not None:
                 n = reply.stats.completion_tokens
-                echo(f"{name}: cut off after {n} tokens (see -n)", err=True)
+                echo(f"{name_on(sys.stderr, name)}: cut off after {n} tokens (see -n)", err=True)
     return int(failed)
 
 

@@ -6,6 +6,7 @@ the reader of the output went away.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -16,10 +17,12 @@ import click
 
 from .. import __version__
 from ..errors import Aborted, MllamaError
-from ..words import one_line
+from ..words import one_line, os_reason
 from .terminal import echo, fit_streams
 from .verbose import is_verbose, verbose_option
 
+# Why nothing more can be written to a standard stream.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {
     "cache": ("cache:cache_command", "Show or clear the image cache."),
@@ -91,6 +94,12 @@ def run(args: Sequence[str]) -> int:
             traceback.print_exc()
         return shown
 
+    def unexpected(error: Exception) -> int:
+        """A bug, or a machine in trouble."""
+        hint = "" if show_traceback() else " (--verbose shows where)"
+        echo(f"Error: unexpected {type(error).__name__}: {one_line(error)}{hint}", err=True)
+        return 1
+
     fit_streams()
     try:
         # Not cli.main(), which handles Ctrl-C and broken pipes in its own way.
@@ -122,8 +131,14 @@ def run(args: Sequence[str]) -> int:
         show_traceback()
         echo(f"Error: {e}", err=True)
         return 1
-    except Exception as e:  # a bug, or a machine in trouble
-        hint = "" if show_traceback() else " (--verbose shows where)"
-        echo(f"Error: unexpected {type(e).__name__}: {one_line(e)}{hint}", err=True)
+    except OSError as e:
+        if e.errno not in _NO_ROOM or e.filename is not None:
+            return unexpected(e)
+        show_traceback()
+        # Python would complain at exit, when it writes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        echo(f"Error: the output cannot be written: {os_reason(e)}", err=True)
         return 1
+    except Exception as e:
+        return unexpected(e)
     return code if isinstance(code, int) else 0

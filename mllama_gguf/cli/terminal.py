@@ -50,6 +50,11 @@ def echo_coloured(words: str, colour: str, *, nl: bool = True) -> None:
     _write(sys.stdout, f"{words}\n" if nl else words)
 
 
+def name_on(stream: TextIO, name: str) -> str:
+    """A file's name for a line: as it is, or on a terminal in one line, for a name may hold line ends."""
+    return printable(name, keep="") if is_terminal(stream) else name
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person sees it. False for a closed stream."""
     with suppress(ValueError, AttributeError):

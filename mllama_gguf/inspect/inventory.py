@@ -47,8 +47,8 @@ def inventory() -> list[Found]:
         except MllamaError as e:
             found[(name,)] = Found(name, place, problem=str(e))
             continue
-        # Tags of Ollama may share their weights and differ in what their manifests say.
-        key = (*files.paths, files.ollama and files.ollama.digest)
+        # Each name that Ollama has is one, also of the same weights, as `ollama list` shows them.
+        key = (*files.paths, name if files.ollama else None)
         if key not in found and (place == "bundled" or is_text_model(files.text)):
             found[key] = look(name, place, files)
     return list(found.values())

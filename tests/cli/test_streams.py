@@ -44,6 +44,13 @@ def test_nobody_listens(closed: str, tmp_path: Path) -> None:
     assert shell(f"$MLLAMA caption missing.png {closed}").returncode == 1
 
 
+@pytest.mark.parametrize("command", ["--help", f"caption '{APPLE}' --json"])
+def test_a_full_disk_is_one_line(command: str) -> None:
+    done = shell(f"$MLLAMA {command} > /dev/full")
+    words = b"Error: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, words)
+
+
 def test_closed_standard_input_is_an_empty_one(tmp_path: Path) -> None:
     done = shell("$MLLAMA caption - <&-")
     assert done.returncode == 1 and done.stderr.startswith(b"Error: ") and done.stderr.count(b"\n") == 1

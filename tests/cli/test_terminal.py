@@ -147,8 +147,17 @@ def test_names_are_printable_on_a_terminal(names: list[str], tmp_path: Path) -> 
     out = on_terminal("caption", *names, cwd=tmp_path, MLLAMA_IMAGE_CACHE_SIZE="0")
     plain = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", out)  # of the bars
     assert b"esc\\x1b[31mred\\x07.png: " in plain and b"caf\\udce9.png: " in plain
-    assert "猫.png".encode() in plain
+    assert "猫.png".encode() in plain and b"line\\nend.png: " in plain
     assert b"\x1b[31mred" not in out and b"\x07" not in out and b"\xe9.png" not in out
+
+
+def test_a_name_is_in_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with a line end could look like a message of ours."""
+    name = "a.png\nError: none\tx"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert terminal.name_on(sys.stdout, name) == "a.png\\nError: none\\tx"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert terminal.name_on(sys.stdout, name) == name
 
 
 def test_names_in_json(names: list[str], capsys: Captured, tmp_path: Path) -> None:

@@ -320,11 +320,14 @@ def test_lists_of_manifests() -> None:
             resolve("ollama:m")
 
 
-def test_models_that_differ_in_their_manifests_alone(capsys: Captured) -> None:
+def test_every_name_is_listed(capsys: Captured) -> None:
+    """As `ollama list` does, also two names of one model."""
     put("ollama:a")
     put("ollama:b", system="other")
     put("ollama:a:11b")
-    assert [found.name for found in inventory()] == ["demo", "ollama:a:11b", "ollama:b:latest"]
+    assert [found.name for found in inventory()] == [
+        "demo", "ollama:a:11b", "ollama:a:latest", "ollama:b:latest",
+    ]  # fmt: skip
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
