@@ -140,7 +140,7 @@ def check_same(output: str, kept: KeptSettings, settings: Mapping[str, Any]) -> 
     for key, name in _SAME.items():
         old, new = kept.settings.get(key), settings.get(key)
         if key in kept.settings and old != new:
-            hidden = key in ("model", "model_says", "chat_template")
+            hidden = key in ("model", "model_says", "chat_template") or brief(old) == brief(new)
             shown = "" if hidden else f" ({brief(old)}, not {brief(new)})"
             raise RequestError(
                 f"{show_name(output)}: the captions there were made with another {name}{shown}; give the "

@@ -134,8 +134,12 @@ def _since(
     kept = beside.read()
     if not done:
         since = started
-    elif kept is None:  # of an earlier version
-        since = os.stat(settings.out).st_mtime if settings.out is not None else started
+    elif kept is None:  # of an earlier version, or moved without its settings
+        since = started
+        if settings.out is not None:
+            since = os.stat(settings.out).st_mtime
+            words = "with which settings the captions there were made is not known"
+            echo(f"Note: {name_on(sys.stderr, settings.out)}: {words}", err=True)
     else:
         since = kept.looked
         if not settings.any_settings:

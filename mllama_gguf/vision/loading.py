@@ -32,6 +32,7 @@ _PICTURES = re.compile(
     re.DOTALL,
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
+_ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]{1,19}://|blob:)", re.IGNORECASE)
 _LONG_TEXT = 300  # characters; a text above it is data rather than a name
 
 
@@ -107,6 +108,10 @@ def _from_text(source: str) -> tuple[str, bytes] | str:
     for path in (source, os.path.expanduser(source), text, os.path.expanduser(text)):
         if _exists(path):
             return path
+    if not text:
+        raise ImageError("an empty text is no path of a picture")
+    if _ADDRESS.match(text):
+        raise ImageError(f"{_named(text)}: pictures are not fetched from elsewhere; give a file")
     data = _picture_in_base64(text)
     return os.path.expanduser(text) if data is None else (f"base64 text of {len(text)} characters", data)
 

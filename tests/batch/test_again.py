@@ -114,8 +114,26 @@ def test_a_run_that_was_killed_is_compared_too(capsys: Captured) -> None:
 def test_outputs_without_settings_go_on(capsys: Captured) -> None:
     assert run(["caption", "a.png", "--out", "c.jsonl"]) == 0
     Path(".c.jsonl.mllama.json").unlink()
+    capsys.readouterr()
     assert caption("--out", "c.jsonl", "-p", "What?") == 0
+    words = "with which settings the captions there were made is not known"
+    assert f"Note: c.jsonl: {words}\n" in capsys.readouterr().err
     assert caption("--out", "c.jsonl") == 1
+
+
+def test_schemas_that_begin_alike_are_not_shown(capsys: Captured) -> None:
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"what": {"enum": ["a", "b"]}},
+        "required": ["what"],
+    }
+    for name, values in (("a.json", ["a", "b"]), ("b.json", ["a", "c"])):
+        schema["properties"]["what"]["enum"] = values
+        Path(name).write_text(json.dumps(schema))
+    assert caption("--out", "c.jsonl", "--json-schema", "a.json") == 0
+    capsys.readouterr()
+    assert caption("--out", "c.jsonl", "--json-schema", "b.json") == 1
+    assert "made with another schema or other form; give the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"is": "mine"}', b"[" * 100_000, b"\xff"])

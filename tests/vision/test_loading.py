@@ -124,6 +124,13 @@ def test_errors_never_hold_the_picture() -> None:
     assert "neither a path nor base64" in error_of(broken)
 
 
+def test_addresses_and_empty_texts() -> None:
+    for address in ("https://x/a.png", "ftp://x/a.png", "s3://bucket/a.png", "blob:https://x/1"):
+        assert error_of(address).startswith(f"{address}: pictures are not fetched from ")
+    for empty in ("", " ", "\n"):
+        assert error_of(empty) == "an empty text is no path of a picture"
+
+
 def test_things_that_can_only_be_read() -> None:
     class Body:
         """As the body of an HTTP reply: no seekable(), no name."""
