@@ -114,7 +114,8 @@ def run(args: Sequence[str]) -> int:
         return e.exit_code
     except click.UsageError as e:
         path = e.ctx.command_path if e.ctx else "mllama"
-        echo(f"Error: {e.format_message()} (see {path} --help)", err=True)
+        words = " ".join(e.format_message().split())  # click lists choices on lines of their own
+        echo(f"Error: {words} (see {path} --help)", err=True)
         return e.exit_code
     except click.ClickException as e:
         show_traceback()

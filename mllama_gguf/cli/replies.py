@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +12,7 @@ import click
 from ..errors import RequestError
 from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
-from ..words import one_line, os_reason, show_name
+from ..words import os_reason, show_name
 from .options import F
 
 if TYPE_CHECKING:
@@ -53,13 +52,14 @@ class ReplyChoice:
 
 def _pixels(ctx: click.Context, param: click.Parameter, words: str | None) -> int | None:
     """An option's callback: "200000000" or "200M" to a number of pixels."""
+    from ..vision.decoding import parse_pixels
+
     if words is None:
         return None
-    match = re.fullmatch(r"\s*(\d{1,18})\s*([kmg]?)(?:p|px|pix|pixels)?\s*", words, re.ASCII | re.IGNORECASE)
-    n = int(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ") if match else 0
-    if not 0 < n < 1 << 63:
-        raise click.BadParameter(f"{one_line(words)!r} is no number of pixels, as in 200000000 or 200M")
-    return n
+    try:
+        return parse_pixels(words)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from None
 
 
 max_pixels_option = click.option(

@@ -122,9 +122,19 @@ def pixel_limit(max_pixels: int | None) -> int:
     words = os.environ.get(MAX_PIXELS_VARIABLE, "").strip()
     if not words:
         return MAX_PIXELS
-    if not words.isascii() or not words.isdecimal() or not 0 < int(words[:20]) <= _MOST_PIXELS:
-        raise RequestError(f"{MAX_PIXELS_VARIABLE}: {one_line(words)!r} is no number of pixels")
-    return int(words)
+    try:
+        return parse_pixels(words)
+    except ValueError as e:
+        raise RequestError(f"{MAX_PIXELS_VARIABLE}: {e}") from None
+
+
+def parse_pixels(words: str) -> int:
+    """A number of pixels: "200000000" or "200M". Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d{1,18})\s*([kmg]?)(?:p|px|pix|pixels)?\s*", words, re.ASCII | re.IGNORECASE)
+    n = int(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ") if match else 0
+    if not 0 < n <= _MOST_PIXELS:
+        raise ValueError(f"{one_line(words)!r} is no number of pixels, as in 200000000 or 200M")
+    return n
 
 
 def decode(file: BinaryIO, name: str, max_pixels: int | None, allow_truncated: bool) -> Image.Image:

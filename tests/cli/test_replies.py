@@ -118,9 +118,14 @@ def test_max_pixels(command: str, capsys: Captured, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLLAMA_MAX_PIXELS", "100")
     assert run([command, str(APPLE)]) == 1
     assert run([command, str(APPLE), "--max-pixels", "1M"]) == 0
+    monkeypatch.setenv("MLLAMA_MAX_PIXELS", "1M")
+    assert run([command, str(APPLE)]) == 0
     monkeypatch.setenv("MLLAMA_MAX_PIXELS", "many")
     assert run([command, str(APPLE)]) == 1
-    assert "Error: MLLAMA_MAX_PIXELS: 'many' is no number of pixels\n" in capsys.readouterr().err
+    assert (
+        "Error: MLLAMA_MAX_PIXELS: 'many' is no number of pixels, as in 200000000 or 200M\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("words", ["many", "0", "-5", "1e6", "9" * 30])

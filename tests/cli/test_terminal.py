@@ -253,9 +253,19 @@ def test_errors_of_usage_are_printable(tmp_path: Path, monkeypatch: pytest.Monke
         ["caption", "--\x1b[2J"],
         ["models", "\x1b[2J"],
         ["caption", "a", "-t", "\x1b[2J"],
+        ["quantize", "\x1b[2J", "x.gguf", "--type", "\x1b[2J"],
     ):
         screen = Screen("utf-8")
         monkeypatch.setattr(sys, "stderr", screen)
         code = run(args)
         monkeypatch.undo()
         assert code == 2 and b"\x1b" not in screen.shown and b"[2J" in screen.shown
+
+
+@pytest.mark.parametrize(
+    "args", [["quantize", "a", "b"], ["caption", "a", "--existing", "x\ny"], ["caption"]]
+)
+def test_errors_of_usage_are_one_line(args: list[str], capsys: Captured) -> None:
+    assert run(args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ") and said.count("\n") == 1
