@@ -211,7 +211,12 @@ static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, vo
         ggml_prec_set_acc(out, GGML_PREC_F32);
         return ggml_reshape_2d(g->ctx, out, n_embd, n);
     }
-    struct ggml_tensor * scores = ggml_mul_mat(g->ctx, a->k, heads); // [n_kv, n, n_head]
+    struct ggml_tensor * k = a->k;
+    if (g->env.exact) { // Vulkan rounds factors to F16 if there are gaps between their rows
+        k     = ggml_cont(g->ctx, k);
+        heads = ggml_cont(g->ctx, heads);
+    }
+    struct ggml_tensor * scores = ggml_mul_mat(g->ctx, k, heads); // [n_kv, n, n_head]
     ggml_prec_set_acc(scores, GGML_PREC_F32);
     scores = ggml_soft_max_ext(g->ctx, scores, a->mask, scale, 0.0f);
     struct ggml_tensor * v   = ggml_cont(g->ctx, ggml_permute(g->ctx, a->v, 1, 0, 2, 3)); // [n_kv, head_dim, n_head_kv]
