@@ -6,11 +6,12 @@
 #   MLLAMA_CARRY  a folder with wheels, and perhaps a backend of ggml as a library (scripts/gpu/backend.sh). Without it the
 #                 mllama_gguf that is installed is checked, with the GPUs of its ggml and of GGML_BACKEND_PATH.
 #   MLLAMA_STEPS  names of steps, to run these alone
+#   MLLAMA_TORCH_PYTHON  the Python that has torch and transformers, if it is another one
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-${OUT:-gpu-check}}" && cd "${1:-${OUT:-gpu-check}}" && pwd)
 began=$(date +%s) total=480 failed=0
-python=python3
+python=python3 torch_python=${MLLAMA_TORCH_PYTHON:-python3}
 : > "$out/summary.txt"
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
@@ -57,7 +58,9 @@ tests types 40 "types"
 tests layers 90 "number_of_layers or every_count or two_devices"
 tests plan 90 "plan"
 tests life 60 "taps or abort or cache or child or default"
-step full_shape 180 "$python" scripts/gpu/full_shape.py
+step full_shape 150 "$python" scripts/gpu/full_shape.py
+step transformers 60 "$torch_python" scripts/gpu/against_transformers.py
+step no_memory 60 "$torch_python" scripts/gpu/no_memory.py "$python"
 sanitize() {
   command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer"; return 77; }
   compute-sanitizer --error-exitcode 9 "$0" -m mllama_gguf caption examples/apple.png

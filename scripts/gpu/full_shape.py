@@ -23,7 +23,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from full_shape import mllama_keys, text_tensors, vision_tensors, write_gguf
 
+from mllama_gguf.backend.base import Item
 from mllama_gguf.backend.callbacks import Callbacks
+from mllama_gguf.backend.context import LocalContext
 from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import devices, open_model
 from mllama_gguf.backend.plan import make_plan
@@ -83,6 +85,7 @@ def measure(path: Path, card: str) -> None:
     context.decode([1], 0, 1)
     seconds = timed(lambda: [context.decode([1], 0, 1) for _ in range(steps - 1)])
     tell("decode", tokens=steps - 1, seconds=seconds, tokens_per_second=(steps - 1) / seconds)
+    several(context)
     context.reserve([h.max_tiles])  # the largest graphs, as in the plan
     for plan, real in zip(planned.devices, context.memory().devices, strict=True):
         ratio = real.peak / max(1, plan.peak)
@@ -95,6 +98,18 @@ def measure(path: Path, card: str) -> None:
         )
     context.close()
     model.close()
+
+
+def several(context: LocalContext) -> None:
+    """Tokens of several sequences that compute together."""
+    numbers = [context.sequence_new(256) for _ in range(8)]
+    for n in (1, 4, 8):
+        items = [Item(number, [1], -1, 0) for number in numbers[:n]]
+        context.decode_many(items)
+        seconds = timed(lambda items=items: [context.decode_many(items) for _ in range(TOKENS // 2)])
+        tell("together", sequences=n, tokens_per_second=n * (TOKENS // 2) / seconds)
+    for number in numbers:
+        context.sequence_free(number)
 
 
 if __name__ == "__main__":
