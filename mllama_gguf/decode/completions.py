@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..text.logprobs import TokenLogprob
 from ..text.tools import Tools, call_id, find_calls, may_be_call
+from ..words import as_json
 from .reply import Reply
 from .writer import Stats
 
@@ -110,7 +110,7 @@ def shown_calls(text: str, tools: Tools) -> list[dict[str, Any]]:
         {
             "id": call_id(),
             "type": "function",
-            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            "function": {"name": name, "arguments": as_json(arguments)},
         }
         for name, arguments in calls[: 1 if tools.one_call else None]
     ]

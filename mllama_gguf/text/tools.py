@@ -6,6 +6,7 @@ Llama 3.2 calls a tool with a reply that is nothing but JSON: {"name": ..., "par
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -103,14 +104,24 @@ def read_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = N
     return Tools(() if tool_choice == "none" else told, required, one_call)
 
 
+def _number(words: str) -> float:
+    """A number that JSON can have. Raises ValueError for NaN and infinity, which Python would take."""
+    number = float(words)
+    if not math.isfinite(number):
+        raise ValueError(words)
+    return number
+
+
+_JSON = json.JSONDecoder(parse_constant=_number, parse_float=_number)
+
+
 def find_calls(text: str, names: Collection[str]) -> list[tuple[str, dict[str, Any]]]:
     """The calls that a whole reply consists of: names and arguments. []: it is no call of these tools."""
-    decoder = json.JSONDecoder()
     found: list[Any] = []
     rest = text.strip()
     while rest:
         try:
-            value, end = decoder.raw_decode(rest)
+            value, end = _JSON.raw_decode(rest)
         except (ValueError, RecursionError):
             return []
         found += value if isinstance(value, list) else [value]
@@ -140,7 +151,7 @@ def _call(value: Any) -> tuple[str, dict[str, Any]]:
     arguments = value.get("parameters", value.get("arguments"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = _JSON.decode(arguments)
         except (ValueError, RecursionError):
             return "", {}
     if arguments is None:

@@ -12,6 +12,7 @@ import pytest
 from helpers import TinyFiles
 from replies import closing_tokens, draw
 
+from mllama_gguf.decode.completions import shown_calls
 from mllama_gguf.errors import RequestError
 from mllama_gguf.text.tools import find_calls, may_be_call, read_tools
 from mllama_gguf.text.vocab import Vocab
@@ -130,6 +131,9 @@ class TestFindCalls:
                     '{"name": 5}',
                     '{"name": "f", "parameters": 5}',
                     '{"name": "f", "parameters": "no JSON"}',
+                    '{"name": "f", "parameters": {"x": NaN}}',
+                    '{"name": "f", "parameters": {"x": [-1e999]}}',
+                    '{"name": "f", "parameters": "{\\"x\\": Infinity}"}',
                     '{"name": "f"}{"name": "h"}',
                     '"f"',
                     "5",
@@ -141,6 +145,13 @@ class TestFindCalls:
     )
     def test_texts(self, text: str, calls: list[Any]) -> None:
         assert find_calls(text, ("f", "g")) == calls
+
+    def test_arguments_can_be_sent(self) -> None:
+        """Half a character of UTF-16, which JSON can name and UTF-8 cannot have, stays an escape."""
+        text = '{"name": "f", "parameters": {"x": "\\ud800ü"}}'
+        (call,) = shown_calls(text, read_tools([tool("f")]))
+        words = call["function"]["arguments"]
+        assert words.encode() == '{"x": "\\ud800ü"}'.encode() and json.loads(words) == {"x": "\ud800ü"}
 
     def test_what_may_be_one(self) -> None:
         assert all(may_be_call(text) for text in ("", " \n", "{", ' {"na', "["))
