@@ -13,6 +13,9 @@ Transparency is composited over white. Where the reference has no useful behavio
 - `F` is refused: nothing says which range its values have.
 - A transparent colour of an `RGB` image (PNG tRNS) is ignored, as the reference does. Transparency of every
   other mode is composited over white, as the reference does.
+- An extra sample of a TIFF of which nothing is said is no transparency, nor is the fourth byte of a BMP of 32
+  bits without a mask for it: many programs leave anything there. ImageMagick takes both for transparency.
+- A GIF whose first frame leaves a part of the canvas out has its background colour there.
 - L*a*b* is relative to D50, as in ICC profiles. libtiff's programs take D65, so that strong colours differ.
 """
 
@@ -34,6 +37,7 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _OFFSETS, _SAMPLES, _COUNTS = 258, 259, 262, 
 _PLANAR, _PALETTE, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA, _FORMAT = 284, 320, 324, 325, 338, 339
 _WHITE_IS_ZERO, _YCBCR, _LAB = 0, 6, 8
 _SUBSAMPLING = 530
+_SUBFILE, _SUB_IFDS, _DNG = 254, 330, 50706  # what a page is, pages below it, version of a raw file
 # Compressions that Pillow does not read, or not with every libtiff.
 _COMPRESSIONS = {
     34661: "JBIG",
@@ -90,6 +94,12 @@ def mend_tiff(image: TiffImagePlugin.TiffImageFile, name: str) -> Image.Image:
     a palette of 8-bit values for black. Raises ImageError.
     """
     tags = image.tag_v2
+    # A first page that is a smaller copy, with others below it, is how Nikon, Sony and others write.
+    if _DNG in tags or (tags.get(_SUBFILE) in (1, 3, 5) and _SUB_IFDS in tags):
+        raise ImageError(
+            f"{name}: a camera's raw file, of which only a small preview can be read; develop it to JPEG or "
+            "PNG first"
+        )
     if image.mode == "P" and max(tags.get(_PALETTE, (256,))) < 256:
         image.load()
         palette = np.array(tags[_PALETTE]).reshape(3, -1).T

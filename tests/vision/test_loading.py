@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 from preprocess_cases import make_picture, pattern
 from tiffs import make_tiff, ramp
 
@@ -190,6 +190,23 @@ def test_unsupported_tiffs_are_named() -> None:
     assert "L*a*b*" in error_of(make_tiff(ramp(8, 3), 8, 8, planar=2))
     for compression, words in ((34712, "JPEG 2000 compression"), (50002, "JPEG XL"), (60000, "60000")):
         assert words in error_of(make_tiff(ramp(8, 3), 8, 2, compression=compression))
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{50706: (TiffTags.BYTE, 1)}, {254: (TiffTags.LONG, 1), 330: (TiffTags.LONG, (8, 8))}],
+)
+def test_the_preview_of_a_raw_file_is_not_taken(tags: dict[int, tuple[int, Any]]) -> None:
+    """DNG, and what else begins with a reduced page and has others below it."""
+    more = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, (kind, value) in tags.items():
+        more.tagtype[tag] = kind
+        more[tag] = value
+    data = encode(make_picture("RGB", 16, 12), "TIFF", tiffinfo=more)
+    assert "a camera's raw file" in error_of(data)
+    alone = TiffImagePlugin.ImageFileDirectory_v2()
+    alone[254] = 1
+    assert load_image(encode(make_picture("RGB", 16, 12), "TIFF", tiffinfo=alone)).size == (16, 12)
 
 
 # --- what is mended ---------------------------------------------------------------------------------------
