@@ -46,6 +46,11 @@ class Prepared:
     image: TiledImage | ImageEmbedding | None
     encoded: tuple[float, float] | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Of encoding ahead."""
+        return self.encoded[1] - self.encoded[0] if self.encoded is not None else 0.0
+
 
 Coming: TypeAlias = "tuple[str, Future[Prepared]]"
 

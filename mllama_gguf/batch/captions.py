@@ -13,6 +13,7 @@ from typing import Any
 from ..backend.types import HParams
 from ..checks import Seconds, checked
 from ..decode.answers import CAPTION_TOKENS
+from ..decode.conversation import Conversation
 from ..decode.options import ReplyOptions
 from ..decode.reply import Reply
 from ..decode.writer import FinishReason
@@ -143,13 +144,15 @@ class Caption:
     seconds: Mapping[str, float]
 
 
-def begin_caption(model: Mllama, image: Picture, options: CaptionOptions) -> Reply:
-    """The caption of an image, which is still to be read: see `within`. Raises what `create_chat_completion`
-    raises."""
+def begin_caption(
+    model: Mllama, image: Picture, options: CaptionOptions, talk: Conversation | None = None
+) -> Reply:
+    """The caption of an image, which is still to be read: see `within`. talk: who answers; None: the model's
+    own conversation. Raises what `create_chat_completion` raises."""
     if not isinstance(image, (ImageEmbedding, TiledImage, LimitedImage)) and model.hparams.has_vision:
         image = options.prepare(image, model.hparams, model.max_tiles)
     messages = options.messages(image, model.defaults)
-    return model.reply(messages, options=options.reply_options(model.defaults))
+    return (talk or model).reply(messages, options=options.reply_options(model.defaults))
 
 
 def too_late(seconds: float) -> TimeLimitError:
@@ -186,13 +189,21 @@ def within(reply: Reply, seconds: float | None, spent: float = 0.0) -> Iterator[
         timer.join()
 
 
-def caption_picture(model: Mllama, image: Picture, options: CaptionOptions, *, spent: float = 0.0) -> Caption:
-    """The caption of an image. spent: seconds of the time limit that are gone already.
+def caption_picture(
+    model: Mllama,
+    image: Picture,
+    options: CaptionOptions,
+    *,
+    spent: float = 0.0,
+    talk: Conversation | None = None,
+) -> Caption:
+    """The caption of an image. spent: seconds of the time limit that are gone already; talk: as in
+    `begin_caption`.
 
     Raises what `create_chat_completion` raises, RequestError for a reply that was cut before its form was
     complete, TimeLimitError.
     """
-    reply = begin_caption(model, image, options)
+    reply = begin_caption(model, image, options, talk)
     with within(reply, options.time_limit, spent):
         text, stats = reply.read(), reply.stats
     options.check(stats.finish_reason)

@@ -8,73 +8,34 @@ for one picture is noted and the run goes on; it is tried again next time.
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 from ..errors import Aborted, BackendError, MllamaError, ModelError, RequestError
 from ..model import Mllama
-from ..reading import open_regular
 from ..vision.encoder import ImageEncoder
 from ..vision.loading import load_image
 from ..words import one_line
 from .ahead import EncodeAhead, Prepared, pictures_ahead
-from .captions import Caption, CaptionOptions, caption_picture
+from .captions import Caption, CaptionOptions
+from .contents import Redo, file_sha256, is_stale, known_contents
 from .failures import ErrorLog
 from .outputs import Output
 from .records import Record
+from .summary import Busy, Summary
+from .together import Made, Together, make
 
 Report: TypeAlias = Callable[[dict[str, Any]], None]
 
-Redo = Literal["length", "empty", "failed"]
-REDO: tuple[Redo, ...] = get_args(Redo)
-# How much the clocks of this machine and of a file server may differ.
-CLOCK_SECONDS = 2.0
 # A device that fails this often without a caption between is not opened once more.
 MAX_LOSSES = 3
 # Errors of writing that the next picture would meet as well.
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE))
-
-
-@dataclass
-class Summary:
-    """What a run did.
-
-    pictures:  all that the run was about: done before it, captioned, duplicates (of a picture's content; they
-               got its caption), failed, and those it did not come to
-    again:     how many had a caption that was to be made once more
-    tokens:    of the new captions
-    prompt_tokens, cached_tokens: of the prompts, and how many of them were not computed again
-    seconds:   encode, prompt, decode: what the model computed, at once perhaps; busy: in which any of it was
-               computed; wait: for a picture, while nothing was; total: from the first picture to the end
-    stopped:   why the run ended early, or ""
-    """
-
-    pictures: int = 0
-    done_before: int = 0
-    captioned: int = 0
-    duplicates: int = 0
-    failed: int = 0
-    again: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("encode", "prompt", "decode", "busy", "wait", "total"), 0.0)
-    )
-    stopped: str = ""
-    interrupted: bool = False
-
-    @property
-    def utilisation(self) -> float:
-        """Share of the time in which the model computed, 0 to 1."""
-        return self.seconds["busy"] / self.seconds["total"] if self.seconds["total"] else 0.0
 
 
 def caption_pictures(
@@ -86,6 +47,7 @@ def caption_pictures(
     errors: ErrorLog,
     report: Report = lambda event: None,
     encode_ahead: bool | None = None,
+    parallel: int = 1,
     redo: Collection[Redo] = (),
     unchanged_since: float | None = None,
 ) -> Summary:
@@ -97,6 +59,8 @@ def caption_pictures(
     report:     called with what happened, a dict whose "event" is "start", "caption", "error" or "summary"
     encode_ahead: encode the next pictures in another thread while a caption is written; None: if the model
                 leaves CPUs free for that (`Mllama.encoder_threads`). The captions are the same.
+    parallel:   caption so many pictures together. The captions come in the order of the pictures. They are
+                the same unless two tokens are equally likely but for rounding.
     redo:       captions that are made once more: "length": those that were cut, "empty"; "failed" ones are
                 always tried again
     unchanged_since: pictures that changed later (seconds, as `time.time` counts) are looked at: one with
@@ -112,7 +76,7 @@ def caption_pictures(
         again = {
             picture
             for picture in pictures
-            if picture in known and _is_stale(known[picture], redo, unchanged_since)
+            if picture in known and is_stale(known[picture], redo, unchanged_since)
         }
         output.again(again)
         for picture in again:
@@ -126,7 +90,7 @@ def caption_pictures(
     summary.again = len(again)
     counts = {"done_before": summary.done_before, "again": summary.again}
     report({"event": "start", "pictures": len(pictures), **counts})
-    run = _Run(known, output, open_model, options, errors, report, summary, encode_ahead)
+    run = _Run(known, output, open_model, options, errors, report, summary, encode_ahead, parallel)
     try:
         for picture in pictures:
             if picture in refused:
@@ -148,24 +112,6 @@ def caption_pictures(
     return summary
 
 
-def _is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | None) -> bool:
-    """Whether a caption that is there is to be made once more."""
-    if "length" in redo and record.finish_reason == "length":
-        return True
-    if "empty" in redo and not record.caption.strip():
-        return True
-    if unchanged_since is None or not record.sha256:
-        return False
-    try:
-        info = os.stat(record.image)
-        # A file that is renamed to this name keeps the time when it was written.
-        if max(info.st_mtime, info.st_ctime) < unchanged_since - CLOCK_SECONDS:
-            return False
-        return file_sha256(record.image) != record.sha256
-    except (OSError, ValueError):
-        return False  # it is gone, and its caption stays
-
-
 class _Stop(Exception):
     """The run cannot go on."""
 
@@ -180,6 +126,16 @@ class _Writing:
 
 
 @dataclass
+class _Coming:
+    """A picture whose caption is not kept yet. made: by a thread; None: it is still to be made, or its
+    content has a caption."""
+
+    path: str
+    prepared: Prepared
+    made: Future[Made] | None
+
+
+@dataclass
 class _Run:
     """The loop over the pictures."""
 
@@ -191,23 +147,27 @@ class _Run:
     _report: Report
     _summary: Summary
     _encode_ahead: bool | None
+    _parallel: int
     _by_content: dict[str, Record] = field(default_factory=dict)
     _losses: int = 0
     _writing: _Writing | None = None
     _ahead: EncodeAhead | None = None
-    _computed: deque[tuple[float, float]] = field(default_factory=deque)  # when the loop computed, lately
+    _coming: deque[_Coming] = field(default_factory=deque)  # in order
+    _together: Together | None = None
     _writer: ThreadPoolExecutor = field(init=False)
+    _busy: Busy = field(init=False)
 
     def caption(self, pending: Sequence[str]) -> None:
         """Raises _Stop, KeyboardInterrupt, Aborted."""
         self._model = self._open_model()
+        self._busy = Busy(self._summary.seconds)
         shape = self._model.hparams
         if not shape.has_vision:
             raise RequestError(
                 f"{self._model.model_path.name} is a text model without vision encoder; give mmproj_path"
             )
         max_tiles = self._model.max_tiles
-        self._by_content = dict(self._known_contents(pending))
+        self._by_content = dict(known_contents(self._known.values(), pending))
 
         def prepare(path: str) -> Prepared:
             try:
@@ -224,19 +184,26 @@ class _Run:
         encoder = self._open_encoder()
         if encoder is not None:
             self._ahead = EncodeAhead(encoder, self._by_content, self._options.time_limit)
+        self._open_together()
         start = time.perf_counter()
         with ThreadPoolExecutor(1, "mllama-write") as self._writer:
             try:
                 with closing(pictures_ahead(pending, prepare, self._ahead)) as coming:
                     for path, future in coming:
-                        self._caption_one(path, future)
+                        self._begin(path, future)
+                        while len(self._coming) >= self._most_coming:
+                            self._end_first()
                         self._summary.seconds["total"] = time.perf_counter() - start
+                while self._coming:
+                    self._end_first()
                 self._finish_writing()
             except BaseException:
                 with suppress(_Stop):
                     self._finish_writing()
                 raise
             finally:
+                if self._together is not None:
+                    self._together.close()
                 if self._ahead is not None:
                     self._ahead.encoder.close()
                 self._summary.seconds["total"] = time.perf_counter() - start
@@ -250,21 +217,70 @@ class _Run:
         except (BackendError, ModelError, OSError):
             return None
 
-    def _caption_one(self, path: str, future: Future[Prepared]) -> None:
+    def _open_together(self) -> None:
+        if self._parallel > 1:
+            self._together = Together(self._model, self._options, self._parallel)
+
+    @property
+    def _most_coming(self) -> int:
+        """Some more than are captioned at the same time: a thread need not wait for the first of all."""
+        return 1 if self._together is None else self._parallel + min(self._parallel, 4)
+
+    def _begin(self, path: str, future: Future[Prepared]) -> None:
+        """Let a picture be captioned, if threads do that."""
         try:
-            record, caption = self._make_record(path, future)
+            prepared = self._wait_for(future)
         except Aborted:
             raise
         except BackendError as e:
+            while self._coming:
+                self._end_first()
             self.fail(path, e)
             self._open_again(e)
             return
         except (MllamaError, MemoryError, OSError) as e:
             self.fail(path, e)
             return
+        made = None
+        is_known = prepared.sha256 in self._by_content
+        is_coming = any(one.prepared.sha256 == prepared.sha256 for one in self._coming)
+        if self._together is not None and prepared.image is not None and not is_known and not is_coming:
+            made = self._together.begin(prepared.image, prepared.seconds)
+        self._coming.append(_Coming(path, prepared, made))
+
+    def _end_first(self) -> None:
+        """Keep the caption of the first picture of all that are coming."""
+        first = self._coming.popleft()
+        try:
+            record, caption = self._make_record(first)
+        except Aborted:
+            raise
+        except BackendError as e:
+            self._lose(first, e)
+            return
+        except (MllamaError, MemoryError, OSError) as e:
+            self.fail(first.path, e)
+            return
         self._finish_writing()
         self._by_content[record.sha256] = record
         self._writing = _Writing(record, caption, self._writer.submit(self._write, record, caption is None))
+
+    def _lose(self, first: _Coming, error: BackendError) -> None:
+        """The device failed while it captioned a picture, and perhaps others: which of them is at fault is
+        seen when each is captioned alone."""
+        others = [one for one in self._coming if one.made is not None]
+        if first.made is None or not others:
+            self.fail(first.path, error)
+            self._open_again(error)
+            return
+        wait([one.made for one in others if one.made is not None])
+        self._open_again(error, is_counted=False)
+        for one in (first, *others):
+            if one.made is not None and isinstance(one.made.exception(), BackendError):
+                one.made = None
+        self._coming.appendleft(first)
+        while any(one.made is None for one in self._coming):
+            self._end_first()
 
     def _write(self, record: Record, duplicate: bool) -> None:
         """In the writer's thread, which Ctrl-C does not interrupt: what is written is counted."""
@@ -299,46 +315,39 @@ class _Run:
 
     def _wait_for(self, future: Future[Prepared]) -> Prepared:
         """The picture, once it is there."""
-        seconds, start = self._summary.seconds, time.perf_counter()
-        begun = done = 0.0
+        start, encoded = time.perf_counter(), (0.0, 0.0)
         try:
             prepared = future.result()
-            begun, done = prepared.encoded or (0.0, 0.0)
+            encoded = prepared.encoded or encoded
         finally:
-            waited = (start, time.perf_counter())
-            seconds["encode"] += done - begun
-            seconds["busy"] += done - begun - sum(_overlap((begun, done), ours) for ours in self._computed)
-            seconds["wait"] += waited[1] - waited[0] - _overlap((begun, done), waited)
-            while self._computed and self._computed[0][1] <= done:  # the next encoding begins after this one
-                self._computed.popleft()
+            self._busy.encoded(encoded)
+            if not any(one.made is not None and not one.made.done() for one in self._coming):
+                self._busy.waited((start, time.perf_counter()), encoded)
         return prepared
 
-    def _make_record(self, path: str, future: Future[Prepared]) -> tuple[Record, Caption | None]:
-        summary = self._summary
-        prepared = self._wait_for(future)
+    def _make_record(self, one: _Coming) -> tuple[Record, Caption | None]:
+        summary, prepared = self._summary, one.prepared
         if self._writing is not None and self._writing.record.sha256 == prepared.sha256:
             self._finish_writing()
         twin = self._by_content.get(prepared.sha256)
         if twin is not None:
             original = twin.duplicate_of or twin.image
-            return replace(twin, image=path, sha256=prepared.sha256, duplicate_of=original), None
+            return replace(twin, image=one.path, sha256=prepared.sha256, duplicate_of=original), None
         assert prepared.image is not None
-        begun, done = prepared.encoded or (0.0, 0.0)
-        caption = caption_picture(self._model, prepared.image, self._options, spent=done - begun)
-        end, busy = time.perf_counter(), sum(caption.seconds.values())
-        if self._ahead is not None:
-            self._computed.append((end - busy, end))  # what comes before it is making ready
+        if one.made is not None:
+            made = one.made.result()
+        else:
+            made = make(self._model, prepared.image, self._options, prepared.seconds)
+        caption = made.caption
         self._losses = 0
         summary.tokens += caption.tokens
         summary.prompt_tokens += caption.prompt_tokens
         summary.cached_tokens += caption.cached_tokens
-        for phase, seconds in caption.seconds.items():
-            summary.seconds[phase] += seconds
-        summary.seconds["busy"] += busy
+        self._busy.captioned((made.begun, made.ended), caption.seconds)
         if prepared.encoded is not None:
-            encode = caption.seconds["encode"] + done - begun
+            encode = caption.seconds["encode"] + prepared.seconds
             caption = replace(caption, seconds={**caption.seconds, "encode": encode})
-        return Record(path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption
+        return Record(one.path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption
 
     def fail(self, path: str, error: Exception) -> None:
         """Note that a picture has no caption."""
@@ -351,50 +360,19 @@ class _Run:
             entry["unrecorded"] = f"{self._errors.path}: {e.strerror}"
         self._report({"event": "error", **entry})
 
-    def _open_again(self, error: BackendError) -> None:
-        self._losses += 1
+    def _open_again(self, error: BackendError, *, is_counted: bool = True) -> None:
+        self._losses += is_counted
         if self._losses >= MAX_LOSSES:
             raise _Stop(f"the device failed {self._losses} times in a row: {error}") from error
         try:
+            if self._together is not None:
+                self._together.close()
             if self._ahead is not None:
                 self._ahead.encoder.close()
             self._model = self._open_model()
+            self._open_together()
             if self._ahead is not None:
                 # A closed one leaves the encoding to us.
                 self._ahead.encoder = self._open_encoder() or self._ahead.encoder
         except MllamaError as e:
             raise _Stop(f"the model cannot be opened again: {e}") from e
-
-    def _known_contents(self, pending: Sequence[str]) -> Iterator[tuple[str, Record]]:
-        """What is captioned already, by content. Caption files beside their pictures do not tell the content;
-        only a picture as large as one to come is worth reading for it."""
-        sizes: set[int | None] = set()
-        if any(not record.sha256 for record in self._known.values()):
-            sizes = {_size(path) for path in pending} - {None}
-        for record in self._known.values():
-            if record.sha256:
-                yield record.sha256, record
-            elif _size(record.image) in sizes:
-                with suppress(OSError, ValueError):
-                    yield file_sha256(record.image), record
-
-
-def file_sha256(path: str) -> str:
-    """Hex digest of a file. Raises OSError."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """How much two spans of time have in common."""
-    return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-
-
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return None

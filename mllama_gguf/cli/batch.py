@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
     from ..batch.outputs import Output
     from ..batch.records import Record
-    from ..batch.run import Report, Summary
+    from ..batch.run import Report
     from ..batch.settings import SettingsFile
+    from ..batch.summary import Summary
     from ..files import AnyPath
     from ..model import Mllama
 
@@ -91,6 +92,7 @@ def run_batch(
                 errors=errors,
                 report=report,
                 encode_ahead=settings.encode_ahead,
+                parallel=settings.parallel or 1,
                 redo=settings.redo,
                 unchanged_since=since,
             )

@@ -12,11 +12,14 @@ from ..batch.records import EXISTING, Existing
 from .options import F
 
 if TYPE_CHECKING:
-    from ..batch.run import Redo
+    from ..batch.contents import Redo
 
-REDO = ("length", "empty", "failed")  # as batch.run has them, which imports much
+REDO = ("length", "empty", "failed")  # as batch.contents has them, which imports much
 # Options that only a batch obeys, beside --encode-ahead.
-_ONLY_HERE = ("recursive", "prefix", "suffix", "overwrite", "existing", "redo", "any_settings", "limit")
+_ONLY_HERE = (
+    *("recursive", "prefix", "suffix", "overwrite", "existing", "redo", "any_settings", "limit"),
+    "parallel",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class BatchSettings:
     sidecar_full_name: bool
     limit: int | None
     encode_ahead: bool | None
+    parallel: int | None
 
     @property
     def how(self) -> Existing:
@@ -121,6 +125,12 @@ def batch_options(command: F) -> F:
                 "--encode-ahead/--no-encode-ahead",
                 default=None,
                 help="Encode the next images while a caption is written.  [default: if a CPU is free]",
+            ),
+            click.option(
+                "--parallel",
+                metavar="N",
+                type=click.IntRange(1, 255),
+                help="Caption up to N images together, which reads the weights once for all.  [default: 1]",
             ),
         )
     ):

@@ -1,0 +1,65 @@
+"""Which captions that are there are of the content that a picture has now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from typing import Literal, get_args
+
+from ..reading import open_regular
+from .records import Record
+
+Redo = Literal["length", "empty", "failed"]
+REDO: tuple[Redo, ...] = get_args(Redo)
+# How much the clocks of this machine and of a file server may differ.
+CLOCK_SECONDS = 2.0
+
+
+def is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | None) -> bool:
+    """Whether a caption that is there is to be made once more."""
+    if "length" in redo and record.finish_reason == "length":
+        return True
+    if "empty" in redo and not record.caption.strip():
+        return True
+    if unchanged_since is None or not record.sha256:
+        return False
+    try:
+        info = os.stat(record.image)
+        # A file that is renamed to this name keeps the time when it was written.
+        if max(info.st_mtime, info.st_ctime) < unchanged_since - CLOCK_SECONDS:
+            return False
+        return file_sha256(record.image) != record.sha256
+    except (OSError, ValueError):
+        return False  # it is gone, and its caption stays
+
+
+def known_contents(known: Collection[Record], pending: Iterable[str]) -> Iterator[tuple[str, Record]]:
+    """What is captioned already, by content. Caption files beside their pictures do not tell the content;
+    only a picture as large as one to come is worth reading for it."""
+    sizes: set[int | None] = set()
+    if any(not record.sha256 for record in known):
+        sizes = {_size(path) for path in pending} - {None}
+    for record in known:
+        if record.sha256:
+            yield record.sha256, record
+        elif _size(record.image) in sizes:
+            with suppress(OSError, ValueError):
+                yield file_sha256(record.image), record
+
+
+def file_sha256(path: str) -> str:
+    """Hex digest of a file. Raises OSError."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None
