@@ -169,7 +169,7 @@ class ChatTemplate:
         guard = self._guard.text
         parts = [guard(part) if isinstance(part, str) else part for part in message.parts]
         text = "".join(part if isinstance(part, str) else self._image for part in parts)
-        content: Any = text
+        content: Any = _Text(text)
         if not (message.is_string or as_text):
             content = _Parts(
                 text,
@@ -253,6 +253,14 @@ class _Refusal(RequestError):
     """The template itself refuses the messages."""
 
 
+class _Text(str):
+    """A text that has no parts: Meta's templates look for images in every character of a plain text, and
+    would not come to an end with a long one."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+
 class _Parts(list[Any]):
     """Parts that are their text wherever a template takes them for one."""
 
@@ -278,7 +286,7 @@ def _mark_end(message: dict[str, Any]) -> None:
     """Mark where the text of a message ends."""
     content = message["content"]
     if isinstance(content, str):
-        message["content"] = content + END
+        message["content"] = _Text(content + END)
     else:
         message["content"] = _Parts(f"{content}{END}", [*content, {"type": "text", "text": END}])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal
 
 from ..errors import RequestError
@@ -137,14 +139,12 @@ def _parts(where: str, content: Any) -> tuple[str | Image, ...]:
         raise RequestError(
             f"{where}: content must be a string or a list of parts, not {type(content).__name__}"
         )
+    read = [_part(f"{where}.content[{index}]", given) for index, given in enumerate(content)]
     parts: list[str | Image] = []
-    for index, given in enumerate(content):
-        part = _part(f"{where}.content[{index}]", given)
-        before = parts[-1] if parts else None
-        if isinstance(part, str) and isinstance(before, str):
-            parts[-1] = before + part
-        else:
-            parts.append(part)
+    for _, run in groupby(read, lambda part: isinstance(part, str)):
+        same = list(run)
+        texts = [part for part in same if isinstance(part, str)]
+        parts += ["".join(texts)] if texts else same
     return tuple(parts)
 
 
@@ -213,23 +213,39 @@ def _name(where: str, name: Any) -> str:
 def _one_call_each(messages: Sequence[Message]) -> list[Message]:
     """Messages in which nobody calls two tools in one message."""
     result: list[Message] = []
-    rest = list(messages)
-    while rest:
-        message = rest.pop(0)
+    index = 0
+    while index < len(messages):
+        message = messages[index]
+        index += 1
         if len(message.calls) < 2:
             result.append(message)
             continue
-        answers = []
-        while rest and rest[0].role == "tool":
-            answers.append(rest.pop(0))
-        for call in message.calls:
-            result.append(replace(message, calls=(call,)))
-            mine = [one for one in answers if one.call_id and one.call_id == call.id] or answers[:1]
-            for answer in mine:
-                answers.remove(answer)
-                result.append(answer)
-        result.extend(answers)
+        end = index
+        while end < len(messages) and messages[end].role == "tool":
+            end += 1
+        result += _with_answers(message, messages[index:end])
+        index = end
     return result
+
+
+def _with_answers(message: Message, answers: Sequence[Message]) -> Iterator[Message]:
+    """A message of several calls as one for each, with the answers to it behind it. An answer that names none
+    of them is that of the first call without one; those that are left over come last."""
+    ids = {call.id for call in message.calls}
+    named: dict[str, list[Message]] = {}
+    others: deque[Message] = deque()
+    for answer in answers:
+        if answer.call_id and answer.call_id in ids:
+            named.setdefault(answer.call_id, []).append(answer)
+        else:
+            others.append(answer)
+    for call in message.calls:
+        yield replace(message, calls=(call,))
+        mine = named.pop(call.id, [])
+        if not mine and others:
+            mine = [others.popleft()]
+        yield from mine
+    yield from others
 
 
 def _short(value: object) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import struct
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -192,6 +193,32 @@ class TestRoles:
         none = template(source).render([{**told, "images": []}], variables=DATE)
         assert none == template(source).render([{"role": "user", "content": "What?"}], variables=DATE)
 
+    @pytest.mark.parametrize("source", [None, FIRST])
+    def test_long_texts(self, source: str | None) -> None:
+        """As many characters as a context of 131072 tokens can have. Meta's templates go through each."""
+        long = "word " * 120_000 + "end"
+        messages = [
+            user(text("a")),
+            {"role": "assistant", "content": long},
+            {"role": "user", "content": long},
+        ]
+        chat = template(source).render(messages, variables=DATE)
+        assert chat.text.count(long) == 2
+        continued = template(source).render([{"role": "user", "content": long}, messages[1]], variables=DATE)
+        assert continued.text.endswith(long)
+
+    def test_many_parts_and_messages(self) -> None:
+        """In time that grows with their number, not with its square."""
+        start = time.perf_counter()
+        (one,) = read_messages([user(*[text("0123456789")] * 50_000)])
+        assert one.parts == ("0123456789" * 50_000,)
+        n = 3000
+        calls = calling(*(call("f", "{}", str(i)) for i in range(n)))
+        answers = [answer(str(i), str(i)) for i in range(n)]
+        plain = read_messages([user(text("x")), calls, *answers[::-1]] + [user(text("x"))] * 20_000)
+        assert [m.text for m in plain[2 : 2 * n + 1 : 2]] == list(map(str, range(n)))
+        assert time.perf_counter() - start < 20  # seconds; it took minutes
+
     @pytest.mark.parametrize("images", ["a", {"a": 1}, [None], 5])
     def test_images_of_another_shape(self, images: Any) -> None:
         with pytest.raises(RequestError, match="images must be a list of images"):
@@ -295,6 +322,13 @@ class TestTools:
         both = calling(call("f", "{}", "a"), call("g", "{}", "b"))
         answers = [{"role": "ipython", "content": "A"}, {"role": "ipython", "content": "B"}]
         chat = template().render([user(text("x")), both, *answers])
+        assert chat.text.index('"A"') < chat.text.index('"g"') < chat.text.index('"B"')
+
+    def test_an_answer_to_another_call_stays_with_it(self) -> None:
+        both = calling(call("f", "{}", "a"), call("g", "{}", "b"))
+        chat = template().render([user(text("x")), both, answer("B", "b")])
+        assert chat.text.index('"f"') < chat.text.index('"g"') < chat.text.index('"B"')
+        chat = template().render([user(text("x")), both, answer("B", "b"), answer("A", "unknown")])
         assert chat.text.index('"A"') < chat.text.index('"g"') < chat.text.index('"B"')
 
     def test_tools_need_a_question(self) -> None:
