@@ -143,6 +143,11 @@ def wait_for(found: Any, seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
+def is_computing(served: Running) -> bool:
+    """Whether one request is computed now."""
+    return served.metric("mllama_requests_processing") == 1
+
+
 @contextmanager
 def sent(served: Running, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
     """A request on a connection of its own, whose answer nobody reads yet."""

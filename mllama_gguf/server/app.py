@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -47,7 +48,8 @@ def make_app(service: Service) -> ASGIApp:
 
     async def health(request: Request) -> Response:
         state = service.engine.state
-        return json_reply({"status": state}, 200 if state == "ok" else 503)
+        # Requests are taken while a model loads, so that is no failure.
+        return json_reply({"status": state}, 503 if state == "stopping" else 200)
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -95,8 +97,14 @@ def _labels(routes: list[Any]) -> set[str]:
     return {route.path for route in routes}
 
 
+def _plain(path: str) -> str:
+    """A path without doubled slashes and without one at its end. Programs whose address of this server ends
+    with a slash ask for //api/tags, which Ollama leads to the right place too."""
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+
+
 class Counted:
-    """Counts requests by route and status; adds the headers that every answer has."""
+    """Counts requests by route and status; adds the headers that every answer has; makes paths plain."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, labels: set[str]) -> None:
         self._app = app
@@ -107,6 +115,7 @@ class Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": _plain(scope["path"])}
         status = 499  # nothing was sent
         start = time.monotonic()
 

@@ -113,7 +113,9 @@ class Engine:
     @property
     def state(self) -> str:
         """As /health shows it."""
-        return "stopping" if self._stopping else "ok"
+        if self._stopping:
+            return "stopping"
+        return "loading" if self._models.is_loading else "ok"
 
     @property
     def is_alive(self) -> bool:

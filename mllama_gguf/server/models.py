@@ -146,6 +146,7 @@ class Models:
         self._plan = plan or need_of
         self._lock = threading.Lock()  # of the dictionary
         self._loaded: dict[str, Loaded] = {}
+        self.is_loading = False
 
     def get(self, card: Card) -> tuple[Loaded, float]:
         """A model, opened if it is not; and how long that took. Raises ModelError, BackendError, Aborted."""
@@ -159,6 +160,7 @@ class Models:
                 self._wait()
             self.close(card.name)
         start = time.monotonic()
+        self.is_loading = True
         try:
             settings = self._opening.settings(card)
             need = self._make_room(card, settings)
@@ -166,6 +168,8 @@ class Models:
         except MllamaError:
             self._metrics.load_failures.inc()
             raise
+        finally:
+            self.is_loading = False
         self._metrics.loads.inc()
         self._metrics.loaded.labels(card.name).set(1)
         with self._lock:

@@ -119,7 +119,7 @@ def description(card: Card, *, verbose: bool) -> dict[str, Any]:
     }
     if card.has_vision:
         info.setdefault("mllama.vision.block_count", _vision_blocks(card))
-    found: dict[str, Any] = {
+    return {
         "license": licenses,
         "modelfile": _modelfile(card.name, template, system, parameters),
         "parameters": parameters,
@@ -129,16 +129,14 @@ def description(card: Card, *, verbose: bool) -> dict[str, Any]:
         "messages": [],
         "model_info": info,
         "projector_info": plain_keys(card.projector_keys, whole=verbose),
-        "capabilities": card.capabilities,
-        "modified_at": rfc3339(card.modified),
-    }
-    if verbose:
-        found["tensors"] = [
+        "tensors": [
             {"name": tensor.name, "type": tensor.type_name, "shape": list(tensor.ne)}
             for head in card.heads
             for tensor in head.tensors
-        ]
-    return found
+        ],
+        "capabilities": card.capabilities,
+        "modified_at": rfc3339(card.modified),
+    }
 
 
 def _vision_blocks(card: Card) -> int:

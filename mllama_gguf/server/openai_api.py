@@ -32,7 +32,7 @@ def routes(service: Service) -> list[Route]:
             request, partial(responses.request, body, settings.pictures, allow_gbnf=settings.allow_gbnf)
         )
         card = await service.find(wish.model)
-        writer = responses.ResponseWriter(wish.model, body)
+        writer = responses.ResponseWriter(wish.model, body, wish.tools)
         body = {}  # its pictures are in the wish
         return service.computed(request, card, wish.ask, writer, stream=wish.stream)
 

@@ -37,7 +37,7 @@ class CompletionWriter:
         """usage: a stream ends with a chunk that tells it; tools: that the reply may call."""
         self._kind = kind
         self._usage = usage
-        self._held = _Held(tools)
+        self._held = Held(tools)
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         self._head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
@@ -147,7 +147,7 @@ class CompletionWriter:
         return {"index": event.choice, "message": message, **end}
 
 
-class _Held:
+class Held:
     """What of a reply is not shown yet, because it may become a call of a tool."""
 
     def __init__(self, tools: Tools) -> None:

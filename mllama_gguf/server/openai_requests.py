@@ -21,6 +21,12 @@ logger = logging.getLogger(__name__)
 
 # As in Ollama's layer for this API, and as OpenAI has them; not the model's own.
 DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+# Wishes that the model has no means for. Only known values are taken, so that a typing error is no wish.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_WISHES: Mapping[str, tuple[str, ...]] = {
+    "reasoning_effort": _EFFORTS,
+    "verbosity": ("low", "medium", "high"),
+}
 # Fields that are read here and are no options.
 _OWN = frozenset(("messages", "n", "stream", "stream_options"))
 _GRAMMARS = ("gbnf", "lark")
@@ -99,7 +105,9 @@ def _options(body: Mapping[str, Any], allow_gbnf: bool) -> dict[str, Any]:
     for name, value in body.items():
         if name in _OWN or value is None:
             continue
-        if is_known(name):
+        if value in _WISHES.get(name, ()):
+            logger.info("parameter %s=%s has no effect", name, value)
+        elif is_known(name):
             known[name] = value
         else:
             logger.info("parameter %s is not known and has no effect", show_name(name, 60))

@@ -52,6 +52,5 @@ def routes() -> list[Route]:
 
     return [
         Route("/ui", ui, methods=["GET"]),
-        Route("/ui/", ui, methods=["GET"]),
         Route("/ui/{name}", part, methods=["GET"]),
     ]

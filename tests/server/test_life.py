@@ -22,6 +22,7 @@ from serving import (
     DEMO,
     Running,
     endless,
+    is_computing,
     one_client,
     picture64,
     process,
@@ -36,40 +37,8 @@ from mllama_gguf.errors import BackendError
 from mllama_gguf.loaded import LoadedModel
 from mllama_gguf.server.catalog import Offer
 from mllama_gguf.server.jobs import FairQueue, Job, Mailbox
-from mllama_gguf.server.models import Need, Opening
+from mllama_gguf.server.models import Models, Need, Opening
 from mllama_gguf.server.settings import ServerSettings
-
-
-def is_computing(served: Running) -> bool:
-    return served.metric("mllama_requests_processing") == 1
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-@pytest.mark.parametrize("phase", ["encode", "decode"])
-def test_a_client_that_goes_away_stops_its_computation(
-    slow_served: Running, served: Running, stream: bool, phase: str
-) -> None:
-    body = slow_picture(stream) if phase == "encode" else endless(stream=stream)
-    path = "/api/chat" if phase == "encode" else "/api/generate"
-    one = slow_served if phase == "encode" else served
-    one.post("/api/generate", {"model": body["model"]})  # loaded
-    cancelled = one.metric('mllama_cancelled_total{reason="client"}')
-    with sent(one, path, body):
-        wait_for(lambda: is_computing(one))
-        time.sleep(0.2)
-        assert is_computing(one)
-    wait_for(lambda: one.metric('mllama_cancelled_total{reason="client"}') > cancelled)
-    wait_for(lambda: not is_computing(one))
-    assert one.post("/api/generate", {"model": "demo", "prompt": "x", "stream": False}).is_success
-
-
-def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(slow_served: Running) -> None:
-    with sent(slow_served, "/api/chat", slow_picture(True)):
-        wait_for(lambda: is_computing(slow_served))
-        with sent(slow_served, "/api/chat", slow_picture(True)):
-            wait_for(lambda: slow_served.metric("mllama_requests_queued") == 1)
-        wait_for(lambda: slow_served.metric("mllama_requests_queued") == 0)
-        assert is_computing(slow_served)  # the other one
 
 
 def test_questions_about_the_server_never_wait(slow_served: Running) -> None:
@@ -143,6 +112,30 @@ def test_a_time_limit(slow: Path) -> None:
 
 
 # ---- models ------------------------------------------------------------------------------------------------
+
+
+def test_the_health_tells_that_a_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are taken meanwhile, so it is no failure; nothing waits for it."""
+    opened = Models._open
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return opened(*args)
+
+    with running() as served, ThreadPoolExecutor(1) as pool:
+        assert served.get("/health").json() == {"status": "ok"}
+        monkeypatch.setattr(Models, "_open", slowly)
+        with served.client() as other:
+            load = pool.submit(other.post, "/api/generate", json={"model": "demo"})
+            assert begun.wait(30)
+            answer = served.get("/health")
+            assert answer.status_code == 200 and answer.json() == {"status": "loading"}
+            assert served.get("/api/ps").json() == {"models": []} and served.get("/api/tags").is_success
+            go_on.set()
+            assert load.result().json()["done_reason"] == "load"
+        assert served.get("/health").json() == {"status": "ok"}
 
 
 def test_a_model_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

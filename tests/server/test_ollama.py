@@ -265,9 +265,29 @@ def test_show(served: Running) -> None:
     assert found["capabilities"] == ["completion", "vision"]
     assert found["details"]["quantization_level"] == "F16"
     assert "<|start_header_id|>" in found["template"]
-    assert "tensors" not in found
+    assert {"name", "type", "shape"} == set(found["tensors"][0])
     more = served.post("/api/show", {"name": "demo", "verbose": True}).json()
-    assert {"name", "type", "shape"} == set(more["tensors"][0])
+    assert more["tensors"] == found["tensors"]
+
+
+def test_slashes_too_many_change_nothing(served: Running) -> None:
+    """Programs join an address that ends with a slash with a path that begins with one."""
+    for path in (
+        "//api/tags",
+        "/api/tags/",
+        "//v1/models",
+        "/v1/models/",
+        "/v1//models",
+        "//",
+        "/ui/",
+        "//health",
+    ):
+        answer = served.get(served.url + path)
+        assert answer.status_code == 200 and not answer.history, path
+    body = {"model": "demo", "prompt": "x", "stream": False}
+    assert served.post(served.url + "//api/generate", body).json()["done"]
+    assert served.get(served.url + "//nothing").json() == {"error": "there is nothing at /nothing"}
+    assert served.metric('mllama_requests_total{api="ollama",route="/api/tags",status="200"}') >= 2
 
 
 def test_pull(served: Running) -> None:

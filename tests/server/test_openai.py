@@ -205,6 +205,10 @@ def test_parameters_that_change_nothing(served: Running) -> None:
     more = {"user": "u", "store": False, "metadata": {}, "service_tier": "auto", "parallel_tool_calls": True}
     unknown = {"keep_alive": "5m", "num_ctx": 4, "chat_template": "{{ x }}", "reasoning_effort": None}
     assert served.post(CHAT, ask(**more, **unknown)).is_success
+    for wish in ({"reasoning_effort": "low"}, {"reasoning_effort": "high", "verbosity": "low"}):
+        assert served.post(CHAT, ask(**wish)).is_success
+    for odd in ({"reasoning_effort": "lwo"}, {"verbosity": 3}, {"reasoning_effort": ["low"]}):
+        assert served.post(CHAT, ask(**odd)).status_code == 400
 
 
 def test_roles(served: Running) -> None:
@@ -227,62 +231,6 @@ def test_embeddings(served: Running) -> None:
     answer = served.post("/v1/embeddings", {"model": "demo", "input": "x"})
     assert answer.status_code == 501
     assert answer.headers["x-should-retry"] == "false"
-
-
-# ---- responses ---------------------------------------------------------------------------------------------
-
-
-def respond(**more: Any) -> dict[str, Any]:
-    parts = [{"type": "input_image", "image_url": data_uri()}, {"type": "input_text", "text": QUESTION}]
-    return {"model": "demo", "input": [{"role": "user", "content": parts}], "temperature": 0, **more}
-
-
-def test_a_response(served: Running, expected: Callable[..., str]) -> None:
-    found = served.post("/v1/responses", respond(instructions=None, store=True)).json()
-    assert found["object"] == "response" and found["status"] == "completed"
-    (item,) = found["output"]
-    assert item["type"] == "message" and item["role"] == "assistant"
-    assert item["content"][0]["text"] == expected("apple.png", QUESTION)
-    assert found["usage"]["output_tokens"] >= 3
-    text = served.post("/v1/responses", respond(max_output_tokens=2)).json()
-    assert text["status"] == "incomplete" and text["incomplete_details"] == {"reason": "max_output_tokens"}
-
-
-def test_a_response_as_a_stream(served: Running, expected: Callable[..., str]) -> None:
-    answer = served.post("/v1/responses", respond(stream=True))
-    events = []
-    for frame in answer.text.strip().split("\n\n"):
-        name, data = frame.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    kinds = [one["type"].removeprefix("response.") for one in events]
-    n = kinds.count("output_text.delta")
-    first = ["created", "in_progress", "output_item.added", "content_part.added"]
-    last = ["output_text.done", "content_part.done", "output_item.done", "completed"]
-    assert kinds == [*first, *["output_text.delta"] * n, *last] and n > 1
-    assert [one["sequence_number"] for one in events] == list(range(len(events)))
-    assert "".join(one.get("delta", "") for one in events) == expected("apple.png", QUESTION)
-
-
-def test_a_response_in_a_form(served: Running) -> None:
-    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
-    form = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
-    found = served.post("/v1/responses", respond(text=form)).json()
-    assert json.loads(found["output"][0]["content"][0]["text"])["n"] in (1, 2)
-
-
-def test_responses_are_not_kept(served: Running) -> None:
-    for more in (
-        {"previous_response_id": "resp_1"},
-        {"background": True},
-        {"tools": [{"type": "web_search"}]},
-        {"input": 5},
-        {"input": [{"type": "function_call_output"}]},
-    ):
-        answer = served.post("/v1/responses", respond(**more))
-        assert answer.status_code == 400, more
-        assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert served.get("/v1/responses/resp_1").status_code == 404
 
 
 # ---- tools -------------------------------------------------------------------------------------------------
