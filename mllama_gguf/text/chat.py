@@ -254,11 +254,11 @@ class _Refusal(RequestError):
 
 
 class _Text(str):
-    """A text that has no parts: Meta's templates look for images in every character of a plain text, and
-    would not come to an end with a long one."""
+    """A text whose only part is itself: Meta's templates look for images in every character of a plain text,
+    and would not come to an end with a long one."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(())
+        yield str(self)
 
 
 class _Parts(list[Any]):

@@ -87,7 +87,7 @@ def _with_one_bit_more(data: bytes) -> bytes:
         if marker == _DATA:
             if not tile_bytes:
                 break
-            at = tile + max(tile_bytes, 14)
+            at = max(tile + tile_bytes, at + 2)  # forward, whatever the file says
             continue
         if marker < 0xFF00 or length < 2:
             break  # the end, or damage

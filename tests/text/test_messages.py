@@ -206,6 +206,8 @@ class TestRoles:
         assert chat.text.count(long) == 2
         continued = template(source).render([{"role": "user", "content": long}, messages[1]], variables=DATE)
         assert continued.text.endswith(long)
+        joined = template("{% for m in messages %}{{ m.content | list | join }}{% endfor %}")
+        assert joined.render([{"role": "user", "content": "abc"}]).text == "abc"
 
     def test_many_parts_and_messages(self) -> None:
         """In time that grows with their number, not with its square."""
