@@ -21,6 +21,10 @@ Logits: TypeAlias = Literal["none", "last", "all"]
 RELEASES = {"image_fill": "image_free", "image_map": "image_free", "sequence_new": "sequence_free"}
 
 
+# Most tokens of prompts in a step with others, so that a running reply never waits longer than for so many.
+CHUNK = 64
+
+
 @dataclass(frozen=True)
 class Item:
     """Tokens of one sequence, for `SharedContext.decode_many`; as `Context.decode` takes them."""

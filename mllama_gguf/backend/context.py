@@ -19,7 +19,7 @@ from ..errors import MllamaError, ModelError
 from ..handles import Handle, OneProcess
 from ..settings import KvType
 from . import library
-from .base import Item, Logits
+from .base import CHUNK, Item, Logits
 from .callbacks import Callbacks
 from .library import Native
 from .types import Bytes, DeviceMemory, Floats, HParams, Memory, Tap
@@ -105,6 +105,16 @@ class LocalContext(OneProcess):
         tiles = self.native.ffi.new("int32_t[]", list(n_tiles) or 1)
         with self.handle as pointer:
             status = self.native.lib.mllama_reserve(pointer, len(n_tiles), tiles)
+            self._callbacks.check(status)
+
+    def reserve_many(self, n_sequences: int, n_ctx: int, n_tiles: Sequence[int]) -> None:
+        """Of a model opened with no_alloc: measure so many sequences of n_ctx tokens, each with a group of
+        images with these tiles, and what they compute together. Raises RequestError."""
+        tiles = self.native.ffi.new("int32_t[]", list(n_tiles) or 1)
+        with self.handle as pointer:
+            status = self.native.lib.mllama_reserve_many(
+                pointer, n_sequences, n_ctx, CHUNK, len(n_tiles), tiles
+            )
             self._callbacks.check(status)
 
     def encode(self, pixels: Floats, aspect_ratio_id: int) -> Floats:

@@ -28,12 +28,14 @@ def measure(
     n_ctx: int | None,
     n_tiles: Sequence[int] | None = None,
     max_tiles: int | None = None,
+    parallel: int = 1,
     **settings: Any,
 ) -> tuple[Memory, HParams]:
     """What a model with a full context takes, in this process.
 
     n_tiles:  of each picture in the cache; None: one picture with all its tiles
     max_tiles: most tiles of that picture; None: as many as the model knows
+    parallel: full conversations that compute together, each with such pictures of its own
     settings: those of `local.open_model` and `Model.open_context`; without n_threads, as many as `Mllama`
     takes
 
@@ -45,12 +47,23 @@ def measure(
         h = model.hparams
         n_ctx = min(n_ctx or h.n_ctx_train, h.n_ctx_train)
         context_settings["n_threads"] = context_settings.get("n_threads") or default_threads(model.size)
-        context = model.open_context(callbacks, n_ctx=n_ctx, **context_settings)
+        if n_tiles is None:
+            n_tiles = [min(max_tiles or h.max_tiles, h.max_tiles)] if h.has_vision else []
+        # As a scheduler opens it: its conversations have sequences beside its own.
+        context = model.open_context(callbacks, n_ctx=n_ctx if parallel == 1 else 1, **context_settings)
         try:
-            if n_tiles is None:
-                n_tiles = [min(max_tiles or h.max_tiles, h.max_tiles)] if h.has_vision else []
-            context.reserve(n_tiles)
-            return context.memory(), h
+            if parallel == 1:
+                context.reserve(n_tiles)
+                return context.memory(), h
+            context.reserve_many(parallel, n_ctx, n_tiles)
+            if not n_tiles:
+                return context.memory(), h
+            flash_attn = context_settings.get("flash_attn", True)
+            encoder = model.open_context(callbacks, n_ctx=1, n_batch=1, flash_attn=flash_attn)
+            try:
+                return context.memory().with_encoder(encoder.memory()), h
+            finally:
+                encoder.close()
         finally:
             context.close()
     finally:

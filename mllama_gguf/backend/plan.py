@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..checks import Whole, checked
 from ..errors import RequestError
 from ..settings import Settings
 from ..words import parse_size
@@ -20,6 +21,7 @@ from .types import Device, DeviceMemory, Memory
 # What "auto" leaves free on a device: for the driver, other programs, and what kernels take at run time.
 MARGIN_BYTES = 256 * 1024 * 1024
 MARGIN_SHARE = 0.05
+MAX_PARALLEL = 255  # sequences of a context, besides its own
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """All settings, from no layer to all. n_tiles: of each picture; limits: most bytes on a device."""
+    """All settings, from no layer to all. n_tiles: of each picture; limits: most bytes on a device; parallel:
+    conversations, each with all that."""
 
     n_layer: int
     n_ctx: int
     n_tiles: tuple[int, ...]
     limits: dict[str, int]
     settings: tuple[Setting, ...]
+    parallel: int = 1
 
     @property
     def best(self) -> int | None:
@@ -58,6 +62,7 @@ def make_plan(
     budget: str | Sequence[str | int] | None = None,
     n_gpu_layers: int | None = None,
     n_tiles: Sequence[int] | None = None,
+    parallel: int = 1,
     **settings: Any,
 ) -> Plan:
     """What every n_gpu_layers takes, and which is the largest that fits.
@@ -66,11 +71,13 @@ def make_plan(
                   names any device, "CPU=16GiB" too. None: what is free there, less a margin
     n_gpu_layers: only this one
     n_tiles:      of each image in the cache; None: one image with all its tiles
+    parallel:     conversations of a scheduler, each with n_ctx tokens and such images of its own
     settings:     those of `Settings`
 
     Raises ModelError, RequestError, BackendError.
     """
     chosen = Settings.checked(settings)
+    parallel = checked("parallel", Whole(1, min(MAX_PARALLEL, chosen.n_batch)), parallel)
     for_model = chosen.for_model()
     with measuring(
         model_path,
@@ -81,6 +88,7 @@ def make_plan(
         n_ctx=chosen.n_ctx,
         n_tiles=n_tiles,
         max_tiles=chosen.max_tiles,
+        parallel=parallel,
         n_threads=chosen.n_threads or 0,
         **for_model,
         **chosen.for_context(),
@@ -93,7 +101,7 @@ def make_plan(
     if n_tiles is None:
         n_tiles = [min(chosen.max_tiles or h.max_tiles, h.max_tiles)] if h.has_vision else []
     rows = tuple(Setting(n, m.devices, lacking(m, limits)) for n, m in found.items())
-    return Plan(h.n_layer, chosen.context_length(h.n_ctx_train), tuple(n_tiles), limits, rows)
+    return Plan(h.n_layer, chosen.context_length(h.n_ctx_train), tuple(n_tiles), limits, rows, parallel)
 
 
 def largest_fitting(measure_one: Measure, limits: Mapping[str, int]) -> int:

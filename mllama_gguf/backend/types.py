@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,13 @@ class Memory:
     """Bytes that a model and its context hold; of all devices together by the names of `DeviceMemory`."""
 
     devices: tuple[DeviceMemory, ...]  # the CPU is the first
+
+    def with_encoder(self, encoder: Memory) -> Memory:
+        """Together with a context of the same model that only encodes images."""
+        pairs = zip(self.devices, encoder.devices, strict=True)
+        return Memory(
+            tuple(replace(a, self_kv=a.self_kv + b.self_kv, vision=max(a.vision, b.vision)) for a, b in pairs)
+        )
 
     @property
     def self_kv(self) -> int:

@@ -32,9 +32,18 @@ COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "sta
     metavar="SIZE,...",
     help="Memory to use on each device, or NAME=SIZE.  [default: what is free, less a margin]",
 )
+@click.option(
+    "--parallel",
+    metavar="N",
+    type=click.IntRange(1, 255),
+    default=1,
+    help="Count N conversations that compute together, each with n_ctx tokens and a picture.  [default: 1]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
-def plan_command(model_argument: str | None, budget: str | None, as_json: bool, choice: ModelChoice) -> None:
+def plan_command(
+    model_argument: str | None, budget: str | None, parallel: int, as_json: bool, choice: ModelChoice
+) -> None:
     """Show the memory that each number of offloaded layers needs on each device, and the largest that fits.
 
     MODEL is a path or a name, as -m takes. Nothing is loaded: ggml lays everything out for a full context and
@@ -50,7 +59,9 @@ def plan_command(model_argument: str | None, budget: str | None, as_json: bool, 
     layers = settings.pop("n_gpu_layers")
     if layers == "auto" or "n_gpu_layers" not in choice.settings:
         layers = None
-    plan = make_plan(files.text, files.mmproj, budget=budget, n_gpu_layers=layers, **settings)
+    plan = make_plan(
+        files.text, files.mmproj, budget=budget, n_gpu_layers=layers, parallel=parallel, **settings
+    )
     if as_json:
         echo_json(_as_dict(plan))
     else:
@@ -64,6 +75,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "n_ctx": plan.n_ctx,
         "n_tiles": list(plan.n_tiles),
+        "parallel": plan.parallel,
         "limits": plan.limits,
         "best": plan.best,
         "settings": [
@@ -92,7 +104,8 @@ def _print(plan: Plan) -> None:
     from rich.table import Table
 
     tiles = f", one picture of {plan.n_tiles[0]} tiles" if plan.n_tiles else ""
-    table = Table(title=f"n_ctx {plan.n_ctx}{tiles}", title_justify="left")
+    many = f"{plan.parallel} conversations, each " if plan.parallel > 1 else ""
+    table = Table(title=f"{many}n_ctx {plan.n_ctx}{tiles}", title_justify="left")
     for name in ("layers", "device", *COLUMNS, "fits"):
         table.add_column(name.replace("_", " "), justify="left" if name in ("device", "fits") else "right")
     for setting in plan.settings:
@@ -106,7 +119,7 @@ def _print(plan: Plan) -> None:
             )
     Console(width=table_width(140)).print(table)
     if plan.best is None:
-        echo("Nothing fits; lower n_ctx or n_batch.")
+        echo(f"Nothing fits; lower n_ctx{', --parallel' if plan.parallel > 1 else ''} or n_batch.")
     elif len(plan.settings) == 1 and not plan.settings[0].n_gpu_layers and not plan.limits:
         echo("There is no device to offload to: everything runs on the CPU.")
     else:

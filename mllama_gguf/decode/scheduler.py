@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backend.base import Context, Item, Logits, SharedContext
+from ..backend.base import CHUNK, Context, Item, Logits, SharedContext
 from ..backend.callbacks import Callbacks
 from ..backend.library import load
 from ..backend.opening import Backend
@@ -28,8 +28,6 @@ from .slots import Slots
 
 Stop = Callable[[], bool]
 
-# Most tokens of prompts in a step with others, so that a running reply never waits longer than for so many.
-CHUNK = 64
 MAX_SEQUENCES = 255  # of a context, besides its own
 POLL_SECONDS = 0.05  # between two looks whether to stop
 # How long a step waits for a conversation that took part in the last one: this share of that step's time.
@@ -108,9 +106,11 @@ class Scheduler(OneProcess):
         return self._context
 
     def memory(self) -> Memory:
-        """Bytes of all sequences, slots and buffers, now."""
+        """Bytes of all sequences, slots and buffers, now; those of the encoder too, once it was used."""
         with self.exclusive(bool) as context:
-            return context.memory()
+            found = context.memory()
+        encoder = self._encoder
+        return found if encoder is None else found.with_encoder(encoder.memory())
 
     # ---- who may use the context ---------------------------------------------------------------------------
 

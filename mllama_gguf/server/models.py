@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.9  # of this machine's, that models may take
 CPU = "CPU"
+GPU_PARALLEL = (16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ class Opening:
 
 @dataclass(frozen=True)
 class Need:
-    """What a model takes: bytes by device, by its plan; lacking: devices that have too little free now."""
+    """What a model takes: bytes by device, by its plan; lacking: devices that have too little free now;
+    parallel: jobs that run together, which are planned for; None: it is not known."""
 
     n_bytes: Mapping[str, int]
     lacking: tuple[str, ...] = ()
+    parallel: int | None = None
 
 
 @dataclass(eq=False)
@@ -134,7 +137,7 @@ class Models:
         plan: Callable[[Card, Settings], Need] | None = None,
     ) -> None:
         """most: at the same time; memory: bytes of this machine; None: nearly all.
-        parallel: jobs of a model that run together; None: see `default_parallel`
+        parallel: jobs of a model that run together; None: see `need_of`
         abort: asked while something computes; wait: for the end of a running job; raises Aborted."""
         self._opening = opening
         self._most = max(1, most)
@@ -143,7 +146,7 @@ class Models:
         self._wait = wait
         self._metrics = metrics
         self._abort = abort
-        self._plan = plan or need_of
+        self._plan = plan or (lambda card, settings: need_of(card, settings, parallel))
         self._lock = threading.Lock()  # of the dictionary
         self._loaded: dict[str, Loaded] = {}
         self.is_loading = False
@@ -185,7 +188,7 @@ class Models:
             files.text, files.mmproj, defaults=files.defaults, abort=self._abort, **settings.as_dict()
         )
         try:
-            parallel = self._parallel or default_parallel(model)
+            parallel = self._parallel or need.parallel or cpu_parallel()
             talks = Talks(model, parallel) if parallel > 1 else None
             conversation = model.conversation() if talks is None else talks.first
         except BaseException:
@@ -319,23 +322,39 @@ class Models:
             ]
 
 
-def default_parallel(model: LoadedModel) -> int:
-    """How many jobs of a model run together, if nobody says it."""
-    on_gpu = any(device.type == "gpu" and not device.name.startswith("RPC") for device in devices())
-    if on_gpu and not 0 <= model.n_gpu_layers <= model.hparams.n_layer:
-        return 16
+def cpu_parallel() -> int:
+    """How many jobs of a model run together on this machine's CPUs, if nobody says it."""
     return 4 if usable_cpus() >= 8 else 1
 
 
-def need_of(card: Card, settings: Settings) -> Need:
+def need_of(card: Card, settings: Settings, parallel: int | None = None) -> Need:
     """What a model takes with these settings, by its plan; with "auto", what all of its layers would take
-    on the devices, because others make room for them. Raises ModelError, BackendError, RequestError."""
-    values = settings.as_dict()
-    layers = values.pop("n_gpu_layers")
-    files = card.files
+    on the devices, because others make room for them.
+
+    parallel: jobs that run together. None: with all layers on GPUs as many as fit there, 16 at most; 1 if
+              some layers do not fit; else as `cpu_parallel` says
+
+    Raises ModelError, BackendError, RequestError.
+    """
+    layers = settings.n_gpu_layers
+    has_gpu = any(device.type in ("gpu", "igpu") for device in devices())
     if layers == "auto":
-        has_gpu = any(device.type in ("gpu", "igpu") for device in devices())
         layers = -1 if has_gpu or settings.rpc_servers else 0
-    plan = make_plan(files.text, files.mmproj, n_gpu_layers=layers, **values)
+    if parallel is not None:
+        return _planned(card, settings, layers, parallel)
+    # Workers of other machines are as fast as the network.
+    if settings.rpc_servers or not has_gpu or layers != -1:
+        return _planned(card, settings, layers, cpu_parallel())
+    for n in GPU_PARALLEL:
+        need = _planned(card, settings, layers, n)
+        if not need.lacking:
+            break
+    return need
+
+
+def _planned(card: Card, settings: Settings, layers: int, parallel: int) -> Need:
+    values = {**settings.as_dict(), "n_gpu_layers": layers}
+    parallel = min(parallel, settings.n_batch)
+    plan = make_plan(card.files.text, card.files.mmproj, parallel=parallel, **values)
     (chosen,) = plan.settings
-    return Need({d.device: d.mapped + d.peak for d in chosen.devices}, chosen.lacking)
+    return Need({d.device: d.mapped + d.peak for d in chosen.devices}, chosen.lacking, parallel)

@@ -32,7 +32,7 @@ class ServerSettings:
     keep_alive:  seconds that a model stays loaded; inf: for ever
     max_queue:   waiting requests
     max_models:  loaded at the same time
-    parallel:    requests of a model that are computed together; None: as `models.default_parallel` says
+    parallel:    requests of a model that are computed together; None: as `models.need_of` says
     max_body:    bytes of a request
     max_waiting: bytes of the pictures of all waiting requests
     body_seconds: the longest pause inside a request that arrives

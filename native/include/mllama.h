@@ -238,6 +238,11 @@ mllama_status mllama_memory_usage(const mllama_context * ctx, int32_t index, mll
 // fails now. The compute buffers of the text stay, the rest is freed. n_images 0: text only. With no_alloc it only
 // measures, and counts the slot of these images as filled.
 mllama_status mllama_reserve(mllama_context * ctx, int32_t n_images, const int32_t * n_tiles);
+// With no_alloc: measures n_sequences sequences of n_ctx tokens beside the context's own, each with a slot of these
+// images, and steps of mllama_decode_many: n_batch tokens of one of them, and one token of each with a piece of n_piece
+// tokens of the last one's prompt.
+mllama_status mllama_reserve_many(mllama_context * ctx, int32_t n_sequences, int32_t n_ctx, int32_t n_piece,
+                                  int32_t n_images, const int32_t * n_tiles);
 
 // Encodes an image.
 //   pixels  [n_tiles, 3, image_size, image_size] float32, normalised, the used tiles only

@@ -6,6 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import TinyFiles, picture
 
-from mllama_gguf import BackendError, Mllama, OutOfMemoryError, RequestError
+from mllama_gguf import BackendError, Conversation, LoadedModel, Mllama, OutOfMemoryError, RequestError
 from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import open_model
@@ -252,3 +253,61 @@ def test_plan_command(tiny_files: Files, capsys: Captured) -> None:
         assert capsys.readouterr().err.startswith("Error: --budget: ")
     assert run(["plan", "nowhere.gguf"]) == 1
     assert run(["caption", "x.png", "-ngl", "some"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "settings"),
+    [
+        ("demo", 4, {"n_ctx": 700, "n_batch": 128}),
+        ("demo", 2, {"n_ctx": 512, "n_batch": 32, "flash_attn": False}),
+        ("gqa", 9, {"n_ctx": 300, "n_batch": 40, "type_k": "f32", "type_v": "f32"}),
+    ],
+)
+def test_the_plan_of_conversations_that_compute_together(
+    tiny_files: Files, name: str, n: int, settings: dict[str, Any]
+) -> None:
+    """A sequence costs its cells, and a picture its slot; else only the results of a step grow."""
+    path = DEMO if name == "demo" else tiny_files(name).one
+    (planned,) = make_plan(path, n_threads=1, parallel=n, **settings).settings[0].devices
+    (less,) = make_plan(path, n_threads=1, parallel=n - 1, **settings).settings[0].devices
+    (alone,) = make_plan(path, n_threads=1, **settings).settings[0].devices
+    with LoadedModel(path, n_threads=1, image_cache=False, **settings) as model:
+        h, scheduler = model.hparams, model.scheduler()
+        talks = [model.conversation(scheduler=scheduler) for _ in range(n)]
+
+        def fill(i: int) -> None:
+            image = talks[i].encode_image(picture(i, 100, 100 * h.max_tiles))
+            tokens = [h.image_token_id, *[1] * (talks[i].n_ctx - 9)]
+            talks[i].session.feed(tokens, [talks[i].encode(image)])
+            for _ in range(8):
+                talks[i].session.step(1)
+
+        with ThreadPoolExecutor(n) as pool:
+            list(pool.map(fill, range(n)))
+        (real,) = talks[0].memory().devices
+        one = cells(talks[0], talks[0].n_ctx)
+        assert real.self_kv == planned.self_kv
+        assert (real.mapped, real.weights) == (planned.mapped, planned.weights)
+        n_tiles = talks[0].encode_image(picture(0, 100, 100 * h.max_tiles)).n_tiles
+        assert real.cross_kv == pytest.approx(planned.cross_kv * n_tiles / h.max_tiles, rel=0.03)
+        assert planned.cross_kv == n * alone.cross_kv
+        assert real.vision == pytest.approx(planned.vision, rel=0.03)
+        assert 0.8 * planned.compute <= real.compute <= 1.03 * planned.compute + 64 * 1024
+        if n > 2:
+            assert planned.self_kv - less.self_kv == one
+        for talk in talks[1:]:
+            talk.close()
+        assert talks[0].memory().devices[0].self_kv == planned.self_kv - (n - 1) * one
+
+
+def cells(talk: Conversation, n_tokens: int) -> int:
+    """Bytes of the cells for so many tokens."""
+    return talk.context.past_size(-(-n_tokens // 256) * 256)
+
+
+@pytest.mark.parametrize("n", [0, -1, 256, 1.5, True, "2"])
+def test_a_wrong_number_of_conversations(n: Any) -> None:
+    with pytest.raises(RequestError, match="parallel"):
+        make_plan(DEMO, parallel=n)
+    with pytest.raises(RequestError, match="parallel"):
+        make_plan(DEMO, parallel=17, n_batch=16)

@@ -16,7 +16,6 @@ import httpx
 import pytest
 from serving import (
     DEMO,
-    EXAMPLES,
     Running,
     endless,
     one_client,
@@ -28,10 +27,13 @@ from serving import (
     wait_for,
 )
 
+from mllama_gguf.backend.plan import Plan, Setting
+from mllama_gguf.backend.types import Device, DeviceMemory
 from mllama_gguf.decode.scheduler import Scheduler
+from mllama_gguf.errors import RequestError
 from mllama_gguf.loaded import LoadedModel
 from mllama_gguf.server.catalog import Offer
-from mllama_gguf.server.models import Need, Opening, default_parallel
+from mllama_gguf.server.models import Need, Opening, need_of
 from mllama_gguf.server.settings import ServerSettings, from_environment
 
 PICTURES = ("apple.png", "wide.png", "tall.png", "apple-and-cat.png")
@@ -298,13 +300,40 @@ def test_many_clients_that_go_away() -> None:
         assert served.post("/api/generate", SHORT).is_success
 
 
-def test_how_many_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    with LoadedModel(EXAMPLES.parent / "mllama_gguf/data/demo.gguf", image_cache=False) as model:
-        for n_cpus, n in ((1, 1), (7, 1), (8, 4), (64, 4)):
-            monkeypatch.setattr("mllama_gguf.server.models.usable_cpus", lambda n_cpus=n_cpus: n_cpus)
-            assert default_parallel(model) == n
+def test_how_many_by_default(together: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = together.service.catalog.find("demo")
+    settings = Opening({"n_ctx": 1024}, tuned=False).settings(card)
+    for n_cpus, n in ((1, 1), (7, 1), (8, 4), (64, 4)):
+        monkeypatch.setattr("mllama_gguf.server.models.usable_cpus", lambda n_cpus=n_cpus: n_cpus)
+        assert need_of(card, settings).parallel == n
+    assert need_of(card, settings, 3).parallel == 3
+    one, five = (need_of(card, settings, n).n_bytes["CPU"] for n in (1, 5))
+    assert five - one > 3_000_000  # four more conversations of 1024 cells
     assert from_environment({"OLLAMA_NUM_PARALLEL": "3"}) == {"parallel": 3}
     assert from_environment({"OLLAMA_NUM_PARALLEL": "0"}) == {}
     for wrong in ("-1", "x", "256", "1e3", "٣"):
-        with pytest.raises(Exception, match="OLLAMA_NUM_PARALLEL"):
+        with pytest.raises(RequestError, match="OLLAMA_NUM_PARALLEL"):
             from_environment({"OLLAMA_NUM_PARALLEL": wrong})
+
+
+@pytest.mark.parametrize(("most", "n"), [(99, 16), (16, 16), (15, 8), (5, 4), (1, 1), (0, 1)])
+def test_as_many_as_fit_on_a_gpu(
+    together: Running, monkeypatch: pytest.MonkeyPatch, most: int, n: int
+) -> None:
+    """The plan says how many have room, with all layers there."""
+    card = together.service.catalog.find("demo")
+    settings = Opening({"n_gpu_layers": "auto"}, tuned=False).settings(card)
+    asked: list[int] = []
+
+    def plan(*_: Any, parallel: int, n_gpu_layers: int, **more: Any) -> Plan:
+        asked.append(parallel)
+        assert n_gpu_layers == -1
+        memory = DeviceMemory("GPU", 0, 0, parallel, 0, 0, 0, 0)
+        return Plan(1, 1, (), {}, (Setting(-1, (memory,), ("GPU",) if parallel > most else ()),), parallel)
+
+    gpu = Device("GPU", "a GPU", "gpu", 1, 1)
+    monkeypatch.setattr("mllama_gguf.server.models.devices", lambda: [gpu])
+    monkeypatch.setattr("mllama_gguf.server.models.make_plan", plan)
+    need = need_of(card, settings)
+    assert need.parallel == n and bool(need.lacking) == (most == 0)
+    assert asked == [i for i in (16, 8, 4, 2, 1) if i >= n]

@@ -97,6 +97,8 @@ static inline int32_t context_rows(int32_t n_tokens) {
 
 mllama_status sequence_init(mllama_context * ctx, sequence * s, int32_t n_ctx, int32_t n_tokens);
 void          sequence_end(sequence * s);
+// One more, with room for n_tokens tokens; 0: for n_ctx.
+mllama_status sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t n_tokens, int32_t * number);
 // Room for so many tokens. The text graph does not outlive a cache's memory.
 mllama_status sequence_grow(mllama_context * ctx, sequence * s, int32_t n_tokens);
 mllama_status sequence_find(const mllama_context * ctx, int32_t number, sequence ** s);

@@ -74,8 +74,7 @@ static mllama_status find_place(mllama_context * ctx, int32_t * number) {
     return MLLAMA_OK;
 }
 
-mllama_status mllama_sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t * number) {
-    TRY(context_check_memory(ctx));
+mllama_status sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t n_tokens, int32_t * number) {
     n_ctx = n_ctx == 0 ? ctx->params.n_ctx : n_ctx;
     if (n_ctx < 1 || n_ctx > ctx->model->hp.pub.n_ctx_train) {
         return fail(MLLAMA_ERR_ARGUMENT, "n_ctx is %d; this model takes 1 to %d", n_ctx,
@@ -85,13 +84,18 @@ mllama_status mllama_sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t *
     TRY(find_place(ctx, &found));
     text_graph_free(&ctx->text); // as sequence_grow
     sequence *          s      = ctx->more[found - 1];
-    const mllama_status status = sequence_init(ctx, s, n_ctx, 1);
+    const mllama_status status = sequence_init(ctx, s, n_ctx, n_tokens ? n_tokens : n_ctx);
     if (status != MLLAMA_OK) {
         sequence_end(s);
         return status;
     }
     *number = found;
     return MLLAMA_OK;
+}
+
+mllama_status mllama_sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t * number) {
+    TRY(context_check_memory(ctx));
+    return sequence_new(ctx, n_ctx, 1, number);
 }
 
 mllama_status mllama_sequence_free(mllama_context * ctx, int32_t number) {
