@@ -16,7 +16,7 @@ from .decode.reply import Reply
 from .loaded import LoadedModel
 from .settings import KvType, Precision
 from .store.defaults import Defaults
-from .vision.embedding import ImageEmbedding, Picture
+from .vision.embedding import ImageEmbedding, ImageInput
 
 
 class Mllama(LoadedModel, Answers):
@@ -153,7 +153,7 @@ class Mllama(LoadedModel, Answers):
         """Bytes of the weights, caches and compute buffers, now."""
         return self._conversation.memory()
 
-    def encode_image(self, image: Picture, *, max_tiles: int | None = None) -> ImageEmbedding:
+    def encode_image(self, image: ImageInput, *, max_tiles: int | None = None) -> ImageEmbedding:
         """Run the vision encoder on an image. An image whose states are in memory or in the image cache is
         not computed again.
 
@@ -174,7 +174,7 @@ class Mllama(LoadedModel, Answers):
     def _begin_replies(self, messages: Messages, options: ReplyOptions, n: int) -> list[Reply]:
         return self._conversation._begin_replies(messages, options, n)
 
-    def logits(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> Floats:
+    def logits(self, token_ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Floats:
         """The logits at every position of a prompt, from an empty cache: float32 [n_tokens, vocab_size].
 
         token_ids: with one image token for each of `images`, in order

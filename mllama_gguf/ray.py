@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .batch.captions import CaptionOptions, caption_picture
+from .batch.captions import CaptionOptions, caption_image
 from .cpus import usable_cpus
 from .errors import BackendError, ImageError, MllamaError
 from .model import Mllama
@@ -96,7 +96,7 @@ class MllamaCaptioner:
         try:
             if self._model is None:
                 self._model = self._open()  # a lost device may be there again
-            return caption_picture(self._model, _source(image), self._options).text, ""
+            return caption_image(self._model, _source(image), self._options).text, ""
         except BackendError as e:
             self._close()
             return "", _in_words(e)

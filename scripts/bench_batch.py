@@ -33,7 +33,7 @@ from mllama_gguf import Mllama
 from mllama_gguf.batch.captions import CaptionOptions
 from mllama_gguf.batch.failures import ErrorLog
 from mllama_gguf.batch.outputs import RecordFile
-from mllama_gguf.batch.run import caption_pictures
+from mllama_gguf.batch.run import caption_images
 
 SETS = {"web": ((640, 480), (800, 600), (1024, 768)), "camera": ((2048, 1536), (3000, 2000), (4000, 3000))}
 AHEAD = {"off": (False,), "on": (True,), "auto": (None,), "both": (False, True)}
@@ -70,7 +70,7 @@ def batch(ahead: bool | None, open_model: Any, pictures: Sequence[str], out: str
     with open_model() as model:
         errors = ErrorLog(Path(out).with_name("errors.jsonl"))
         start = time.perf_counter()
-        summary = caption_pictures(
+        summary = caption_images(
             pictures, output, lambda: model, CaptionOptions(), errors=errors, encode_ahead=ahead
         )
         end = time.perf_counter()

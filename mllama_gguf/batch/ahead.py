@@ -55,7 +55,7 @@ class Prepared:
 Coming: TypeAlias = "tuple[str, Future[Prepared]]"
 
 
-def pictures_ahead(
+def images_ahead(
     paths: Iterable[str], prepare: Callable[[str], Prepared], encode: Callable[[Coming], Prepared] | None
 ) -> Generator[Coming, None, None]:
     """The pictures in order, each with what becomes of it: `prepare` works in several threads, `encode` in

@@ -24,7 +24,7 @@ from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..text.grammar import grammar_of, json_schema
 from ..vision.decoding import pixel_limit
-from ..vision.embedding import ImageEmbedding, LimitedImage, Picture
+from ..vision.embedding import ImageEmbedding, ImageInput, LimitedImage
 from ..vision.loading import ImageSource
 from ..vision.preprocess import TiledImage, preprocess_image
 from ..words import one_line
@@ -110,7 +110,7 @@ class CaptionOptions:
         )
         return tiled.for_model(shape.max_tiles)
 
-    def messages(self, image: Picture, defaults: Defaults) -> list[dict[str, Any]]:
+    def messages(self, image: ImageInput, defaults: Defaults) -> list[dict[str, Any]]:
         """The conversation about an image, as `Mllama.reply` takes it. defaults: the model's."""
         content = [{"type": "image", "image": image}, {"type": "text", "text": self.prompt}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -145,7 +145,7 @@ class Caption:
 
 
 def begin_caption(
-    model: Mllama, image: Picture, options: CaptionOptions, talk: Conversation | None = None
+    model: Mllama, image: ImageInput, options: CaptionOptions, talk: Conversation | None = None
 ) -> Reply:
     """The caption of an image, which is still to be read: see `within`. talk: who answers; None: the model's
     own conversation. Raises what `create_chat_completion` raises."""
@@ -189,9 +189,9 @@ def within(reply: Reply, seconds: float | None, spent: float = 0.0) -> Iterator[
         timer.join()
 
 
-def caption_picture(
+def caption_image(
     model: Mllama,
-    image: Picture,
+    image: ImageInput,
     options: CaptionOptions,
     *,
     spent: float = 0.0,

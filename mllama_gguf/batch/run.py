@@ -21,7 +21,7 @@ from ..model import Mllama
 from ..vision.encoder import ImageEncoder
 from ..vision.loading import load_image
 from ..words import one_line
-from .ahead import EncodeAhead, Prepared, pictures_ahead
+from .ahead import EncodeAhead, Prepared, images_ahead
 from .captions import Caption, CaptionOptions
 from .contents import Redo, file_sha256, is_stale, known_contents
 from .failures import ErrorLog
@@ -38,8 +38,8 @@ MAX_LOSSES = 3
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE))
 
 
-def caption_pictures(
-    pictures: Sequence[str],
+def caption_images(
+    images: Sequence[str],
     output: Output,
     open_model: Callable[[], Mllama],
     options: CaptionOptions,
@@ -53,7 +53,7 @@ def caption_pictures(
 ) -> Summary:
     """Caption pictures that the output does not hold yet, and keep each caption while the next is made.
 
-    pictures:   paths, each once, in the order to go
+    images:     paths, each once, in the order to go
     open_model: opens the model; called only if there is something to do, and again when a device was lost
     errors:     keeps what failed
     report:     called with what happened, a dict whose "event" is "start", "caption", "error" or "summary"
@@ -70,31 +70,31 @@ def caption_pictures(
     stops the run; the summary tells why. Raises RequestError for an output that cannot be used, and what
     open_model raises the first time.
     """
-    summary = Summary(pictures=len(pictures))
+    summary = Summary(images=len(images))
     try:
         known = {record.image: record for record in output.records()}
         again = {
-            picture
-            for picture in pictures
-            if picture in known and is_stale(known[picture], redo, unchanged_since)
+            image
+            for image in images
+            if image in known and is_stale(known[image], redo, unchanged_since)
         }
         output.again(again)
-        for picture in again:
-            del known[picture]
+        for image in again:
+            del known[image]
         errors.tidy(known)
     except OSError as e:
         raise RequestError(f"{e.filename}: {e.strerror}; nothing can be kept there") from e
     refused = output.refused
-    pending = [picture for picture in pictures if picture not in known and picture not in refused]
-    summary.done_before = sum(picture in known for picture in pictures)
+    pending = [image for image in images if image not in known and image not in refused]
+    summary.done_before = sum(image in known for image in images)
     summary.again = len(again)
     counts = {"done_before": summary.done_before, "again": summary.again}
-    report({"event": "start", "pictures": len(pictures), **counts})
+    report({"event": "start", "pictures": len(images), **counts})
     run = _Run(known, output, open_model, options, errors, report, summary, encode_ahead, parallel)
     try:
-        for picture in pictures:
-            if picture in refused:
-                run.fail(picture, RequestError(refused[picture]))
+        for image in images:
+            if image in refused:
+                run.fail(image, RequestError(refused[image]))
         if pending:
             run.caption(pending)
     except (KeyboardInterrupt, Aborted):
@@ -188,7 +188,7 @@ class _Run:
         start = time.perf_counter()
         with ThreadPoolExecutor(1, "mllama-write") as self._writer:
             try:
-                with closing(pictures_ahead(pending, prepare, self._ahead)) as coming:
+                with closing(images_ahead(pending, prepare, self._ahead)) as coming:
                     for path, future in coming:
                         self._begin(path, future)
                         while len(self._coming) >= self._most_coming:

@@ -90,7 +90,7 @@ class Sidecars:
     def __init__(
         self,
         suffix: str,
-        pictures: Iterable[str],
+        images: Iterable[str],
         journal: Path | None = None,
         *,
         how: Existing | None = None,
@@ -100,7 +100,7 @@ class Sidecars:
         inputs: Iterable[AnyPath] = (),
     ) -> None:
         """suffix:  of the caption files; .xmp: XMP sidecars
-        pictures: what the batch is about
+        images:  what the batch is about
         journal: a file of our own that keeps what is done of captions that exist (see Journal); None: they
                  stay
         how:     what happens to captions that exist; None: "skip", with a journal "overwrite"
@@ -117,40 +117,40 @@ class Sidecars:
         self._how: Existing = how or ("skip" if journal is None else "overwrite")
         self._separator, self._full_name = separator, full_name
         self._form: Form = XmpForm() if suffix.lower().endswith(".xmp") else TextForm()
-        self._pictures = list(pictures)
+        self._images = list(images)
         self._expected: dict[str, str] = {}  # what a caption that is made again must still be
         self.refused: Mapping[str, str] = self._find_shared()
-        read = {_identity(path): path for path in (*self._pictures, *inputs)}
-        for picture in self._pictures:
-            there = _identity(self.path(picture))
+        read = {_identity(path): path for path in (*self._images, *inputs)}
+        for image in self._images:
+            there = _identity(self.path(image))
             if there is not None and there in read:
                 raise RequestError(
-                    f"the caption of {show_name(picture)} would replace the input {show_name(read[there])}; "
+                    f"the caption of {show_name(image)} would replace the input {show_name(read[there])}; "
                     "give another --sidecar, or use --out"
                 )
         self._journal = Journal(journal) if journal is not None else None
         self._log = SidecarLog(log) if log is not None else None
 
-    def path(self, picture: str) -> Path:
+    def path(self, image: str) -> Path:
         """The caption file of a picture."""
-        return Path((picture if self._full_name else os.path.splitext(picture)[0]) + self._suffix)
+        return Path((image if self._full_name else os.path.splitext(image)[0]) + self._suffix)
 
     def _find_shared(self) -> dict[str, str]:
         """Pictures that would have one caption file together."""
         owners: dict[Path, list[str]] = {}
-        for picture in self._pictures:
-            owners.setdefault(self.path(picture), []).append(picture)
+        for image in self._images:
+            owners.setdefault(self.path(image), []).append(image)
         return {
-            picture: f"would share {show_name(path)} with {show_name(group[picture == group[0]])}; use "
+            image: f"would share {show_name(path)} with {show_name(group[image == group[0]])}; use "
             "--sidecar-full-name, or rename one"
             for path, group in owners.items()
             if len(group) > 1
-            for picture in group
+            for image in group
         }
 
     def records(self) -> Iterable[Record]:
         """See Output."""
-        for folder in {Path(picture).parent for picture in self._pictures}:
+        for folder in {Path(image).parent for image in self._images}:
             remove_leftovers(folder)
         written = self._log.read() if self._log is not None else {}
         if self._journal is not None:
@@ -161,17 +161,17 @@ class Sidecars:
                 self._put(record)  # the journal came first
                 yield replace(record, existing="")
             return
-        for picture in self._pictures:
-            if picture in self.refused:
+        for image in self._images:
+            if image in self.refused:
                 continue
-            text = self._read(self.path(picture))
+            text = self._read(self.path(image))
             if not text.strip():
                 continue
-            ours = written.get(os.path.realpath(picture))
+            ours = written.get(os.path.realpath(image))
             if ours is not None and self._text(ours) == text:
-                yield replace(ours, image=picture, existing="")
+                yield replace(ours, image=image, existing="")
             else:
-                yield Record(picture, text, "stop", 0, "")
+                yield Record(image, text, "stop", 0, "")
 
     def again(self, images: Collection[str]) -> None:
         """See Output. A caption that somebody edits meanwhile stays."""

@@ -30,7 +30,7 @@ MEDIA_SUFFIXES = SUFFIXES | {
 }  # fmt: skip
 
 
-def list_pictures(
+def list_images(
     sources: Sequence[str],
     *,
     recursive: bool = False,
@@ -72,15 +72,15 @@ def list_pictures(
         else:
             named.append(source)
     ordered = [*natsorted(named, alg=ns.PATH | ns.IGNORECASE), *listed]
-    pictures = [
+    images = [
         path
         for path in dict.fromkeys(ordered)
         if (name := os.path.basename(path)) not in own or os.path.realpath(path) != own[name]
     ]
-    if not pictures:
+    if not images:
         hint = "" if recursive else "; --recursive looks in the folders below too"
         raise RequestError(f"{', '.join(sources)}: no pictures there{hint}")
-    return pictures
+    return images
 
 
 def lists_among(sources: Iterable[str], sidecar: str | None, full_name: bool = False) -> list[str]:
@@ -112,7 +112,7 @@ def home_of(source: str) -> str:
     return folder or "."
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     name = os.path.basename(path)
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
@@ -123,12 +123,12 @@ def _in_folder(folder: str, recursive: bool) -> Iterator[str]:
 
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        yield from (path for path in (os.path.join(parent, name) for name in files) if _is_picture(path))
+        yield from (path for path in (os.path.join(parent, name) for name in files) if _is_image(path))
 
 
 def _matches(pattern: str) -> list[str]:
     found = [
-        path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and _is_picture(path)
+        path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and _is_image(path)
     ]
     if not found:
         raise RequestError(f"{pattern}: no picture fits this pattern")

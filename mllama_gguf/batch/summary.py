@@ -15,7 +15,7 @@ MOST_SPANS = 32  # more than overlap with what comes later
 class Summary:
     """What a run did.
 
-    pictures:  all that the run was about: done before it, captioned, duplicates (of a picture's content; they
+    images:    all that the run was about: done before it, captioned, duplicates (of a picture's content; they
                got its caption), failed, and those it did not come to
     again:     how many had a caption that was to be made once more
     tokens:    of the new captions
@@ -25,7 +25,7 @@ class Summary:
     stopped:   why the run ended early, or ""
     """
 
-    pictures: int = 0
+    images: int = 0
     done_before: int = 0
     captioned: int = 0
     duplicates: int = 0

@@ -13,7 +13,7 @@ from ..decode.conversation import Conversation
 from ..model import Mllama
 from ..vision.embedding import ImageEmbedding
 from ..vision.preprocess import TiledImage
-from .captions import Caption, CaptionOptions, caption_picture
+from .captions import Caption, CaptionOptions, caption_image
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def make(
 ) -> Made:
     """The caption of a prepared picture, by a conversation, or by the model's own. Raises what
     `caption_picture` raises."""
-    caption = caption_picture(model, image, options, spent=spent, talk=talk)
+    caption = caption_image(model, image, options, spent=spent, talk=talk)
     ended = time.perf_counter()
     return Made(caption, ended - sum(caption.seconds.values()), ended)  # making ready comes before
 

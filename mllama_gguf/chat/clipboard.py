@@ -9,7 +9,7 @@ from ..errors import ImageError
 from ..words import one_line
 
 
-def picture_in_clipboard() -> bytes:
+def image_in_clipboard() -> bytes:
     """The file of the picture in the clipboard, or that picture as PNG. Raises ImageError.
 
     Pillow asks macOS itself, and on Linux wl-paste (Wayland) or xclip (X11).

@@ -71,19 +71,19 @@ class Commands:
         self._added(self._talk.attach(name, data))
 
     def _image(self, rest: str) -> None:
-        from .lines import find_pictures
+        from .lines import find_images
 
         if not rest:
             raise RequestError("name a file: /image photo.jpg")
-        found = find_pictures(rest)
+        found = find_images(rest)
         # What has no picture's suffix, or is not there: its own error says so.
-        for name in found.pictures or (rest,):
+        for name in found.images or (rest,):
             self.add(name)
 
     def _paste(self, rest: str) -> None:
-        from .clipboard import picture_in_clipboard
+        from .clipboard import image_in_clipboard
 
-        self.add("clipboard", picture_in_clipboard())
+        self.add("clipboard", image_in_clipboard())
 
     def _system(self, rest: str) -> None:
         self._talk.system = rest
@@ -142,8 +142,8 @@ class Commands:
             raise RequestError("name a file: /load chat.json")
         self._talk.load(rest)
         for turn in self._talk.turns:
-            pictures = "".join(f"[{show_name(image.name)}] " for image in turn.images)
-            self._show(f">>> {pictures}{turn.text}")
+            images = "".join(f"[{show_name(image.name)}] " for image in turn.images)
+            self._show(f">>> {images}{turn.text}")
             self._show(turn.reply)
 
     def _info(self, rest: str) -> None:
@@ -154,8 +154,8 @@ class Commands:
         options = {**talk.options, **({"replies": "JSON of a schema"} if talk.form else {})}
         if options:
             self._show("options   " + ", ".join(f"{name} {brief(value)}" for name, value in options.items()))
-        pictures = sum(len(turn.images) for turn in talk.turns) + len(talk.images)
-        self._show(f"so far    {len(talk.turns)} questions, {pictures} pictures")
+        images = sum(len(turn.images) for turn in talk.turns) + len(talk.images)
+        self._show(f"so far    {len(talk.turns)} questions, {images} pictures")
         if talk.last is not None:
             self._show(f"last      {figures(talk.last.stats)}")
 

@@ -30,7 +30,7 @@ class Question:
     """text: without the names of the pictures; links: addresses of pictures, which are not fetched."""
 
     text: str
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
 
 
@@ -42,15 +42,15 @@ def parse(line: str, commands: frozenset[str]) -> Command | Question:
         name, _, rest = text[1:].partition(" ")
         if name.lower() in commands or not _begins_with_a_file(text):
             return Command(name.lower(), rest.strip())
-    return find_pictures(text)
+    return find_images(text)
 
 
-def find_pictures(text: str) -> Question:
+def find_images(text: str) -> Question:
     """Take the names of pictures out of a question: files that are there, and addresses that end like a
     picture's."""
-    if (whole := _picture(_unquoted(text))) is not None:  # with blanks in its name
+    if (whole := _image(_unquoted(text))) is not None:  # with blanks in its name
         return Question("", (whole,))
-    pictures, links = [], []
+    images, links = [], []
 
     def look(match: re.Match[str]) -> str:
         quoted = match[1] if match[1] is not None else match[2]
@@ -60,20 +60,20 @@ def find_pictures(text: str) -> Question:
                 links.append(word)
             return match[0]
         for name, rest in ((word, ""), (word.rstrip(".,;:?!)"), word[len(word.rstrip(".,;:?!)")) :])):
-            if (found := _picture(name)) is not None:
-                pictures.append(found)
+            if (found := _image(name)) is not None:
+                images.append(found)
                 return "\0" + (rest if quoted is None else "")
         return match[0]
 
     rest = _WORDS.sub(look, text)
     rest = re.sub(r"[ \t]*\0[ \t]*", " ", rest)
-    return Question(re.sub(r" +([.,;:?!)])", r"\1", rest).strip(), tuple(pictures), tuple(links))
+    return Question(re.sub(r" +([.,;:?!)])", r"\1", rest).strip(), tuple(images), tuple(links))
 
 
 def _begins_with_a_file(text: str) -> bool:
     match = _WORDS.match(text)
-    return _picture(_unquoted(text)) is not None or (
-        match is not None and _picture(re.sub(r"\\(.)", r"\1", match[0])) is not None
+    return _image(_unquoted(text)) is not None or (
+        match is not None and _image(re.sub(r"\\(.)", r"\1", match[0])) is not None
     )
 
 
@@ -83,7 +83,7 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _picture(name: str) -> str | None:
+def _image(name: str) -> str | None:
     """The path of a picture file of this name, or None."""
     if name[:7].lower() == "file://":
         name = unquote(urlsplit(name).path)

@@ -42,10 +42,10 @@ def run_batch(
     """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
     from ..batch.failures import NAMES, error_log
     from ..batch.outputs import suffix_of
-    from ..batch.run import caption_pictures
+    from ..batch.run import caption_images
     from ..batch.settings import SettingsFile, now, run_settings
     from ..batch.sidecars import check_suffix
-    from ..batch.sources import home_of, list_pictures, lists_among
+    from ..batch.sources import home_of, list_images, lists_among
     from ..errors import RequestError
 
     started = now()
@@ -60,7 +60,7 @@ def run_batch(
     ):
         raise RequestError(f"{settings.out}: failures are noted in a file of this name; give another --out")
     errors = error_log(home)
-    pictures = list_pictures(
+    images = list_images(
         sources,
         recursive=settings.recursive,
         sidecar=settings.sidecar,
@@ -74,7 +74,7 @@ def run_batch(
     files = find_files(replace(choice, verify=False))
     mine = run_settings(options, files, choice.settings)
     beside = SettingsFile.beside(*_place(settings, home))
-    output = _open_output(settings, options, pictures, home, mine, read)
+    output = _open_output(settings, options, images, home, mine, read)
     try:
         done = list(output.records()) if settings.how == "skip" else []
         since = _since(settings, beside, mine, done, started)
@@ -84,8 +84,8 @@ def run_batch(
                 stack.close()  # a model that lost its device
                 return stack.enter_context(open_chosen(choice, bar=False))
 
-            summary = caption_pictures(
-                pictures,
+            summary = caption_images(
+                images,
                 output,
                 opened,
                 options,
@@ -98,7 +98,7 @@ def run_batch(
             )
         whole = not (summary.failed or summary.stopped or summary.interrupted)
         # Later runs look at what changed since: only if all that is there was looked at, and done.
-        everything = whole and {record.image for record in done} <= set(pictures)
+        everything = whole and {record.image for record in done} <= set(images)
         if settings.how == "skip" or whole:
             _keep(beside, mine, started if everything else since)
     finally:
@@ -163,7 +163,7 @@ def _keep(beside: SettingsFile, settings: Mapping[str, Any], looked: float) -> N
 def _open_output(
     settings: BatchSettings,
     options: CaptionOptions,
-    pictures: Sequence[str],
+    images: Sequence[str],
     home: Path,
     mine: Mapping[str, Any],
     inputs: Sequence[AnyPath],
@@ -199,7 +199,7 @@ def _open_output(
     place, name = _place(settings, home)
     return Sidecars(
         settings.sidecar,
-        pictures,
+        images,
         partial,
         how=how,
         separator=settings.separator,
@@ -269,9 +269,9 @@ def _in_words(summary: Summary, errors: Path) -> str:
         parts += [f"{count} {words}"] if count else []
     parts += [f"{s.again} of them again"] if s.again else []
     parts += [f"{s.failed} failed, see {os.fspath(errors)}"] if s.failed else []
-    left = s.pictures - s.captioned - s.duplicates - s.done_before - s.failed
+    left = s.images - s.captioned - s.duplicates - s.done_before - s.failed
     parts += [f"{left} left"] if left else []
-    lines = [f"{s.pictures} pictures: {', '.join(parts)}"]
+    lines = [f"{s.images} pictures: {', '.join(parts)}"]
     if s.captioned:
         phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("encode", "prompt", "decode", "wait"))
         lines.append(

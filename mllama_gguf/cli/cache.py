@@ -42,8 +42,8 @@ def cache_command(action: str, as_json: bool) -> None:
         counts = {"picture": info.n_states, "filling": info.n_fillings, "prefix": info.n_prefixes}
         plural = {"picture": "pictures", "filling": "fillings", "prefix": "prefixes"}
         numbers = [f"{n} {name if n == 1 else plural[name]}" for name, n in counts.items()]
-        pictures = f"{', '.join(numbers)}, {show_size(info.n_bytes)}"
+        images = f"{', '.join(numbers)}, {show_size(info.n_bytes)}"
         if action == "clear":
-            echo(f"{info.directory}: removed {pictures}")
+            echo(f"{info.directory}: removed {images}")
         else:
-            echo(f"{info.directory}: {pictures} of at most {show_size(info.max_bytes)}")
+            echo(f"{info.directory}: {images} of at most {show_size(info.max_bytes)}")

@@ -66,12 +66,12 @@ def chat_command(
     if not no_tuned:
         choice = with_tuned(choice)
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    session, show_picture = None, None
+    session, show_image = None, None
     if is_terminal:
         # Asks the terminal what it can do, before anything else reads from it.
         from ..chat.preview import preview as find_preview
 
-        show_picture = find_preview() if preview else None
+        show_image = find_preview() if preview else None
         session = _session(history)
 
     bar = PhaseBar()
@@ -88,7 +88,7 @@ def chat_command(
         if session is None:
             _answer_one(talk)
         else:
-            _Terminal(talk, session, show_picture, bar).run()
+            _Terminal(talk, session, show_image, bar).run()
 
 
 def _answer_one(talk: Talk) -> None:
@@ -142,13 +142,13 @@ class _Terminal:
         self,
         talk: Talk,
         session: PromptSession[str],
-        show_picture: Callable[[Attached], None] | None,
+        show_image: Callable[[Attached], None] | None,
         bar: PhaseBar,
     ) -> None:
         from ..chat.commands import Commands
 
         self._bar = bar
-        self._talk, self._session, self._show_picture = talk, session, show_picture
+        self._talk, self._session, self._show_image = talk, session, show_image
         self._commands: Commands = Commands(talk, echo, self._write, self._added)
 
     def run(self) -> None:
@@ -195,7 +195,7 @@ class _Terminal:
         if isinstance(parsed, Command):
             self._commands.run(parsed.name, parsed.rest)
             return
-        for name in parsed.pictures:
+        for name in parsed.images:
             self._commands.add(name)
         for link in parsed.links:
             echo(f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file")
@@ -211,6 +211,6 @@ class _Terminal:
             echo()
 
     def _added(self, image: Attached) -> None:
-        if self._show_picture is not None:
-            self._show_picture(image)
+        if self._show_image is not None:
+            self._show_image(image)
         echo(f"[{show_name(image.name)}, {image.size[0]} x {image.size[1]}]")

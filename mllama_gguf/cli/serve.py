@@ -163,7 +163,7 @@ def serve_command(
 
 def _server_settings(from_ollama: dict[str, Any], options: dict[str, Any]) -> ServerSettings:
     """The settings of the options, over those of Ollama's variables. Raises RequestError."""
-    from ..server.pictures import PictureLimits
+    from ..server.images import ImageLimits
     from ..server.settings import ServerSettings, check_reach, digest_of, duration_of, read_keys
 
     keys: tuple[bytes, ...] = ()
@@ -186,9 +186,9 @@ def _server_settings(from_ollama: dict[str, Any], options: dict[str, Any]) -> Se
             raise RequestError("--ollama-version: programs read it as numbers with dots, as in 0.24.0")
         chosen["version"] = options["ollama_version"]
     chosen["origins"] = (*chosen.get("origins", ()), *options["allow_origin"])
-    pictures = PictureLimits(any_kind=options["more_image_formats"], hosts=options["allow_image_host"])
+    images = ImageLimits(any_kind=options["more_image_formats"], hosts=options["allow_image_host"])
     if options["max_image_pixels"] is not None:
-        pictures = replace(pictures, pixels=options["max_image_pixels"])
+        images = replace(images, pixels=options["max_image_pixels"])
     settings = ServerSettings(
         **chosen,
         keys=keys,
@@ -197,7 +197,7 @@ def _server_settings(from_ollama: dict[str, Any], options: dict[str, Any]) -> Se
         grace=options["shutdown_grace"],
         allow_pull=options["allow_pull"],
         allow_gbnf=options["allow_gbnf"],
-        pictures=pictures,
+        images=images,
     )
     check_reach(settings, options["no_auth"])
     return settings

@@ -10,7 +10,7 @@ from ..checks import Switch, Whole, checked
 from ..errors import ImageError, RequestError
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
-from ..vision.embedding import Picture
+from ..vision.embedding import ImageInput
 from ..words import brief
 from . import completions
 from .openai import MAX_REPLIES, ChatRequest, Messages, plain_options
@@ -41,7 +41,7 @@ class Answers(ABC):
         self,
         messages: Messages | None = None,
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         prompt: str = DEFAULT_PROMPT,
         options: ReplyOptions | None = None,
         **more: Any,
@@ -92,15 +92,15 @@ class Answers(ABC):
 
     @overload
     def caption(
-        self, image: Picture, prompt: str = ..., *, stream: Literal[False] = ..., **options: Any
+        self, image: ImageInput, prompt: str = ..., *, stream: Literal[False] = ..., **options: Any
     ) -> str: ...
     @overload
     def caption(
-        self, image: Picture, prompt: str = ..., *, stream: Literal[True], **options: Any
+        self, image: ImageInput, prompt: str = ..., *, stream: Literal[True], **options: Any
     ) -> Iterator[str]: ...
 
     def caption(
-        self, image: Picture, prompt: str = DEFAULT_PROMPT, *, stream: bool = False, **options: Any
+        self, image: ImageInput, prompt: str = DEFAULT_PROMPT, *, stream: bool = False, **options: Any
     ) -> str | Iterator[str]:
         """What the model says to an image and a question about it.
 

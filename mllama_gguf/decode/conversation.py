@@ -24,7 +24,7 @@ from ..handles import OneProcess
 from ..store.defaults import Defaults
 from ..text.chat import ChatTemplate
 from ..text.vocab import Vocab
-from ..vision.embedding import Encoding, ImageEmbedding, Picture
+from ..vision.embedding import Encoding, ImageEmbedding, ImageInput
 from ..vision.images import Images
 from ..vision.preprocess import TiledImage
 from ..words import brief
@@ -136,7 +136,7 @@ class Conversation(OneProcess, Answers):
 
     # ---- images --------------------------------------------------------------------------------------------
 
-    def encode_image(self, image: Picture, *, max_tiles: int | None = None) -> ImageEmbedding:
+    def encode_image(self, image: ImageInput, *, max_tiles: int | None = None) -> ImageEmbedding:
         """Run the vision encoder on an image. An image whose states are in memory or in the image cache is
         not computed again; one that another thread computes now is waited for.
 
@@ -150,12 +150,14 @@ class Conversation(OneProcess, Answers):
                 images.prepare(image, max_tiles), self.context, self._callbacks.on_abort, fresh=self._taps > 0
             )
 
-    def prepare_image(self, image: Picture, *, max_tiles: int | None = None) -> TiledImage | ImageEmbedding:
+    def prepare_image(
+        self, image: ImageInput, *, max_tiles: int | None = None
+    ) -> TiledImage | ImageEmbedding:
         """Decode and cut an image, without the costly part. max_tiles: as in `encode_image`. Raises
         ImageError, RequestError."""
         return self._shared.images.prepare(image, max_tiles)
 
-    def image_key(self, image: Picture) -> str:
+    def image_key(self, image: ImageInput) -> str:
         """What names an image's states, 64 hexadecimal digits; see `known_image`. Raises ImageError,
         RequestError, Aborted."""
         images = self._shared.images
@@ -188,7 +190,7 @@ class Conversation(OneProcess, Answers):
 
     def prompt(
         self, messages: Messages, options: PromptOptions | None = None
-    ) -> tuple[list[int], tuple[Picture, ...]]:
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """The tokens of messages, and the images that their image tokens stand for. Raises RequestError."""
         self.check_open()
         options = options or PromptOptions()
@@ -203,7 +205,7 @@ class Conversation(OneProcess, Answers):
             raise RequestError("the chat template does not give every picture one image token")
         return tokens, tuple(map(options.limited, prompt.images, prompt.details))
 
-    def reply_to(self, tokens: Sequence[int], images: Sequence[Picture], options: ReplyOptions) -> Reply:
+    def reply_to(self, tokens: Sequence[int], images: Sequence[ImageInput], options: ReplyOptions) -> Reply:
         """The reply to a prompt.
 
         tokens: with one image token for each of `images`, in order
@@ -213,7 +215,7 @@ class Conversation(OneProcess, Answers):
         return self.replies_to(tokens, images, options, 1)[0]
 
     def replies_to(
-        self, tokens: Sequence[int], images: Sequence[Picture], options: ReplyOptions, n: int
+        self, tokens: Sequence[int], images: Sequence[ImageInput], options: ReplyOptions, n: int
     ) -> list[Reply]:
         """Several replies to a prompt, as `replies` and `reply_to`."""
         self.check_open()
@@ -276,7 +278,7 @@ class Conversation(OneProcess, Answers):
                 yield piece
                 shown = True
 
-    def logits(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> Floats:
+    def logits(self, token_ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Floats:
         """The logits at every position of a prompt, from an empty cache: float32 [n_tokens, vocab_size].
 
         token_ids: with one image token for each of `images`, in order

@@ -12,7 +12,7 @@ from ..text.grammar import grammar_of
 from ..text.sampling import SamplingOptions
 from ..text.stream import stop_list
 from ..text.tools import Tools, read_tools
-from ..vision.embedding import LimitedImage, Picture
+from ..vision.embedding import ImageInput, LimitedImage
 from ..words import brief
 
 _SAMPLING = {one.name: one.default for one in fields(SamplingOptions) if one.name != "grammar"}
@@ -44,7 +44,7 @@ class PromptOptions:
     variables: Mapping[str, Any] = field(default_factory=dict)
     max_tiles: int | None = None
 
-    def limited(self, image: Any, detail: str) -> Picture:
+    def limited(self, image: Any, detail: str) -> ImageInput:
         """An image of a message with its limit, if it has one. detail: "low": one tile"""
         most = 1 if detail == "low" else self.max_tiles
         return image if most is None else LimitedImage(image, most)

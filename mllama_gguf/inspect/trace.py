@@ -16,7 +16,7 @@ from ..backend.types import Floats
 from ..errors import ModelError
 from ..model import Mllama
 from ..settings import DEFAULT_PROMPT
-from ..vision.embedding import Picture
+from ..vision.embedding import ImageInput
 
 # Names that ggml gives to unnamed tensors, and to views of tensors that are already shown.
 _NAMELESS = re.compile(r"(node|leaf)_\d+$|.* \(")
@@ -61,7 +61,7 @@ class NotFiniteError(ModelError):
 
 def trace(
     model: Mllama,
-    image: Picture,
+    image: ImageInput,
     receive: Callable[[TracedTensor], None],
     *,
     prompt: str = DEFAULT_PROMPT,
@@ -83,7 +83,7 @@ def trace(
 
 def _run(
     model: Mllama,
-    image: Picture,
+    image: ImageInput,
     prompt: str,
     receive: Callable[[TracedTensor], None],
     is_wanted: Callable[[str], bool],
@@ -107,7 +107,7 @@ def _is_looked_at(name: str) -> bool:
     return (not _NAMELESS.match(name) or "(copy of" in name) and not name.startswith(_MASK)
 
 
-def _first_not_finite(model: Mllama, image: Picture, prompt: str) -> tuple[str, int] | None:
+def _first_not_finite(model: Mllama, image: ImageInput, prompt: str) -> tuple[str, int] | None:
     first: list[tuple[str, int]] = []
 
     def look(tensor: TracedTensor) -> None:

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from ..decode.options import PromptOptions, ReplyOptions
 from ..decode.reply import Reply
 from ..errors import ContextFullError
-from ..vision.embedding import ImageEmbedding, LimitedImage, Picture
+from ..vision.embedding import ImageEmbedding, ImageInput, LimitedImage
 from ..vision.preprocess import TiledImage
 from .contexts import pack, unpack
+from .images import ImageLimits, to_pixels
 from .jobs import Ended, Event, Job, Piece, Usable
-from .pictures import PictureLimits, to_pixels
 from .problems import Refused
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ class Ask:
     n_ctx: int | None = None
     truncate: bool = False
     gives_context: bool = False
-    limits: PictureLimits = field(default_factory=PictureLimits)
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
     @property
     def n_bytes(self) -> int:
         """Of all pictures."""
-        return sum(len(data) for data, _ in self.pictures(None))
+        return sum(len(data) for data, _ in self.limited_images(None))
 
-    def pictures(self, max_tiles: int | None) -> Iterator[tuple[bytes, int | None]]:
+    def limited_images(self, max_tiles: int | None) -> Iterator[tuple[bytes, int | None]]:
         """Files, and the most tiles of each. max_tiles: if it says nothing itself."""
         for data in self.images:
             yield data, max_tiles
@@ -90,7 +90,7 @@ def encode_ahead(ask: Ask) -> Callable[[Usable, Job], None]:
 
     def work(loaded: Usable, job: Job) -> None:
         conversation, max_tiles = loaded.conversation, _options(ask, loaded).prompt.max_tiles
-        for data, most in ask.pictures(max_tiles):
+        for data, most in ask.limited_images(max_tiles):
             image = _prepared(data, ask, loaded, most)
             if conversation.image_source(image) == "encoded":
                 job.encoded.add(conversation.encode_image(image).key)
@@ -211,7 +211,7 @@ def _most(part: Mapping[str, Any], max_tiles: int | None) -> int | None:
     return 1 if part.get("detail") == "low" else max_tiles
 
 
-def _prepared(image: Picture, ask: Ask, loaded: Usable, max_tiles: int | None) -> Prepared:
+def _prepared(image: ImageInput, ask: Ask, loaded: Usable, max_tiles: int | None) -> Prepared:
     """An image as tiles. Files are decoded within the limits of requests.
 
     A request may ask for fewer tiles than the server's setting allows, not for more. Raises ImageError,

@@ -25,7 +25,7 @@ LARGE = 1 << 20  # bytes; more is parsed in a thread
 MAX_DEPTH = 128  # of JSON
 _MOST_DIGITS = 300  # of an integer; a float has 308
 # Base64, as the only thing in a string of JSON.
-_PICTURE = re.compile(rb'(?<=[\s:,\[{])"((?:data:[\w/.+;=-]{0,80},)?[A-Za-z0-9+/]{32768,}={0,2})"')
+_IMAGE = re.compile(rb'(?<=[\s:,\[{])"((?:data:[\w/.+;=-]{0,80},)?[A-Za-z0-9+/]{32768,}={0,2})"')
 _FIELDS = frozenset(("images", "image_url", "url"))  # that hold pictures
 _PLACES = _FIELDS | {"messages", "input", "content"}  # that lead there
 
@@ -114,7 +114,7 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
         views.append(memoryview(data)[start:end])
         return f'"{mark}{len(views) - 1}"'.encode()
 
-    value = _parse(_PICTURE.sub(cut, data))
+    value = _parse(_IMAGE.sub(cut, data))
     if not isinstance(value, dict):
         raise Refused(400, f"expected a JSON object, not {type(value).__name__}")
     _check_depth(value)
@@ -173,10 +173,10 @@ def _check_depth(value: Any) -> None:
 def _put_back(body: dict[str, Any], mark: str, views: list[memoryview]) -> None:
     """What was cut out, in its places: as it is in fields of pictures, else as text."""
 
-    def restored(found: Any, is_picture: bool) -> Any:
+    def restored(found: Any, is_image: bool) -> Any:
         if isinstance(found, str) and found.startswith(mark) and found[len(mark) :].isdecimal():
             view = views[int(found[len(mark) :])]
-            return view if is_picture else str(view, "ascii")
+            return view if is_image else str(view, "ascii")
         return found
 
     # Containers, each with whether a picture is expected in it.
@@ -184,11 +184,11 @@ def _put_back(body: dict[str, Any], mark: str, views: list[memoryview]) -> None:
     while rest:
         outer, expected = rest.pop()
         for name, inner in list(outer.items() if isinstance(outer, dict) else enumerate(outer)):
-            is_picture = expected and (name in _PLACES or not isinstance(name, str))
+            is_image = expected and (name in _PLACES or not isinstance(name, str))
             if isinstance(inner, (dict, list)):
-                rest.append((inner, is_picture))
+                rest.append((inner, is_image))
             else:
-                is_picture = is_picture and (name in _FIELDS or not isinstance(name, str))
-                outer[name] = restored(inner, is_picture)
+                is_image = is_image and (name in _FIELDS or not isinstance(name, str))
+                outer[name] = restored(inner, is_image)
             if isinstance(name, str) and (own := restored(name, False)) != name:
                 outer[own] = outer.pop(name)

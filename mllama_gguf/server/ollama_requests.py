@@ -13,7 +13,7 @@ from ..text.sampling import MAX_TOP_LOGPROBS, OLLAMA_SAMPLERS
 from ..words import show_name
 from . import fields
 from .asking import Ask
-from .pictures import PictureLimits, from_base64
+from .images import ImageLimits, from_base64
 from .problems import Refused
 from .times import parse_duration
 
@@ -45,7 +45,7 @@ class Wish:
     keep_alive: float | None
 
 
-def chat(body: Mapping[str, Any], limits: PictureLimits) -> Wish:
+def chat(body: Mapping[str, Any], limits: ImageLimits) -> Wish:
     """A request of /api/chat. Raises Refused."""
     model, stream, keep_alive = _head(body)
     if fields.items(body, "tools"):
@@ -59,7 +59,7 @@ def chat(body: Mapping[str, Any], limits: PictureLimits) -> Wish:
     return Wish(model, ask, stream, keep_alive)
 
 
-def generate(body: Mapping[str, Any], limits: PictureLimits) -> Wish:
+def generate(body: Mapping[str, Any], limits: ImageLimits) -> Wish:
     """A request of /api/generate. Raises Refused."""
     model, stream, keep_alive = _head(body)
     if fields.text(body, "suffix"):
@@ -120,7 +120,7 @@ def _full(model: str) -> str:
     return tagged if "/" in tagged else f"registry.ollama.ai/library/{tagged}"
 
 
-def _common(body: Mapping[str, Any], limits: PictureLimits) -> dict[str, Any]:
+def _common(body: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
     options, n_ctx = _options(fields.get(body, "options", dict, {}))
     options |= _logprobs(body)
     response_format = format_of(body.get("format"))
@@ -182,7 +182,7 @@ def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     return found, n_ctx if n_ctx and n_ctx > 0 else None
 
 
-def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]) -> dict[str, Any]:
+def _message(index: int, message: Any, limits: ImageLimits, counted: list[int]) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, dict):
         raise fields.wrong(where, "an object", message)
@@ -202,12 +202,12 @@ def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]
     return {**told, "role": role.lower(), "content": _parts(content or "", images)}
 
 
-def _check_number(n_images: int, limits: PictureLimits) -> None:
+def _check_number(n_images: int, limits: ImageLimits) -> None:
     if n_images > limits.most:
         raise Refused(400, f"{n_images} pictures in one request; at most {limits.most} are taken")
 
 
-def _image(image: Any, where: str, limits: PictureLimits) -> bytes:
+def _image(image: Any, where: str, limits: ImageLimits) -> bytes:
     if not isinstance(image, (str, memoryview)):
         raise fields.wrong(where, "base64 of a picture", image)
     return from_base64(image, where, limits)
@@ -225,19 +225,19 @@ def _parts(words: str, images: list[bytes]) -> list[dict[str, Any]]:
         number = int(mark[1]) if mark[1] else next((i for i in range(len(images)) if i not in places), -1)
         if 0 <= number < len(images) and number not in places:
             places[number] = mark
-    parts = [_picture(image) for i, image in enumerate(images) if i not in places]
+    parts = [_image_part(image) for i, image in enumerate(images) if i not in places]
     start = 0
     for number, mark in sorted(places.items(), key=lambda item: item[1].start()):
         if mark.start() > start:
             parts.append(_text(words[start : mark.start()]))
-        parts.append(_picture(images[number]))
+        parts.append(_image_part(images[number]))
         start = mark.end()
     if start < len(words) or not parts:
         parts.append(_text(words[start:]))
     return parts
 
 
-def _picture(image: bytes) -> dict[str, Any]:
+def _image_part(image: bytes) -> dict[str, Any]:
     return {"type": "image", "image": image}
 
 

@@ -29,7 +29,7 @@ def routes(service: Service) -> list[Route]:
     async def respond(request: Request) -> Response:
         body, settings = await service.read(request), service.settings
         wish = await service.translate(
-            request, partial(responses.request, body, settings.pictures, allow_gbnf=settings.allow_gbnf)
+            request, partial(responses.request, body, settings.images, allow_gbnf=settings.allow_gbnf)
         )
         card = await service.find(wish.model)
         writer = responses.ResponseWriter(wish.model, body, wish.tools)
@@ -54,7 +54,7 @@ def _computed(
     async def route(request: Request) -> Response:
         body = await service.read(request)
         wish = await service.translate(
-            request, partial(read, body, settings.pictures, allow_gbnf=settings.allow_gbnf)
+            request, partial(read, body, settings.images, allow_gbnf=settings.allow_gbnf)
         )
         body = {}  # its pictures are in the wish
         card = await service.find(wish.model)

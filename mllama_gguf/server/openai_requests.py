@@ -14,7 +14,7 @@ from ..words import brief, show_name
 from . import fields
 from .asking import Ask
 from .fetching import fetch
-from .pictures import PictureLimits, checked_kind, from_base64, is_data_uri
+from .images import ImageLimits, checked_kind, from_base64, is_data_uri
 from .problems import Refused
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Wish:
     tools: Tools = field(default_factory=Tools)
 
 
-def chat(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
+def chat(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> Wish:
     """A request of /v1/chat/completions. Raises Refused, RequestError."""
     model = model_of(body)
     given = body.get("messages")
@@ -66,7 +66,7 @@ def chat(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) ->
     return Wish(model, ask, stream, stream and wants_usage(body), tools)
 
 
-def completion(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
+def completion(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> Wish:
     """A request of /v1/completions: the prompt goes to the model as it is. Raises Refused, RequestError."""
     model = model_of(body)
     prompt = body.get("prompt")
@@ -128,7 +128,7 @@ def _options(body: Mapping[str, Any], allow_gbnf: bool) -> dict[str, Any]:
     return plain_options(known)
 
 
-def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]) -> dict[str, Any]:
+def _message(index: int, message: Any, limits: ImageLimits, counted: list[int]) -> dict[str, Any]:
     """A message as the package takes it. Its own fields are checked there."""
     where = f"messages[{index}]"
     if not isinstance(message, dict):
@@ -154,7 +154,7 @@ def _message(index: int, message: Any, limits: PictureLimits, counted: list[int]
     return {**given, "role": role, "content": parts}
 
 
-def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int]) -> list[dict[str, Any]]:
+def content_part(part: Any, where: str, limits: ImageLimits, counted: list[int]) -> list[dict[str, Any]]:
     """A part of a message as the package takes it. counted: pictures so far. Raises Refused."""
     if not isinstance(part, dict):
         raise fields.wrong(where, "an object", part)
@@ -184,7 +184,7 @@ def content_part(part: Any, where: str, limits: PictureLimits, counted: list[int
     )
 
 
-def _image(url: str | memoryview, where: str, limits: PictureLimits) -> bytes:
+def _image(url: str | memoryview, where: str, limits: ImageLimits) -> bytes:
     if not is_data_uri(url):
         if limits.hosts and isinstance(url, str) and url[:4].lower() == "http":
             return checked_kind(fetch(url, where, limits.hosts), where, limits)

@@ -14,15 +14,15 @@ from ..decode.writer import Stats
 from ..text.tools import Tools
 from ..words import brief
 from . import fields
+from .images import ImageLimits
 from .jobs import Done, Ended, Event, Piece
 from .openai_replies import PING, Held
 from .openai_requests import Wish, chat, model_of
-from .pictures import PictureLimits
 from .problems import Refused
 from .replies import openai_error, to_bytes
 
 
-def request(body: Mapping[str, Any], limits: PictureLimits, *, allow_gbnf: bool) -> Wish:
+def request(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> Wish:
     """A request of /v1/responses. Raises Refused, RequestError."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if body.get(name) is not None:

@@ -40,7 +40,7 @@ class Service:
     async def translate(self, request: Request, read: Callable[[], T]) -> T:
         """What a request asks for. In a thread, if it is large, or if pictures may be fetched for it."""
         is_large = int(request.headers.get("content-length", "0") or 0) > LARGE
-        if is_large or self.settings.pictures.hosts:
+        if is_large or self.settings.images.hosts:
             return await anyio.to_thread.run_sync(read)
         return read()
 

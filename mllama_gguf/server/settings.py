@@ -14,7 +14,7 @@ from ..decode.scheduler import MAX_SEQUENCES
 from ..errors import RequestError
 from ..reading import read_text
 from ..words import one_line
-from .pictures import PictureLimits
+from .images import ImageLimits
 from .times import parse_duration
 
 PORT = 11434
@@ -61,7 +61,7 @@ class ServerSettings:
     version: str = VERSION
     allow_pull: bool = False
     allow_gbnf: bool = False
-    pictures: PictureLimits = field(default_factory=PictureLimits)
+    images: ImageLimits = field(default_factory=ImageLimits)
 
     @property
     def is_local(self) -> bool:

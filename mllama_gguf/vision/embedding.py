@@ -72,7 +72,7 @@ class LimitedImage:
 
 
 # A picture wherever one is taken.
-Picture: TypeAlias = "ImageSource | TiledImage | ImageEmbedding | LimitedImage"
+ImageInput: TypeAlias = "ImageSource | TiledImage | ImageEmbedding | LimitedImage"
 
 
 @dataclass(frozen=True, eq=False)

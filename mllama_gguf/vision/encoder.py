@@ -11,7 +11,7 @@ from ..backend.library import load
 from ..backend.opening import Backend
 from ..errors import Aborted
 from ..handles import OneProcess
-from .embedding import ImageEmbedding, Picture
+from .embedding import ImageEmbedding, ImageInput
 from .images import Images
 from .preprocess import TiledImage
 
@@ -49,7 +49,7 @@ class ImageEncoder(OneProcess):
         self._context = backend.open_encoder(callbacks, n_threads)
 
     def encode(
-        self, image: Picture, stop: Callable[[], bool] = lambda: False, *, max_tiles: int | None = None
+        self, image: ImageInput, stop: Callable[[], bool] = lambda: False, *, max_tiles: int | None = None
     ) -> ImageEmbedding:
         """As `Mllama.encode_image`, without its progress.
 

@@ -16,7 +16,7 @@ from ..cache.keys import Keys
 from ..checks import Whole, checked
 from ..errors import Aborted, ImageError, RequestError
 from ..handles import OneProcess
-from .embedding import EmbeddingStore, Encoding, ImageEmbedding, LimitedImage, Picture
+from .embedding import EmbeddingStore, Encoding, ImageEmbedding, ImageInput, LimitedImage
 from .preprocess import TiledImage, preprocess_image
 
 # One four-tile image of the 11B model takes 105 MB.
@@ -56,7 +56,7 @@ class Images(OneProcess):
         if not self._hparams.has_vision:
             raise RequestError(f"{self._name} is a text model without vision encoder; give mmproj_path")
 
-    def prepare(self, image: Picture, max_tiles: int | None = None) -> TiledImage | ImageEmbedding:
+    def prepare(self, image: ImageInput, max_tiles: int | None = None) -> TiledImage | ImageEmbedding:
         """Decode and check an image, without the costly part.
 
         max_tiles: most tiles that it may have; None: as the model's setting says

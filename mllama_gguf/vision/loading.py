@@ -26,7 +26,7 @@ ImageSource: TypeAlias = (
 )
 
 # How the formats begin that people put into base64.
-_PICTURES = re.compile(
+_IMAGES = re.compile(
     rb"%b|%b|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|....ftyp|\0\0\0\x0cjP|\xff\x4f\xff\x51|\0\0\x01\0|P[1-6]\s"
     % (re.escape(PNG_SIGNATURE), re.escape(JPEG_SIGNATURE)),
     re.DOTALL,
@@ -66,7 +66,7 @@ def load_image(
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
         is_uri = data[:99].lstrip()[:5].lower() == b"data:"
-        if is_uri or (not _PICTURES.match(data) and _looks_like_base64(data)):
+        if is_uri or (not _IMAGES.match(data) and _looks_like_base64(data)):
             text = data.decode("ascii", "replace")
             return load_image(text, max_pixels=max_pixels, allow_truncated=allow_truncated)
         return decode(io.BytesIO(data), "image bytes", max_pixels, allow_truncated)
@@ -90,7 +90,7 @@ def load_image(
 def _looks_like_base64(data: bytes) -> bool:
     """Whether some bytes are base64 of a picture."""
     digits = b"".join(data[:100].split())[:16]
-    return digits.isascii() and _picture_in_base64(digits.decode()) is not None
+    return digits.isascii() and _image_in_base64(digits.decode()) is not None
 
 
 def _from_text(source: str) -> tuple[str, bytes] | str:
@@ -112,7 +112,7 @@ def _from_text(source: str) -> tuple[str, bytes] | str:
         raise ImageError("an empty text is no path of a picture")
     if _ADDRESS.match(text):
         raise ImageError(f"{_named(text)}: pictures are not fetched from elsewhere; give a file")
-    data = _picture_in_base64(text)
+    data = _image_in_base64(text)
     return os.path.expanduser(text) if data is None else (f"base64 text of {len(text)} characters", data)
 
 
@@ -123,7 +123,7 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _picture_in_base64(text: str) -> bytes | None:
+def _image_in_base64(text: str) -> bytes | None:
     """The data that a text is in base64, if it looks like a picture; None if not."""
     if len(text) < 16 or not _BASE64.fullmatch(text):
         return None
@@ -131,7 +131,7 @@ def _picture_in_base64(text: str) -> bytes | None:
         data = _decode_base64(text)
     except (binascii.Error, ValueError):
         return None
-    return data if _PICTURES.match(data) else None
+    return data if _IMAGES.match(data) else None
 
 
 def _decode_base64(text: str) -> bytes:

@@ -122,12 +122,12 @@ def preprocess_image(
     max_tiles = checked("max_tiles", Whole(1), max_tiles)
     model_tiles = checked("model_tiles", Whole(1), model_tiles, or_none=True) or max_tiles
     max_tiles = min(max_tiles, model_tiles)
-    picture = load_image(image, max_pixels=max_pixels, allow_truncated=allow_truncated)
+    rgb = load_image(image, max_pixels=max_pixels, allow_truncated=allow_truncated)
 
-    width, height = picture.size
+    width, height = rgb.size
     rows, columns = choose_grid(width, height, tile_size, max_tiles)
     resized_size = fit_size(width, height, columns * tile_size, rows * tile_size, tile_size)
-    resized = picture.resize(resized_size, Image.Resampling.BILINEAR)
+    resized = rgb.resize(resized_size, Image.Resampling.BILINEAR)
 
     pixels = np.empty((max_tiles, 3, tile_size, tile_size), np.float32)
     pixels[rows * columns :] = 0

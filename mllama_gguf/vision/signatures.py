@@ -35,7 +35,7 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (rb"version https://git-lfs", "a pointer of Git LFS, not the picture; run: git lfs pull"),
 )
 # Pictures of other formats, which all have one way out.
-_OTHER_PICTURES: tuple[tuple[bytes, str], ...] = (
+_OTHER_IMAGES: tuple[tuple[bytes, str], ...] = (
     (rb"\x0a[\x00-\x05]\x01[\x01\x02\x04\x08]", "PCX"),
     (rb"\x01\xda[\x00\x01][\x01\x02]", "SGI"),
     (rb"P7\s|P[Ff]\s", "PAM or PFM"),
@@ -74,7 +74,7 @@ def describe_signature(head: bytes) -> str:
     for pattern, words in _SIGNATURES:
         if re.match(pattern, head, re.DOTALL):
             return words
-    for pattern, kind in _OTHER_PICTURES:
+    for pattern, kind in _OTHER_IMAGES:
         if re.match(pattern, head, re.DOTALL):
             return f"a picture of a format that is not read ({kind}); convert it to PNG first"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -30,9 +30,9 @@ from mllama_gguf.batch.captions import CaptionOptions
 from mllama_gguf.batch.failures import ErrorLog
 from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.records import Record
-from mllama_gguf.batch.run import MAX_LOSSES, caption_pictures
+from mllama_gguf.batch.run import MAX_LOSSES, caption_images
 from mllama_gguf.batch.sidecars import Sidecars
-from mllama_gguf.batch.sources import home_of, list_pictures
+from mllama_gguf.batch.sources import home_of, list_images
 from mllama_gguf.cli.main import run
 
 Captured = pytest.CaptureFixture[str]
@@ -95,49 +95,49 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_folders_are_listed_in_natural_order(tree: Path) -> None:
-    assert list_pictures(["b"]) == ["b/1.JPG", "b/2.png", "b/10.png"]
-    assert list_pictures(["b"], recursive=True) == ["b/1.JPG", "b/2.png", "b/10.png", "b/c/3.webp"]
-    assert list_pictures(["b/10.png", "b/2.png", "b"]) == ["b/1.JPG", "b/2.png", "b/10.png"]
+    assert list_images(["b"]) == ["b/1.JPG", "b/2.png", "b/10.png"]
+    assert list_images(["b"], recursive=True) == ["b/1.JPG", "b/2.png", "b/10.png", "b/c/3.webp"]
+    assert list_images(["b/10.png", "b/2.png", "b"]) == ["b/1.JPG", "b/2.png", "b/10.png"]
 
 
 def test_patterns(tree: Path) -> None:
-    assert list_pictures(["b/*"]) == ["b/1.JPG", "b/2.png", "b/10.png"]
-    assert list_pictures(["**/*.webp"]) == ["b/c/3.webp"]
+    assert list_images(["b/*"]) == ["b/1.JPG", "b/2.png", "b/10.png"]
+    assert list_images(["**/*.webp"]) == ["b/c/3.webp"]
     (tree / "b" / "[1].png").touch()  # a name, not a pattern
-    assert list_pictures(["b/[1].png"]) == ["b/[1].png"]
+    assert list_images(["b/[1].png"]) == ["b/[1].png"]
     with pytest.raises(RequestError, match=r"x\*.png: no picture fits"):
-        list_pictures(["x*.png"])
+        list_images(["x*.png"])
 
 
 def test_lists_keep_their_order(tree: Path) -> None:
     (tree / "list.txt").write_bytes(b"b/10.png\r\n\nmissing.png\nb/2.png\n")
-    assert list_pictures(["list.txt", "b/1.JPG"]) == ["b/1.JPG", "b/10.png", "missing.png", "b/2.png"]
-    assert list_pictures(["-"], stdin=b"b/2.png\0a\nb.png\0\xff.png\0") == [
+    assert list_images(["list.txt", "b/1.JPG"]) == ["b/1.JPG", "b/10.png", "missing.png", "b/2.png"]
+    assert list_images(["-"], stdin=b"b/2.png\0a\nb.png\0\xff.png\0") == [
         "b/2.png",
         "a\nb.png",
         "\udcff.png",
     ]
     # blanks around a name are parts of it only where there is such a file
-    assert list_pictures(["-"], stdin=b" b/2.png\nb/10.png \n none.png\n") == [
+    assert list_images(["-"], stdin=b" b/2.png\nb/10.png \n none.png\n") == [
         "b/2.png",
         "b/10.png",
         " none.png",
     ]
     (tree / " b").mkdir()
     (tree / " b" / "2.png").touch()
-    assert list_pictures(["-"], stdin=b" b/2.png\n") == [" b/2.png"]
+    assert list_images(["-"], stdin=b" b/2.png\n") == [" b/2.png"]
     with pytest.raises(RequestError, match=r"none\.txt: this list of pictures cannot be read"):
-        list_pictures(["none.txt"])
+        list_images(["none.txt"])
 
 
 def test_what_is_no_picture_is_left_out(tree: Path) -> None:
     for name in ("b/2.txt", "b/errors.jsonl"):
         (tree / name).touch()
     named = ["b/2.png", "b/2.txt", "b/errors.jsonl"]
-    assert list_pictures(named, sidecar=".txt", exclude=["./b/errors.jsonl"]) == ["b/2.png"]
+    assert list_images(named, sidecar=".txt", exclude=["./b/errors.jsonl"]) == ["b/2.png"]
     with pytest.raises(RequestError, match=r"b/\.git: no pictures there; --recursive"):
         (tree / "b" / ".git" / "x.png").unlink()
-        list_pictures(["b/.git"])
+        list_images(["b/.git"])
 
 
 def test_home_of(tree: Path) -> None:
@@ -536,16 +536,16 @@ def test_a_lost_device(
 ) -> None:
     failing = Failing(losses, openings)
     out, log = photos / "c.jsonl", ErrorLog(photos / "errors.jsonl")
-    pictures, options = list_pictures([str(photos)]), CaptionOptions(max_tokens=4)
+    pictures, options = list_images([str(photos)]), CaptionOptions(max_tokens=4)
     output = RecordFile(out)
-    summary = caption_pictures(pictures, output, failing.open, options, errors=log)
+    summary = caption_images(pictures, output, failing.open, options, errors=log)
     output.close()
     assert (summary.captioned, summary.failed) == (captioned, failed)
     assert stopped in summary.stopped
     assert bool(summary.stopped) == bool(stopped)
     assert [row["error"] for row in rows(log.path)] == ["BackendError"] * failed
     output = RecordFile(out)
-    again = caption_pictures(pictures, output, Failing(set(), 1).open, options, errors=log)
+    again = caption_images(pictures, output, Failing(set(), 1).open, options, errors=log)
     output.close()
     assert again.failed == 0
     assert sorted(row["image"] for row in rows(out)) == sorted(pictures)

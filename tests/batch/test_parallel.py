@@ -16,11 +16,11 @@ from PIL import Image
 
 from mllama_gguf import BackendError, Mllama
 from mllama_gguf.batch import together
-from mllama_gguf.batch.captions import CaptionOptions, caption_picture
+from mllama_gguf.batch.captions import CaptionOptions, caption_image
 from mllama_gguf.batch.failures import ErrorLog
 from mllama_gguf.batch.outputs import RecordFile
-from mllama_gguf.batch.run import MAX_LOSSES, caption_pictures
-from mllama_gguf.batch.sources import list_pictures
+from mllama_gguf.batch.run import MAX_LOSSES, caption_images
+from mllama_gguf.batch.sources import list_images
 from mllama_gguf.batch.summary import Busy, Summary
 from mllama_gguf.cli.main import run
 
@@ -49,8 +49,8 @@ def captioned(
     events: list[str] = []
     output = RecordFile(out)
     options = more.pop("options", CaptionOptions(max_tokens=12, seed=1))
-    summary = caption_pictures(
-        list_pictures([str(photos)]),
+    summary = caption_images(
+        list_images([str(photos)]),
         output,
         open_model,
         options,
@@ -93,12 +93,12 @@ def test_captions_of_several_are_computed_in_common_steps(
             running += 1
             most = max(most, running)
         try:
-            return caption_picture(*args, **more)
+            return caption_image(*args, **more)
         finally:
             with lock:
                 running -= 1
 
-    monkeypatch.setattr(together, "caption_picture", spy)
+    monkeypatch.setattr(together, "caption_image", spy)
     captioned(photos, tmp_path / "c.jsonl", parallel=3, encode_ahead=False)
     assert most == 3
 
@@ -178,8 +178,8 @@ def test_abort_ends_all(photos: Path, tmp_path: Path) -> None:
             end.set()
 
     output = RecordFile(tmp_path / "c.jsonl")
-    summary = caption_pictures(
-        list_pictures([str(photos)]),
+    summary = caption_images(
+        list_images([str(photos)]),
         output,
         lambda: Mllama.from_pretrained("demo", image_cache=False, abort=end.is_set),
         CaptionOptions(max_tokens=60),

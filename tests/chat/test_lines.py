@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mllama_gguf.chat.commands import NAMES, parse_value
-from mllama_gguf.chat.lines import Command, Question, find_pictures, is_open, parse, without_quotes
+from mllama_gguf.chat.lines import Command, Question, find_images, is_open, parse, without_quotes
 from mllama_gguf.errors import RequestError
 
 
@@ -50,14 +50,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_lines(line: str, expected: Command | Question, folder: Path) -> None:
     line = line.replace("{folder}", str(folder))
     if isinstance(expected, Question):
-        pictures = tuple(name.replace("{folder}", str(folder)) for name in expected.pictures)
+        pictures = tuple(name.replace("{folder}", str(folder)) for name in expected.images)
         expected = Question(expected.text, pictures, expected.links)
     assert parse(line, NAMES) == expected
 
 
 @pytest.mark.parametrize("text", ["a\0b.png", "x" * 100_000 + ".png", "\ud800.png", "'" * 1001, "\\", "\0"])
 def test_hostile_lines(text: str, folder: Path) -> None:
-    assert find_pictures(text).pictures == ()
+    assert find_images(text).images == ()
 
 
 def test_several_lines() -> None:

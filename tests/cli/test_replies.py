@@ -17,7 +17,7 @@ import pytest
 from helpers import elsewhere
 
 from mllama_gguf import ImageError, Mllama, RequestError, TimeLimitError
-from mllama_gguf.batch.captions import CaptionOptions, caption_picture
+from mllama_gguf.batch.captions import CaptionOptions, caption_image
 from mllama_gguf.cli.main import run
 from mllama_gguf.decode.options import ReplyOptions
 from mllama_gguf.store.defaults import Defaults
@@ -161,13 +161,13 @@ def test_allow_truncated(command: str, tmp_path: Path, capsys: Captured) -> None
 def test_limits_in_python(tmp_path: Path) -> None:
     with Mllama.from_pretrained("demo") as model:
         with pytest.raises(ImageError, match="pixels"):
-            caption_picture(model, APPLE, CaptionOptions(max_pixels=100))
+            caption_image(model, APPLE, CaptionOptions(max_pixels=100))
         for wrong in (0, -1, "many", 1.5, True, 2**63):
             with pytest.raises(RequestError, match="max_pixels must be a whole number"):
                 CaptionOptions(max_pixels=wrong)  # type: ignore[arg-type]
             with pytest.raises(RequestError, match="max_pixels must be a whole number"):
                 load_image(APPLE, max_pixels=wrong)  # type: ignore[arg-type]
-        assert caption_picture(model, APPLE, CaptionOptions()).text == "a red apple"
+        assert caption_image(model, APPLE, CaptionOptions()).text == "a red apple"
 
 
 # ---- the time limit ----------------------------------------------------------------------------------------
@@ -190,11 +190,11 @@ def test_a_time_limit(slow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_time_limit_that_is_kept() -> None:
     with Mllama.from_pretrained("demo") as model:
         options = CaptionOptions(time_limit=60)
-        assert caption_picture(model, APPLE, options).text == "a red apple"
+        assert caption_image(model, APPLE, options).text == "a red apple"
         assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.is_alive()]
         with pytest.raises(TimeLimitError, match="took longer than 2 seconds"):
-            caption_picture(model, APPLE, CaptionOptions(time_limit=2), spent=2)
-        assert caption_picture(model, APPLE, CaptionOptions(time_limit=1e300)).text == "a red apple"
+            caption_image(model, APPLE, CaptionOptions(time_limit=2), spent=2)
+        assert caption_image(model, APPLE, CaptionOptions(time_limit=1e300)).text == "a red apple"
     with pytest.raises(RequestError, match="time_limit"):
         CaptionOptions(time_limit=-1)
 

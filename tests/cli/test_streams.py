@@ -13,7 +13,7 @@ import pytest
 from helpers import elsewhere
 
 from mllama_gguf import RequestError
-from mllama_gguf.batch.sources import list_pictures
+from mllama_gguf.batch.sources import list_images
 from mllama_gguf.cli.main import run
 from mllama_gguf.reading import decode_text
 
@@ -79,7 +79,7 @@ def test_images_are_no_lists(kind: str, tmp_path: Path) -> None:
     with Image.open(APPLE) as image:
         image.convert("RGB").save(tmp_path / "list.txt", kind)
     with pytest.raises(RequestError, match=r"list\.txt: a list of images is expected"):
-        list_pictures([str(tmp_path / "list.txt")])
+        list_images([str(tmp_path / "list.txt")])
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_images_are_no_lists(kind: str, tmp_path: Path) -> None:
 )
 def test_lists_of_odd_names(names: list[str]) -> None:
     for separator in ("\n", "\0"):
-        assert list_pictures(["-"], stdin=separator.join(names).encode()) == names
-    assert list_pictures(["-"], stdin="\r\n".join(["", *names, ""]).encode()) == names
+        assert list_images(["-"], stdin=separator.join(names).encode()) == names
+    assert list_images(["-"], stdin="\r\n".join(["", *names, ""]).encode()) == names
 
 
 def test_lists_of_names_that_are_not_utf8() -> None:
-    (path,) = list_pictures(["-"], stdin=b"caf\xe9.png\n")
+    (path,) = list_images(["-"], stdin=b"caf\xe9.png\n")
     assert path == "caf\udce9.png"
 
 
@@ -114,7 +114,7 @@ def test_byte_order_marks(encoding: str, tmp_path: Path, capsys: Captured) -> No
     listed = write("list.txt", str(tmp_path / "\u732b.png") + "\r\n")
     prompt = write("prompt.txt", "Describe this image.")
     schema = write("schema.json", json.dumps({"type": "object", "properties": {}}))
-    assert list_pictures([listed]) == [str(tmp_path / "\u732b.png")]
+    assert list_images([listed]) == [str(tmp_path / "\u732b.png")]
     assert decode_text((tmp_path / "prompt.txt").read_bytes()) == "Describe this image."
     out = str(tmp_path / "c.jsonl")
     assert run(["caption", listed, "--prompt-file", prompt, "--out", out]) == 0

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from mllama_gguf.server.bodies import parse_object
+from mllama_gguf.server.images import ImageLimits, from_base64
 from mllama_gguf.server.ollama_requests import chat
 from mllama_gguf.server.openai_requests import chat as openai_chat
-from mllama_gguf.server.pictures import PictureLimits, from_base64
 from mllama_gguf.server.problems import Refused
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 400
-LIMITS = PictureLimits()
+LIMITS = ImageLimits()
 TEXT = base64.b64encode(PNG).decode()
 
 

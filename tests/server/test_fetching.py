@@ -14,7 +14,7 @@ from serving import EXAMPLES, Running, running
 
 from mllama_gguf.server import fetching
 from mllama_gguf.server.fetching import fetch, is_public
-from mllama_gguf.server.pictures import PictureLimits
+from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.problems import Refused
 from mllama_gguf.server.settings import ServerSettings
 
@@ -145,14 +145,14 @@ def test_public_addresses() -> None:
 
 
 def test_a_request_with_an_address(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = PictureLimits(hosts=(f"http://127.0.0.1:{port}",))
+    limits = ImageLimits(hosts=(f"http://127.0.0.1:{port}",))
     part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{port}/apple.png"}}
     body = {"model": "demo", "messages": [{"role": "user", "content": [part]}], "temperature": 0}
 
     def ask(served: Running) -> int:
         return served.post("/v1/chat/completions", body).status_code
 
-    with running(ServerSettings(port=0, pictures=limits)) as served:
+    with running(ServerSettings(port=0, images=limits)) as served:
         assert ask(served) == 400
         monkeypatch.setattr(fetching, "is_public", lambda address: True)
         assert ask(served) == 200

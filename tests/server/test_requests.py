@@ -11,13 +11,13 @@ import pytest
 from mllama_gguf.server import ollama_requests, openai_requests, responses
 from mllama_gguf.server.asking import _oldest
 from mllama_gguf.server.contexts import to_key, to_words
+from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.ollama_requests import chat, format_of, generate
-from mllama_gguf.server.pictures import PictureLimits
 from mllama_gguf.server.problems import Refused, clean
 from mllama_gguf.server.replies import to_bytes
 from mllama_gguf.server.times import expiry, nanoseconds, parse_duration, rfc3339
 
-LIMITS = PictureLimits()
+LIMITS = ImageLimits()
 ONE, TWO = b"\x89PNG\r\n\x1a\n1", b"\x89PNG\r\n\x1a\n2"
 
 

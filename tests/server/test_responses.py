@@ -125,7 +125,7 @@ def test_a_call_as_a_stream(served: Running) -> None:
 
 
 def test_calls_that_follow_each_other_are_one_message() -> None:
-    from mllama_gguf.server.pictures import PictureLimits
+    from mllama_gguf.server.images import ImageLimits
     from mllama_gguf.server.responses import request
 
     def item(n: int) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_calls_that_follow_each_other_are_one_message() -> None:
         {"role": "assistant", "content": [{"type": "output_text", "text": "I paint."}]},
         *(item(1), item(2), answer(1), answer(2), item(3), answer(3)),
     ]
-    wish = request({"model": "m", "input": given, "tools": [TOOL]}, PictureLimits(), allow_gbnf=False)
+    wish = request({"model": "m", "input": given, "tools": [TOOL]}, ImageLimits(), allow_gbnf=False)
     shown = [(one["role"], len(one.get("tool_calls", ()))) for one in wish.ask.messages]
     tool = ("tool", 0)
     assert shown == [("user", 0), ("assistant", 0), ("assistant", 2), tool, tool, ("assistant", 1), tool]

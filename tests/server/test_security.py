@@ -21,7 +21,7 @@ from serving import EXAMPLES, Running, data_uri, picture64, running
 
 from mllama_gguf.cli.main import run
 from mllama_gguf.errors import ImageError, ModelError, RequestError
-from mllama_gguf.server.pictures import PictureLimits
+from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.problems import Refused, clean, refusal
 from mllama_gguf.server.security import Security
 from mllama_gguf.server.settings import ServerSettings, digest_of, parse_host, read_keys
@@ -242,8 +242,8 @@ def test_ollama_host() -> None:
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[Running]:
-    limits = PictureLimits(most=2, n_bytes=50_000, pixels=10_000)
-    with running(ServerSettings(port=0, max_body=200_000, body_seconds=2.0, pictures=limits)) as one:
+    limits = ImageLimits(most=2, n_bytes=50_000, pixels=10_000)
+    with running(ServerSettings(port=0, max_body=200_000, body_seconds=2.0, images=limits)) as one:
         yield one
 
 

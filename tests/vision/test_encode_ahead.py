@@ -35,7 +35,7 @@ from mllama_gguf.batch.ahead import ENCODED_AHEAD
 from mllama_gguf.batch.captions import CaptionOptions
 from mllama_gguf.batch.failures import ErrorLog
 from mllama_gguf.batch.outputs import RecordFile
-from mllama_gguf.batch.run import Summary, caption_pictures
+from mllama_gguf.batch.run import Summary, caption_images
 from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, SIZE_VARIABLE
 from mllama_gguf.cache.folder import NAME
 from mllama_gguf.cli.main import run
@@ -249,7 +249,7 @@ class Batch:
         self.models.clear()
         output = RecordFile(self.out)
         try:
-            return caption_pictures(
+            return caption_images(
                 pictures,
                 output,
                 self.open,

@@ -27,7 +27,7 @@ NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
 @dataclass(frozen=True)
-class PictureLimits:
+class ImageLimits:
     """most: pictures a request; n_bytes: of one file; pixels: of one picture; any_kind: take every kind that
     the package reads, not those of NAMES alone; hosts: from which pictures are fetched."""
 
@@ -38,7 +38,7 @@ class PictureLimits:
     hosts: tuple[str, ...] = ()
 
 
-def from_base64(text: str | memoryview, where: str, limits: PictureLimits) -> bytes:
+def from_base64(text: str | memoryview, where: str, limits: ImageLimits) -> bytes:
     """The bytes of a picture file that a text holds: base64 in either alphabet, with blanks, without padding,
     or a data URI. See `bodies` for the memoryview.
 
@@ -53,7 +53,7 @@ def from_base64(text: str | memoryview, where: str, limits: PictureLimits) -> by
     return checked_kind(data, where, limits)
 
 
-def checked_kind(data: bytes, where: str, limits: PictureLimits) -> bytes:
+def checked_kind(data: bytes, where: str, limits: ImageLimits) -> bytes:
     """The same bytes, if they may be a picture of a kind that is taken. Raises Refused."""
     if len(data) > limits.n_bytes:
         raise Refused(413, f"{where}: a picture of {len(data)} bytes; at most {limits.n_bytes} are taken")
@@ -109,7 +109,7 @@ def _from_data_uri(uri: str, where: str) -> bytes:
     return unquote_to_bytes(uri[comma + 1 :])
 
 
-def to_pixels(data: bytes, limits: PictureLimits) -> Image.Image:
+def to_pixels(data: bytes, limits: ImageLimits) -> Image.Image:
     """The picture of a file's bytes, upright, RGB. Raises ImageError."""
     try:
         return decode(io.BytesIO(data), "picture", limits.pixels, False)
