@@ -183,7 +183,7 @@ def test_a_picture_that_was_only_touched(capsys: Captured) -> None:
 
 def test_a_change_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by a run about other pictures nor by one in which it fails."""
-    monkeypatch.setattr("mllama_gguf.batch.run.CLOCK_SECONDS", 0.0)
+    monkeypatch.setattr("mllama_gguf.batch.contents.CLOCK_SECONDS", 0.0)
     assert caption("--out", "c.jsonl") == 0
     Image.new("RGB", (50, 50), "blue").save("a.png")
     assert run(["caption", "b.png", "--out", "c.jsonl"]) == 0
