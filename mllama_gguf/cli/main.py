@@ -133,6 +133,10 @@ def run(args: Sequence[str]) -> int:
         echo(f"Error: {e}", err=True)
         return 1
     except OSError as e:
+        if e.errno == errno.ENOENT and e.filename is None and _has_no_folder():
+            show_traceback()
+            echo("Error: the current folder is gone; go to another one", err=True)
+            return 1
         if e.errno not in _NO_ROOM or e.filename is not None:
             return unexpected(e)
         show_traceback()
@@ -143,3 +147,12 @@ def run(args: Sequence[str]) -> int:
     except Exception as e:
         return unexpected(e)
     return code if isinstance(code, int) else 0
+
+
+def _has_no_folder() -> bool:
+    """Whether the current folder was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False

@@ -51,6 +51,17 @@ def test_a_full_disk_is_one_line(command: str) -> None:
     assert (done.returncode, done.stderr) == (1, words)
 
 
+def test_a_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["caption", str(APPLE)]) == 0
+    assert run(["caption", str(APPLE), "--out", "c.jsonl"]) == 1
+    assert capsys.readouterr().err == "Error: the current folder is gone; go to another one\n"
+
+
 def test_closed_standard_input_is_an_empty_one(tmp_path: Path) -> None:
     done = shell("$MLLAMA caption - <&-")
     assert done.returncode == 1 and done.stderr.startswith(b"Error: ") and done.stderr.count(b"\n") == 1
