@@ -334,7 +334,7 @@ function setUp() {
   select.addEventListener("change", showState);
   showState();
   findModels();
-  if (!isTouch.matches) question.focus();
+  if (!isTouch.matches) question.focus({ preventScroll: true });
 }
 
 setUp();

@@ -68,7 +68,7 @@ function add(files) {
   const { found, words } = take(files, counted() + pictures.length);
   put(found);
   say(words);
-  if (found.length) byId("question").focus();
+  if (found.length) byId("question").focus({ preventScroll: true });
 }
 
 // More pictures for the next question.
