@@ -17,23 +17,19 @@ from weakref import WeakSet
 from . import cpus
 from .backend.callbacks import Callbacks, Progress
 from .backend.library import load as load_native
-from .backend.opening import Backend, open_backend
+from .backend.opening import open_backend
 from .backend.types import HParams
-from .cache.disk import ImageCache
-from .cache.keys import Keys, KeySettings
 from .checks import File, check_function, checked
-from .decode.conversation import Conversation, Shared
+from .decode.conversation import Conversation
 from .decode.scheduler import Scheduler
+from .decode.shared import share
 from .errors import MllamaError, ModelError, RequestError
 from .handles import OneProcess
 from .settings import Settings
 from .store.defaults import Defaults
 from .store.resolve import resolve
-from .text.chat import LLAMA_3_2_TEMPLATE, ChatTemplate
 from .text.vocab import Vocab
 from .vision.encoder import ImageEncoder
-from .vision.images import Images
-from .vision.preprocess import PREPROCESS_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -103,41 +99,22 @@ class LoadedModel(OneProcess):
             # After the C library has checked the file.
             self._vocab = Vocab(model_path)
             undo.callback(self._vocab.close)
-            self._shared = self._share()
+            self._check_sizes()
+            self._shared = share(
+                self._backend, self._vocab, self.model_path, self.mmproj_path, self.settings, self.defaults
+            )
             undo.pop_all()
 
-    def _share(self) -> Shared:
-        """The parts for conversations."""
-        backend, vocab, settings, hparams = self._backend, self._vocab, self.settings, self.hparams
+    def _check_sizes(self) -> None:
+        hparams, n_ctx, n_tokens = self.hparams, self.settings.n_ctx, self._vocab.n_tokens
         needed = max(hparams.vocab_size, hparams.image_token_id + 1 if hparams.has_vision else 0)
-        if vocab.n_tokens < needed:
+        if n_tokens < needed:
             raise ModelError(
-                f"{self.model_path}: the vocabulary has {vocab.n_tokens} tokens, the model needs {needed}"
+                f"{self.model_path}: the vocabulary has {n_tokens} tokens, the model needs {needed}"
             )
-        if settings.n_ctx and settings.n_ctx > hparams.n_ctx_train:
+        if n_ctx and n_ctx > hparams.n_ctx_train:
             words = "n_ctx %d is more than the model was trained with; %d is used"
-            logger.warning(words, settings.n_ctx, hparams.n_ctx_train)
-        own_template = LLAMA_3_2_TEMPLATE if self.defaults.llama_template else vocab.chat_template
-        template = ChatTemplate(
-            settings.chat_template or own_template,
-            bos=vocab.text(vocab.bos),
-            eos=vocab.text(vocab.eos),
-            image=vocab.text(hparams.image_token_id) if hparams.has_vision else "<|image|>",
-            special=vocab.special,
-        )
-        disk = _image_cache(settings)
-        keys = Keys(backend.model, self.model_path, self.mmproj_path, _key_settings(backend), disk)
-        return Shared(
-            file_name=self.model_path.name,
-            model_name=str(vocab.metadata.get("general.name") or self.model_path.stem),
-            backend=backend,
-            vocab=vocab,
-            template=template,
-            images=Images(hparams, self.model_path.name, keys, disk, settings.max_tiles),
-            keys=keys,
-            disk=disk,
-            defaults=self.defaults,
-        )
+            logger.warning(words, n_ctx, hparams.n_ctx_train)
 
     @classmethod
     def from_pretrained(
@@ -401,28 +378,6 @@ class LoadedModel(OneProcess):
 def _is_name(model: str | os.PathLike[str]) -> bool:
     """Whether this is the name of a model in a store rather than a path."""
     return isinstance(model, str) and model.startswith(("ollama:", "hf:")) and not os.path.exists(model)
-
-
-def _image_cache(settings: Settings) -> ImageCache | None:
-    if settings.image_cache is False:
-        return None
-    disk = ImageCache(None if settings.image_cache is True else settings.image_cache)
-    return disk if disk.max_bytes > 0 else None
-
-
-def _key_settings(backend: Backend) -> KeySettings:
-    s = backend.settings
-    return KeySettings(
-        preprocess=PREPROCESS_VERSION,
-        cpu_kernel=backend.cpu_kernel,
-        flash_attn=s.flash_attn,
-        precision=s.precision,
-        type_k=s.type_k,
-        type_v=s.type_v,
-        offload_kqv=s.offload_kqv,
-        repack=s.repack,
-        n_batch=s.n_batch,
-    )
 
 
 def _log_to_stderr() -> None:

@@ -65,7 +65,7 @@ def plain(open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float
 
 
 def batch(ahead: bool | None, open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
-    """The same by `caption_pictures`."""
+    """The same by `caption_images`."""
     output = RecordFile(Path(out))
     with open_model() as model:
         errors = ErrorLog(Path(out).with_name("errors.jsonl"))

@@ -1,4 +1,4 @@
-"""Captions for thousands of pictures: pictures are decoded, and perhaps encoded, ahead (see prefetch.py),
+"""Captions for thousands of pictures: pictures are decoded, and perhaps encoded, ahead (see ahead.py),
 captioned one after the other, and kept.
 
 What is done is what the output holds, so that the same call goes on wherever the last one ended. What fails

@@ -84,7 +84,7 @@ def list_images(
 
 
 def lists_among(sources: Iterable[str], sidecar: str | None, full_name: bool = False) -> list[str]:
-    """The sources that `list_pictures` reads as lists."""
+    """The sources that `list_images` reads as lists."""
     captions = _captions_among(sources, sidecar, full_name)
     return [path for path in sources if path.lower().endswith(".txt") and path not in captions]
 

@@ -20,7 +20,7 @@ class Summary:
     again:     how many had a caption that was to be made once more
     tokens:    of the new captions
     prompt_tokens, cached_tokens: of the prompts, and how many of them were not computed again
-    seconds:   encode, prompt, decode: what the model computed, at once perhaps; busy: in which any of it was
+    seconds:   encode, prompt, decode: time of each computation, which may overlap; busy: in which any of it was
                computed; wait: for a picture, while nothing was; total: from the first picture to the end
     stopped:   why the run ended early, or ""
     """

@@ -33,7 +33,7 @@ def make(
     talk: Conversation | None = None,
 ) -> Made:
     """The caption of a prepared picture, by a conversation, or by the model's own. Raises what
-    `caption_picture` raises."""
+    `caption_image` raises."""
     caption = caption_image(model, image, options, spent=spent, talk=talk)
     ended = time.perf_counter()
     return Made(caption, ended - sum(caption.seconds.values()), ended)  # making ready comes before

@@ -13,19 +13,13 @@ from typing import Literal
 from ..backend.base import Context
 from ..backend.callbacks import Callbacks, Progress
 from ..backend.library import load
-from ..backend.opening import Backend
 from ..backend.types import Floats, Memory, Tap
-from ..cache.disk import ImageCache
-from ..cache.keys import Keys
 from ..checks import whole_numbers
 from ..cpus import check_threads
 from ..errors import Aborted, BusyError, MllamaError, RequestError
 from ..handles import OneProcess
 from ..store.defaults import Defaults
-from ..text.chat import ChatTemplate
-from ..text.vocab import Vocab
 from ..vision.embedding import Encoding, ImageEmbedding, ImageInput
-from ..vision.images import Images
 from ..vision.preprocess import TiledImage
 from ..words import brief
 from .answers import Answers
@@ -35,30 +29,9 @@ from .reply import Reply
 from .scheduler import Scheduler
 from .sequence import SequenceContext
 from .session import Session
+from .shared import Shared
 from .slots import Slots
 from .writer import Writer
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all conversations of a model use: weights, vocabulary, chat template, images and their caches.
-    All of it is safe from several threads.
-
-    file_name:  of the model, for errors
-    model_name: of the model, for replies
-    disk:       the image cache; None: there is none
-    defaults:   of replies
-    """
-
-    file_name: str
-    model_name: str
-    backend: Backend
-    vocab: Vocab
-    template: ChatTemplate
-    images: Images
-    keys: Keys
-    disk: ImageCache | None
-    defaults: Defaults
 
 
 @dataclass
