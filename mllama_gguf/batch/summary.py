@@ -20,8 +20,8 @@ class Summary:
     again:     how many had a caption that was to be made once more
     tokens:    of the new captions
     prompt_tokens, cached_tokens: of the prompts, and how many of them were not computed again
-    seconds:   encode, prompt, decode: time of each computation, which may overlap; busy: in which any of it was
-               computed; wait: for a picture, while nothing was; total: from the first picture to the end
+    seconds:   encode, prompt, decode: time of each computation, which may overlap; busy: time in
+               which any of them ran; wait: for an image, while none ran; total: from the first image to the end
     stopped:   why the run ended early, or ""
     """
 

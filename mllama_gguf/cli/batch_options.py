@@ -48,7 +48,7 @@ class BatchSettings:
 
     @property
     def wanted(self) -> bool:
-        """Whether this is a batch. Raises UsageError for options that only one would heed."""
+        """Whether this is a batch. Raises UsageError for an option that this kind of run does not use."""
         if self.out is not None and self.sidecar is not None:
             raise click.UsageError("--out and --sidecar exclude each other")
         if self.overwrite and self.existing not in (None, "overwrite"):

@@ -31,7 +31,7 @@ class Offer:
     """A model that may be asked for.
 
     name:      as Ollama writes names, with a tag
-    reference: as `store.resolve` takes it; mmproj: likewise, of the vision encoder
+    reference: as `store.resolve` takes it; mmproj: the same, for the vision encoder
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the vision encoder makes of a picture, and a small store of it."""
+"""The encoder's output for an image, and a small store of such outputs."""
 
 from __future__ import annotations
 

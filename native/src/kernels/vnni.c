@@ -108,7 +108,7 @@ INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n, const ch
     return _mm512_reduce_add_ps(_mm512_sub_ps(sum, _mm512_zextps128_ps512(taken)));
 }
 
-// likewise
+// The same with a row of Q6_K.
 INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n, const char * ahead) {
     const q6_k_block * w    = row;
     const __m512i      low  = _mm512_set1_epi8(0x0f), all = _mm512_set1_epi8(0x3f);

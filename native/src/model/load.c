@@ -22,7 +22,7 @@ static void permute(const float * halves, float * pairs, int64_t n) {
     }
 }
 
-// Of text alone: what the encoder makes of a picture is kept for years, and must not depend on a setting.
+// For the text model alone: states are kept on disk for years, and must not depend on a setting.
 static ggml_backend_buffer_type_t repacked_type(const mllama_model * model, const weight * w,
                                                 const mllama_model_params * params) {
     if (!params->repack || w->device != model->plan.cpu || w->kind != WEIGHT_MATRIX || w->part == PART_VISION ||
