@@ -21,7 +21,7 @@ class Summary:
     tokens:    of the new captions
     prompt_tokens, cached_tokens: of the prompts, and how many of them were not computed again
     seconds:   encode, prompt, decode: time of each computation, which may overlap; busy: time in
-               which any of them ran; wait: for an image, while none ran; total: from the first image to the end
+               which any of them ran; wait: for an image, while none ran; total: from first image to end
     stopped:   why the run ended early, or ""
     """
 
