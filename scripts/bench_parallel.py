@@ -14,6 +14,9 @@ Three ways, in turns; the figures are medians of the rounds, in tokens a second 
     steps      decode_many: one call for a token of each
     threads    a thread for each conversation and the scheduler
 
+Without an image also llama.cpp's batched decoding of a model with the same bytes a token: its file lacks the
+cross-attention layers, which such conversations skip.
+
 A newcomer: the time until a prompt of --context tokens has its first logits, while the others decode,
 relative to the time it takes alone.
 """
@@ -21,6 +24,8 @@ relative to the time it takes alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import statistics
 import sys
 import tempfile
@@ -37,11 +42,13 @@ import report
 
 from mllama_gguf import LoadedModel, ModelError
 from mllama_gguf.backend.base import Item
+from mllama_gguf.backend.library import load as load_native
 from mllama_gguf.decode.scheduler import Scheduler
 
 KINDS = {"no image": 0, "one tile each": 1, "four tiles each": 4, "one image for all": -4}
-COUNTS = (2, 4, 8)
+COUNTS = (4, 8)
 N_CTX = 1024
+NEWCOMERS = 3  # in a round
 
 
 class Bench:
@@ -73,6 +80,12 @@ class Bench:
         for number, slot, prompt in zip(self.numbers, slots, prompts, strict=False):
             self.context.sequence_truncate(number, 0)
             self.step([(number, slot, prompt)])
+
+    def rewind(self, n: int) -> None:
+        """Every conversation holds its first n tokens."""
+        for number in self.numbers:
+            if self.context.sequence_n_past(number) > n:
+                self.context.sequence_truncate(number, n)
 
     def step(self, items: Sequence[tuple[int, int, list[int]]]) -> list[int]:
         """The likeliest next token of each."""
@@ -151,27 +164,88 @@ class Bench:
             context.sequence_truncate(self.numbers[0], 0)
 
 
+class LlamaCpp:
+    """llama.cpp's batched decoding, by its C interface: a sequence for each conversation."""
+
+    def __init__(self, path: Path, threads: int, prompts: Sequence[list[int]]) -> None:
+        from llama_cpp import llama_cpp as llama
+
+        load_native()  # its log goes where ours goes
+        self._llama = llama
+        self._n_prompt = len(prompts[0])
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise SystemExit(f"llama.cpp does not load {path}")
+        settings = llama.llama_context_default_params()
+        settings.n_seq_max = len(prompts)
+        settings.n_ctx = N_CTX * len(prompts)
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._context = llama.llama_init_from_model(self._model, settings)
+        self._n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        self._batch = llama.llama_batch_init(max(len(prompts), self._n_prompt), 0, 1)
+        for sequence, prompt in enumerate(prompts):
+            self._decode([(sequence, i, token) for i, token in enumerate(prompt)], n_last=1)
+
+    def steps(self, n: int, n_tokens: int) -> float:
+        """Tokens a second of the first n conversations."""
+        memory = self._llama.llama_get_memory(self._context)
+        for sequence in range(n):
+            self._llama.llama_memory_seq_rm(memory, sequence, self._n_prompt, -1)
+        tokens = [5] * n
+        start = time.perf_counter()
+        for i in range(n_tokens):
+            tokens = self._decode([(s, self._n_prompt + i, token) for s, token in enumerate(tokens)])
+        return n * n_tokens / (time.perf_counter() - start)
+
+    def _decode(self, columns: Sequence[tuple[int, int, int]], n_last: int | None = None) -> list[int]:
+        """The likeliest token after each (sequence, position, token), or after the last ones."""
+        batch, first = self._batch, 0 if n_last is None else len(columns) - n_last
+        batch.n_tokens = len(columns)
+        for i, (sequence, position, token) in enumerate(columns):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, int(i >= first)
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        if self._llama.llama_decode(self._context, batch) != 0:
+            raise SystemExit("llama_decode failed")
+        found = []
+        for i in range(first, len(columns)):
+            logits = self._llama.llama_get_logits_ith(self._context, i)
+            floats = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+            found.append(int(np.ctypeslib.as_array(floats, (self._n_vocab,)).argmax()))
+        return found
+
+
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    path = folder / "mllama.gguf"
-    full_shape.write_mllama(path, args.layers, vision=False)
+    path, llama_path = folder / "mllama.gguf", folder / "llama.gguf"
+    text = full_shape.write_mllama(path, args.layers, vision=False)
+    full_shape.write_llama(llama_path, text)
     bench = Bench(path, args.threads)
     chance = np.random.default_rng(0)
     prompts = [chance.integers(0, 128000, args.context).tolist() for _ in bench.numbers]
-    bench.prepare(bench.slots(0, len(bench.numbers)), prompts)  # reads the pages in
+    llama = LlamaCpp(llama_path, args.threads, prompts)
     rounds: list[dict[str, float]] = []
     for i in range(args.rounds):
         print(f"round {i + 1} of {args.rounds}", file=sys.stderr, flush=True)
         figures: dict[str, float] = {}
         for name, kind in KINDS.items():
+            bench.prepare(bench.slots(kind, len(bench.numbers)), prompts)
             for n in COUNTS:
                 slots = bench.slots(kind, n)
-                ways = (bench.alone, bench.steps, bench.threads)
-                for way in ways if i % 2 == 0 else ways[::-1]:
-                    bench.prepare(slots, prompts)
-                    figures[f"{name}, {n}: {way.__name__}"] = way(slots, args.tokens)
+                ways = [("alone", bench.alone), ("steps", bench.steps), ("threads", bench.threads)]
+                if kind == 0:
+                    ways.append(("llama.cpp", lambda s, n_tokens: llama.steps(len(s), n_tokens)))
+                for way, measure in ways if i % 2 == 0 else ways[::-1]:
+                    bench.rewind(args.context)
+                    figures[f"{name}, {n}: {way}"] = measure(slots, args.tokens)
         bench.prepare(bench.slots(0, len(bench.numbers)), prompts)
-        figures["newcomer alone"] = bench.newcomer(prompts[0], 0)
-        figures["newcomer among 7"] = bench.newcomer(prompts[0], 7)
+        for words, n in (("newcomer alone", 0), ("newcomer among 7", len(bench.numbers) - 1)):
+            seconds = []
+            for _ in range(NEWCOMERS):
+                bench.rewind(args.context)
+                seconds.append(bench.newcomer(prompts[0], n))
+            figures[words] = statistics.median(seconds)
         rounds.append(figures)
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     return {"median": median, "rounds": rounds}
@@ -187,6 +261,10 @@ def show(result: dict[str, Any]) -> None:
             rows.append((f"{name}, {n}", f"{alone:.1f}", f"{steps:.1f}", f"{threads:.1f}", *ratios))
     columns = ("conversations", "alone", "steps", "threads", "steps/alone", "threads/alone")
     report.show("Tokens a second of all conversations", columns, rows)
+    name = next(iter(KINDS))
+    for n in COUNTS:
+        steps, other = m[f"{name}, {n}: steps"], m[f"{name}, {n}: llama.cpp"]
+        print(f"{n} without an image: llama.cpp {other:.1f} a second, steps/llama.cpp {steps / other:.2f}")
     alone, among = m["newcomer alone"], m["newcomer among 7"]
     print(f"first logits of a newcomer: {alone:.3f} s alone, {among:.3f} s among seven, {among / alone:.2f}")
 
@@ -199,7 +277,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=full_shape.N_LAYER, metavar="N")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--tokens", type=int, default=24, metavar="N", help="appended to each conversation")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="appended to each conversation")
     parser.add_argument("--context", type=int, default=30, metavar="N", help="tokens of a prompt")
     parser.add_argument("--json", type=report.json_path, metavar="FILE")
     args = parser.parse_args()
