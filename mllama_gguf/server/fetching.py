@@ -94,8 +94,6 @@ def _public_address(host: str, port: int, where: str) -> IPv4Address | IPv6Addre
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     """Whether an address belongs to the public internet."""
     inner = address.ipv4_mapped or address.sixtofour if isinstance(address, IPv6Address) else None
-    if isinstance(address, IPv6Address) and address.teredo is not None:
-        return False
     return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
 
 

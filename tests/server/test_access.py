@@ -13,6 +13,7 @@ from serving import Running, running
 
 from mllama_gguf.cli.main import run
 from mllama_gguf.errors import RequestError
+from mllama_gguf.server.jobs import Job
 from mllama_gguf.server.security import Security
 from mllama_gguf.server.settings import ServerSettings, digest_of, parse_host, read_keys
 
@@ -151,6 +152,22 @@ def test_origins_can_be_allowed() -> None:
         assert security.allows_origin(origin, "localhost") == expected, origin
 
 
+def test_no_head_says_who_asks(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients take turns by their address: one that could choose it would come before all others."""
+    clients: list[str] = []
+    submit = served.service.engine.submit
+
+    def watched(job: Job) -> None:
+        clients.append(job.client)
+        submit(job)
+
+    monkeypatch.setattr(served.service.engine, "submit", watched)
+    served.post(
+        "/api/generate", {"model": "demo"}, headers={"X-Forwarded-For": "1.2.3.4", "Forwarded": "for=1.2.3.4"}
+    )
+    assert clients == ["127.0.0.1"]
+
+
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Running]:
     keys = (digest_of("first"), digest_of("second"))
@@ -211,7 +228,13 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org"])
-def test_other_machines_need_a_key(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_machines_need_a_key(
+    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listen(settings: ServerSettings) -> None:
+        raise RequestError("it listens")  # and would go on
+
+    monkeypatch.setattr("mllama_gguf.server.life.listen", listen)
     assert run(["serve", "--host", host, "--port", "0", "-m", "demo"]) == 1
     err = capsys.readouterr().err
     assert "--api-key-file" in err and "--no-auth" in err and err.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -36,13 +37,17 @@ class Web(BaseHTTPRequestHandler):
             status = 302
         elif self.path == "/gone":
             status = 404
+        elif self.path == "/slow":
+            data = bytes(40)
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         if status == 302:
             self.send_header("Location", "/apple.png")
         self.end_headers()
-        self.wfile.write(data)
+        for part in [data[i : i + 1] for i in range(40)] if self.path == "/slow" else [data]:
+            self.wfile.write(part)
+            time.sleep(0.05 if self.path == "/slow" else 0)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -82,6 +87,9 @@ def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Refused, match="is in a private network"):
         fetch(url, "x", (f"http://pictures:{port}",))
     monkeypatch.setattr(fetching, "is_public", lambda address: True)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # would look the name up itself
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
     asked.clear()
     assert fetch(url, "x", (f"http://pictures:{port}",)) == PICTURE
     assert asked == [("/apple.png", f"pictures:{port}")]
@@ -94,6 +102,9 @@ def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(Refused, match=words):
             fetch(f"http://pictures:{port}/{path}", "x", (f"http://pictures:{port}",))
     assert ("/apple.png", f"pictures:{port}") not in asked[1:]  # no redirect was followed
+    monkeypatch.setattr(fetching, "SECONDS", 0.5)  # of all, not of each part
+    with pytest.raises(Refused, match="it did not come within"):
+        fetch(f"http://pictures:{port}/slow", "x", (f"http://pictures:{port}",))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,7 @@ def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch
         "https://evil.example#@allowed.example/x",
         "https://evil.example\\@allowed.example/x",
         "https://allowed.example\\.evil.example/x",
+        "https://allowed.example/x\\@evil.example/",
         "https://user:word@allowed.example/x",
         " https://allowed.example/x",
         "https://allowed.example\n/x",

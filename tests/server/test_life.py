@@ -83,6 +83,20 @@ def test_a_full_queue(slow: Path) -> None:
                 assert "maximum pending requests exceeded" in answer.text
 
 
+def test_the_pictures_that_wait_are_limited(slow: Path) -> None:
+    settings = ServerSettings(port=0, max_waiting=1000)
+    with (
+        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
+        sent(served, "/api/chat", slow_picture(True)),
+    ):
+        wait_for(lambda: is_computing(served))
+        with sent(served, "/api/chat", slow_picture(True)):
+            wait_for(lambda: served.metric("mllama_requests_queued") == 1)
+            answer = served.post("/api/chat", slow_picture(False))
+            assert answer.status_code == 503 and "too many pictures wait" in answer.json()["error"]
+            assert int(answer.headers["retry-after"]) >= 1
+
+
 def test_clients_take_turns() -> None:
     loop = asyncio.new_event_loop()
 

@@ -6,6 +6,7 @@ import base64
 import io
 import socket
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from serving import Running, picture64, running
 
+from mllama_gguf.server import bodies
 from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.settings import ServerSettings
 
@@ -27,15 +29,13 @@ def chat(image: str, prompt: str = "x", **more: Any) -> dict[str, Any]:
 
 
 def raw(served: Running, request: bytes, seconds: float = 10.0) -> bytes:
-    """The answer to bytes that no client would send."""
+    """The beginning of the answer to bytes that no client would send."""
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), seconds) as connection:
         found = b""
         with suppress(OSError):  # the server hangs up before it has read all
             connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-            while data := connection.recv(65536):
-                found += data
+            found = connection.recv(65536)
         return found
 
 
@@ -56,6 +56,25 @@ def test_a_large_body_is_refused(small: Running) -> None:
 
     assert small.post("/api/generate", content=chunks()).status_code == 413
     assert small.post(CHAT, content=body).json()["error"]["type"] == "invalid_request_error"
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200001\r\n\r\n"
+    assert b" 413 " in raw(small, head)  # before it has come
+
+
+def test_a_large_body_is_read_beside_the_loop(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other clients do not wait while megabytes of JSON are read."""
+    threads: list[str] = []
+    parse = bodies.parse_object
+
+    def watched(data: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(data)
+
+    monkeypatch.setattr(bodies, "parse_object", watched)
+    for n in (10, 2 << 20):
+        body = {"model": "demo", "unknown": "x" * n}
+        assert served.post("/api/generate", body).json()["done_reason"] == "load"
+    small, large = threads
+    assert small == "server" != large
 
 
 def test_a_body_that_does_not_come_is_given_up(small: Running) -> None:
