@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=N_TOKENS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=report.json_path, help="write the figures there too")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
@@ -278,7 +278,7 @@ def main() -> None:
     print(f"\nmedian above {LIMIT_MS} ms: {', '.join(over) or 'none'}")
     if arguments.json:
         about = report.about(vocabulary=arguments.tokens, rounds=arguments.rounds, tokenizer_seconds=build)
-        arguments.json.write_text(json.dumps({**about, "forms": results}))
+        report.write_json(arguments.json, {"about": about, "forms": results})
 
 
 if __name__ == "__main__":

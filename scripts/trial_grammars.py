@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "text"))
@@ -257,6 +257,21 @@ def show(result: Result) -> Result:
     return result
 
 
+def json_path(words: str) -> Path:
+    """The value of --json, for argparse: a new file, or one of such results, which is replaced."""
+    from mllama_gguf.errors import MllamaError  # not in the children, which have little memory
+    from mllama_gguf.files import Kind, check_output
+
+    def is_results(file: BinaryIO) -> bool:
+        line = json.loads(file.readline(1 << 20))
+        return isinstance(line, dict) and {"case", "outcome", "seconds"} <= set(line)
+
+    try:
+        return check_output(words, Kind("file of results", is_results), overwrite=True)
+    except MllamaError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -267,7 +282,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for a case  [default: {SECONDS:g}]")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", nargs="+", metavar="CASE", help="as they are named in the output")
-    parser.add_argument("--json", type=Path, help="write every result there")
+    parser.add_argument("--json", type=json_path, help="write every result there")
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve, arguments.reply)

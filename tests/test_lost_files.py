@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -342,6 +345,43 @@ def test_a_broken_lock_file_beside_a_model_that_needs_none(here: Path, capsys: C
     assert ": ok  sha256:" in out
     assert err.startswith("Warning: models.lock") and err.count("\n") == 1
     assert json.dumps("ignored")[1:-1] in err
+
+
+# ---- scripts -----------------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_scripts(here: Path) -> None:
+    """What --json names is a new file, or one that such a script wrote; never a file of others."""
+    sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+    import report
+    import trial_grammars
+
+    os.mkfifo("fifo")
+    Path("empty").touch()
+    Path("link").symlink_to("photo.png")
+    os.link("prompt.jsonl", "hard")
+    for kind, data in OTHERS.items():
+        Path(f"notes-{kind}").write_bytes(data)
+    before = contents(here)
+    others = [f"notes-{kind}" for kind in OTHERS] + ["photo.png", "one.gguf", "link", "hard", "fifo", "hf"]
+    for json_path in (report.json_path, trial_grammars.json_path):
+        for name in (*others, "/dev/null", "none/x", ""):
+            with pytest.raises(argparse.ArgumentTypeError):
+                json_path(name)
+        assert json_path("empty") == here / "empty"
+        assert json_path("new") == here / "new"
+    assert contents(here) == before
+    report.write_json(here / "figures", {"about": {}, "rows": []})
+    assert report.json_path("figures") == here / "figures"
+    Path("results").write_text('{"case": "0-1", "outcome": "works", "seconds": 0.1, "words": ""}\n')
+    assert trial_grammars.json_path("results") == here / "results"
+
+
+def test_every_script_asks_before_it_writes_figures() -> None:
+    for path in sorted((Path(__file__).parents[1] / "scripts").rglob("*.py")):
+        for options in re.findall(r'add_argument\("--json",([^\n]*)', path.read_text("utf-8")):
+            asks = "json_path" in options or "store_true" in options or path.name == "compare_offload.py"
+            assert asks, f"{path}: --json"
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------
