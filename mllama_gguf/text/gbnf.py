@@ -157,7 +157,18 @@ def _set(inside: str) -> str:
         if negated:
             return _ANY
         raise RequestError("the grammar has a class of no character")
+    if negated and _covers_all(ranges):
+        raise RequestError("the grammar has a class of no character")
     return f"[{'^' * negated}{''.join(_range(low, high) for low, high in ranges)}]"
+
+
+def _covers_all(ranges: list[tuple[int, int]]) -> bool:
+    end = 0
+    for low, high in sorted(ranges):
+        if low > end and not (end == _SURROGATES[0] and low == _SURROGATES[1] + 1):
+            return False
+        end = max(end, high + 1)
+    return end > _LAST
 
 
 def _range(low: int, high: int) -> str:

@@ -52,6 +52,7 @@ _REFUSED = {
     "POSSESSIVE_REPEAT": "a possessive repetition",
 }
 
+_UNWRITTEN = {chr(c) for c in range(32)} - set("\b\t\n\f\r") | {"\x7f"}
 
 def whole(expression: str) -> str:
     """The expression of those texts that `re.fullmatch` matches from the first to the last character.
@@ -66,19 +67,20 @@ def searched(expression: str) -> str:
 
     Raises RequestError for an expression that is not valid, too large, or cannot be obeyed.
     """
-    return _Translator(expression).translate("search")
+    return _Translator(expression, json=True).translate("search")
 
 
 def named(expression: str) -> str:
     """As `searched`, but exactly what Python matches, for names of properties: of a name that does not match
     other things are asked."""
-    return _Translator(expression, exact=True).translate("search")
+    return _Translator(expression, exact=True, json=True).translate("search")
 
 
 class _Translator:
-    def __init__(self, expression: str, exact: bool = False) -> None:
+    def __init__(self, expression: str, exact: bool = False, json: bool = False) -> None:
         self._name = brief(expression)
         self._exact = exact
+        self._json = json
         if len(expression) > MAX_LENGTH:
             raise RequestError(
                 f"regular expression {self._name} has {len(expression)} characters; {MAX_LENGTH} are allowed"
@@ -156,6 +158,7 @@ class _Translator:
         self._count(depth)
         name, value = str(item[0]), item[1]
         if name == "LITERAL":
+            self._check_written([(value, value)])
             return _character(value)
         if name == "NOT_LITERAL":
             return _class(_complement([(value, value)]))
@@ -205,7 +208,14 @@ class _Translator:
         found = _complement(ranges) if negated else _joined(ranges)
         if not found:
             raise self._refuse("a class of no character")
+        self._check_written(found)
         return _class(found)
+
+    def _check_written(self, ranges: Ranges) -> None:
+        """llguidance leaves out those characters for which JSON has no escape of one letter."""
+        characters = (chr(c) for low, high in ranges for c in range(low, min(high, low + 32) + 1))
+        if self._json and all(c in _UNWRITTEN for c in characters):
+            raise self._refuse(f"the character {chr(ranges[0][0])!r} in JSON")
 
     def _count(self, depth: int) -> None:
         self._parts += 1

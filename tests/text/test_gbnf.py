@@ -65,6 +65,8 @@ def test_languages(vocab: Vocab, grammar: str, yes: list[str], no: list[str]) ->
         ('root ::= "a', "without its end"),
         ("root ::= [a", "without its end"),
         ("root ::= []", "class of no character"),
+        (r"root ::= [^\x00-\U0010FFFF]", "class of no character"),
+        (r"root ::= [^\x00-\uD7FF\uE000-\U0010FFFF]", "class of no character"),
         ("root ::= [z-a]", "of which a range is empty"),
         ('root ::= "a"{5,2}', "'.5,2.'"),
         ('root ::= "a"{99999}', "up to 10000"),

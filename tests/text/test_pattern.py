@@ -169,3 +169,13 @@ def test_replies_of_an_expression(vocab: Vocab, expression: str) -> None:
     done = [reply for reply in replies if reply is not None]
     assert len(done) > 5
     assert [reply for reply in done if re.fullmatch(expression, reply) is None] == []
+
+
+@pytest.mark.parametrize("expression", ["^a\0b$", r"^a\x01b$", "^a[\x7f]b$", r"^[\x00-\x05]$"])
+def test_characters_that_are_not_written_in_json(expression: str) -> None:
+    for translate in (searched, named):
+        with pytest.raises(RequestError, match="in JSON cannot be obeyed"):
+            translate(expression)
+    whole(expression)
+    for good in (r"^[\x00-\x1f]$", r"^\t\n$", r"^[^\x00-\x1f]$"):
+        searched(good)
