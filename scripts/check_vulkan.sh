@@ -84,9 +84,10 @@ fi
 rm -f "$work"/wheels/mllama_gguf-*.whl
 PIP_FIND_LINKS="$work/wheels" python3 -m pip wheel -q --no-deps -w "$work/wheels" .
 inside=$(chroot "$root" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+platforms=(--platform linux_x86_64 --platform manylinux2014_x86_64)
+for minor in $(seq 17 41); do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done # Debian 13 has glibc 2.41
 python3 -m pip download -q -d "$work/wheels" --find-links "$work/wheels" --only-binary=:all: --python-version "$inside" \
-  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform linux_x86_64 \
-  "$(find "$work/wheels" -name 'mllama_gguf-*.whl')" 'pytest>=8,<10' 'hypothesis>=6.100,<6.170'
+  "${platforms[@]}" "$(find "$work/wheels" -name 'mllama_gguf-*.whl')" 'pytest>=8,<10' 'hypothesis>=6.100,<6.170'
 
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
