@@ -52,7 +52,8 @@ _REFUSED = {
     "POSSESSIVE_REPEAT": "a possessive repetition",
 }
 
-_UNWRITTEN = {chr(c) for c in range(32)} - set("\b\t\n\f\r") | {"\x7f"}
+# Control characters for which JSON has no escape of one letter.
+_UNWRITTEN = [(0x00, 0x07), (0x0B, 0x0B), (0x0E, 0x1F), (0x7F, 0x7F)]
 
 def whole(expression: str) -> str:
     """The expression of those texts that `re.fullmatch` matches from the first to the last character.
@@ -158,7 +159,7 @@ class _Translator:
         self._count(depth)
         name, value = str(item[0]), item[1]
         if name == "LITERAL":
-            self._check_written([(value, value)])
+            self._written([(value, value)])
             return _character(value)
         if name == "NOT_LITERAL":
             return _class(_complement([(value, value)]))
@@ -208,14 +209,17 @@ class _Translator:
         found = _complement(ranges) if negated else _joined(ranges)
         if not found:
             raise self._refuse("a class of no character")
-        self._check_written(found)
-        return _class(found)
+        return _class(self._written(found))
 
-    def _check_written(self, ranges: Ranges) -> None:
-        """llguidance leaves out those characters for which JSON has no escape of one letter."""
-        characters = (chr(c) for low, high in ranges for c in range(low, min(high, low + 32) + 1))
-        if self._json and all(c in _UNWRITTEN for c in characters):
+    def _written(self, ranges: Ranges) -> Ranges:
+        """Those characters of a class that llguidance writes in JSON: it leaves out those without an escape
+        of one letter, and takes quotes for members of a class that has all below the blank."""
+        if not self._json:
+            return ranges
+        found = _complement(_joined([*_complement(ranges), *_UNWRITTEN]))
+        if not found:
             raise self._refuse(f"the character {chr(ranges[0][0])!r} in JSON")
+        return found
 
     def _count(self, depth: int) -> None:
         self._parts += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import warnings
@@ -179,3 +180,29 @@ def test_characters_that_are_not_written_in_json(expression: str) -> None:
     whole(expression)
     for good in (r"^[\x00-\x1f]$", r"^\t\n$", r"^[^\x00-\x1f]$"):
         searched(good)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        *(
+            r"\x00-\x1f",
+            r"\x00-\x1fz",
+            r"\x00-\x22",
+            r"^\x20-\x7e",
+            r"\x08-\x0d",
+            r"^a",
+            r"\x00-\x7f",
+            r"\s",
+            r"\W",
+        ),
+        *(r'"\\/', r"\x1f-\x22", r"\x0e-\x1fz", r"\x7f-\xa0", r"^\x00-\x1f", r"\t", r"\x00-\x1f\\"),
+    ],
+)
+def test_no_class_has_more_members_in_json(vocab: Vocab, members: str) -> None:
+    grammar = json_schema({"type": "string", "pattern": f"^[{members}]$"})
+    texts = list(map(chr, range(0x80)))
+    found = {text for text in texts if follows(vocab, grammar, json.dumps(text))}
+    wanted = {text for text in texts if re.fullmatch(f"[{members}]", text)}
+    assert found <= wanted
+    assert wanted - found <= {chr(c) for c in (*range(32), 0x7F)} - set("\b\t\n\f\r")
