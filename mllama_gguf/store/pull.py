@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError, ModelError
-from ..files import replacing
+from ..files import Kind, check_output, replacing
 from . import hub, ollama
 from .digests import Blob, TransferProgress
 from .download import Dropped, check_space, check_status, client, download, patiently
@@ -29,7 +30,8 @@ def pull(name: str, progress: TransferProgress | None = None) -> ModelFiles:
     A file already here, in Ollama's store as well, is not fetched again. An interrupted download is resumed
     by the next call. Every file that is fetched is checked against its sha256.
 
-    Raises DownloadError, ModelError for what is no name of a model.
+    Raises DownloadError, ModelError for what is no name of a model, RequestError if a file that is not ours
+    is in the way.
     """
     if name.startswith("ollama:"):
         _pull_tag(OllamaRef.parse(name), progress)
@@ -70,17 +72,27 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     with client() as http:
         words = _manifest(http, ref)
     manifest = parse_manifest(words, _manifest_url(ref))
-    blobs = (*manifest.small, *manifest.blobs)
-    _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
-    # Last: a manifest in the store says that its blobs are there. Names ignore case.
+    # Names ignore case.
     store = ollama.downloads()
     path = ollama.find_manifest(store, ref) or store / "manifests" / ref.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        target = check_output(path, _MANIFEST, overwrite=True)
+        blobs = (*manifest.small, *manifest.blobs)
+        _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
+        with replacing(target) as file:  # last: a manifest in the store says that its blobs are there
             file.write(words)
     except OSError as e:
         raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
+
+
+def _is_manifest(file: BinaryIO) -> bool:
+    words = json.loads(file.read(_MOST_OF_MANIFEST))
+    return isinstance(words, dict) and ("layers" in words or "manifests" in words)
+
+
+_MOST_OF_MANIFEST = 1 << 20
+_MANIFEST = Kind("manifest of a model", _is_manifest)
 
 
 def _pull_blobs(ref: OllamaRef, blobs: Sequence[tuple[Blob, int]], progress: TransferProgress | None) -> None:

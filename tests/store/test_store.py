@@ -22,7 +22,7 @@ import tiny
 from helpers import TinyFiles, elsewhere
 from model_server import COMMIT, ModelServer, serve
 
-from mllama_gguf import DownloadError, Mllama, MllamaError, ModelError
+from mllama_gguf import DownloadError, Mllama, MllamaError, ModelError, RequestError
 from mllama_gguf.cli.main import run
 from mllama_gguf.inspect.inventory import inventory, look
 from mllama_gguf.store import download
@@ -259,6 +259,29 @@ def test_pull(server: ModelServer, home: Path) -> None:
     n_requests = len(server.requests)
     assert pull(tag(server)) == files
     assert len(server.requests) == n_requests + 1  # the manifest
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a hard link", "a pipe", "a folder"])
+def test_a_pull_replaces_nothing_but_a_manifest(server: ModelServer, home: Path, kind: str) -> None:
+    server.add_model("library/m/1", ("model", DATA))
+    place = home / "downloads" / "manifests" / server.address / "library" / "m" / "1"
+    place.parent.mkdir(parents=True)
+    mine = home / "mine.txt"
+    mine.write_text("my words")
+    if kind == "a file":
+        place.write_text('["my list"]')
+    elif kind == "a pipe":
+        os.mkfifo(place)
+    elif kind == "a folder":
+        place.mkdir()
+    else:
+        (place.symlink_to if kind == "a link" else place.hardlink_to)(mine)
+    before = place.stat()
+    with pytest.raises((RequestError, ModelError)) as raised:
+        pull(tag(server))
+    assert "\n" not in str(raised.value) and place.name in str(raised.value)
+    assert server.gets("blobs") == []
+    assert mine.read_text() == "my words" and place.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_what_ollama_has_is_not_fetched(server: ModelServer, home: Path) -> None:
