@@ -117,7 +117,7 @@ class Commands:
         self._show(f"Replies are JSON of the schema in {shown}.")
 
     def _redo(self, rest: str) -> None:
-        if not self._talk.options.get("temperature"):
+        if not self._talk.temperature:
             self._show("(With temperature 0 the same reply comes again: /set temperature 0.7)")
         self._write(self._talk.again())
 
@@ -149,8 +149,9 @@ class Commands:
     def _info(self, rest: str) -> None:
         talk, model = self._talk, self._talk.model
         self._show(f"model     {show_name(model.model_path)}, {model.n_ctx} tokens of context")
-        if talk.system:
-            self._show(f"system    {brief(talk.system)}")
+        system = model.defaults.system if talk.system is None else talk.system
+        if system:
+            self._show(f"system    {brief(system)}")
         options = {**talk.options, **({"replies": "JSON of a schema"} if talk.form else {})}
         if options:
             self._show("options   " + ", ".join(f"{name} {brief(value)}" for name, value in options.items()))

@@ -48,7 +48,7 @@ class Turn:
 class Talk:
     """A conversation with a model.
 
-    system:   the system message, or ""
+    system:   the system message; "": none; None: the model's own, if it brings one
     images:   for the next question
     options:  of `create_chat_completion`, those that were set
     form:     response_format of the replies, or None
@@ -56,7 +56,7 @@ class Talk:
     """
 
     model: Mllama
-    system: str = ""
+    system: str | None = None
     turns: list[Turn] = field(default_factory=list)
     images: list[Attached] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -123,10 +123,19 @@ class Talk:
         ReplyOptions.checked({**options, name: DEFAULTS.get(name) if value is None else value})
         self.options = options
 
+    @property
+    def temperature(self) -> float:
+        """Of the next reply: as set, else as the model brings it, else the default."""
+        for options in (self.options, self.model.defaults.options, DEFAULTS):
+            if options.get("temperature") is not None:
+                return float(options["temperature"])
+        return 0.0
+
     def messages(self) -> list[dict[str, Any]]:
         """What the model gets, up to the last question."""
         messages: list[dict[str, Any]] = []
-        if self.system:
+        # An empty one takes the place of the model's own. Without one it would be a turn without words.
+        if self.system or (self.system is not None and self.model.defaults.system):
             messages.append({"role": "system", "content": self.system})
         for turn in self.turns:
             parts: list[dict[str, Any]] = [
@@ -184,7 +193,8 @@ class Talk:
                 Turn(list(map(_unpacked, turn["images"])), str(turn["text"]), str(turn["reply"]))
                 for turn in content["turns"]
             ]
-            system, options = str(content["system"]), dict(content["options"])
+            system = None if content["system"] is None else str(content["system"])
+            options = dict(content["options"])
         except OSError as e:
             raise RequestError(f"{shown}: cannot be read: {os_reason(e)}") from e
         except (ValueError, KeyError, TypeError, RecursionError) as e:

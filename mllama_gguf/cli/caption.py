@@ -16,6 +16,7 @@ from ..errors import ImageError, TimeLimitError
 from ..words import os_reason, show_size
 from .batch import run_batch
 from .batch_options import BatchSettings, batch_options
+from .first_use import tell_of_real_models
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
 from .replies import ReplyChoice, reply_options
@@ -114,6 +115,7 @@ def caption_command(
             if reply.finish_reason == "length" and options.response_format is not None:
                 n = reply.stats.completion_tokens
                 echo(f"{name_on(sys.stderr, name)}: cut off after {n} tokens (see -n)", err=True)
+    tell_of_real_models(choice)
     return int(failed)
 
 

@@ -12,6 +12,7 @@ import click
 
 from ..errors import Aborted, MllamaError, RequestError
 from ..words import show_name
+from .first_use import tell_of_real_models
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
 from .progress import PhaseBar
@@ -36,7 +37,7 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
     "  echo 'What colour is the car?' | mllama chat photo.jpg",
 )
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
-@click.option("--system", metavar="TEXT", default="", help="System message: how the model should answer.")
+@click.option("--system", metavar="TEXT", help="System message: how the model should answer; '': none.")
 @temperature_option
 @click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
 @click.option("--preview/--no-preview", default=True, help="Show pictures, if the terminal can.")
@@ -46,7 +47,7 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
 @model_options
 def chat_command(
     images: tuple[str, ...],
-    system: str,
+    system: str | None,
     temperature: float | None,
     saved: str | None,
     preview: bool,
@@ -88,7 +89,7 @@ def chat_command(
         if session is None:
             _answer_one(talk)
         else:
-            _Terminal(talk, session, show_image, bar).run()
+            _Terminal(talk, session, show_image, bar, choice).run()
 
 
 def _answer_one(talk: Talk) -> None:
@@ -144,10 +145,11 @@ class _Terminal:
         session: PromptSession[str],
         show_image: Callable[[Attached], None] | None,
         bar: PhaseBar,
+        choice: ModelChoice,
     ) -> None:
         from ..chat.commands import Commands
 
-        self._bar = bar
+        self._bar, self._choice = bar, choice
         self._talk, self._session, self._show_image = talk, session, show_image
         self._commands: Commands = Commands(talk, echo, self._write, self._added)
 
@@ -156,6 +158,7 @@ class _Terminal:
 
         for image in self._talk.images:
             self._added(image)
+        tell_of_real_models(self._choice)
         echo(f"{show_name(self._talk.model.model_path.name)}. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:

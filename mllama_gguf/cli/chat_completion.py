@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-from ..chat.commands import HELP, SETTABLE, TAKES_FILE
+from ..chat.commands import ALIASES, HELP, SETTABLE, TAKES_FILE
 
 
 class ChatCompleter(Completer):
@@ -28,7 +28,7 @@ class ChatCompleter(Completer):
             for name in SETTABLE:
                 if name.startswith(rest):
                     yield Completion(name, -len(rest))
-        elif command[1:] in TAKES_FILE and command.startswith("/") and blank:
+        elif ALIASES.get(command[1:], command[1:]) in TAKES_FILE and command.startswith("/") and blank:
             yield from self._paths.get_completions(Document(rest), complete_event)
         else:
             word = text.split(" ")[-1]

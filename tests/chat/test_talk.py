@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers import TinyFiles
 
 from mllama_gguf import ImageError, Mllama, MllamaError, RequestError
 from mllama_gguf.chat.commands import Commands, Leave
-from mllama_gguf.chat.talk import Talk
+from mllama_gguf.chat.talk import Talk, Turn
+from mllama_gguf.store.defaults import Defaults
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 APPLE, TALL = str(EXAMPLES / "apple.png"), str(EXAMPLES / "tall.png")
@@ -186,6 +188,36 @@ def test_the_commands(model: Mllama, tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.run("image", "none.png")
     with pytest.raises(Leave):
         run.run("quit", "")
+
+
+def test_what_a_model_brings(tiny_files: Callable[[str], TinyFiles], tmp_path: Path) -> None:
+    """Its system message holds until another one is set, or none; its temperature makes replies differ."""
+    brought = Defaults({"temperature": 0.7}, "Mine.")
+    with Mllama(tiny_files("gqa").one, defaults=brought, n_ctx=256, image_cache=False) as model:
+        talk = Talk(model)
+        run, lines = commands(talk)
+
+        def system() -> str | None:
+            talk.turns[:] = [Turn([], "Hello")]
+            first = brought.precede(talk.messages())[0]
+            return first["content"] if first["role"] == "system" else None
+
+        run.run("info", "")
+        assert system() == "Mine." and any("Mine." in line for line in lines)
+        assert (talk.temperature, Talk(model, options={"temperature": 0.0}).temperature) == (0.7, 0.0)
+        run.run("save", str(tmp_path / "c.json"))
+        run.run("system", "Yours.")
+        assert system() == "Yours."
+        run.run("system", "")
+        assert system() is None
+        run.run("load", str(tmp_path / "c.json"))
+        assert talk.system is None and system() == "Mine."
+
+
+def test_no_system_message_is_no_empty_one(model: Mllama) -> None:
+    talk = Talk(model, "")
+    talk.turns.append(Turn([], "Hello"))
+    assert [message["role"] for message in talk.messages()] == ["user"]
 
 
 def test_paste(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def test_a_question_that_is_stopped_takes_its_bar_along(monkeypatch: pytest.Monk
         yield ""
 
     session: Any = None
-    terminal = chat_module._Terminal(Talk(session), session, None, bar)
+    terminal = chat_module._Terminal(Talk(session), session, None, bar, session)
     with pytest.raises(KeyboardInterrupt):
         terminal._write(pieces())
     assert not bar.is_shown
