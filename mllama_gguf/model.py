@@ -93,7 +93,7 @@ class Mllama(LoadedModel, Answers):
                         short, and overwritten weights give wrong words. With isolate that is a BackendError
         repack:         copy the text's quantized matrices to the layouts of ggml's special CPU kernels, if it
                         has some for this processor: a slower load, more memory, and perhaps faster text; see
-                        docs/performance.md
+                        docs/performance-log.md
         max_tiles:      most tiles of an image; None: as many as the model knows (4). Every tile costs the
                         same time; with fewer of them small text and details of large pictures get lost
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions

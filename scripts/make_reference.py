@@ -21,7 +21,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 MARK = "<!-- The rest is made by scripts/make_reference.py. -->\n"
 # Options that several commands share, described once.
 SHARED = {"help", "verbose"}
-MODEL = {"model", "mmproj", "verify", "threads"} | set(DESCRIPTIONS)
+MODEL = {"model", "mmproj", "verify"} | {name for name, about in DESCRIPTIONS.items() if about.option}
 
 
 def cell(words: str) -> str:
@@ -54,7 +54,10 @@ def reference() -> str:
                 opens = sum(one.name in MODEL for one in options) > 8  # else it has some names by chance
                 own = [one for one in options if one.name not in SHARED and not (opens and one.name in MODEL)]
                 if opens:
-                    shared |= {str(o.name): row(context, o) for o in options if o.name in MODEL}
+                    these = {str(o.name): row(context, o) for o in options if o.name in MODEL}
+                    # What another command says in other words is told here too.
+                    own += [o for o in options if shared.get(str(o.name)) not in (None, these.get(str(o.name)))]
+                    shared = {**these, **shared}
                 lines = [f"### {name}", "", f"`{usage}`", "", text_of(command), ""]
                 if own:
                     lines += ["| option | |", "| --- | --- |", *(row(context, one) for one in own), ""]

@@ -137,7 +137,7 @@ def measure(model: Path, args: argparse.Namespace, images: Path) -> None:
     assert all(row["reply"] == first["reply"] for row in same)
     assert all(row["reply"] == again[0]["reply"] for row in again + other + disk)
     states, filling, prefix = (sizes[f".{kind}"] / 1e6 for kind in ("states", "filling", "prefix"))
-    print(f"{args.tiles} tiles; states {states:.0f} MB, filling {filling:.0f}, prefix {prefix:.1f}; seconds:")
+    print(f"{args.tiles} tiles; states {states:.0f} MB, image_kv {filling:.0f}, prefix_kv {prefix:.1f}; seconds:")
     print(f"{'':24}   total picture  encode    fill  prompt (tokens)  first / total")
     for name, rows in (
         ("first", [first]), ("same process", again), ("other process", other),

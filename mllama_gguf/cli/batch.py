@@ -1,4 +1,4 @@
-"""`mllama caption --out FILE` and `--sidecar .txt`: thousands of pictures, as batch.py does them."""
+"""`mllama caption --out FILE` and `--sidecar .txt`: thousands of images, by the package `batch`."""
 
 from __future__ import annotations
 

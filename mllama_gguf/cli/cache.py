@@ -21,9 +21,9 @@ from .verbose import verbose_option
 def cache_command(action: str, as_json: bool) -> None:
     """Show what is in the image cache, or clear it.
 
-    `mllama caption` keeps exact results of an image there: the encoder's output, the keys and values of
-    cross-attention (the filling), and those of the tokens before the image (the prefix). Another question
-    about the same image then computes only the question.
+    Exact results of an image are kept there: the encoder's output (states), the keys and values of
+    cross-attention (image_kv), and those of the tokens before the image (prefix_kv). Another question about
+    the same image then computes only the question.
     MLLAMA_IMAGE_CACHE sets the directory, MLLAMA_IMAGE_CACHE_SIZE the size (default 4 GB; 0: no cache).
     The cache has a folder of its own in that directory. It never removes a file of another program.
     """
@@ -39,10 +39,9 @@ def cache_command(action: str, as_json: bool) -> None:
         facts = asdict(info) | {"directory": str(info.directory)}
         echo_json(facts if action == "info" else facts | {"cleared": True})
     else:
-        counts = {"picture": info.n_states, "filling": info.n_fillings, "prefix": info.n_prefixes}
-        plural = {"picture": "pictures", "filling": "fillings", "prefix": "prefixes"}
-        numbers = [f"{n} {name if n == 1 else plural[name]}" for name, n in counts.items()]
-        images = f"{', '.join(numbers)}, {show_size(info.n_bytes)}"
+        n = info.n_states
+        others = f"{info.n_image_kv} image_kv, {info.n_prefix_kv} prefix_kv"
+        images = f"{n} image{'' if n == 1 else 's'} (states), {others}, {show_size(info.n_bytes)}"
         if action == "clear":
             echo(f"{info.directory}: removed {images}")
         else:

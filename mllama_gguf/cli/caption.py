@@ -1,4 +1,4 @@
-"""`mllama caption`: what is in a picture, or in thousands (cli_batch.py)."""
+"""`mllama caption`: what is in an image, or in thousands (batch.py beside it)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def caption_command(
     is then 1.
 
     With --out or --sidecar for thousands: an IMAGE may also be a folder, a pattern, a list (.txt, a path a
-    line) or - for a list on standard input. Killed at any moment, the same command goes on where it was.
+    line) or - for a list on standard input. If it is interrupted, run the same command again: it continues.
     Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
     """
     from ..batch.captions import begin_caption, within

@@ -83,7 +83,7 @@ def open_chosen(
     for note in files.defaults.notes:
         echo(f"Warning: {note}", err=True)
     if words := files.defaults.in_words():
-        echo(f"Of {files.name} itself: {words} (options go before)", err=True)
+        echo(f"{files.name} brings: {words} (options of the command line replace them)", err=True)
     if image_cache:
         show_warnings("mllama_gguf.cache.disk")
     defaults = replace(files.defaults, notes=())  # they are shown

@@ -306,34 +306,34 @@ def test_what_makes_a_key(folder: Path, tmp_path: Path, tiny_files: Files, watch
     shutil.copy(files.text, text)
     places = {t.name: t for t in read_gguf(text).tensors}
 
-    def n_fillings(**options: Any) -> int:
+    def n_image_kv(**options: Any) -> int:
         with watched.open(text, files.mmproj, **options) as model:
             model.caption(picture(1), max_tokens=2)
         return len(fillings(folder))
 
-    assert n_fillings() == 1
+    assert n_image_kv() == 1
     for same in (
         {"n_threads": 2},
         {"flash_attn": True, "n_batch": 1},
         {"use_mmap": False},
         {"isolate": True},
     ):
-        assert n_fillings(**same) == 1
+        assert n_image_kv(**same) == 1
         assert watched.filled == 0
-    assert n_fillings(type_k="f32") == 2
-    assert n_fillings(type_k="f32", type_v="f32") == 3
+    assert n_image_kv(type_k="f32") == 2
+    assert n_image_kv(type_k="f32", type_v="f32") == 3
     whole = text.read_bytes()
     for n, name in enumerate(("k_proj.weight", "v_proj.weight", "k_norm.weight"), 4):
         data = bytearray(whole)
         tensor = places[f"blk.3.cross_attn_{name}"]
         data[read_gguf(text).data_offsets[0] + tensor.offset + 2] ^= 1
         text.write_bytes(data)
-        assert n_fillings() == n
+        assert n_image_kv() == n
         assert watched.filled == 1
     data = bytearray(whole)  # what does not take part does not count
     data[read_gguf(text).data_offsets[0] + places["blk.1.ffn_up.weight"].offset + 2] ^= 1
     text.write_bytes(data)
-    assert n_fillings() == 6
+    assert n_image_kv() == 6
     assert watched.filled == 0
 
 
@@ -377,7 +377,7 @@ def test_fillings_have_half_of_the_room(tmp_path: Path) -> None:
     for number in range(20):
         add(number)
         assert cache.info().n_bytes <= cache.max_bytes
-    assert (cache.info().n_states, cache.info().n_fillings) == (5, 5)
+    assert (cache.info().n_states, cache.info().n_image_kv) == (5, 5)
     add(99, 60_000)
     assert not cache.has_kv(f"{99:064x}")
     for _ in range(20):

@@ -535,23 +535,24 @@ def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: 
     assert run(["caption", photo, "-m", one, "-n", "5", "--no-cache"]) == 0
     expected = capsys.readouterr()
     assert not folder.exists()
-    assert info()["n_states"] == info()["n_fillings"] == info()["n_prefixes"] == 0
+    assert info()["n_states"] == info()["n_image_kv"] == info()["n_prefix_kv"] == 0
     for _ in range(2):
         assert run(["caption", photo, "-m", one, "-n", "5"]) == 0
         assert capsys.readouterr() == expected
         kinds = (".states", ".filling", ".prefix")
         n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
         assert info("info") == {
-            "directory": str(folder), "n_states": 1, "n_fillings": 1, "n_prefixes": 1,
+            "directory": str(folder), "n_states": 1, "n_image_kv": 1, "n_prefix_kv": 1,
             "n_bytes": n_bytes, "max_bytes": DEFAULT_MAX_BYTES,
         }  # fmt: skip
     assert run(["cache"]) == 0
-    shown = f"1 picture, 1 filling, 1 prefix, {n_bytes / 1e3:.1f} kB"
+    shown = f"1 image (states), 1 image_kv, 1 prefix_kv, {n_bytes / 1e3:.1f} kB"
     assert capsys.readouterr().out == f"{folder}: {shown} of at most 4.0 GB\n"
     assert info("clear")["n_bytes"] == n_bytes
     assert not folder.exists()
     assert run(["cache", "clear"]) == 0
-    assert capsys.readouterr().out == f"{folder}: removed 0 pictures, 0 fillings, 0 prefixes, 0 bytes\n"
+    nothing = "0 images (states), 0 image_kv, 0 prefix_kv, 0 bytes"
+    assert capsys.readouterr().out == f"{folder}: removed {nothing}\n"
     assert run(["cache", "burn"]) == 2
 
 

@@ -106,7 +106,7 @@ def test_a_chat(folder: Path, tiny_files: Files) -> None:
         next(chunks)
         assert len(prefixes(folder)) == 1
         chunks.close()
-        assert ImageCache().info().n_prefixes == 1
+        assert ImageCache().info().n_prefix_kv == 1
     with Mllama(tiny_files("gqa").one, n_ctx=512) as model:
         reply = chat(model)
         n = reply["usage"]["prompt_tokens_details"]["cached_tokens"]

@@ -260,9 +260,9 @@ def test_what_one_session_filled_another_copies(disk: ImageCache) -> None:
     prompt = [1, IMAGE, IMAGE, 2, IMAGE, 3]
     first, second = Made(disk), Made(disk)
     expected = first.feed(prompt, 7, 8, 8)[0]
-    assert not disk.info().n_fillings  # not before the reply has begun
+    assert not disk.info().n_image_kv  # not before the reply has begun
     first.session.save()
-    assert disk.info().n_fillings == 2
+    assert disk.info().n_image_kv == 2
     assert np.array_equal(second.feed(prompt, 7, 8, 8)[0], expected)
     second.feed([IMAGE, IMAGE, 1], 9, 7)  # one of a group
     assert (first.computed, second.computed) == ([7, 8, 8], [9])
@@ -274,14 +274,14 @@ def test_what_is_not_saved_yet_is_saved_before_it_goes(disk: ImageCache, then: s
     made = Made(disk)
     if then == "more pictures than slots":
         made.feed([IMAGE, 1] * (MAX_SLOTS + 1), *range(MAX_SLOTS + 1))
-        assert disk.info().n_fillings == MAX_SLOTS
+        assert disk.info().n_image_kv == MAX_SLOTS
         return
     made.feed([IMAGE, 1], 7)
     if then == "feed":
         made.feed([1])
     else:
         made.session.clear()
-    assert disk.info().n_fillings == 1
+    assert disk.info().n_image_kv == 1
 
 
 def test_a_damaged_filling_is_made_again(disk: ImageCache) -> None:
@@ -320,4 +320,4 @@ def test_lost_caches_are_not_saved(disk: ImageCache) -> None:
     made.feed([1, IMAGE, 2], 7)
     made.context.cache, made.context.slots, made.context.epoch = [], {}, 1
     made.session.save()
-    assert not disk.info().n_fillings
+    assert not disk.info().n_image_kv

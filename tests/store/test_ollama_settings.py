@@ -190,7 +190,9 @@ def test_manifest_over_default_and_request_over_manifest(capsys: Captured) -> No
     assert run(["caption", str(EXAMPLE), "-m", "ollama:m"]) == 0
     said = capsys.readouterr()
     assert said.out == "a red\n"
-    assert said.err == "Of ollama:m:latest itself: stop ('apple',), max_tokens 2 (options go before)\n"
+    assert said.err == (
+        "ollama:m:latest brings: stop ('apple',), max_tokens 2 (options of the command line replace them)\n"
+    )
     assert run(["caption", str(EXAMPLE), "-m", "ollama:m", "-n", "1"]) == 0
     assert capsys.readouterr().out == "a\n"
     assert run(["caption", str(EXAMPLE), "-m", "ollama:m", "--out", "x.jsonl"]) == 0
