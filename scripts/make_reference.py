@@ -56,7 +56,7 @@ def reference() -> str:
                 if opens:
                     these = {str(o.name): row(context, o) for o in options if o.name in MODEL}
                     # What another command says in other words is told here too.
-                    own += [o for o in options if shared.get(str(o.name)) not in (None, these.get(str(o.name)))]
+                    own += [o for o in options if these.get(n := str(o.name)) != shared.get(n, these.get(n))]
                     shared = {**these, **shared}
                 lines = [f"### {name}", "", f"`{usage}`", "", text_of(command), ""]
                 if own:

@@ -136,8 +136,9 @@ def measure(model: Path, args: argparse.Namespace, images: Path) -> None:
         same += elsewhere(model, args, QUESTIONS[0])
     assert all(row["reply"] == first["reply"] for row in same)
     assert all(row["reply"] == again[0]["reply"] for row in again + other + disk)
-    states, filling, prefix = (sizes[f".{kind}"] / 1e6 for kind in ("states", "filling", "prefix"))
-    print(f"{args.tiles} tiles; states {states:.0f} MB, image_kv {filling:.0f}, prefix_kv {prefix:.1f}; seconds:")
+    states, image_kv, prefix_kv = (sizes[f".{kind}"] / 1e6 for kind in ("states", "filling", "prefix"))
+    kept = f"states {states:.0f} MB, image_kv {image_kv:.0f}, prefix_kv {prefix_kv:.1f}"
+    print(f"{args.tiles} tiles; {kept}; seconds:")
     print(f"{'':24}   total picture  encode    fill  prompt (tokens)  first / total")
     for name, rows in (
         ("first", [first]), ("same process", again), ("other process", other),
