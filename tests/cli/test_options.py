@@ -18,7 +18,7 @@ from mllama_gguf.tune.saved import key_of, write_tuned
 Files = Callable[[str], TinyFiles]
 Captured = pytest.CaptureFixture[str]
 APPLE = str(Path(__file__).parents[2] / "examples" / "apple.png")
-COMMANDS = ("caption", "plan", "trace", "tune")
+COMMANDS = ("caption", "chat", "plan", "serve", "trace", "tune")
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_every_option_is_in_the_help(command: str, capsys: Captured) -> None:
         (["-c", "512", "-b", "64", "-t", "2"], {"n_ctx": 512, "n_batch": 64, "n_threads": 2}),
         (["-ctk", "q8_0", "--cache-type-v", "F32"], {"type_k": "q8_0", "type_v": "f32"}),
         (["-fa", "off"], {"flash_attn": False}),
+        (["--precision", "exact"], {"precision": "exact"}),
         (["--no-mmap"], {"use_mmap": False}),
+        (["--max-tiles", "1"], {"max_tiles": 1}),
         (["--repack"], {"repack": True}),
         (["--no-repack"], {"repack": False}),
         (["--allow-quantized-vision"], {"allow_quantized_vision": True}),
@@ -74,11 +76,11 @@ def test_every_option_is_in_the_help(command: str, capsys: Captured) -> None:
 def test_options_reach_the_model(
     args: list[str], expected: dict[str, Any], opened: list[dict[str, Any]], capsys: Captured
 ) -> None:
-    for command in ("caption", "trace"):
+    for command in ("caption", "chat", "trace"):
         assert run([command, APPLE, *args]) == 1
         assert capsys.readouterr().err == "Error: not opened\n"
         settings = opened.pop()
-        assert settings == {**DEFAULTS, "image_cache": command == "caption", **expected}
+        assert settings == {**DEFAULTS, "image_cache": command != "trace", **expected}
         assert Settings(**settings).as_dict() == settings
 
 
