@@ -12,11 +12,36 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NoReturn, SupportsIndex, TypeVar
+from typing import Any, Generic, NoReturn, SupportsIndex, TypeVar, overload
 
 from .errors import CopyError, MllamaError
 
 T = TypeVar("T", bound="OneProcess")
+R = TypeVar("R")
+
+
+class FoundOnce(Generic[R]):
+    """A property whose value is found when it is first asked for, and kept in the object.
+
+    `functools.cached_property` has a lock before Python 3.12, one for all objects: if another thread holds it
+    when a process forks, the child waits for it for ever. Here two threads may find the same value twice.
+    """
+
+    def __init__(self, find: Callable[[Any], R]) -> None:
+        self._find = find
+        self.__doc__ = find.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, one: None, owner: type) -> FoundOnce[R]: ...
+    @overload
+    def __get__(self, one: object, owner: type) -> R: ...
+    def __get__(self, one: object | None, owner: type) -> FoundOnce[R] | R:
+        if one is None:
+            return self
+        return one.__dict__.setdefault(self._name, self._find(one))  # type: ignore[no-any-return]
 
 
 class OneProcess:

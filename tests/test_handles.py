@@ -20,7 +20,7 @@ from helpers import TinyFiles, elsewhere, picture
 
 from mllama_gguf import Mllama, MllamaError, RequestError
 from mllama_gguf.errors import CopyError
-from mllama_gguf.handles import Handle, OneProcess, finalize
+from mllama_gguf.handles import FoundOnce, Handle, OneProcess, finalize
 
 Files = Callable[[str], TinyFiles]
 FORK_SECONDS = 60
@@ -401,3 +401,36 @@ def test_a_closed_object_answers_with_an_error(tiny_files: Files) -> None:
             use()
     for thing in (model, native, context, vocab, encoder):
         thing.close()
+
+
+def test_what_is_found_once_needs_no_lock() -> None:
+    """A child that is forked while another thread finds a value finds it itself."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow:
+        found = 0
+
+        @FoundOnce
+        def value(self) -> int:
+            """Five."""
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                go.wait(FORK_SECONDS)
+            self.found += 1
+            return 5
+
+    assert Slow.value.__doc__ == "Five."
+    shared, mine = Slow(), Slow()
+    thread = threading.Thread(target=lambda: shared.value)
+    thread.start()
+    try:
+        assert begun.wait(FORK_SECONDS)
+
+        def child() -> None:
+            assert shared.value + mine.value + mine.value == 15 and mine.found == 1
+
+        assert in_fork(child) == 0
+    finally:
+        go.set()
+        thread.join()
+    assert shared.value == 5 and shared.found == 1

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..backend import library as _native
 from ..checks import whole_numbers
 from ..errors import Aborted, ModelError, RequestError
 from ..gguf.reader import read_gguf
-from ..handles import Handle, OneProcess
+from ..handles import FoundOnce, Handle, OneProcess
 from ..words import brief, show_name
 from .aside import aside
 from .constraint import Constraints
@@ -152,7 +151,7 @@ class Vocab(OneProcess):
             start = cut.start()
         yield text[start:]
 
-    @cached_property
+    @FoundOnce
     def _ends(self) -> re.Pattern[str]:
         """Finds the place behind a word, where every splitter that is allowed here cuts, and at which no
         token that has a name is torn."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ..checks import Whole, checked
+from ..handles import FoundOnce
 from .loading import ImageSource, load_image
 
 # Counts up whenever the pixels of any picture change.
@@ -66,7 +67,7 @@ class TiledImage:
         """(width, height) of the canvas that the tiles are cut from."""
         return self.columns * self.tile_size, self.rows * self.tile_size
 
-    @cached_property
+    @FoundOnce
     def sha256(self) -> str:
         """Hex digest of `pixels` (all max_tiles of them) as little-endian float32 in C order."""
         return hashlib.sha256(np.ascontiguousarray(self.pixels, dtype="<f4").data).hexdigest()
