@@ -329,6 +329,8 @@ def test_the_weights_are_in_memory_once(heavy: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    sizes = {name: f"{found[name] / 1e6:.1f} MB" for name in ("first", "three more", "object")}
+    print(f"weights {weights / 1e6:.1f} MB; resident: {sizes}")  # for docs/python.md
     assert len(set(found["texts"])) == 1
     assert found["first"] > weights
     assert found["object"] > 0.9 * weights
