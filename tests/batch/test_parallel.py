@@ -156,7 +156,9 @@ def test_a_device_that_always_fails_stops_the_run(
 
 
 def test_a_time_limit_is_per_picture(photos: Path, tmp_path: Path) -> None:
-    options = CaptionOptions(max_tokens=12, time_limit=1e-4)
+    # No reply is written before the limit is noticed.
+    schema = {"type": "array", "items": {"enum": ["apple"]}, "minItems": 400}
+    options = CaptionOptions(max_tokens=2000, schema=schema, time_limit=1e-4)
     summary, found, _ = captioned(photos, tmp_path / "c.jsonl", parallel=3, options=options)
     assert summary.failed == 16 and found == []
     kinds = {json.loads(line)["error"] for line in (tmp_path / "errors.jsonl").read_text().splitlines()}
