@@ -32,6 +32,7 @@ KvType = Literal["f32", "f16", "q8_0"]
 Precision = Literal["fast", "exact"]
 
 DEFAULT_PROMPT = "Describe this image."
+MAX_PARALLEL = 255  # conversations that compute together: sequences of a context, besides its own
 
 
 class Option(NamedTuple):

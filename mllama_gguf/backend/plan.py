@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checks import Whole, checked
 from ..errors import RequestError
-from ..settings import Settings
+from ..settings import MAX_PARALLEL, Settings
 from ..words import parse_size
 from .measure import Measure, measuring
 from .types import Device, DeviceMemory, Memory
@@ -21,7 +21,6 @@ from .types import Device, DeviceMemory, Memory
 # What "auto" leaves free on a device: for the driver, other programs, and what kernels take at run time.
 MARGIN_BYTES = 256 * 1024 * 1024
 MARGIN_SHARE = 0.05
-MAX_PARALLEL = 255  # sequences of a context, besides its own
 
 
 @dataclass(frozen=True)

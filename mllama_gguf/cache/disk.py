@@ -71,8 +71,8 @@ class CacheInfo:
 
     directory: Path
     n_states: int
-    n_image_kv: int  # image_kv
-    n_prefix_kv: int  # prefix_kv
+    n_image_kv: int
+    n_prefix_kv: int
     n_bytes: int
     max_bytes: int
 

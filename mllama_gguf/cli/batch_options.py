@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..batch.records import EXISTING, Existing
+from ..settings import MAX_PARALLEL
 from .options import F
 
 if TYPE_CHECKING:
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
 REDO = ("length", "empty", "failed")  # as batch.contents has them, which imports much
 # Options that only a batch obeys, beside --encode-ahead.
 _ONLY_HERE = (
-    *("recursive", "prefix", "suffix", "overwrite", "existing", "redo", "any_settings", "limit"),
-    "parallel",
-)
+    "recursive", "prefix", "suffix", "overwrite", "existing", "redo", "any_settings", "limit", "parallel"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def batch_options(command: F) -> F:
             click.option(
                 "--parallel",
                 metavar="N",
-                type=click.IntRange(1, 255),
+                type=click.IntRange(1, MAX_PARALLEL),
                 help="Caption up to N images together, which reads the weights once for all.  [default: 1]",
             ),
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..settings import MAX_PARALLEL
 from ..words import show_size
 from .opening import find_files, settings_of
 from .options import ModelChoice, model_options
@@ -35,7 +36,7 @@ COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "sta
 @click.option(
     "--parallel",
     metavar="N",
-    type=click.IntRange(1, 255),
+    type=click.IntRange(1, MAX_PARALLEL),
     default=1,
     help="Count N conversations that compute together, each with n_ctx tokens and a picture.  [default: 1]",
 )

@@ -43,19 +43,20 @@ class PhaseBar:
         if done >= total:
             self.stop()  # the text that follows must not meet the bar
             return
-        if self._bar is None or phase != self._phase:
+        bar = self._bar
+        if bar is None or phase != self._phase:
             self.stop()
-            self._begin(phase, total)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            bar = self._begin(phase, total)
+        bar.update(bar.task_ids[0], completed=done, total=total)
 
-    def _begin(self, phase: str, total: int) -> None:
+    def _begin(self, phase: str, total: int) -> Progress:
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-        self._bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        self._bar.add_task(_PHASES[phase], total=total)
-        self._bar.start()
-        self._phase = phase
+        bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        bar.add_task(_PHASES[phase], total=total)
+        bar.start()
+        self._bar, self._phase = bar, phase
+        return bar
 
     @property
     def is_shown(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MllamaError, RequestError
+from ..settings import MAX_PARALLEL
 from ..words import parse_size
 from .options import ModelChoice, many_models_options, no_cache_option
 from .terminal import echo
@@ -62,7 +63,7 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
 @click.option(
     "--parallel",
     metavar="N",
-    type=click.IntRange(1, 255),
+    type=click.IntRange(1, MAX_PARALLEL),
     help="Compute up to N requests of a model together.  [default: 1; with 8 CPUs or more 4; on a GPU 16]",
 )
 @click.option(

@@ -7,7 +7,7 @@ from typing import get_args
 import click
 
 from ..cpus import MAX_THREADS
-from ..settings import Precision
+from ..settings import DEFAULTS, DESCRIPTIONS, Precision
 from .options import comma_list
 from .terminal import echo
 from .verbose import verbose_option
@@ -40,9 +40,9 @@ from .verbose import verbose_option
 @click.option(
     "--precision",
     type=click.Choice(get_args(Precision)),
-    default="fast",
+    default=DEFAULTS["precision"],
     show_default=True,
-    help="Precision of the GPUs: fast, or exact (as the CPU; slower).",
+    help=DESCRIPTIONS["precision"].help,
 )
 @verbose_option
 def worker_command(

@@ -23,12 +23,12 @@ from ..backend.types import Floats, Memory
 from ..cache.disk import ImageCache
 from ..errors import Aborted, BackendError, MllamaError
 from ..handles import OneProcess
+from ..settings import MAX_PARALLEL
 from .exclusive import Exclusive
 from .slots import Slots
 
 Stop = Callable[[], bool]
 
-MAX_SEQUENCES = 255  # of a context, besides its own
 POLL_SECONDS = 0.05  # between two looks whether to stop
 # How long a step waits for a conversation that took part in the last one: this share of that step's time.
 PATIENCE = 0.3
@@ -226,14 +226,14 @@ class Scheduler(OneProcess):
 
     def _choose(self) -> list[tuple[_Job, int]]:
         """What to compute: jobs, and how many tokens of each."""
-        single = [job for job in self._waiting if job.left == 1][: min(self._n_batch, MAX_SEQUENCES)]
+        single = [job for job in self._waiting if job.left == 1][: min(self._n_batch, MAX_PARALLEL)]
         chosen = [(job, 1) for job in single]
         room = self._n_batch - len(single)
         if len(self._waiting) > 1:
             room = min(room, CHUNK)
         for job in self._waiting:
             n = min(job.left, room)
-            if job.left > 1 and n > 0 and len(chosen) < MAX_SEQUENCES:
+            if job.left > 1 and n > 0 and len(chosen) < MAX_PARALLEL:
                 chosen.append((job, n))
                 room -= n
         return chosen

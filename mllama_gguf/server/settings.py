@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from ..decode.scheduler import MAX_SEQUENCES
 from ..errors import RequestError
 from ..reading import read_text
+from ..settings import MAX_PARALLEL
 from ..words import one_line
 from .images import ImageLimits
 from .times import parse_duration
@@ -145,7 +145,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         ("OLLAMA_CONTEXT_LENGTH", "n_ctx", 0),
     ):
         if words := environment.get(variable, "").strip():
-            most = MAX_SEQUENCES if name == "parallel" else (1 << 31) - 1
+            most = MAX_PARALLEL if name == "parallel" else (1 << 31) - 1
             if not words.isascii() or not words.isdecimal() or not least <= int(words[:20]) <= most:
                 raise RequestError(f"{variable}: {one_line(repr(words))} is no number from {least} to {most}")
             if int(words):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,7 +15,7 @@ from . import hub, ollama
 from .digests import Blob, TransferProgress
 from .download import Dropped, check_space, check_status, client, download, patiently
 from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
-from .manifest import Manifest, parse_manifest
+from .manifest import LARGEST_MANIFEST, Manifest, parse_manifest
 from .references import HubRef, OllamaRef
 from .resolve import BUNDLED, ModelFiles, resolve
 
@@ -75,23 +76,29 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     # Names ignore case.
     store = ollama.downloads()
     path = ollama.find_manifest(store, ref) or store / "manifests" / ref.path
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        target = check_output(path, _MANIFEST, overwrite=True)
-        blobs = (*manifest.small, *manifest.blobs)
-        _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
-        with replacing(target) as file:  # last: a manifest in the store says that its blobs are there
-            file.write(words)
+    target = check_output(path, _MANIFEST, overwrite=True)
+    blobs = (*manifest.small, *manifest.blobs)
+    _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
+    with _writing(path), replacing(target) as file:  # last: it says that its blobs are there
+        file.write(words)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong with a file is a DownloadError."""
+    try:
+        yield
     except OSError as e:
         raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
 def _is_manifest(file: BinaryIO) -> bool:
-    words = json.loads(file.read(_MOST_OF_MANIFEST))
+    words = json.loads(file.read(LARGEST_MANIFEST))
     return isinstance(words, dict) and ("layers" in words or "manifests" in words)
 
 
-_MOST_OF_MANIFEST = 1 << 20
 _MANIFEST = Kind("manifest of a model", _is_manifest)
 
 

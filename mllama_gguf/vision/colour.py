@@ -189,8 +189,5 @@ def describe_compression(image: Any) -> str:
     compression = getattr(image, "tag_v2", image).get(_COMPRESSION, 1)
     if compression in TiffImagePlugin.COMPRESSION_INFO and compression not in _COMPRESSIONS:
         return ""
-    return (
-        f"{_COMPRESSIONS[compression]} compression"
-        if compression in _COMPRESSIONS
-        else (f"compression {compression}")
-    )
+    named = _COMPRESSIONS.get(compression)
+    return f"{named} compression" if named else f"compression {compression}"
