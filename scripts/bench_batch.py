@@ -55,41 +55,39 @@ def draw(path: Path, seed: int, size: tuple[int, int]) -> None:
     image.save(path, **({"quality": 90} if path.suffix == ".jpg" else {"compress_level": 3}))
 
 
-def plain(open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
+def plain(open_model: Any, images: Sequence[str], out: str) -> dict[str, float]:
     """What one would write at first."""
     with open_model() as model, open(out, "w") as file:
         start = time.perf_counter()
-        for picture in pictures:
-            file.write(json.dumps({"image": picture, "caption": model.caption(picture)}) + "\n")
+        for image in images:
+            file.write(json.dumps({"image": image, "caption": model.caption(image)}) + "\n")
         return {"start": start, "end": time.perf_counter()}
 
 
-def batch(ahead: bool | None, open_model: Any, pictures: Sequence[str], out: str) -> dict[str, float]:
+def batch(ahead: bool | None, open_model: Any, images: Sequence[str], out: str) -> dict[str, float]:
     """The same by `caption_images`."""
     output = RecordFile(Path(out))
     with open_model() as model:
         errors = ErrorLog(Path(out).with_name("errors.jsonl"))
         start = time.perf_counter()
         summary = caption_images(
-            pictures, output, lambda: model, CaptionOptions(), errors=errors, encode_ahead=ahead
+            images, output, lambda: model, CaptionOptions(), errors=errors, encode_ahead=ahead
         )
         end = time.perf_counter()
     output.close()
-    assert summary.captioned == len(pictures)
+    assert summary.captioned == len(images)
     return {"start": start, "end": end, "busy": summary.utilisation, "wait": summary.seconds["wait"]}
 
 
-def measure(
-    work: Any, open_model: Any, pictures: list[str], processes: int, folder: Path
-) -> dict[str, float]:
+def measure(work: Any, open_model: Any, images: list[str], processes: int, folder: Path) -> dict[str, float]:
     outs = [tempfile.mktemp(suffix=".jsonl", dir=folder) for _ in range(processes)]
-    shares = [pictures[i::processes] for i in range(processes)]
+    shares = [images[i::processes] for i in range(processes)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         found = list(pool.map(partial(work, open_model), shares, outs))
     seconds = max(r["end"] for r in found) - min(r["start"] for r in found)
     busy = min(r.get("busy", 0.0) for r in found)
-    return {"rate": len(pictures) / seconds * 60, "busy": busy}
+    return {"rate": len(images) / seconds * 60, "busy": busy}
 
 
 def main() -> None:
@@ -111,20 +109,20 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as root:
             folder = Path(root)
-            pictures = []
+            images = []
             for i in range(args.pictures):
                 path = folder / f"{i}{'.png' if i % 4 == 3 and name == 'web' else '.jpg'}"
                 draw(path, i, sizes[i % len(sizes)])
-                pictures.append(str(path))
+                images.append(str(path))
             for processes in (1, 2):
                 # In turn, so that both meet the same machine.
                 loops: list[float] = []
                 batches: dict[bool | None, list[dict[str, float]]] = {ahead: [] for ahead in modes}
                 for _ in range(args.repeat):
-                    loops.append(measure(plain, open_model, pictures, processes, folder)["rate"])
+                    loops.append(measure(plain, open_model, images, processes, folder)["rate"])
                     for ahead in modes:
                         work = partial(batch, ahead)
-                        batches[ahead].append(measure(work, open_model, pictures, processes, folder))
+                        batches[ahead].append(measure(work, open_model, images, processes, folder))
                 loop = max(loops)
                 for ahead in modes:
                     best = max(batches[ahead], key=lambda r: r["rate"])

@@ -36,7 +36,7 @@ QUESTIONS = ("Describe this image.", "What colour is it?")
 HOURS = 3600.0
 
 
-def picture(tiles: int, tile_size: int) -> Image.Image:
+def image_of(tiles: int, tile_size: int) -> Image.Image:
     """Coloured noise that is cut into so many tiles."""
     width, height = (side * tile_size for side in SIZES[tiles])
     noise = np.random.default_rng(tiles).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
@@ -70,10 +70,10 @@ def measure(
         with Mllama.from_pretrained(model, mmproj, image_cache=False, **settings) as opened:
             result["load"] = time.perf_counter() - start
             # What is read for the first time is slow once.
-            ask(opened, picture(1, opened.hparams.image_size), "Warm up.", 2)
+            ask(opened, image_of(1, opened.hparams.image_size), "Warm up.", 2)
             for n in tiles:
                 opened.reset()
-                image = picture(n, opened.hparams.image_size)
+                image = image_of(n, opened.hparams.image_size)
                 for which, question in zip(("first", "second"), QUESTIONS, strict=True):
                     result[f"{which} {n}"] = ask(opened, image, question, max_tokens)
 

@@ -39,7 +39,7 @@ from mllama_gguf.backend.library import load  # noqa: E402
 from mllama_gguf.backend.local import LocalModel  # noqa: E402
 from mllama_gguf.convert.huggingface import convert  # noqa: E402
 
-PICTURES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # tiles: (rows, columns)
+IMAGES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # tiles: (rows, columns)
 
 
 def full_shape(layers: int) -> tiny.Arch:
@@ -96,10 +96,10 @@ def theirs(checkpoint: Path, dtype: str, threads: int) -> Callable[[np.ndarray[A
     return encode
 
 
-def timed(encode: Callable[..., Any], *picture: Any) -> tuple[Any, float, float]:
+def timed(encode: Callable[..., Any], *image: Any) -> tuple[Any, float, float]:
     """States, seconds and the seconds of all CPUs together."""
     start, cpu = time.perf_counter(), time.process_time()
-    states = encode(*picture)
+    states = encode(*image)
     return states, time.perf_counter() - start, time.process_time() - cpu
 
 
@@ -121,12 +121,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         checkpoint, files = write_models(arch, Path(folder))
         encoders = {f"ours {kind}": ours(files[kind], args.threads) for kind in files}
-        pictures = {}
-        for tiles, grid in PICTURES.items():
+        images = {}
+        for tiles, grid in IMAGES.items():
             ratio = arch.grids.index(grid) + 1
-            pictures[tiles] = (tiny.make_pixels(arch, ratio), ratio, tiles)
+            images[tiles] = (tiny.make_pixels(arch, ratio), ratio, tiles)
         memory = {
-            tiles: report.peak_memory(lambda p=p: encoders["ours bf16"](*p)) for tiles, p in pictures.items()
+            tiles: report.peak_memory(lambda p=p: encoders["ours bf16"](*p)) for tiles, p in images.items()
         }
         contestants: dict[str, Callable[..., Any]] = {
             name: partial(timed, encode) for name, encode in encoders.items()
@@ -142,12 +142,12 @@ def main() -> None:
         user: dict[tuple[int, str], list[float]] = {}
         states: dict[tuple[int, str], Any] = {}
         for _ in range(args.rounds):
-            for tiles, picture in pictures.items():
+            for tiles, image in images.items():
                 for name, encode in contestants.items():
                     if name in deaths:
                         continue
                     try:
-                        states[tiles, name], wall, cpu = encode(*picture)
+                        states[tiles, name], wall, cpu = encode(*image)
                     except Died as e:
                         deaths[name] = str(e)
                         continue
@@ -155,7 +155,7 @@ def main() -> None:
                     user.setdefault((tiles, name), []).append(cpu)
 
     rows: list[dict[str, Any]] = []
-    for tiles in PICTURES:
+    for tiles in IMAGES:
         exact = None if "torch float32" in deaths else states[tiles, "torch float32"]
         bf16, f32 = (
             None if f"torch {t}" in deaths else statistics.median(seconds[tiles, f"torch {t}"])

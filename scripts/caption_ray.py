@@ -25,7 +25,7 @@ from mllama_gguf.ray import MllamaCaptioner
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("pictures", nargs="+", help="folders or files, local or as Ray Data takes them")
+    parser.add_argument("images", nargs="+", help="folders or files, local or as Ray Data takes them")
     parser.add_argument("--out", required=True, help="folder for the captions")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--mmproj")
@@ -43,8 +43,8 @@ def main() -> int:
         except MllamaError as e:
             parser.error(str(e))
 
-    pictures = ray.data.read_binary_files(args.pictures, include_paths=True)
-    captions = pictures.map_batches(
+    images = ray.data.read_binary_files(args.images, include_paths=True)
+    captions = images.map_batches(
         MllamaCaptioner,
         fn_constructor_args=(args.model, args.mmproj),
         fn_constructor_kwargs={

@@ -35,14 +35,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 from golden_cases import (  # noqa: E402
     GOLDEN_DIR,
     HALF_CASES,
-    HALF_PICTURE,
+    HALF_IMAGE,
     HALF_TOLERANCES,
     N_GREEDY,
-    Picture,
+    GoldenImage,
     case,
     cases,
     condense,
-    grid_pictures,
+    grid_images,
     relative_error,
 )
 from oracle import Oracle  # noqa: E402
@@ -69,23 +69,21 @@ def compute(arch: Arch, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
         "weights_sha256": weights_sha256(arch),
     }
     out: dict[str, np.ndarray[Any, Any]] = {"about": np.array(json.dumps(about, indent=1))}
-    for picture in grid_pictures(arch):
-        out[f"states_{picture.aspect_ratio_id}"] = oracle.states(
-            picture.pixels(arch), picture.aspect_ratio_id
-        )
+    for image in grid_images(arch):
+        out[f"states_{image.aspect_ratio_id}"] = oracle.states(image.pixels(arch), image.aspect_ratio_id)
     for prompt in cases(arch):
-        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.images]
         out[f"logits_{prompt.name}"] = condense(oracle.logits(prompt.tokens, images))
         greedy, margin = oracle.greedy(prompt.tokens, N_GREEDY, images)
         out[f"greedy_{prompt.name}"] = np.array(greedy, dtype=np.int32)
         out[f"margin_{prompt.name}"] = np.array(margin, dtype=np.float32)
     for kind in HALF_TOLERANCES:
         rounded = Oracle(folder / arch.name, kind)
-        picture = Picture(HALF_PICTURE)
-        out[f"states_{kind}"] = rounded.states(picture.pixels(arch), picture.aspect_ratio_id)
+        image = GoldenImage(HALF_IMAGE)
+        out[f"states_{kind}"] = rounded.states(image.pixels(arch), image.aspect_ratio_id)
         for name in HALF_CASES:
             prompt = case(arch, name)
-            images = [rounded.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+            images = [rounded.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.images]
             out[f"logits_{kind}_{name}"] = condense(rounded.logits(prompt.tokens, images))
     return out
 

@@ -25,7 +25,7 @@ from PIL import Image
 from transformers.models.mllama.image_processing_mllama import MllamaImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from preprocess_cases import MODES_OF_OUR_OWN, golden_cases, make_picture
+from preprocess_cases import MODES_OF_OUR_OWN, golden_cases, make_image
 
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden" / "preprocess.json"
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -62,7 +62,7 @@ def main() -> None:
             image_mean=CLIP_MEAN,
             image_std=CLIP_STD,
         )
-        result = processor(readable(mode, make_picture(mode, width, height)))
+        result = processor(readable(mode, make_image(mode, width, height)))
         pixels = result["pixel_values"][0, 0]
         assert pixels.dtype == np.float32 and pixels.shape == (max_tiles, 3, tile_size, tile_size)
         cases.append(

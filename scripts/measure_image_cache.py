@@ -36,14 +36,14 @@ SIZES = {1: (560, 560), 2: (560, 1120), 4: (1120, 1120)}  # tiles: height, width
 
 def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ...]) -> list[dict[str, Any]]:
     """In this process: what each question took up to its first token, in seconds, and the reply."""
-    picture = np.random.default_rng(1).integers(0, 256, (*SIZES[tiles], 3), np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (*SIZES[tiles], 3), np.uint8)
     found = []
     with Mllama(model, n_threads=n_threads) as opened:
         # the weights' pages, and ggml's own threads
         opened.reply([{"role": "user", "content": "the"}], max_tokens=1).read()
         opened.reset()
         shared, slots = opened._shared, opened._conversation.session.slots
-        shared.keys.image_kv(shared.keys.states(shared.images.prepare(picture)))  # hash the weights
+        shared.keys.image_kv(shared.keys.states(shared.images.prepare(image)))  # hash the weights
         fill, filling = slots._fill, 0.0
 
         def timed_fill(*args: Any) -> Any:
@@ -57,7 +57,7 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
         for question in questions:
             filling = 0.0
             start = time.perf_counter()
-            reply = opened.reply(image=picture, prompt=question, max_tokens=2)
+            reply = opened.reply(image=image, prompt=question, max_tokens=2)
             pieces = [next(reply)]
             seconds = time.perf_counter() - start
             pieces += reply

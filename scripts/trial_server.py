@@ -111,13 +111,13 @@ def check_unchanged(one: Serving, text: str, before: dict[str, int]) -> None:
 
 # ---- hostile requests --------------------------------------------------------------------------------------
 
-PICTURE = base64.b64encode((EXAMPLES / "apple.png").read_bytes()).decode()
+IMAGE = base64.b64encode((EXAMPLES / "apple.png").read_bytes()).decode()
 # What clients send, and what they should not.
-PICTURES = [
-    PICTURE,
-    PICTURE[:200],
-    PICTURE[:-1],
-    "data:image/png;base64," + PICTURE,
+IMAGES = [
+    IMAGE,
+    IMAGE[:200],
+    IMAGE[:-1],
+    "data:image/png;base64," + IMAGE,
     "data:,",
     "AAAA",
     "",
@@ -221,7 +221,7 @@ junk = st.recursive(
 )
 number = st.sampled_from([0, 1, 1, 0.5, 1.0] * 12 + NUMBERS)
 word = st.sampled_from(WORDS)
-picture = st.sampled_from([PICTURE] * 60 + PICTURES)
+image = st.sampled_from([IMAGE] * 60 + IMAGES)
 form = st.sampled_from(FORMS) | st.sampled_from(FORMS) | junk
 
 
@@ -246,7 +246,7 @@ role = st.sampled_from(["user", "user", "user", "system", "assistant", "tool", "
 ollama_message = body(
     {"role": role, "content": word},
     {
-        "images": st.lists(picture, max_size=3),
+        "images": st.lists(image, max_size=3),
         "tool_calls": junk,
         "thinking": word,
         "tool_name": word,
@@ -268,10 +268,10 @@ part = st.one_of(
     st.builds(lambda t: {"type": "text", "text": t}, mostly(word)),
     st.builds(
         lambda p, d: {"type": "image_url", "image_url": {"url": p, "detail": d}},
-        mostly(picture),
+        mostly(image),
         st.sampled_from(["auto", "low", "high", 3]),
     ),
-    st.builds(lambda p: {"type": "input_image", "image_url": p}, mostly(picture)),
+    st.builds(lambda p: {"type": "input_image", "image_url": p}, mostly(image)),
     st.builds(lambda t: {"type": "input_text", "text": t}, mostly(word)),
     junk,
 )
@@ -321,7 +321,7 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
         {"model": model, "prompt": word, "options": options},
         {
             **of_both,
-            "images": st.lists(picture, max_size=3),
+            "images": st.lists(image, max_size=3),
             "system": word,
             "raw": st.booleans(),
             "suffix": word,
@@ -546,10 +546,10 @@ def load(n_requests: int, n_clients: int) -> None:
 
 def _ask(url: str, own: httpx.Client, rng: random.Random) -> str:
     """One request; what became of it."""
-    picture_of = _question(rng.choice(["apple.png", "apple-and-cat.png"]))
+    image_of = _question(rng.choice(["apple.png", "apple-and-cat.png"]))
     stream = rng.random() < 0.5
     ways: list[tuple[str, dict[str, Any]]] = [
-        ("/api/chat", {"messages": [picture_of], "options": {"seed": 1, "num_predict": 30}}),
+        ("/api/chat", {"messages": [image_of], "options": {"seed": 1, "num_predict": 30}}),
         ("/api/generate", {"prompt": "x", "options": {"num_predict": 30}}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 30}),
     ]

@@ -41,7 +41,7 @@ LONG = 300
 # A model with other weights (unrounded, say) is not told from the right one here: tests/test_convert.py does
 # that, to the bit.
 HALF_TOLERANCES: dict[FloatType, tuple[float, float]] = {"bf16": (7e-3, 1.4e-2), "f16": (9e-4, 2e-3)}
-HALF_PICTURE = 2  # aspect_ratio_id
+HALF_IMAGE = 2  # aspect_ratio_id
 HALF_CASES = ("text_before_image", "several_turns")
 # With F16 caches: relative error of the logits at each position. Rounding K and V alone gives 1e-3 at the
 # worst position of all architectures and prompts.
@@ -49,7 +49,7 @@ F16_CACHE_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
-class Picture:
+class GoldenImage:
     """Random pixels; the same key gives the same picture."""
 
     aspect_ratio_id: int
@@ -70,12 +70,12 @@ class Case:
 
     name: str
     tokens: tuple[int, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[GoldenImage, ...]
 
 
-def grid_pictures(arch: Arch) -> list[Picture]:
+def grid_images(arch: Arch) -> list[GoldenImage]:
     """One picture for every tile grid."""
-    return [Picture(i + 1) for i in range(len(arch.grids))]
+    return [GoldenImage(i + 1) for i in range(len(arch.grids))]
 
 
 # What each prompt is made of: a number is so many random tokens, "image" an image token, anything else a
@@ -108,18 +108,18 @@ def cases(arch: Arch) -> tuple[Case, ...]:
     for number, (name, parts) in enumerate(PROMPTS.items()):
         stream = Stream("prompt", arch.name, name)
         tokens: list[int] = []
-        pictures: list[Picture] = []
+        images: list[GoldenImage] = []
         for part in parts:
             if isinstance(part, int):
                 tokens += stream.integers(arch.vocab_size, part)
             elif part == "image":
                 # A run through all grids; a picture of a grid differs from prompt to prompt.
-                grid = (5 * number + 3 * len(pictures)) % len(arch.grids) + 1
+                grid = (5 * number + 3 * len(images)) % len(arch.grids) + 1
                 tokens.append(arch.image_token)
-                pictures.append(Picture(grid, key=number * 10 + len(pictures)))
+                images.append(GoldenImage(grid, key=number * 10 + len(images)))
             else:
                 tokens.append(arch.special(part))
-        made.append(Case(name, tuple(tokens), tuple(pictures)))
+        made.append(Case(name, tuple(tokens), tuple(images)))
     return tuple(made)
 
 
@@ -158,15 +158,15 @@ def tolerances(n_tokens: int) -> npt.NDArray[np.float64]:
     return np.where(np.arange(n_tokens) < LONG, LOGITS_TOLERANCE, LOGITS_TOLERANCE_LONG)
 
 
-def tiled(arch: Arch, picture: Picture) -> TiledImage:
+def tiled(arch: Arch, image: GoldenImage) -> TiledImage:
     """The picture as the preprocessor would hand it over."""
-    rows, columns = arch.grids[picture.aspect_ratio_id - 1]
+    rows, columns = arch.grids[image.aspect_ratio_id - 1]
     size = (columns * arch.image_size, rows * arch.image_size)
     return TiledImage(
-        pixels=picture.pixels(arch),
+        pixels=image.pixels(arch),
         rows=rows,
         columns=columns,
-        aspect_ratio_id=picture.aspect_ratio_id,
+        aspect_ratio_id=image.aspect_ratio_id,
         image_size=size,
         resized_size=size,
         tile_size=arch.image_size,

@@ -29,8 +29,8 @@ class TinyFiles:
     one: Path
 
 
-def picture(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]:
-    """A noisy picture, uint8 [height, width, 3]."""
+def noisy_image(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]:
+    """A noisy image, uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 

@@ -47,7 +47,7 @@ def pattern(width: int, height: int, channels: int, seed: int = 0) -> npt.NDArra
     return values
 
 
-def make_picture(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
     """A PIL picture in one of MODES."""
     base, _, variant = mode.partition("+")
     size = (width, height)

@@ -114,13 +114,13 @@ def running(
         assert not service.engine.is_alive
 
 
-def picture64(name: str = "apple.png") -> str:
+def image64(name: str = "apple.png") -> str:
     """A picture of examples/ in base64."""
     return base64.b64encode((EXAMPLES / name).read_bytes()).decode()
 
 
 def data_uri(name: str = "apple.png") -> str:
-    return f"data:image/png;base64,{picture64(name)}"
+    return f"data:image/png;base64,{image64(name)}"
 
 
 def endless(model: str = "demo", **more: Any) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def endless(model: str = "demo", **more: Any) -> dict[str, Any]:
     return {"model": model, "prompt": "x", "format": form, "options": {"temperature": 0}, **more}
 
 
-def slow_picture(stream: bool) -> dict[str, Any]:
+def slow_image(stream: bool) -> dict[str, Any]:
     """A request whose picture is encoded for seconds."""
-    message = {"role": "user", "content": "x", "images": [picture64("apple-and-cat.png")]}
+    message = {"role": "user", "content": "x", "images": [image64("apple-and-cat.png")]}
     return {"model": "slow", "messages": [message], "stream": stream}
 
 
@@ -185,7 +185,7 @@ def one_client(served: Running, seed: int, n: int) -> int:
     message = {
         "role": "user",
         "content": "x",
-        "images": [picture64(rng.choice(["apple.png", "apple-and-cat.png"]))],
+        "images": [image64(rng.choice(["apple.png", "apple-and-cat.png"]))],
     }
     for _ in range(n):
         kind = rng.randrange(4)

@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from helpers import TinyFiles, elsewhere, picture
+from helpers import TinyFiles, elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import (
@@ -85,7 +85,7 @@ def test_facts(model: Mllama, tiny_files: Files) -> None:
 
 def test_one_file_and_two_files_are_the_same(model: Mllama, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=512) as one:
-        assert one.caption(picture(1), max_tokens=20) == model.caption(picture(1), max_tokens=20)
+        assert one.caption(noisy_image(1), max_tokens=20) == model.caption(noisy_image(1), max_tokens=20)
 
 
 def test_a_small_model_gets_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_a_small_model_gets_few_threads(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_threads_do_not_change_the_caption(model: Mllama, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=512, n_threads=2) as two:
-        assert two.caption(picture(1), max_tokens=5) == model.caption(picture(1), max_tokens=5)
+        assert two.caption(noisy_image(1), max_tokens=5) == model.caption(noisy_image(1), max_tokens=5)
 
 
 def test_n_ctx_is_at_most_what_the_model_was_trained_with(tiny_files: Files) -> None:
@@ -143,13 +143,13 @@ def test_from_pretrained_knows_its_names() -> None:
 
 def test_closing(tiny_files: Files) -> None:
     model = Mllama(tiny_files("gqa").one)
-    stream = model.caption(picture(1), stream=True)
+    stream = model.caption(noisy_image(1), stream=True)
     next(iter(stream), None)
     model.close()
     model.close()
     assert "closed" in repr(model)
     for use in (
-        lambda: model.caption(picture(1)),
+        lambda: model.caption(noisy_image(1)),
         lambda: model.tokenize("x"),
         lambda: model.logits([1]),
         lambda: list(stream),
@@ -163,7 +163,7 @@ def test_closing(tiny_files: Files) -> None:
 
 
 def test_a_caption_is_the_same_however_the_picture_comes(model: Mllama, tmp_path: Path) -> None:
-    array = picture(1, 50, 30)
+    array = noisy_image(1, 50, 30)
     data = png(array)
     path = tmp_path / "a.png"
     path.write_bytes(data)
@@ -183,18 +183,18 @@ def test_a_caption_is_the_same_however_the_picture_comes(model: Mllama, tmp_path
     ):
         model.reset()
         assert model.caption(same, max_tokens=15) == expected
-    assert model.caption(picture(2, 50, 30), max_tokens=15) != expected
+    assert model.caption(noisy_image(2, 50, 30), max_tokens=15) != expected
 
 
 def test_a_stream_is_the_caption_in_pieces(model: Mllama) -> None:
-    pieces = list(model.caption(picture(1), max_tokens=30, grammar=ENDLESS, stream=True))
+    pieces = list(model.caption(noisy_image(1), max_tokens=30, grammar=ENDLESS, stream=True))
     assert len(pieces) > 3
-    assert "".join(pieces) == model.caption(picture(1), max_tokens=30, grammar=ENDLESS)
+    assert "".join(pieces) == model.caption(noisy_image(1), max_tokens=30, grammar=ENDLESS)
 
 
 def test_chat_completion(model: Mllama) -> None:
     options: dict[str, Any] = {"max_tokens": 10, "grammar": ENDLESS}
-    reply = model.create_chat_completion(ask(picture(1), "What is it?"), **options)
+    reply = model.create_chat_completion(ask(noisy_image(1), "What is it?"), **options)
     assert reply["object"] == "chat.completion"
     assert reply["id"].startswith("chatcmpl-")
     assert reply["model"] == "gqa"
@@ -210,7 +210,7 @@ def test_chat_completion(model: Mllama) -> None:
     assert set(reply["timings"]["seconds"]) == {"encode", "prompt", "decode"}
     json.dumps(reply)
 
-    chunks = list(model.create_chat_completion(ask(picture(1), "What is it?"), stream=True, **options))
+    chunks = list(model.create_chat_completion(ask(noisy_image(1), "What is it?"), stream=True, **options))
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
     assert len({c["id"] for c in chunks}) == 1
     deltas = [c["choices"][0]["delta"] for c in chunks]
@@ -223,7 +223,7 @@ def test_chat_completion(model: Mllama) -> None:
 
 def test_the_ends_of_a_reply(model: Mllama) -> None:
     def end(**options: Any) -> tuple[str, str]:
-        (choice,) = model.create_chat_completion(ask(picture(1), "?"), **options)["choices"]
+        (choice,) = model.create_chat_completion(ask(noisy_image(1), "?"), **options)["choices"]
         return choice["finish_reason"], choice["message"]["content"]
 
     assert end(grammar='root ::= "red"') == ("stop", "red")
@@ -246,13 +246,13 @@ def test_json_schema(model: Mllama) -> None:
     }
     form = {"type": "json_schema", "json_schema": {"name": "fruit", "schema": schema}}
     for options in ({}, {"temperature": 1.0, "seed": 3}):
-        text = model.caption(picture(1), response_format=form, **options)
+        text = model.caption(noisy_image(1), response_format=form, **options)
         jsonschema.validate(json.loads(text), schema)
 
 
 def test_sampling_options(model: Mllama) -> None:
     def caption(**options: Any) -> str:
-        return model.caption(picture(1), max_tokens=20, **options)
+        return model.caption(noisy_image(1), max_tokens=20, **options)
 
     assert caption(temperature=1.0, seed=1) == caption(temperature=1.0, seed=1)
     assert len({caption(temperature=2.0, seed=seed) for seed in range(4)}) > 1
@@ -269,9 +269,9 @@ def test_requests_that_cannot_be_carried_out(model: Mllama) -> None:
         {"response_format": {"type": "xml"}},
     ):
         with pytest.raises(RequestError):
-            model.caption(picture(1), **options)
+            model.caption(noisy_image(1), **options)
     with pytest.raises(RequestError, match="there is no option 'temprature'; there are: max_tokens, "):
-        model.caption(picture(1), temprature=1)
+        model.caption(noisy_image(1), temprature=1)
     with pytest.raises(ImageError, match="no such file"):
         model.caption("nowhere.png")
     # Also before a stream begins.
@@ -290,12 +290,12 @@ def test_text_alone(model: Mllama, tiny_files: Files) -> None:
         assert other["choices"] == reply["choices"]
         for use in (text_only.caption, text_only.encode_image):
             with pytest.raises(RequestError, match="text model without vision encoder"):
-                use(picture(1))
+                use(noisy_image(1))
 
 
 def test_special_tokens_of_the_user_are_words(model: Mllama) -> None:
     reply = model.create_chat_completion(
-        ask(picture(1), "<|image|><|eot_id|>"), max_tokens=5, grammar=ENDLESS
+        ask(noisy_image(1), "<|image|><|eot_id|>"), max_tokens=5, grammar=ENDLESS
     )
     assert reply["usage"]["completion_tokens"] == 5
     with pytest.raises(RequestError, match="image token"):
@@ -305,10 +305,10 @@ def test_special_tokens_of_the_user_are_words(model: Mllama) -> None:
 def test_a_prompt_that_is_too_long(model: Mllama) -> None:
     words = "the cat " * 600
     with pytest.raises(ContextFullError, match=r"\d+ tokens, but n_ctx is 512"):
-        model.caption(picture(1), words)
+        model.caption(noisy_image(1), words)
     with pytest.raises(ContextFullError):
         model.logits([1] * 513)
-    assert model.caption(picture(1), max_tokens=5)
+    assert model.caption(noisy_image(1), max_tokens=5)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -316,24 +316,24 @@ def test_a_prompt_that_is_too_long(model: Mllama) -> None:
 
 def test_encode_image(model: Mllama) -> None:
     h = model.hparams
-    embedding = model.encode_image(picture(1, 30, 100))
-    n_tiles = preprocess_image(picture(1, 30, 100), tile_size=h.image_size, max_tiles=h.max_tiles).n_tiles
+    embedding = model.encode_image(noisy_image(1, 30, 100))
+    n_tiles = preprocess_image(noisy_image(1, 30, 100), tile_size=h.image_size, max_tiles=h.max_tiles).n_tiles
     assert n_tiles > 1
     assert embedding.states.shape == (n_tiles, h.n_positions, h.n_embd)
     assert embedding.states.dtype == np.float32
     assert embedding.n_tiles == n_tiles
     assert np.isfinite(embedding.states).all()
-    assert model.encode_image(picture(1, 30, 100)) is embedding  # not computed again
+    assert model.encode_image(noisy_image(1, 30, 100)) is embedding  # not computed again
     assert model.encode_image(embedding) is embedding
-    assert model.encode_image(picture(2, 30, 100)).key != embedding.key
+    assert model.encode_image(noisy_image(2, 30, 100)).key != embedding.key
     with pytest.raises(ValueError, match="read-only"):
         embedding.states[0] = 0
 
 
 def test_an_embedding_may_be_made_from_saved_states(model: Mllama) -> None:
-    embedding = model.encode_image(picture(1))
+    embedding = model.encode_image(noisy_image(1))
     again = ImageEmbedding(embedding.states.copy(), embedding.aspect_ratio_id)
-    assert model.caption(again, max_tokens=10) == model.caption(picture(1), max_tokens=10)
+    assert model.caption(again, max_tokens=10) == model.caption(noisy_image(1), max_tokens=10)
     assert again.key == ImageEmbedding(embedding.states.copy(), 1).key
     for wrong in (np.zeros((2, 3), np.float32), np.zeros((1, 2, 3)), np.zeros((0, 2, 3), np.float32)):
         with pytest.raises(ImageError, match="expected float32"):
@@ -342,11 +342,11 @@ def test_an_embedding_may_be_made_from_saved_states(model: Mllama) -> None:
 
 def test_what_belongs_to_another_model_is_refused(model: Mllama, tiny_files: Files) -> None:
     with Mllama(tiny_files("square").one) as other:
-        embedding = other.encode_image(picture(1))
+        embedding = other.encode_image(noisy_image(1))
     with pytest.raises(ImageError, match="another model"):
         model.caption(embedding)
     with pytest.raises(ImageError, match="this model takes"):
-        model.caption(preprocess_image(picture(1)))
+        model.caption(preprocess_image(noisy_image(1)))
 
 
 # ---- logits ------------------------------------------------------------------------------------------------
@@ -354,27 +354,27 @@ def test_what_belongs_to_another_model_is_refused(model: Mllama, tiny_files: Fil
 
 def test_logits(model: Mllama) -> None:
     tokens = [*model.tokenize("<|image|>the cat <|image|>and the dog")]
-    pictures = [picture(1), picture(2)]
-    rows = model.logits(tokens, pictures)
+    images = [noisy_image(1), noisy_image(2)]
+    rows = model.logits(tokens, images)
     assert rows.shape == (len(tokens), model.vocab_size)
     assert rows.dtype == np.float32
     assert np.isfinite(rows).all()
     # From a fresh state: what was before does not count.
-    model.caption(picture(3), max_tokens=5)
-    assert np.array_equal(model.logits(tokens, pictures), rows)
-    assert not np.allclose(model.logits(tokens, pictures[::-1])[3:], rows[3:], atol=1e-3)
+    model.caption(noisy_image(3), max_tokens=5)
+    assert np.array_equal(model.logits(tokens, images), rows)
+    assert not np.allclose(model.logits(tokens, images[::-1])[3:], rows[3:], atol=1e-3)
 
 
 def test_logits_of_a_wrong_prompt(model: Mllama) -> None:
-    for tokens, pictures in (
+    for tokens, images in (
         ([], []),
         ([-1], []),
         ([model.hparams.n_token_embd], []),
         ([model.image_token_id], []),
-        ([1], [picture(1)]),
+        ([1], [noisy_image(1)]),
     ):
         with pytest.raises(RequestError):
-            model.logits(tokens, pictures)
+            model.logits(tokens, images)
 
 
 # ---- reuse -------------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_logits_of_a_wrong_prompt(model: Mllama) -> None:
 
 def test_a_conversation_is_not_computed_again(model: Mllama, tiny_files: Files) -> None:
     """And its replies are those of a model that has no caches yet."""
-    messages = ask(picture(1), picture(2), "the cat and the dog")
+    messages = ask(noisy_image(1), noisy_image(2), "the cat and the dog")
     cached, prompt_tokens = [], []
     for question in ("what is it?", "what is on the left?"):
         reply = model.create_chat_completion(messages, max_tokens=12, grammar=ENDLESS)
@@ -402,15 +402,15 @@ def test_a_conversation_is_not_computed_again(model: Mllama, tiny_files: Files) 
 def test_a_second_question_about_a_picture_encodes_nothing(tiny_files: Files) -> None:
     seen: list[str] = []
     with Mllama(tiny_files("gqa").one, progress=lambda phase, done, total: seen.append(phase)) as model:
-        first = model.create_chat_completion(ask(picture(1), "what is it?"), max_tokens=3)
+        first = model.create_chat_completion(ask(noisy_image(1), "what is it?"), max_tokens=3)
         assert {"load", "encode", "prompt"} <= set(seen)
         seen.clear()
-        second = model.create_chat_completion(ask(picture(1), "and what else?"), max_tokens=3)
+        second = model.create_chat_completion(ask(noisy_image(1), "and what else?"), max_tokens=3)
         assert "encode" not in seen
         assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 5
         model.reset()
-        third = model.create_chat_completion(ask(picture(1), "and what else?"), max_tokens=3)
+        third = model.create_chat_completion(ask(noisy_image(1), "and what else?"), max_tokens=3)
         assert third["choices"] == second["choices"]
         assert third["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
@@ -418,7 +418,7 @@ def test_a_second_question_about_a_picture_encodes_nothing(tiny_files: Files) ->
 def test_progress_of_a_prompt_counts_all_its_tokens(tiny_files: Files) -> None:
     seen: list[tuple[str, int, int]] = []
     with Mllama(tiny_files("gqa").one, progress=lambda *a: seen.append(a), n_batch=4) as model:
-        reply = model.create_chat_completion(ask("the cat", picture(1), "the dog"), max_tokens=3)
+        reply = model.create_chat_completion(ask("the cat", noisy_image(1), "the dog"), max_tokens=3)
     n = reply["usage"]["prompt_tokens"]
     prompt = [(done, total) for phase, done, total in seen if phase == "prompt"]
     assert {total for _, total in prompt} == {n}
@@ -442,14 +442,14 @@ def test_an_exception_in_a_callback_comes_out_and_the_model_lives(
             raise error("stop")
 
     with Mllama(tiny_files("gqa").one, progress=progress, n_batch=4) as model:
-        expected = model.caption(picture(1), max_tokens=10)
-        model.caption(picture(2), max_tokens=10)
+        expected = model.caption(noisy_image(1), max_tokens=10)
+        model.caption(noisy_image(2), max_tokens=10)
         model._shared.images.clear()
         armed = True
         with pytest.raises(error):
-            model.caption(picture(1), max_tokens=10)
+            model.caption(noisy_image(1), max_tokens=10)
         armed = False
-        assert model.caption(picture(1), max_tokens=10) == expected
+        assert model.caption(noisy_image(1), max_tokens=10) == expected
 
 
 def test_an_exception_while_loading(tiny_files: Files) -> None:
@@ -466,12 +466,12 @@ def test_abort(tiny_files: Files) -> None:
     stop = False
     long_prompt = "\x01\x02" * 3000  # a token a byte
     with Mllama(tiny_files("gqa").one, n_ctx=8192, abort=lambda: stop) as model:
-        expected = model.caption(picture(1), max_tokens=10)
+        expected = model.caption(noisy_image(1), max_tokens=10)
         stop = True
         with pytest.raises(Aborted):
-            model.caption(picture(1), long_prompt)
+            model.caption(noisy_image(1), long_prompt)
         stop = False
-        assert model.caption(picture(1), max_tokens=10) == expected
+        assert model.caption(noisy_image(1), max_tokens=10) == expected
 
 
 # ---- threads -----------------------------------------------------------------------------------------------
@@ -481,12 +481,12 @@ def test_two_objects_in_two_threads(tiny_files: Files) -> None:
     expected = {}
     for name in ("gqa", "square"):
         with Mllama(tiny_files(name).one, n_ctx=512) as model:
-            expected[name] = [model.caption(picture(i), max_tokens=25) for i in range(4)]
+            expected[name] = [model.caption(noisy_image(i), max_tokens=25) for i in range(4)]
     found: dict[str, list[str]] = {}
 
     def work(name: str) -> None:
         with Mllama(tiny_files(name).one, n_ctx=512) as model:
-            found[name] = [model.caption(picture(i), max_tokens=25) for i in range(4)]
+            found[name] = [model.caption(noisy_image(i), max_tokens=25) for i in range(4)]
 
     threads = [threading.Thread(target=work, args=(name,)) for name in expected]
     for thread in threads:
@@ -506,13 +506,13 @@ def test_one_object_in_two_threads_is_an_error(tiny_files: Files) -> None:
 
     with Mllama(tiny_files("gqa").one, progress=progress) as model:
         result: list[str] = []
-        thread = threading.Thread(target=lambda: result.append(model.caption(picture(1), max_tokens=5)))
+        thread = threading.Thread(target=lambda: result.append(model.caption(noisy_image(1), max_tokens=5)))
         thread.start()
         try:
             assert inside.wait(20)
             for use in (
-                lambda: model.caption(picture(1)),
-                lambda: model.encode_image(picture(2)),
+                lambda: model.caption(noisy_image(1)),
+                lambda: model.encode_image(noisy_image(2)),
                 lambda: model.logits([1]),
                 model.reset,
                 model.close,
@@ -523,27 +523,27 @@ def test_one_object_in_two_threads_is_an_error(tiny_files: Files) -> None:
         finally:
             leave.set()
             thread.join()
-        assert result == [model.caption(picture(1), max_tokens=5)]
+        assert result == [model.caption(noisy_image(1), max_tokens=5)]
 
 
 def test_a_stream_whose_caches_went_to_another_request(model: Mllama) -> None:
-    expected = model.caption(picture(1), max_tokens=20, grammar=ENDLESS)
-    stream = iter(model.caption(picture(1), max_tokens=20, grammar=ENDLESS, stream=True))
+    expected = model.caption(noisy_image(1), max_tokens=20, grammar=ENDLESS)
+    stream = iter(model.caption(noisy_image(1), max_tokens=20, grammar=ENDLESS, stream=True))
     next(stream)
     model.tokenize("the cat")
-    model.encode_image(picture(2))  # leaves the conversation alone
+    model.encode_image(noisy_image(2))  # leaves the conversation alone
     next(stream)
-    model.caption(picture(2), max_tokens=3)
+    model.caption(noisy_image(2), max_tokens=3)
     with pytest.raises(MllamaError, match="used for something else"):
         list(stream)
-    assert model.caption(picture(1), max_tokens=20, grammar=ENDLESS) == expected
+    assert model.caption(noisy_image(1), max_tokens=20, grammar=ENDLESS) == expected
 
 
 def test_a_stream_may_be_left(model: Mllama) -> None:
-    expected = model.caption(picture(1), max_tokens=20)
-    for _ in model.caption(picture(1), max_tokens=20, stream=True):
+    expected = model.caption(noisy_image(1), max_tokens=20)
+    for _ in model.caption(noisy_image(1), max_tokens=20, stream=True):
         break
-    assert model.caption(picture(1), max_tokens=20) == expected
+    assert model.caption(noisy_image(1), max_tokens=20) == expected
 
 
 # ---- the package -------------------------------------------------------------------------------------------

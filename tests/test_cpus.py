@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Mllama, RequestError
 from mllama_gguf import cpus as module
@@ -110,4 +110,4 @@ def test_as_many_as_possible_answer(tiny_files: Files) -> None:
     """Far more threads than CPUs; each waits for all others after every operation."""
     path = tiny_files("square").one
     with Mllama(path, n_ctx=64) as few, Mllama(path, n_ctx=64, n_threads=8 * usable_cpus()) as many:
-        assert many.caption(picture(1), max_tokens=2) == few.caption(picture(1), max_tokens=2)
+        assert many.caption(noisy_image(1), max_tokens=2) == few.caption(noisy_image(1), max_tokens=2)

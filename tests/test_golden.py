@@ -18,16 +18,16 @@ from golden_cases import (
     F16_CACHE_TOLERANCE,
     GOLDEN_DIR,
     HALF_CASES,
-    HALF_PICTURE,
+    HALF_IMAGE,
     HALF_TOLERANCES,
     N_GREEDY,
     PROMPTS,
     STATES_TOLERANCE,
     Case,
-    Picture,
+    GoldenImage,
     case,
     condense,
-    grid_pictures,
+    grid_images,
     position_errors,
     relative_error,
     tiled,
@@ -83,17 +83,17 @@ def golden(arch: tiny.Arch) -> Iterator[Any]:
 def logits(
     model: Mllama, arch: tiny.Arch, prompt: Case, extra: list[int] | None = None
 ) -> npt.NDArray[np.float32]:
-    pictures = [tiled(arch, picture) for picture in prompt.pictures]
-    return model.logits([*prompt.tokens, *(extra or [])], pictures)
+    images = [tiled(arch, image) for image in prompt.images]
+    return model.logits([*prompt.tokens, *(extra or [])], images)
 
 
 def test_states(open_model: Open, arch: tiny.Arch, golden: Any) -> None:
-    for picture in grid_pictures(arch):
-        embedding = open_model(arch.name).encode_image(tiled(arch, picture))
-        expected = golden[f"states_{picture.aspect_ratio_id}"]
+    for image in grid_images(arch):
+        embedding = open_model(arch.name).encode_image(tiled(arch, image))
+        expected = golden[f"states_{image.aspect_ratio_id}"]
         assert embedding.states.shape == expected.shape
         assert embedding.states.dtype == np.float32
-        assert relative_error(embedding.states, expected) <= STATES_TOLERANCE, picture
+        assert relative_error(embedding.states, expected) <= STATES_TOLERANCE, image
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -129,10 +129,10 @@ def test_batches_and_kinds_of_attention(
 
 def test_embeddings_stand_for_pictures(open_model: Open, arch: tiny.Arch, golden: Any) -> None:
     model, prompt = open_model(arch.name), case(arch, "adjacent_then_one")
-    pictures = [tiled(arch, p) for p in prompt.pictures]
-    embeddings = [model.encode_image(p) for p in pictures]
+    tiles = [tiled(arch, p) for p in prompt.images]
+    embeddings = [model.encode_image(p) for p in tiles]
     copies = [ImageEmbedding(e.states.copy(), e.aspect_ratio_id) for e in embeddings]
-    mixed: list[TiledImage | ImageEmbedding] = [pictures[0], *embeddings[1:]]
+    mixed: list[TiledImage | ImageEmbedding] = [tiles[0], *embeddings[1:]]
     for images in (embeddings, copies, mixed):
         errors = position_errors(
             condense(model.logits(prompt.tokens, images)), golden[f"logits_{prompt.name}"]
@@ -153,7 +153,7 @@ def test_half_weights(open_model: Open, arch: tiny.Arch, golden: Any, type: Any)
     """Against the oracle with equally rounded weights; golden_cases.py says where the bounds come from."""
     model = open_model(arch.name, type)
     states_tolerance, logits_tolerance = HALF_TOLERANCES[type]
-    states = model.encode_image(tiled(arch, Picture(HALF_PICTURE))).states
+    states = model.encode_image(tiled(arch, GoldenImage(HALF_IMAGE))).states
     assert relative_error(states, golden[f"states_{type}"]) <= states_tolerance
     for name in HALF_CASES:
         errors = position_errors(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from helpers import TinyFiles, elsewhere, picture
+from helpers import TinyFiles, elsewhere, noisy_image
 
 from mllama_gguf import Mllama, MllamaError, RequestError
 from mllama_gguf.errors import CopyError
@@ -57,7 +57,7 @@ def refused() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tiny_files: Files) -> Iterator[Mllama]:
     with Mllama(tiny_files("square").one, n_threads=2, n_ctx=256) as model:
-        model.caption(picture(1), max_tokens=2)  # the threads have been started
+        model.caption(noisy_image(1), max_tokens=2)  # the threads have been started
         yield model
 
 
@@ -195,17 +195,17 @@ def test_an_isolated_model_is_not_copied(tiny_files: Files) -> None:
 
 
 def test_a_forked_process_is_told(model: Mllama) -> None:
-    stream = model.caption(picture(1), max_tokens=3, stream=True)
+    stream = model.caption(noisy_image(1), max_tokens=3, stream=True)
     next(stream)
     encoder = model.image_encoder(1)
     messages = [{"role": "user", "content": "x"}]
     uses: list[Callable[[], object]] = [
-        lambda: model.caption(picture(1)),
+        lambda: model.caption(noisy_image(1)),
         lambda: model.create_chat_completion(messages),
         lambda: model.logits([1]),
         lambda: model.tokenize("x"),
         lambda: model.detokenize([1]),
-        lambda: model.encode_image(picture(2)),
+        lambda: model.encode_image(noisy_image(2)),
         lambda: model.image_encoder(),
         lambda: model.memory(),
         lambda: model.reset(),
@@ -214,7 +214,7 @@ def test_a_forked_process_is_told(model: Mllama) -> None:
         lambda: model.repairs,
         lambda: model.encoder_threads,
         lambda: next(stream),
-        lambda: encoder.encode(picture(2)),
+        lambda: encoder.encode(noisy_image(2)),
         lambda: model._conversation.context.n_past,
         lambda: list(model._backend.model.tensors()),
     ]
@@ -228,21 +228,21 @@ def test_a_forked_process_is_told(model: Mllama) -> None:
 
     assert in_fork(child) == 0
     assert isinstance(next(stream), str)  # the parent's goes on
-    assert encoder.encode(picture(2)).n_tiles > 1
+    assert encoder.encode(noisy_image(2)).n_tiles > 1
     encoder.close()
 
 
 def test_a_forked_process_opens_its_own(model: Mllama, tiny_files: Files) -> None:
     """After the parent has computed with two threads, which the child does not have."""
-    expected = model.caption(picture(3), max_tokens=4)
+    expected = model.caption(noisy_image(3), max_tokens=4)
 
     def child() -> None:
         with Mllama(tiny_files("square").one, n_threads=2, n_ctx=256) as own:
-            assert own.caption(picture(3), max_tokens=4) == expected
+            assert own.caption(noisy_image(3), max_tokens=4) == expected
 
     assert in_fork(child) == 0
     assert in_fork(lambda: in_fork(child) or child()) == 0  # a child's child
-    assert model.caption(picture(3), max_tokens=4) == expected
+    assert model.caption(noisy_image(3), max_tokens=4) == expected
 
 
 def test_a_fork_while_another_thread_computes(model: Mllama, tiny_files: Files) -> None:
@@ -250,16 +250,16 @@ def test_a_fork_while_another_thread_computes(model: Mllama, tiny_files: Files) 
 
     def compute() -> None:
         while not done.is_set():
-            model.caption(picture(4), max_tokens=8)
+            model.caption(noisy_image(4), max_tokens=8)
 
     thread = threading.Thread(target=compute)
     thread.start()
 
     def child() -> None:
         with refused():
-            model.caption(picture(1))
+            model.caption(noisy_image(1))
         with Mllama(tiny_files("square").one, n_threads=2, n_ctx=256) as own:
-            own.caption(picture(1), max_tokens=2)
+            own.caption(noisy_image(1), max_tokens=2)
 
     try:
         assert [in_fork(child) for _ in range(5)] == [0] * 5
@@ -275,7 +275,7 @@ class Captions:
         self.model = model
 
     def __getitem__(self, index: int) -> str:
-        return self.model.caption(picture(index), max_tokens=2)
+        return self.model.caption(noisy_image(index), max_tokens=2)
 
 
 def test_the_workers_of_a_pool_are_told(model: Mllama) -> None:
@@ -362,7 +362,7 @@ def test_threads_use_an_object_that_another_closes(tiny_files: Files) -> None:
             lambda model=model: model.tokenize(text),
             lambda model=model: model.detokenize(range(64)),
             lambda model=model: (model.layout, model.repairs, model.encoder_threads, model.n_ctx),
-            lambda model=model: model.caption(picture(1), max_tokens=2),
+            lambda model=model: model.caption(noisy_image(1), max_tokens=2),
         ]
 
         threads = [threading.Thread(target=use_until_error, args=(work, begun, errors)) for work in uses]
@@ -395,7 +395,7 @@ def test_a_closed_object_answers_with_an_error(tiny_files: Files) -> None:
         lambda: context.decode([1], -1, 0),
         lambda: vocab.tokenize("x"),
         lambda: vocab.piece(1),
-        lambda: encoder.encode(picture(1)),
+        lambda: encoder.encode(noisy_image(1)),
     ):
         with pytest.raises((MllamaError, RequestError)):
             use()

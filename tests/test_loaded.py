@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from helpers import TinyFiles, elsewhere, picture
+from helpers import TinyFiles, elsewhere, noisy_image
 from test_handles import in_fork, refused
 
 from mllama_gguf import (
@@ -49,7 +49,7 @@ def chat(conversation: Any, seed: int) -> list[str]:
     for turn in range(4):
         content: list[dict[str, Any]] = [{"type": "text", "text": f"see the dog {seed} {turn}"}]
         if turn in (0, 2):
-            content.insert(0, {"type": "image", "image": picture(10 * seed + turn)})
+            content.insert(0, {"type": "image", "image": noisy_image(10 * seed + turn)})
         messages.append({"role": "user", "content": content})
         options = {"max_tokens": 12, "temperature": float(turn % 2), "seed": seed}
         texts.append(conversation.reply(messages, **options).read())
@@ -71,8 +71,8 @@ def test_threads_say_what_separate_objects_say(model: LoadedModel, tiny_files: F
 
 def test_turns_of_one_thread_do_not_disturb_each_other(model: LoadedModel) -> None:
     one, two = model.conversation(), model.conversation()
-    expected = [one.caption(picture(1), max_tokens=20), two.caption(picture(2), max_tokens=20)]
-    replies = [one.reply(image=picture(1), max_tokens=20), two.reply(image=picture(2), max_tokens=20)]
+    expected = [one.caption(noisy_image(1), max_tokens=20), two.caption(noisy_image(2), max_tokens=20)]
+    replies = [one.reply(image=noisy_image(1), max_tokens=20), two.reply(image=noisy_image(2), max_tokens=20)]
     texts = ["", ""]
     while any(reply.finish_reason is None for reply in replies):
         for i, reply in enumerate(replies):
@@ -93,11 +93,11 @@ def test_an_image_is_encoded_once_for_all(tiny_files: Files, monkeypatch: pytest
     with LoadedModel(tiny_files("gqa").one, **SETTINGS) as model:
         conversations = [model.conversation() for _ in range(4)]
         with ThreadPoolExecutor(4) as pool:
-            texts = list(pool.map(lambda one: one.caption(picture(1), max_tokens=9), conversations))
+            texts = list(pool.map(lambda one: one.caption(noisy_image(1), max_tokens=9), conversations))
         assert len(set(texts)) == 1
         assert calls == 1
         with model.image_encoder() as encoder:
-            assert encoder.encode(picture(1)) is conversations[0].encode_image(picture(1))
+            assert encoder.encode(noisy_image(1)) is conversations[0].encode_image(noisy_image(1))
         assert calls == 1
 
 
@@ -109,10 +109,10 @@ def test_each_conversation_has_its_own_length_and_callbacks(model: LoadedModel) 
     assert model.conversation().n_ctx == 512
     with pytest.raises(ContextFullError):
         short.reply([{"role": "user", "content": "the dog " * 100}])
-    short.caption(picture(1), max_tokens=2)
+    short.caption(noisy_image(1), max_tokens=2)
     assert {"encode", "prompt"} <= set(phases)
     del phases[:]
-    other.caption(picture(2), max_tokens=2)
+    other.caption(noisy_image(2), max_tokens=2)
     assert not phases
     for wrong in ({"n_ctx": -1}, {"n_ctx": "long"}, {"n_threads": 0}, {"n_threads": 10**6}):
         with pytest.raises(RequestError):
@@ -121,12 +121,12 @@ def test_each_conversation_has_its_own_length_and_callbacks(model: LoadedModel) 
 
 def test_a_conversation_closes_alone(model: LoadedModel) -> None:
     with model.conversation() as one:
-        text = one.caption(picture(1), max_tokens=5)
+        text = one.caption(noisy_image(1), max_tokens=5)
     one.close()
     for use in (
-        lambda: one.caption(picture(1)),
+        lambda: one.caption(noisy_image(1)),
         lambda: one.reply([{"role": "user", "content": "x"}]),
-        lambda: one.encode_image(picture(1)),
+        lambda: one.encode_image(noisy_image(1)),
         lambda: one.logits([1]),
         one.memory,
         one.reset,
@@ -135,20 +135,20 @@ def test_a_conversation_closes_alone(model: LoadedModel) -> None:
         with pytest.raises(MllamaError, match="this conversation is closed"):
             use()
     assert repr(one).endswith("closed)")
-    assert model.conversation().caption(picture(1), max_tokens=5) == text
+    assert model.conversation().caption(noisy_image(1), max_tokens=5) == text
 
 
 def test_the_model_closes_what_uses_it(tiny_files: Files) -> None:
     model = LoadedModel(tiny_files("gqa").one, **SETTINGS)
     one, two, encoder = model.conversation(), model.conversation(), model.image_encoder()
-    stream = one.caption(picture(1), max_tokens=50, stream=True)
+    stream = one.caption(noisy_image(1), max_tokens=50, stream=True)
     next(stream)
     model.close()
     model.close()
     for use in (
         lambda: next(stream),
-        lambda: two.caption(picture(1)),
-        lambda: encoder.encode(picture(2)),
+        lambda: two.caption(noisy_image(1)),
+        lambda: encoder.encode(noisy_image(2)),
         model.conversation,
         model.image_encoder,
         lambda: model.tokenize("x"),
@@ -170,13 +170,13 @@ def test_a_model_is_not_closed_while_a_conversation_computes(tiny_files: Files) 
 
     model = LoadedModel(tiny_files("gqa").one, **SETTINGS)
     idle, busy = model.conversation(), model.conversation(progress=progress)
-    thread = threading.Thread(target=busy.caption, args=(picture(1),), kwargs={"max_tokens": 2})
+    thread = threading.Thread(target=busy.caption, args=(noisy_image(1),), kwargs={"max_tokens": 2})
     thread.start()
     assert begun.wait(20)
     for close in (model.close, busy.close):
         with pytest.raises(BusyError, match="this conversation is in use"):
             close()
-    assert idle.caption(picture(2), max_tokens=2) is not None  # nothing was closed
+    assert idle.caption(noisy_image(2), max_tokens=2) is not None  # nothing was closed
     go_on.set()
     thread.join()
     model.close()
@@ -186,7 +186,7 @@ def talk_until_error(model: LoadedModel, texts: list[str], errors: list[MllamaEr
     try:
         while True:
             with model.conversation() as conversation:
-                texts.append(conversation.caption(picture(1), max_tokens=2))
+                texts.append(conversation.caption(noisy_image(1), max_tokens=2))
     except MllamaError as e:
         errors.append(e)
 
@@ -223,7 +223,7 @@ def test_what_is_dropped_is_freed(tiny_files: Files) -> None:
     del model, handle
     gc.collect()
     assert dropped() is None
-    assert conversation.caption(picture(1), max_tokens=3) is not None
+    assert conversation.caption(noisy_image(1), max_tokens=3) is not None
     del conversation
     gc.collect()
     assert freed() is None
@@ -236,7 +236,7 @@ def test_a_forked_process_is_told(tiny_files: Files) -> None:
             for use in (
                 model.conversation,
                 lambda: model.tokenize("x"),
-                lambda: conversation.caption(picture(1)),
+                lambda: conversation.caption(noisy_image(1)),
                 conversation.reset,
             ):
                 with refused():
@@ -245,17 +245,17 @@ def test_a_forked_process_is_told(tiny_files: Files) -> None:
             model.close()
 
         assert in_fork(child) == 0
-        assert conversation.caption(picture(1), max_tokens=2) is not None
+        assert conversation.caption(noisy_image(1), max_tokens=2) is not None
 
 
 def test_mllama_is_a_model_with_a_conversation_of_its_own(tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, **SETTINGS) as model:
-        text = model.caption(picture(1), max_tokens=9)
+        text = model.caption(noisy_image(1), max_tokens=9)
         with model.conversation() as other:
             assert isinstance(other, Conversation)
-            assert other.caption(picture(1), max_tokens=9) == text
+            assert other.caption(noisy_image(1), max_tokens=9) == text
             other.reply([{"role": "user", "content": "the dog"}], max_tokens=3).read()
-        assert model.reply(image=picture(1), max_tokens=9).read() == text
+        assert model.reply(image=noisy_image(1), max_tokens=9).read() == text
         assert model.conversation().memory().self_kv == model.memory().self_kv > 0
 
 
@@ -276,12 +276,12 @@ def test_after_a_loss_of_the_child_all_conversations_go_on(tiny_files: Files) ->
 
     with LoadedModel(tiny_files("gqa").one, isolate=True, **SETTINGS) as model:
         one, two = model.conversation(), model.conversation()
-        expected = [c.caption(picture(i), max_tokens=9) for i, c in enumerate((one, two))]
+        expected = [c.caption(noisy_image(i), max_tokens=9) for i, c in enumerate((one, two))]
         supervisor = model._backend.model._supervisor  # type: ignore[attr-defined]
         os.kill(supervisor._process._child.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match="the next call starts a new process"):
-            two.caption(picture(1), max_tokens=9)
-        assert [c.caption(picture(i), max_tokens=9) for i, c in enumerate((one, two))] == expected
+            two.caption(noisy_image(1), max_tokens=9)
+        assert [c.caption(noisy_image(i), max_tokens=9) for i, c in enumerate((one, two))] == expected
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

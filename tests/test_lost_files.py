@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 from PIL import Image
 
 from mllama_gguf.cli.main import COMMANDS, run
@@ -93,7 +93,7 @@ def here(tmp_path: Path, checkpoint: Path, tiny_files: Files, monkeypatch: pytes
     folder = tmp_path / "here"
     shutil.copytree(checkpoint, folder / "hf")
     shutil.copy(tiny_files("gqa").one, folder / "one.gguf")
-    Image.fromarray(picture(1)).save(folder / "photo.png")
+    Image.fromarray(noisy_image(1)).save(folder / "photo.png")
     for name in ("prompt.jsonl", "prompt.csv"):
         (folder / name).write_text("What is this?\n")
     monkeypatch.chdir(folder)

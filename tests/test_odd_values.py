@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import ImageError, Mllama, MllamaError, RequestError, preprocess_image
 
@@ -114,9 +114,9 @@ def test_numbers_of_numpy(tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, flash_attn=np.bool_(True), image_cache=False, **settings) as model:  # type: ignore[arg-type]
         assert model.n_ctx == 99
         options: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "seed": 3, "max_tokens": 4}
-        plain = model.caption(picture(1), **options)
+        plain = model.caption(noisy_image(1), **options)
         kinds = {"temperature": np.float32, "top_k": np.int64, "seed": np.uint64, "max_tokens": np.int8}
-        assert plain == model.caption(picture(1), **{n: kinds[n](value) for n, value in options.items()})
+        assert plain == model.caption(noisy_image(1), **{n: kinds[n](value) for n, value in options.items()})
         tokens = model.tokenize("the dog")
         assert model.detokenize(np.array(tokens)) == model.detokenize(tokens)
         assert (model.logits(np.array(tokens)) == model.logits(tokens)).all()
@@ -138,14 +138,14 @@ def test_numbers_of_numpy(tiny_files: Files) -> None:
         (lambda m: m.logits(["a"]), "token_ids must be"),
         (lambda m: m.logits([5], images=5), "images must be a list"),
         (lambda m: m.logits([5], images=None), "images must be a list"),
-        (lambda m: m.caption(picture(1), None), "prompt must be a text"),
-        (lambda m: m.caption(picture(1), ["x"]), "prompt must be a text"),
-        (lambda m: m.caption(picture(1), stream="no"), "stream must be"),
-        (lambda m: m.caption(picture(1), json_schema="x"), "there is no option 'json_schema'"),
-        (lambda m: m.caption(picture(1), top_k=1.5), "top_k must be"),
-        (lambda m: m.caption(picture(1), stop=5), "stop must be"),
-        (lambda m: m.caption(picture(1), grammar=5), "grammar must be"),
-        (lambda m: m.reply(image=picture(1), options={"seed": 1}), "options must be ReplyOptions"),
+        (lambda m: m.caption(noisy_image(1), None), "prompt must be a text"),
+        (lambda m: m.caption(noisy_image(1), ["x"]), "prompt must be a text"),
+        (lambda m: m.caption(noisy_image(1), stream="no"), "stream must be"),
+        (lambda m: m.caption(noisy_image(1), json_schema="x"), "there is no option 'json_schema'"),
+        (lambda m: m.caption(noisy_image(1), top_k=1.5), "top_k must be"),
+        (lambda m: m.caption(noisy_image(1), stop=5), "stop must be"),
+        (lambda m: m.caption(noisy_image(1), grammar=5), "grammar must be"),
+        (lambda m: m.reply(image=noisy_image(1), options={"seed": 1}), "options must be ReplyOptions"),
         (lambda m: m.replies([], n=1, options=None), "options must be ReplyOptions"),
         (lambda m: m.tap(None), "callback must be a function"),
         (lambda m: m.conversation(n_ctx="x"), "n_ctx must be"),
@@ -167,7 +167,7 @@ def test_images(model: Mllama) -> None:
     for name in ("tile_size", "max_tiles"):
         for value in (0, 1.5, "4", None, True):
             with pytest.raises(RequestError, match=f"{name} must be"):
-                preprocess_image(picture(1), **{name: value})
+                preprocess_image(noisy_image(1), **{name: value})
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -192,11 +192,11 @@ def test_a_relative_path_and_a_file_that_goes_away(
         if change != "directory":
             os.unlink(tmp_path / "rel.gguf")
             os.unlink(tmp_path / "projector.gguf")
-        first = model.caption(picture(1), max_tokens=5)
+        first = model.caption(noisy_image(1), max_tokens=5)
         with model.conversation() as other:
-            assert other.caption(picture(1), max_tokens=5) == first
+            assert other.caption(noisy_image(1), max_tokens=5) == first
         model.reset()
-        assert model.caption(picture(1), max_tokens=5) == first
+        assert model.caption(noisy_image(1), max_tokens=5) == first
 
 
 def test_all_are_errors_of_the_package() -> None:

@@ -19,7 +19,7 @@ from golden_cases import (
     Case,
     case,
     condense,
-    grid_pictures,
+    grid_images,
     position_errors,
     relative_error,
 )
@@ -46,9 +46,9 @@ def model(
 
 def test_states(model: tuple[tiny.Arch, Reference, Any]) -> None:
     arch, reference, golden = model
-    for picture in grid_pictures(arch):
-        i = picture.aspect_ratio_id
-        states = reference.states(picture.pixels(arch), i, picture.n_tiles(arch))
+    for image in grid_images(arch):
+        i = image.aspect_ratio_id
+        states = reference.states(image.pixels(arch), i, image.n_tiles(arch))
         assert relative_error(states, golden[f"states_{i}"]) < 2e-6
 
 
@@ -56,7 +56,7 @@ def test_states(model: tuple[tiny.Arch, Reference, Any]) -> None:
 def test_logits(model: tuple[tiny.Arch, Reference, Any], name: str) -> None:
     arch, reference, golden = model
     prompt: Case = case(arch, name)
-    images = [reference.states(p.pixels(arch), p.aspect_ratio_id, p.n_tiles(arch)) for p in prompt.pictures]
+    images = [reference.states(p.pixels(arch), p.aspect_ratio_id, p.n_tiles(arch)) for p in prompt.images]
     logits = reference.logits(prompt.tokens, images)
     errors = position_errors(condense(logits.astype(np.float32)), golden[f"logits_{name}"])
     assert errors[:LONG].max() < 1e-5

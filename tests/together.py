@@ -42,12 +42,12 @@ class Runner:
     def slot(self, case: Case, group: Sequence[int]) -> int:
         if not group:
             return -1
-        key = tuple(case.pictures[i] for i in group)
+        key = tuple(case.images[i] for i in group)
         if key not in self._slots:
             states = []
-            for picture in key:
-                image = tiled(self.arch, picture)
-                states.append(self.context.encode(image.pixels[: image.n_tiles], image.aspect_ratio_id))
+            for image in key:
+                tiles = tiled(self.arch, image)
+                states.append(self.context.encode(tiles.pixels[: tiles.n_tiles], tiles.aspect_ratio_id))
             self._slots[key] = self.context.image_fill(states)
         return self._slots[key]
 

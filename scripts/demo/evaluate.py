@@ -41,7 +41,7 @@ def native() -> Captioner:
     from mllama_gguf import Mllama
 
     model = Mllama.from_pretrained("demo")
-    return lambda picture: model.caption(picture, prompt=PROMPTS[0], max_tokens=48).strip()
+    return lambda image: model.caption(image, prompt=PROMPTS[0], max_tokens=48).strip()
 
 
 def in_torch(directory: Path) -> Captioner:
@@ -57,9 +57,9 @@ def in_torch(directory: Path) -> Captioner:
     stop = {tokenizer.convert_tokens_to_ids(t) for t in ("<|eot_id|>", "<|end_of_text|>")}
     prompt = prompt_ids(tokenizer, PROMPTS[0])
 
-    def run(picture: Image.Image) -> str:
-        grid, size = fit(picture.width, picture.height, tile)
-        patches = patchify(picture.resize(size, Image.Resampling.BILINEAR), grid)
+    def run(image: Image.Image) -> str:
+        grid, size = fit(image.width, image.height, tile)
+        patches = patchify(image.resize(size, Image.Resampling.BILINEAR), grid)
         with torch.no_grad():
             _, states = model.encode(torch.from_numpy(patches)[None], grid, True)
             return tokenizer.decode(model.generate(prompt, states, stop)[0])
@@ -77,8 +77,8 @@ def measure(
     wrong = []
     for i in range(n):
         grid = GRIDS[i % len(GRIDS)]
-        picture, placed, relation = renderer.scene(rng, *renderer.size_for(rng, grid), things)
-        reply, wanted = captioner(picture), caption(placed, relation)
+        image, placed, relation = renderer.scene(rng, *renderer.size_for(rng, grid), things)
+        reply, wanted = captioner(image), caption(placed, relation)
         hits.setdefault(f"{grid[0]}x{grid[1]}", []).append((names_right(reply, placed), reply == wanted))
         if reply != wanted and len(wrong) < 12:
             wrong.append({"wanted": wanted, "got": reply})

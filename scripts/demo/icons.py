@@ -299,16 +299,16 @@ def rasterise(icons: dict, key: str, size: int = RASTER) -> np.ndarray:
         f'viewBox="{left} {top} {width} {height}" width="{size * 2}" height="{size * 2}">{icon["body"]}</svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
-    box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    box = image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
     if box is None:
         raise ValueError(f"{key}: empty drawing")
-    picture = picture.crop(box)
-    scale = size / max(picture.size)
-    wide, high = (max(1, round(side * scale)) for side in picture.size)
-    picture = picture.convert("RGBa").resize((wide, high), Image.Resampling.LANCZOS).convert("RGBA")
+    image = image.crop(box)
+    scale = size / max(image.size)
+    wide, high = (max(1, round(side * scale)) for side in image.size)
+    image = image.convert("RGBa").resize((wide, high), Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (size, size))
-    canvas.paste(picture, ((size - wide) // 2, (size - high) // 2))
+    canvas.paste(image, ((size - wide) // 2, (size - high) // 2))
     return np.asarray(canvas)
 
 
@@ -333,9 +333,9 @@ def load_icons(families: tuple[str, ...], cache: Path) -> Icons:
             np.savez_compressed(stored, nouns=nouns, pixels=np.stack([p for _, p in drawn]))
         data = np.load(stored)
         index = {t.noun: i for i, t in enumerate(THINGS)}
-        for noun, picture in zip(data["nouns"], data["pixels"], strict=True):
+        for noun, image in zip(data["nouns"], data["pixels"], strict=True):
             if str(noun) in index:
-                pixels.append(picture)
+                pixels.append(image)
                 thing.append(index[str(noun)])
                 family_of.append(family)
     return Icons(np.stack(pixels), np.array(thing), family_of)
@@ -361,8 +361,8 @@ def main() -> None:
             cell, columns = 64, 20
             rows = -(-len(icons.pixels) // columns)
             sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
-            for i, picture in enumerate(icons.pixels):
-                small = Image.fromarray(picture).resize((cell - 4, cell - 4))
+            for i, image in enumerate(icons.pixels):
+                small = Image.fromarray(image).resize((cell - 4, cell - 4))
                 sheet.paste(small, (i % columns * cell + 2, i // columns * cell + 2), small)
             sheet.save(args.cache / f"sheet-{family}.png")
     print("fewest families:", sorted((int(n), t.noun) for n, t in zip(counts, THINGS, strict=True))[:30])

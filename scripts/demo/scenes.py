@@ -124,8 +124,8 @@ def natural_colour(rgba: np.ndarray) -> str | None:
 
 def ink(rgba: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Flat colours inside dark outlines, as a comic would draw it."""
-    picture = Image.fromarray(rgba)
-    rgb = picture.convert("RGB").filter(ImageFilter.MedianFilter(5))
+    image = Image.fromarray(rgba)
+    rgb = image.convert("RGB").filter(ImageFilter.MedianFilter(5))
     levels = int(rng.integers(3, 7))
     flat = np.asarray(rgb).astype(np.float32)
     flat = np.round(flat / 255 * levels) / levels * 255
@@ -381,10 +381,10 @@ class Renderer:
     def _finish(self, canvas: np.ndarray, rng: np.random.Generator) -> Image.Image:
         if self.strong and rng.random() < 0.25:
             canvas = canvas + rng.normal(0, rng.uniform(2, 10), canvas.shape).astype(np.float32)
-        picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
         if self.strong and rng.random() < 0.12:
-            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
-        return picture
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
+        return image
 
     # -------------------------------------------------------------------------------------------- pictures
     def scene(

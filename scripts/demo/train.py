@@ -44,11 +44,11 @@ IMAGE_BUDGET = 128  # tiles a batch
 
 
 # -------------------------------------------------------------------------------------------------- batches
-def patchify(picture: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+def patchify(image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
     """A picture at its target size on its black canvas, as uint8 [tiles, patches, 3 * PATCH^2]."""
     rows, columns = grid
     canvas = np.zeros((rows * TILE, columns * TILE, 3), np.uint8)
-    canvas[: picture.height, : picture.width] = np.asarray(picture)
+    canvas[: image.height, : image.width] = np.asarray(image)
     parts = canvas.reshape(rows, SIDE, PATCH, columns, SIDE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     return np.ascontiguousarray(parts).reshape(rows * columns, SIDE * SIDE, 3 * PATCH * PATCH)
 
@@ -90,11 +90,11 @@ def label_patches(things: list[Placed], grid: tuple[int, int]) -> tuple[np.ndarr
     return tiled(thing).astype(np.int64), tiled(colour).astype(np.int64), tiled(weight)
 
 
-def blur_like_upscaling(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def blur_like_upscaling(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """What a small original looks like once it is enlarged to the tile."""
-    if size[0] >= picture.width:
-        return picture
-    return picture.resize(size, Image.Resampling.BOX).resize(picture.size, Image.Resampling.BILINEAR)
+    if size[0] >= image.width:
+        return image
+    return image.resize(size, Image.Resampling.BOX).resize(image.size, Image.Resampling.BILINEAR)
 
 
 def make_batch(renderer: Renderer, tokenizer, kind: str, seed: int) -> dict:
@@ -118,15 +118,15 @@ def make_batch(renderer: Renderer, tokenizer, kind: str, seed: int) -> dict:
             target = full if rng.random() < 0.6 else target
             most = min(full) if rng.random() < 0.3 else 84
             cell = float(np.exp(rng.uniform(np.log(36), np.log(most))))
-            picture, things = renderer.mosaic(rng, *target, cell)
+            image, things = renderer.mosaic(rng, *target, cell)
         else:
-            picture, things, relation = renderer.scene(rng, *target, 1 if rng.random() < 0.45 else 2)
+            image, things, relation = renderer.scene(rng, *target, 1 if rng.random() < 0.45 else 2)
             prompt = PROMPTS[0] if rng.random() < 0.6 else PROMPTS[rng.integers(len(PROMPTS))]
             reply = tokenizer.encode(caption(things, relation) + "<|eot_id|>", add_special_tokens=False)
             replies.append((prompt_ids(tokenizer, prompt), reply))
             relations.append(RELATIONS.index(relation))
-        picture = blur_like_upscaling(picture, (w, h))
-        patches.append(patchify(picture, grid))
+        image = blur_like_upscaling(image, (w, h))
+        patches.append(patchify(image, grid))
         labels.append(label_patches(things, grid))
     batch["patches"] = np.stack(patches)
     batch["thing"], batch["colour"], batch["weight"] = (np.stack(x) for x in zip(*labels, strict=True))
@@ -217,9 +217,9 @@ class Evaluation:
         for i in range(count):
             grid = GRIDS[i % 8]
             w, h = renderer.size_for(rng, grid)
-            picture, placed, relation = renderer.scene(rng, w, h, things)
+            image, placed, relation = renderer.scene(rng, w, h, things)
             _, target = fit(w, h, TILE)
-            small = picture.resize(target, Image.Resampling.BILINEAR)
+            small = image.resize(target, Image.Resampling.BILINEAR)
             scale = target[0] / w
             for p in placed:
                 p.x, p.y = p.x * scale, p.y * scale

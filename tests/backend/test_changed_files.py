@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import BackendError, Mllama, ModelError
 
@@ -37,7 +37,7 @@ def test_a_file_that_becomes_shorter(path: Path, size: int) -> None:
 
 def test_a_copy_does_not_mind(path: Path) -> None:
     with Mllama(path, n_ctx=256, use_mmap=False) as model:
-        expected = model.caption(picture(1), max_tokens=4)
+        expected = model.caption(noisy_image(1), max_tokens=4)
         os.truncate(path, 0)
         model.reset()
-        assert model.caption(picture(1), max_tokens=4) == expected
+        assert model.caption(noisy_image(1), max_tokens=4) == expected

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from damage import INF, NAN, damaged
 from golden_cases import case, tiled
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 from PIL import Image
 
 from mllama_gguf import ImageEmbedding, Mllama, ModelError, RequestError
@@ -75,7 +75,7 @@ def broken(tiny_files: Files, tmp_path: Path) -> Make:
 @pytest.fixture
 def photo(tmp_path: Path) -> str:
     path = tmp_path / "photo.png"
-    Image.fromarray(picture(1)).save(path)
+    Image.fromarray(noisy_image(1)).save(path)
     return str(path)
 
 
@@ -95,7 +95,7 @@ def test_one_error(broken: Make, name: str, folder: Path, isolate: bool) -> None
     with Mllama(path, n_ctx=256, isolate=isolate) as model:
         for _ in range(2):
             with pytest.raises(ModelError) as caught:
-                model.caption(picture(1), max_tokens=3)
+                model.caption(noisy_image(1), max_tokens=3)
             assert str(caught.value).startswith(f"{path}: the results of {phase} are not finite")
             assert "mllama verify" in str(caught.value) and "\n" not in str(caught.value)
             session = model._conversation.session
@@ -194,7 +194,7 @@ def test_a_token_of_the_reply(tiny_files: Files, folder: Path, tmp_path: Path, i
     """The prompt is right, the reply's first token is not: its piece is shown, and then comes the error."""
     prompt = case(ARCH, "text_before_image")
     with opened(tiny_files("gqa").one) as model:
-        images = [model._conversation.encode(tiled(ARCH, image)) for image in prompt.pictures]
+        images = [model._conversation.encode(tiled(ARCH, image)) for image in prompt.images]
         logits, _ = model._conversation.session.feed(prompt.tokens, images)
         model.reset()
     token = next(int(t) for t in np.argsort(-logits[0]) if t not in prompt.tokens)
@@ -203,7 +203,7 @@ def test_a_token_of_the_reply(tiny_files: Files, folder: Path, tmp_path: Path, i
         entry.unlink()
     with opened(path, isolate=isolate) as model:
         session = model._conversation.session
-        images = [model._conversation.encode(tiled(ARCH, image)) for image in prompt.pictures]
+        images = [model._conversation.encode(tiled(ARCH, image)) for image in prompt.images]
         session.feed(prompt.tokens, images)
         with pytest.raises(ModelError, match="results of a token are not finite"):
             session.step(token)
@@ -215,7 +215,7 @@ def test_a_prompt_in_pieces(bad_token: Path, folder: Path) -> None:
     """The damage is in text before an image, whose logits nobody asks for; that text is not kept on disk."""
     prompt = case(ARCH, "text_before_image")
     with opened(bad_token) as model:
-        images = [model._conversation.encode(tiled(ARCH, image)) for image in prompt.pictures]
+        images = [model._conversation.encode(tiled(ARCH, image)) for image in prompt.images]
         tokens = [prompt.tokens[0], BAD, *prompt.tokens[2:]]
         with pytest.raises(ModelError, match="results of the prompt"):
             model._conversation.session.feed(tokens, images)
@@ -276,7 +276,7 @@ def test_the_weight_is_named_where_it_is_known(
         if is_vector:
             model._conversation.session.feed([1, 2, 3])
         with pytest.raises(ModelError) as caught:
-            model.caption(picture(1), max_tokens=1)
+            model.caption(noisy_image(1), max_tokens=1)
         assert (f"as its tensor {tensor}" in str(caught.value)) == (is_vector or not use_mmap)
 
 
@@ -285,12 +285,12 @@ def test_the_weight_is_named_where_it_is_known(
 
 def test_pixels_and_states_of_the_caller(tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=256) as model:
-        image = preprocess_image(picture(1), tile_size=ARCH.image_size, max_tiles=4)
+        image = preprocess_image(noisy_image(1), tile_size=ARCH.image_size, max_tiles=4)
         image.pixels.flags.writeable = True
         image.pixels[0, 1, 2, 3] = NAN
         with pytest.raises(RequestError, match="the pixels are not finite"):
             model.encode_image(image)
-        whole = model.encode_image(picture(2))
+        whole = model.encode_image(noisy_image(2))
         states = whole.states.copy()
         states[-1, -1, -1] = INF
         with pytest.raises(RequestError, match="the states of image 0 are not finite"):
@@ -302,13 +302,13 @@ def test_pixels_and_states_of_the_caller(tiny_files: Files) -> None:
 def test_a_damaged_file_of_the_image_cache_is_not_the_model(tiny_files: Files, folder: Path) -> None:
     """An image_kv in its file is used before its checksum is known: NaN there is the file's fault."""
     with Mllama(tiny_files("gqa").one, n_ctx=256) as model:
-        expected = model.caption(picture(1), max_tokens=9)
+        expected = model.caption(noisy_image(1), max_tokens=9)
     (file,) = folder.glob("*.filling")
     data = bytearray(file.read_bytes())
     data[-400:] = b"\xff\x7f" * 200
     file.write_bytes(data)
     with Mllama(tiny_files("gqa").one, n_ctx=256) as model:
-        assert model.caption(picture(1), max_tokens=9) == expected
+        assert model.caption(noisy_image(1), max_tokens=9) == expected
 
 
 # ---- the C API ---------------------------------------------------------------------------------------------

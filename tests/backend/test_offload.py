@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, elsewhere, picture
+from helpers import TinyFiles, elsewhere, noisy_image
 
 from mllama_gguf import BackendError, Mllama, RequestError
 from mllama_gguf.backend.isolated import parse_workers
@@ -82,8 +82,8 @@ def child_of(model: Mllama) -> int:
 
 def test_a_child_process_gives_the_same(isolated: Mllama, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=256) as model:
-        expected = model.encode_image(picture(0)).states, model.logits([1, 2, 3]), model.memory()
-    assert np.array_equal(isolated.encode_image(picture(0)).states, expected[0])
+        expected = model.encode_image(noisy_image(0)).states, model.logits([1, 2, 3]), model.memory()
+    assert np.array_equal(isolated.encode_image(noisy_image(0)).states, expected[0])
     assert np.array_equal(isolated.logits([1, 2, 3]), expected[1])
     assert isolated.memory() == expected[2]
     assert isolated.hparams == model.hparams
@@ -109,7 +109,7 @@ def test_callbacks_errors_come_out(tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, isolate=True, n_ctx=256, progress=fail) as model:
         pid = child_of(model)
         with pytest.raises(ZeroDivisionError, match="of mine"):
-            model.encode_image(picture(0))
+            model.encode_image(noisy_image(0))
         assert model.logits([1, 2]).shape[0] == 2
         assert child_of(model) == pid, "the child went on living"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import BackendError, Conversation, LoadedModel, Mllama, OutOfMemoryError, RequestError
 from mllama_gguf.backend.callbacks import Callbacks
@@ -52,7 +52,7 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
         with Mllama(path, n_threads=1, **settings) as model:
             # A prompt that fills the context and a picture of all tiles
             h = model.hparams
-            image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
+            image = model.encode_image(noisy_image(1, 100, 100 * h.max_tiles))
             assert image.n_tiles > 1
             tokens = [h.image_token_id, *[1] * (model.n_ctx - 1)]
             model._conversation.session.feed(tokens, [model._conversation.encode(image)])
@@ -223,7 +223,7 @@ def test_auto_gives_up_at_no_layers_and_at_other_errors() -> None:
 def test_auto_without_a_device(tiny_files: Files) -> None:
     path = tiny_files("gqa").one
     with Mllama(path, n_ctx=256) as model, Mllama(path, n_ctx=256, n_gpu_layers="auto") as auto:
-        assert auto.caption(picture(1), max_tokens=5) == model.caption(picture(1), max_tokens=5)
+        assert auto.caption(noisy_image(1), max_tokens=5) == model.caption(noisy_image(1), max_tokens=5)
         assert [d.device for d in auto.memory().devices] == ["CPU"]
     with pytest.raises(RequestError, match="n_gpu_layers"):
         Mllama(path, n_gpu_layers="all")  # type: ignore[arg-type]
@@ -276,7 +276,7 @@ def test_the_plan_of_conversations_that_compute_together(
         talks = [model.conversation(scheduler=scheduler) for _ in range(n)]
 
         def fill(i: int) -> None:
-            image = talks[i].encode_image(picture(i, 100, 100 * h.max_tiles))
+            image = talks[i].encode_image(noisy_image(i, 100, 100 * h.max_tiles))
             tokens = [h.image_token_id, *[1] * (talks[i].n_ctx - 9)]
             talks[i].session.feed(tokens, [talks[i].encode(image)])
             for _ in range(8):
@@ -288,7 +288,7 @@ def test_the_plan_of_conversations_that_compute_together(
         one = cells(talks[0], talks[0].n_ctx)
         assert real.self_kv == planned.self_kv
         assert (real.mapped, real.weights) == (planned.mapped, planned.weights)
-        n_tiles = talks[0].encode_image(picture(0, 100, 100 * h.max_tiles)).n_tiles
+        n_tiles = talks[0].encode_image(noisy_image(0, 100, 100 * h.max_tiles)).n_tiles
         assert real.cross_kv == pytest.approx(planned.cross_kv * n_tiles / h.max_tiles, rel=0.03)
         assert planned.cross_kv == n * alone.cross_kv
         assert real.vision == pytest.approx(planned.vision, rel=0.03)

@@ -26,9 +26,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """a.png and b.png, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    pictures = sorted(EXAMPLES.glob("*.png"))
+    images = sorted(EXAMPLES.glob("*.png"))
     shutil.copy(EXAMPLES / "apple.png", "a.png")
-    shutil.copy(next(p for p in pictures if p.name != "apple.png"), "b.png")
+    shutil.copy(next(p for p in images if p.name != "apple.png"), "b.png")
     return tmp_path
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import STOP_SECONDS, elsewhere, picture
+from helpers import STOP_SECONDS, elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import BackendError, Mllama, RequestError
@@ -40,7 +40,7 @@ Captured = pytest.CaptureFixture[str]
 
 def save(path: Path, seed: int, height: int = 40, width: int = 40) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(seed, height, width)).save(path)
+    Image.fromarray(noisy_image(seed, height, width)).save(path)
     return str(path)
 
 
@@ -205,12 +205,12 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 def test_pictures_that_would_share_a_caption_file() -> None:
-    pictures = ["a/b.jpg", "a/c.jpg", "a/b.png"]
-    refused = Sidecars(".txt", pictures).refused
+    images = ["a/b.jpg", "a/c.jpg", "a/b.png"]
+    refused = Sidecars(".txt", images).refused
     assert set(refused) == {"a/b.jpg", "a/b.png"}
     assert refused["a/b.jpg"].startswith("would share a/b.txt with a/b.png; use --sidecar-full-name")
     assert refused["a/b.png"].startswith("would share a/b.txt with a/b.jpg;")
-    assert not Sidecars(".txt", pictures, full_name=True).refused
+    assert not Sidecars(".txt", images, full_name=True).refused
     with pytest.raises(RequestError, match=r"takes a suffix like \.txt, not 'txt'"):
         Sidecars("txt", ["a.png"])
 
@@ -536,19 +536,19 @@ def test_a_lost_device(
 ) -> None:
     failing = Failing(losses, openings)
     out, log = photos / "c.jsonl", ErrorLog(photos / "errors.jsonl")
-    pictures, options = list_images([str(photos)]), CaptionOptions(max_tokens=4)
+    images, options = list_images([str(photos)]), CaptionOptions(max_tokens=4)
     output = RecordFile(out)
-    summary = caption_images(pictures, output, failing.open, options, errors=log)
+    summary = caption_images(images, output, failing.open, options, errors=log)
     output.close()
     assert (summary.captioned, summary.failed) == (captioned, failed)
     assert stopped in summary.stopped
     assert bool(summary.stopped) == bool(stopped)
     assert [row["error"] for row in rows(log.path)] == ["BackendError"] * failed
     output = RecordFile(out)
-    again = caption_images(pictures, output, Failing(set(), 1).open, options, errors=log)
+    again = caption_images(images, output, Failing(set(), 1).open, options, errors=log)
     output.close()
     assert again.failed == 0
-    assert sorted(row["image"] for row in rows(out)) == sorted(pictures)
+    assert sorted(row["image"] for row in rows(out)) == sorted(images)
     assert not log.path.exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import picture
+from helpers import noisy_image
 from PIL import Image
 
 from mllama_gguf import RequestError
@@ -27,7 +27,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in (1, 2):
-        Image.fromarray(picture(i)).save(folder / f"{i}.jpg")
+        Image.fromarray(noisy_image(i)).save(folder / f"{i}.jpg")
     (folder / "3.jpg").write_bytes(b"broken")
     monkeypatch.chdir(folder)
     return folder

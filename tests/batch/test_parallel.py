@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import elsewhere, picture
+from helpers import elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import BackendError, Mllama
@@ -33,7 +33,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(1, 17):
         seed = {7: 6, 8: 6, 16: 1}.get(i, i)
-        Image.fromarray(picture(seed, 40, 40 + 300 * (seed % 3 == 0))).save(folder / f"{i}.png")
+        Image.fromarray(noisy_image(seed, 40, 40 + 300 * (seed % 3 == 0))).save(folder / f"{i}.png")
     (folder / f"{BAD}.png").write_bytes(b"no picture")
     return folder
 

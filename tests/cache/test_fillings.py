@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from golden_cases import case, tiled
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Aborted, ImageEmbedding, Mllama, ModelError, RequestError
 from mllama_gguf.backend.callbacks import Callbacks
@@ -83,38 +83,38 @@ def test_answers_are_the_same_to_the_bit(
         "type_v": ("f16", "f32", "f16")[number % 3],
         "isolate": number % 4 == 3,
     }
-    pictures = [tiled(tiny.ARCHS[arch], p) for p in prompt.pictures]
+    images = [tiled(tiny.ARCHS[arch], p) for p in prompt.images]
     answers = []
     for image_cache in (False, True, True):
         with watched.open(*paths, n_threads=1, image_cache=image_cache, **settings) as model:
-            logits = model.logits(prompt.tokens, pictures)
+            logits = model.logits(prompt.tokens, images)
             steps = [model._conversation.session.step(token) for token in (3, 5, 7)]
             answers.append(np.concatenate([logits, np.array(steps)]))
         assert (watched.encoded == 0) == (watched.filled == 0) == (len(answers) == 3)
     assert np.array_equal(answers[1], answers[0])
     assert np.array_equal(answers[2], answers[0])
     kept = fillings(folder)
-    assert len(kept) == len({p.key for p in prompt.pictures})
+    assert len(kept) == len({p.key for p in prompt.images})
     for name in kept:
         (folder / name).unlink()
     with watched.open(*paths, n_threads=2, **settings) as model:
-        model.logits(prompt.tokens, pictures)
+        model.logits(prompt.tokens, images)
     assert watched.filled
     assert fillings(folder) == kept
 
 
 def test_a_picture_is_the_same_beside_others(folder: Path, tiny_files: Files, watched: Watched) -> None:
     prompt = case(tiny.ARCHS["wide"], "adjacent_then_one")
-    pictures = [tiled(tiny.ARCHS["wide"], p) for p in prompt.pictures]
+    images = [tiled(tiny.ARCHS["wide"], p) for p in prompt.images]
     token = tiny.ARCHS["wide"].vocab_size  # the image token is the first that has no logit
     with watched.open(tiny_files("wide").one, image_cache=False) as model:
         assert token == model.image_token_id
-        expected = model.logits([1, token, token, 2], pictures[1::-1])
-    for alone in pictures[:2]:
+        expected = model.logits([1, token, token, 2], images[1::-1])
+    for alone in images[:2]:
         with watched.open(tiny_files("wide").one) as model:
             model.logits([token, 1], [alone])
     with watched.open(tiny_files("wide").one) as model:
-        assert np.array_equal(model.logits([1, token, token, 2], pictures[1::-1]), expected)
+        assert np.array_equal(model.logits([1, token, token, 2], images[1::-1]), expected)
     assert (watched.encoded, watched.filled) == (0, 0)
 
 
@@ -123,7 +123,7 @@ def test_a_picture_is_the_same_beside_others(folder: Path, tiny_files: Files, wa
 
 def test_the_first_piece_does_not_wait(folder: Path, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one) as model:
-        pieces = model.caption(picture(1), stream=True, max_tokens=50)
+        pieces = model.caption(noisy_image(1), stream=True, max_tokens=50)
         next(pieces)
         assert not fillings(folder)
         next(pieces)
@@ -132,30 +132,30 @@ def test_the_first_piece_does_not_wait(folder: Path, tiny_files: Files) -> None:
 
 def test_a_reply_of_one_token(folder: Path, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one) as model:
-        model.caption(picture(1), max_tokens=1)
+        model.caption(noisy_image(1), max_tokens=1)
         assert not fillings(folder)
-        model.caption(picture(2), max_tokens=1)
+        model.caption(noisy_image(2), max_tokens=1)
         assert len(fillings(folder)) == 1
         model.reset()
         assert len(fillings(folder)) == 2
-        model.caption(picture(3), max_tokens=1)
+        model.caption(noisy_image(3), max_tokens=1)
     assert len(fillings(folder)) == 3
 
 
 def test_states_are_not_even_read(folder: Path, tiny_files: Files, watched: Watched) -> None:
     with watched.open(tiny_files("gqa").one) as model:
-        expected = model.caption(picture(1), max_tokens=9)
-        states = model.encode_image(picture(1)).states
+        expected = model.caption(noisy_image(1), max_tokens=9)
+        states = model.encode_image(noisy_image(1)).states
     (path,) = folder.glob("*.states")
     whole = path.read_bytes()
     path.unlink()
     for _ in range(2):
         with watched.open(tiny_files("gqa").one) as model:
-            assert model.caption(picture(1), max_tokens=9) == expected
+            assert model.caption(noisy_image(1), max_tokens=9) == expected
         assert (watched.encoded, watched.filled) == (0, 0)
         assert not path.exists()
     with watched.open(tiny_files("gqa").one) as model:  # they can still be had
-        assert np.array_equal(model.encode_image(picture(1)).states, states)
+        assert np.array_equal(model.encode_image(noisy_image(1)).states, states)
     assert watched.encoded == 1
     assert path.read_bytes() == whole
 
@@ -171,7 +171,7 @@ def test_a_damaged_filling(
     with_states: bool,
 ) -> None:
     with watched.open(tiny_files("gqa").one) as model:
-        expected = model.caption(picture(1), max_tokens=9)
+        expected = model.caption(noisy_image(1), max_tokens=9)
     ((name, whole),) = fillings(folder).items()
     data = bytearray(whole)
     if at is None:
@@ -182,7 +182,7 @@ def test_a_damaged_filling(
     if not with_states:
         next(folder.glob("*.states")).unlink()
     with watched.open(tiny_files("gqa").one) as model:
-        assert model.caption(picture(1), max_tokens=9) == expected
+        assert model.caption(noisy_image(1), max_tokens=9) == expected
         assert len(model._conversation.session.slots) == 1
     assert (watched.encoded, watched.filled) == (not with_states, 1)
     assert fillings(folder) == {name: whole}
@@ -196,7 +196,7 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
     stop = False
     if call != "image_get":
         with Mllama(tiny_files("gqa").one) as model:
-            model.caption(picture(1), max_tokens=9)
+            model.caption(noisy_image(1), max_tokens=9)
     with Mllama(tiny_files("gqa").one, abort=lambda: stop, isolate=isolate) as model:
         if call == "image_set":
             model._conversation.context.image_mapped_size = lambda n_tiles: 0  # type: ignore[method-assign]
@@ -210,16 +210,16 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
 
         setattr(model._conversation.context, asked, image_size)
         with pytest.raises(Aborted):
-            model.caption(picture(1), max_tokens=9)
+            model.caption(noisy_image(1), max_tokens=9)
         stop = False
         setattr(model._conversation.context, asked, size)
         before = len(fillings(folder))
-        answer = model.caption(picture(1), max_tokens=9)
+        answer = model.caption(noisy_image(1), max_tokens=9)
         assert len(model._conversation.session.slots) == 1
     assert before == (call != "image_get")
     assert not list(folder.glob(".*"))
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
-        assert model.caption(picture(1), max_tokens=9) == answer
+        assert model.caption(noisy_image(1), max_tokens=9) == answer
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -228,9 +228,9 @@ def test_a_picture_alone_stays_in_its_file(
 ) -> None:
     """As long as it is seen, even if the file is removed."""
     with watched.open(tiny_files("gqa").one) as model:
-        expected = model.caption(picture(1), max_tokens=9)
+        expected = model.caption(noisy_image(1), max_tokens=9)
     with watched.open(tiny_files("gqa").one, isolate=isolate) as model:
-        pieces = model.caption(picture(1), max_tokens=9, stream=True)
+        pieces = model.caption(noisy_image(1), max_tokens=9, stream=True)
         text = next(pieces)
         assert model._conversation.session._slot is not None
         slot = model._conversation.session._slot.number
@@ -243,9 +243,9 @@ def test_a_picture_alone_stays_in_its_file(
         for path in folder.glob("*.filling"):
             path.unlink()
         assert text + "".join(pieces) == expected
-        assert model.caption(picture(1), max_tokens=9) == expected
+        assert model.caption(noisy_image(1), max_tokens=9) == expected
         model.reset()
-        assert model.caption(picture(1), max_tokens=9) == expected
+        assert model.caption(noisy_image(1), max_tokens=9) == expected
     assert (watched.encoded, watched.filled) == (0, 1)
 
 
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_mapped(tmp_path: Path, context: LocalContext) -> N
 
 def test_a_tap_sees_all(folder: Path, tiny_files: Files, watched: Watched) -> None:
     with watched.open(tiny_files("gqa").one) as model:
-        model.caption(picture(1), max_tokens=2)
+        model.caption(noisy_image(1), max_tokens=2)
     names: set[str] = set()
 
     def tap(name: str, values: object) -> bool:
@@ -279,21 +279,21 @@ def test_a_tap_sees_all(folder: Path, tiny_files: Files, watched: Watched) -> No
         return False
 
     with watched.open(tiny_files("gqa").one) as model, model.tap(tap):
-        model.caption(picture(1), max_tokens=2)
+        model.caption(noisy_image(1), max_tokens=2)
     assert {"blk.0.cross_k", "blk.3.cross_v"} <= names
 
 
 def test_embeddings(folder: Path, tiny_files: Files, watched: Watched) -> None:
     """Those that we made are kept. Of others the key may mean something else tomorrow."""
     with watched.open(tiny_files("gqa").one) as model:
-        ours = model.encode_image(picture(1))
+        ours = model.encode_image(noisy_image(1))
         model.caption(ours, max_tokens=2)
         model.caption(ImageEmbedding(ours.states.copy(), 1, "mine"), max_tokens=2)
         model.caption(ImageEmbedding(ours.states.copy(), 1), max_tokens=2)
     assert len(fillings(folder)) == 1
     assert watched.filled == 3
     with watched.open(tiny_files("gqa").one) as model:
-        model.caption(model.encode_image(picture(1)), max_tokens=2)
+        model.caption(model.encode_image(noisy_image(1)), max_tokens=2)
     assert (watched.encoded, watched.filled) == (0, 0)
 
 
@@ -308,7 +308,7 @@ def test_what_makes_a_key(folder: Path, tmp_path: Path, tiny_files: Files, watch
 
     def n_image_kv(**options: Any) -> int:
         with watched.open(text, files.mmproj, **options) as model:
-            model.caption(picture(1), max_tokens=2)
+            model.caption(noisy_image(1), max_tokens=2)
         return len(fillings(folder))
 
     assert n_image_kv() == 1
@@ -394,10 +394,10 @@ def test_a_full_disk_is_one_warning(
         raise OSError(28, "No space left on device", str(folder))
 
     with Mllama(tiny_files("gqa").one, image_cache=False) as model:
-        expected = [model.caption(picture(seed), max_tokens=9) for seed in (1, 2)]
+        expected = [model.caption(noisy_image(seed), max_tokens=9) for seed in (1, 2)]
     monkeypatch.setattr("mllama_gguf.files.os.replace", fails)
     with Mllama(tiny_files("gqa").one) as model:
-        assert [model.caption(picture(seed), max_tokens=9) for seed in (1, 2)] == expected
+        assert [model.caption(noisy_image(seed), max_tokens=9) for seed in (1, 2)] == expected
     records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert records == [f"{folder}: the image cache cannot be used: No space left on device"]
     assert not list(folder.iterdir())
@@ -424,16 +424,16 @@ def test_bytes_of_a_slot(context: LocalContext) -> None:
     sizes = [context.image_size(slot, i) for i in range(3)]
     row = h.head_dim * h.n_head_kv * (2 + 2)  # F16
     assert sizes == [n * h.n_positions * row * h.n_cross_layers for n in (2, 1, 3)]
-    pictures = [context.image_get(slot, i, 0, size) for i, size in enumerate(sizes)]
+    images = [context.image_get(slot, i, 0, size) for i, size in enumerate(sizes)]
     for start, n in ((0, 1), (5, 1000), (sizes[0] - 7, 7), (sizes[0], 0), (1234, sizes[0] - 1234)):
-        assert np.array_equal(context.image_get(slot, 0, start, n), pictures[0][start : start + n])
+        assert np.array_equal(context.image_get(slot, 0, start, n), images[0][start : start + n])
 
     copy = context.image_fill([3, states[0], 1])
     for start in range(0, sizes[2], 999):
-        context.image_set(copy, 0, start, pictures[2][start : start + 999])
-    context.image_set(copy, 2, 0, pictures[1])
+        context.image_set(copy, 0, start, images[2][start : start + 999])
+    context.image_set(copy, 2, 0, images[1])
     for image, original in enumerate((2, 0, 1)):
-        assert np.array_equal(context.image_get(copy, image, 0, sizes[original]), pictures[original])
+        assert np.array_equal(context.image_get(copy, image, 0, sizes[original]), images[original])
     logits = []
     for filled in (copy, context.image_fill([states[i] for i in (2, 0, 1)])):
         context.truncate(0)

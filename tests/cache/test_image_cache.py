@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, elsewhere, picture
+from helpers import TinyFiles, elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import ImageEmbedding, Mllama, RequestError
@@ -54,10 +54,10 @@ class Encoded:
     """Opens models and counts what their encoders do."""
 
     def __init__(self) -> None:
-        self.pictures = 0
+        self.images = 0
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        self.pictures += phase == "encode" and done == total
+        self.images += phase == "encode" and done == total
 
     def open(self, *paths: Path, **options: object) -> Mllama:
         return Mllama(*paths, n_ctx=512, progress=self.progress, **options)  # type: ignore[arg-type]
@@ -69,16 +69,16 @@ class Encoded:
 def test_another_object_encodes_nothing_and_says_the_same(folder: Path, tiny_files: Files) -> None:
     files, encoded = tiny_files("gqa"), Encoded()
     with encoded.open(files.text, files.mmproj, image_cache=False) as model:
-        expected = model.caption(picture(1, 30, 100), max_tokens=20)
-        states = model.encode_image(picture(1, 30, 100)).states
+        expected = model.caption(noisy_image(1, 30, 100), max_tokens=20)
+        states = model.encode_image(noisy_image(1, 30, 100)).states
     assert not folder.exists()
-    for n_pictures in (2, 2, 2):
+    for n_images in (2, 2, 2):
         with encoded.open(files.text, files.mmproj) as model:
-            assert model.caption(picture(1, 30, 100), max_tokens=20) == expected
-            found = model.encode_image(picture(1, 30, 100))
+            assert model.caption(noisy_image(1, 30, 100), max_tokens=20) == expected
+            found = model.encode_image(noisy_image(1, 30, 100))
             assert np.array_equal(found.states, states)
             assert not found.states.flags.writeable
-        assert encoded.pictures == n_pictures
+        assert encoded.images == n_images
         assert len(entries(folder)) == 1
     assert folder.stat().st_mode & 0o077 == 0
     assert not list(folder.glob(".*"))
@@ -87,31 +87,31 @@ def test_another_object_encodes_nothing_and_says_the_same(folder: Path, tiny_fil
 def test_reset_keeps_what_is_on_disk(folder: Path, tiny_files: Files) -> None:
     encoded = Encoded()
     with encoded.open(tiny_files("gqa").one) as model:
-        first = model.encode_image(picture(1))
+        first = model.encode_image(noisy_image(1))
         model.reset()
-        again = model.encode_image(picture(1))
+        again = model.encode_image(noisy_image(1))
         assert again is not first
         assert again.key == first.key
         assert np.array_equal(again.states, first.states)
-    assert encoded.pictures == 1
+    assert encoded.images == 1
 
 
 def test_a_path_and_no_cache(folder: Path, tmp_path: Path, tiny_files: Files) -> None:
     encoded = Encoded()
     for n in (1, 1):
         with encoded.open(tiny_files("gqa").one, image_cache=tmp_path / "mine") as model:
-            model.encode_image(picture(1))
-        assert encoded.pictures == n
+            model.encode_image(noisy_image(1))
+        assert encoded.images == n
     with encoded.open(tiny_files("gqa").one, image_cache=False) as model:
-        model.encode_image(picture(1))
-    assert encoded.pictures == 2
+        model.encode_image(noisy_image(1))
+    assert encoded.images == 2
     assert not folder.exists()
 
 
 def test_size_zero_is_no_cache(folder: Path, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SIZE_VARIABLE, "0")
     with Mllama(tiny_files("gqa").one) as model:
-        model.encode_image(picture(1))
+        model.encode_image(noisy_image(1))
     assert not folder.exists()
 
 
@@ -119,33 +119,33 @@ def test_what_makes_a_key(folder: Path, tmp_path: Path, tiny_files: Files) -> No
     """The pixels, the projector's content wherever it lies, and how it is computed."""
     files, encoded = tiny_files("gqa"), Encoded()
     with encoded.open(files.text, files.mmproj) as model:
-        first = model.encode_image(picture(1)).key
-        assert model.encode_image(picture(2)).key != first
+        first = model.encode_image(noisy_image(1)).key
+        assert model.encode_image(noisy_image(2)).key != first
     copy = tmp_path / "copy.gguf"
     shutil.copy(files.mmproj, copy)
     os.utime(copy, (1, 1))
     with encoded.open(files.text, copy) as model:
-        assert model.encode_image(picture(1)).key == first
-        assert encoded.pictures == 2
+        assert model.encode_image(noisy_image(1)).key == first
+        assert encoded.images == 2
     with encoded.open(files.text, copy, flash_attn=False) as model:
-        assert model.encode_image(picture(1)).key != first
+        assert model.encode_image(noisy_image(1)).key != first
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLLAMA_CPU_KERNEL", "off")
         with encoded.open(files.text, copy) as model:
             patch.delenv("MLLAMA_CPU_KERNEL")  # that of an open model does not change
-            assert model.encode_image(picture(1)).key != first
+            assert model.encode_image(noisy_image(1)).key != first
             with model.image_encoder(1) as encoder:
-                assert encoder.encode(picture(1)).key == model.encode_image(picture(1)).key
+                assert encoder.encode(noisy_image(1)).key == model.encode_image(noisy_image(1)).key
     with encoded.open(files.text, copy) as model, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLLAMA_CPU_KERNEL", "off")
-        assert model.encode_image(picture(1)).key == first
+        assert model.encode_image(noisy_image(1)).key == first
     keys = {first}
     for at in (-1, -100_000):  # bytes of two weights
         data = bytearray(files.mmproj.read_bytes())
         data[at] ^= 1
         copy.write_bytes(data)  # the same path, size and inode
         with encoded.open(files.text, copy) as model:
-            keys.add(model.encode_image(picture(1)).key)
+            keys.add(model.encode_image(noisy_image(1)).key)
     assert len(keys) == 3
 
 
@@ -182,8 +182,8 @@ def test_the_projector_is_read_once(
         changed = time.time() - seconds if seconds == 0 else 1e9 + seconds
         os.utime(path, (changed, changed))
         with Mllama(path) as model:
-            model.encode_image(picture(1))
-            model.encode_image(picture(2))
+            model.encode_image(noisy_image(1))
+            model.encode_image(noisy_image(2))
         assert len(reads) == n_reads
 
 
@@ -195,12 +195,12 @@ def test_a_tap_sees_the_encoder_although_the_picture_is_known(folder: Path, tiny
         return False
 
     with Mllama(tiny_files("gqa").one) as model:
-        model.encode_image(picture(1))
+        model.encode_image(noisy_image(1))
         with model.tap(tap):
-            model.encode_image(picture(1))
+            model.encode_image(noisy_image(1))
         assert any(name.startswith("v.") for name in names)
         names.clear()
-        model.encode_image(picture(1))
+        model.encode_image(noisy_image(1))
         assert not names
 
 
@@ -227,14 +227,14 @@ def test_a_damaged_entry_is_dropped_and_computed_again(
 ) -> None:
     encoded = Encoded()
     with encoded.open(tiny_files("gqa").one) as model:
-        expected = model.encode_image(picture(1)).states
+        expected = model.encode_image(noisy_image(1)).states
         (path,) = entries(folder)
         whole = path.read_bytes()
         path.write_bytes(damage(whole))
         model.reset()
-        found = model.encode_image(picture(1)).states
+        found = model.encode_image(noisy_image(1)).states
     assert np.array_equal(found, expected)
-    assert encoded.pictures == 2
+    assert encoded.images == 2
     assert path.read_bytes() == whole
     (record,) = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert "the entry is dropped" in record.getMessage()
@@ -318,10 +318,10 @@ def test_a_directory_that_cannot_be_is_one_warning(
     blocker = tmp_path / "file"
     blocker.write_text("")
     with Mllama(tiny_files("gqa").one, image_cache=blocker / "images") as model:
-        expected = model.caption(picture(1), max_tokens=5)
+        expected = model.caption(noisy_image(1), max_tokens=5)
         model.reset()
-        assert model.caption(picture(1), max_tokens=5) == expected
-        model.encode_image(picture(2))
+        assert model.caption(noisy_image(1), max_tokens=5) == expected
+        model.encode_image(noisy_image(2))
     records = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert [r.levelno for r in records] == [logging.WARNING]
     assert "cannot be used: Not a directory" in records[0].getMessage()
@@ -337,7 +337,7 @@ def test_a_full_or_read_only_disk_is_one_warning(
 ) -> None:
     """Root may write everywhere, so the failures are made up; what was there before is still found."""
     with Mllama(tiny_files("gqa").one) as model:
-        known = model.encode_image(picture(1)).states
+        known = model.encode_image(noisy_image(1)).states
 
     def fails(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device", str(folder))
@@ -346,11 +346,11 @@ def test_a_full_or_read_only_disk_is_one_warning(
     monkeypatch.setattr("mllama_gguf.cache.disk.os.utime", fails)
     encoded = Encoded()
     with encoded.open(tiny_files("gqa").one) as model:
-        assert np.array_equal(model.encode_image(picture(1)).states, known)
-        assert encoded.pictures == 0
+        assert np.array_equal(model.encode_image(noisy_image(1)).states, known)
+        assert encoded.images == 0
         for seed in (2, 3):
-            model.encode_image(picture(seed))
-    assert encoded.pictures == 2
+            model.encode_image(noisy_image(seed))
+    assert encoded.images == 2
     records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert records == [f"{folder}: the image cache cannot be used: No space left on device"]
     assert len(entries(folder)) == 1
@@ -435,7 +435,7 @@ def test_a_directory_with_files_of_others(
     chosen = {"image_cache": folder.parent} if how == "argument" else {}
     for seed in range(4):
         with Mllama(tiny_files("gqa").one, n_ctx=512, **chosen) as model:
-            model.caption(picture(seed, 30, 100), max_tokens=3)
+            model.caption(noisy_image(seed, 30, 100), max_tokens=3)
     assert entries(folder)
     assert run(["cache", "clear"]) == 0
     assert not folder.exists()
@@ -450,8 +450,8 @@ def test_a_folder_of_the_caches_name_that_is_not_ours(
     encoded = Encoded()
     for n in (1, 2):
         with encoded.open(tiny_files("gqa").one) as model:
-            model.encode_image(picture(1))
-        assert encoded.pictures == n
+            model.encode_image(noisy_image(1))
+        assert encoded.images == n
     records = [r.getMessage() for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert len(records) == 2 and all("it has files of other programs; move them away" in r for r in records)
     assert run(["cache", "clear"]) == 0
@@ -464,7 +464,7 @@ def test_a_marker_of_others(folder: Path, tiny_files: Files, marker: bytes) -> N
     for name, data in ((MARKER, marker), (f"{KEY}.states", b"mine")):
         (folder / name).write_bytes(data)
     with Mllama(tiny_files("gqa").one) as model:
-        model.encode_image(picture(1))
+        model.encode_image(noisy_image(1))
     assert run(["cache", "clear"]) == 0
     assert files_in(folder) == {MARKER: marker, f"{KEY}.states": b"mine"}
 
@@ -525,7 +525,7 @@ def test_entries_of_earlier_versions(
 
 def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: Captured) -> None:
     photo, one = str(tmp_path / "photo.png"), str(tiny_files("gqa").one)
-    Image.fromarray(picture(1)).save(photo)
+    Image.fromarray(noisy_image(1)).save(photo)
 
     def info(*args: str) -> dict[str, object]:
         assert run(["cache", *args, "--json"]) == 0
@@ -560,7 +560,7 @@ def test_a_cache_that_cannot_be_is_one_line(
     folder: Path, tmp_path: Path, tiny_files: Files, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo, one = str(tmp_path / "photo.png"), str(tiny_files("gqa").one)
-    Image.fromarray(picture(1)).save(photo)
+    Image.fromarray(noisy_image(1)).save(photo)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "file" / "images"))
     assert run(["caption", photo, photo, "-m", one, "-n", "5"]) == 0

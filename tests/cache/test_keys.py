@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Aborted, ImageError, Mllama
 from mllama_gguf.cache.disk import ImageCache
@@ -20,7 +20,7 @@ KEY = "ab" * 32
 
 
 def tiles(model: Mllama) -> object:
-    return model._shared.images.prepare(picture(1))
+    return model._shared.images.prepare(noisy_image(1))
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def test_opening_hashes_nothing(folder: Path, tiny_files: Files, hashed: list[Pa
     with Mllama(files.text, files.mmproj) as model:
         assert model.create_chat_completion([{"role": "user", "content": "the"}], max_tokens=1)
         assert hashed == []
-        model.encode_image(picture(1))
+        model.encode_image(noisy_image(1))
         assert hashed == [files.mmproj]
-        model.caption(picture(2), max_tokens=1)
+        model.caption(noisy_image(2), max_tokens=1)
         assert hashed == [files.mmproj, files.text]
 
 
@@ -91,8 +91,8 @@ def test_files_that_change_after_they_were_opened(
 ) -> None:
     files = tiny_files("gqa")
     with Mllama(files.text, files.mmproj) as model:
-        expected = model.caption(picture(1), max_tokens=5)
-        known = model.encode_image(picture(1)).key
+        expected = model.caption(noisy_image(1), max_tokens=5)
+        known = model.encode_image(noisy_image(1)).key
     home = tmp_path / "home"
     home.mkdir()
     text, mmproj = home / "text.gguf", home / "mmproj.gguf"
@@ -111,14 +111,14 @@ def test_files_that_change_after_they_were_opened(
             data[-1] ^= 1
             other.write_bytes(data if how == "replace" else data[:-1000])
             other.replace(mmproj)
-        assert model.caption(picture(1), max_tokens=5) == expected
-        key = model.encode_image(picture(1)).key
+        assert model.caption(noisy_image(1), max_tokens=5) == expected
+        key = model.encode_image(noisy_image(1)).key
         # What cannot be hashed any more has a key of its own.
         assert (key == known) == (how == "leave the folder")
-        assert model.caption(picture(1), max_tokens=5) == expected
+        assert model.caption(noisy_image(1), max_tokens=5) == expected
     if how == "replace":
         with Mllama(files.text, mmproj) as model:
-            assert model.encode_image(picture(1)).key not in (key, known)
+            assert model.encode_image(noisy_image(1)).key not in (key, known)
 
 
 def test_pipes_in_the_cache_are_no_entries(tmp_path: Path) -> None:

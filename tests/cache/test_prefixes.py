@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from golden_cases import Picture, tiled
-from helpers import TinyFiles, picture
+from golden_cases import GoldenImage, tiled
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Mllama, RequestError
 from mllama_gguf.cache.disk import ImageCache
@@ -30,7 +30,7 @@ def ask(path: Path, n_before: int = 5, tokens: int = 3, **options: Any) -> tuple
         prompt = [1, *range(2, 1 + n_before), model.image_token_id, *range(1, tokens + 1)][
             -(n_before + tokens + 1) :
         ]
-        images = [model._conversation.encode(tiled(arch, Picture(1)))]
+        images = [model._conversation.encode(tiled(arch, GoldenImage(1)))]
         logits, reused = model._conversation.session.feed(prompt, images)
         rows = [logits[0], *(model._conversation.session.step(token) for token in (3, 5))]
         model.reset()
@@ -95,7 +95,7 @@ def test_a_chat(folder: Path, tiny_files: Files) -> None:
     """Kept once the reply has begun; a tap sees all tokens; a later turn has them in memory."""
 
     def chat(model: Mllama, **options: Any) -> Any:
-        content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "the"}]
+        content = [{"type": "image", "image": noisy_image(1)}, {"type": "text", "text": "the"}]
         return model.create_chat_completion([{"role": "user", "content": content}], max_tokens=3, **options)
 
     with Mllama(tiny_files("gqa").one, n_ctx=512) as model:

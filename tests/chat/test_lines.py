@@ -50,8 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_lines(line: str, expected: Command | Question, folder: Path) -> None:
     line = line.replace("{folder}", str(folder))
     if isinstance(expected, Question):
-        pictures = tuple(name.replace("{folder}", str(folder)) for name in expected.images)
-        expected = Question(expected.text, pictures, expected.links)
+        images = tuple(name.replace("{folder}", str(folder)) for name in expected.images)
+        expected = Question(expected.text, images, expected.links)
     assert parse(line, NAMES) == expected
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from helpers import STOP_SECONDS, TinyFiles, elsewhere, picture
+from helpers import STOP_SECONDS, TinyFiles, elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import Mllama
@@ -28,7 +28,7 @@ Captured = pytest.CaptureFixture[str]
 @pytest.fixture
 def photo(tmp_path: Path) -> str:
     path = tmp_path / "photo.png"
-    Image.fromarray(picture(1)).save(path)
+    Image.fromarray(noisy_image(1)).save(path)
     return str(path)
 
 
@@ -77,7 +77,7 @@ def test_caption_from_two_files_and_the_environment(
 
 def test_caption_json(photo: str, one: str, tmp_path: Path, capsys: Captured) -> None:
     other = tmp_path / "other.png"
-    Image.fromarray(picture(2)).save(other)
+    Image.fromarray(noisy_image(2)).save(other)
     assert run(["caption", photo, str(other), "-m", one, "-n", "7", "--json"]) == 0
     out, err = capsys.readouterr()
     first, second = lines(out)
@@ -260,7 +260,7 @@ def assert_interrupted(child: subprocess.Popen[str]) -> None:
 
 def test_ctrl_c_while_encoding(slow: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
-    Image.fromarray(picture(1, 900, 900)).save(path)
+    Image.fromarray(noisy_image(1, 900, 900)).save(path)
     child = process("caption", str(path), "-m", str(slow))
     time.sleep(2.5)
     assert child.poll() is None, child.communicate()
@@ -335,7 +335,7 @@ def test_info_agrees_with_what_a_context_takes(tiny_files: Files, capsys: Captur
     (info,) = lines(capsys.readouterr().out)
     need = next(m for m in info["memory"] if m["n_ctx"] == 2048)
     with Mllama(files.one, n_ctx=2048) as model:
-        model.caption(picture(1, 100, 100), max_tokens=1)
+        model.caption(noisy_image(1, 100, 100), max_tokens=1)
         memory = model.memory()
     assert memory.self_kv == pytest.approx(need["self_kv"], rel=0.15)
     assert 0 < memory.cross_kv <= need["cross_kv"] * 1.15

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from asked import MODEL, QUESTION, SCHEMA, TAGGED
-from serving import picture64
+from serving import image64
 
 
 def curl(url: str, *args: str, body: Any = None) -> str:
@@ -24,7 +24,7 @@ def curl(url: str, *args: str, body: Any = None) -> str:
 
 
 def test_a_chat(url: str, expected: Callable[[str, str], str]) -> None:
-    message = {"role": "user", "content": QUESTION, "images": [picture64()]}
+    message = {"role": "user", "content": QUESTION, "images": [image64()]}
     body = {"model": MODEL, "messages": [message], "options": {"temperature": 0}}
     lines = [json.loads(line) for line in curl(f"{url}/api/chat", body=body).splitlines()]
     text = "".join(line["message"]["content"] for line in lines)
@@ -34,7 +34,7 @@ def test_a_chat(url: str, expected: Callable[[str, str], str]) -> None:
 
 
 def test_generate(url: str, expected: Callable[[str, str], str]) -> None:
-    body = {"model": MODEL, "prompt": QUESTION, "images": [picture64()], "stream": False}
+    body = {"model": MODEL, "prompt": QUESTION, "images": [image64()], "stream": False}
     found = json.loads(curl(f"{url}/api/generate", body={**body, "options": {"temperature": 0}}))
     assert found["response"] == expected("apple.png", QUESTION)
     found = json.loads(curl(f"{url}/api/generate", body={**body, "format": SCHEMA}))
@@ -71,7 +71,7 @@ def test_the_small_routes(url: str) -> None:
 
 
 def test_openais_api(url: str, expected: Callable[[str, str], str]) -> None:
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture64()}"}}
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image64()}"}}
     content = [{"type": "text", "text": QUESTION}, image]
     body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "temperature": 0}
     found = json.loads(curl(f"{url}/v1/chat/completions", body=body))

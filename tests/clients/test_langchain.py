@@ -11,12 +11,12 @@ import pytest
 from asked import MODEL, QUESTION, SCHEMA
 from langchain_core.messages import HumanMessage
 from langchain_ollama import ChatOllama, OllamaLLM
-from serving import data_uri, picture64
+from serving import data_uri, image64
 
 
 def asked() -> Any:
-    picture = {"type": "image_url", "image_url": data_uri()}
-    return [HumanMessage(content=[{"type": "text", "text": QUESTION}, picture])]
+    image = {"type": "image_url", "image_url": data_uri()}
+    return [HumanMessage(content=[{"type": "text", "text": QUESTION}, image])]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_schema_is_obeyed(model: ChatOllama) -> None:
 
 def test_generate(url: str, expected: Callable[[str, str], str]) -> None:
     model = OllamaLLM(model=MODEL, base_url=url, temperature=0)
-    assert model.bind(images=[picture64()]).invoke(QUESTION) == expected("apple.png", QUESTION)
+    assert model.bind(images=[image64()]).invoke(QUESTION) == expected("apple.png", QUESTION)
 
 
 def test_errors(url: str) -> None:

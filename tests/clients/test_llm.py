@@ -40,6 +40,6 @@ def test_models_a_schema_and_an_error(llm: Llm) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["colour"] in ("red", "blue")
-    no_picture = str(EXAMPLES / "draw.py")
-    ran = llm("x", "-m", f"ollama/{MODEL}", "--at", no_picture, "image/png")
+    no_image = str(EXAMPLES / "draw.py")
+    ran = llm("x", "-m", f"ollama/{MODEL}", "--at", no_image, "image/png")
     assert ran.returncode == 1 and "not a picture" in ran.stderr and "Traceback" not in ran.stderr

@@ -12,7 +12,7 @@ import ollama
 import pytest
 from asked import GREEDY, KEY, MODEL, QUESTION, SCHEMA, TAGGED
 from pydantic import BaseModel
-from serving import EXAMPLES, picture64
+from serving import EXAMPLES, image64
 
 APPLE = EXAMPLES / "apple.png"
 
@@ -40,7 +40,7 @@ def test_models(client: ollama.Client) -> None:
 def test_a_picture_however_it_is_given(
     client: ollama.Client, expected: Callable[[str, str], str], kind: str
 ) -> None:
-    image = {"path": APPLE, "text": str(APPLE), "bytes": APPLE.read_bytes(), "base64": picture64()}[kind]
+    image = {"path": APPLE, "text": str(APPLE), "bytes": APPLE.read_bytes(), "base64": image64()}[kind]
     found = client.chat(MODEL, asked(image), options=GREEDY)
     assert found.message.content == expected("apple.png", QUESTION)
     assert found.done and found.done_reason == "stop" and found.model == MODEL

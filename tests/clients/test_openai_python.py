@@ -22,8 +22,8 @@ def client(url: str) -> openai.OpenAI:
 
 
 def asked(**image: Any) -> Any:
-    picture = {"type": "image_url", "image_url": {"url": data_uri(), **image}}
-    return [{"role": "user", "content": [picture, {"type": "text", "text": QUESTION}]}]
+    part = {"type": "image_url", "image_url": {"url": data_uri(), **image}}
+    return [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -120,8 +120,8 @@ def test_what_openais_users_set(client: openai.OpenAI) -> None:
 
 def test_responses(client: openai.OpenAI, expected: Callable[[str, str], str]) -> None:
     text = expected("apple.png", QUESTION)
-    picture = {"type": "input_image", "image_url": data_uri(), "detail": "auto"}
-    items: Any = [{"role": "user", "content": [picture, {"type": "input_text", "text": QUESTION}]}]
+    part = {"type": "input_image", "image_url": data_uri(), "detail": "auto"}
+    items: Any = [{"role": "user", "content": [part, {"type": "input_text", "text": QUESTION}]}]
     found = client.responses.create(model=MODEL, input=items, temperature=0)
     assert found.output_text == text and found.status == "completed" and found.error is None
     assert found.usage is not None and found.usage.output_tokens > 2

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from helpers import picture
+from helpers import noisy_image
 
 from mllama_gguf import Mllama, ModelError
 from mllama_gguf.cli.main import run
@@ -66,7 +66,7 @@ def test_more_tokens_within_the_rows(checkpoint: Path, tmp_path: Path, ids: tupl
             assert model.tokenize(f"[PAD-{i}]", add_bos=False) == [i]
         assert model.metadata["tokenizer.ggml.padding_token_id"] == ids[0]
         assert (model.vocab_size, model.image_token_id) == (GQA.vocab_size, GQA.vocab_size)
-        assert model.caption(picture(1), max_tokens=8) == other.caption(picture(1), max_tokens=8)
+        assert model.caption(noisy_image(1), max_tokens=8) == other.caption(noisy_image(1), max_tokens=8)
         logits = model.logits(model.tokenize(f"a[PAD-{ids[-1]}]b"))
         assert np.isfinite(logits).all() and logits.shape[1] == GQA.vocab_size
 

@@ -312,9 +312,9 @@ def test_a_quantized_model(files: TinyFiles, tmp_path: Path, target: str) -> Non
     for name in before.data.keys() - changed:
         assert after.data[name] == before.data[name], name
     with Mllama(files.one) as exact, Mllama(out) as model:
-        picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
         prompt = [files.arch.image_token, *PROMPT]
-        apart = distance(model.logits(prompt, [picture]), exact.logits(prompt, [picture]))
+        apart = distance(model.logits(prompt, [image]), exact.logits(prompt, [image]))
     assert 0 < apart < MOST_DISTANCE[target]
 
 
@@ -375,9 +375,9 @@ def test_files_of_other_programs_stay_in_their_layout(tmp_path: Path, layout: la
     quantize(paths[0], tmp_path / "q.gguf", "q8_0")
     assert "mllama.converter" not in File(tmp_path / "q.gguf").keys
     with Mllama(*paths) as exact, Mllama(tmp_path / "q.gguf", *paths[1:]) as model:
-        picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
         prompt = [exact.hparams.image_token_id, *PROMPT]
-        assert distance(model.logits(prompt, [picture]), exact.logits(prompt, [picture])) < 0.03
+        assert distance(model.logits(prompt, [image]), exact.logits(prompt, [image])) < 0.03
 
 
 def test_a_split_model_becomes_one_file(tmp_path: Path) -> None:

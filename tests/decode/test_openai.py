@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import ImageError, Mllama, RequestError
 from mllama_gguf.decode.openai import ChatRequest
@@ -69,7 +69,7 @@ class TestRequests:
             with_one = ChatRequest.checked({"messages": QUESTION, name: value})
             assert with_one.options == ReplyOptions.checked({}), name
         others = {name: HARMLESS[name] for name in HARMLESS}
-        assert model.caption(picture(1), max_tokens=3, **others)
+        assert model.caption(noisy_image(1), max_tokens=3, **others)
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -138,7 +138,7 @@ class TestRequests:
         assert ChatRequest.checked({"messages": QUESTION, "stream_options": {}}).include_usage is False
 
     def test_one_reply_is_one(self, model: Mllama) -> None:
-        for ask_for in (lambda: model.caption(picture(1), n=2), lambda: model.reply(QUESTION, n=2)):
+        for ask_for in (lambda: model.caption(noisy_image(1), n=2), lambda: model.reply(QUESTION, n=2)):
             with pytest.raises(RequestError, match="create_chat_completion and replies take n"):
                 ask_for()
 
@@ -184,7 +184,7 @@ class TestShapes:
 class TestSeveral:
     def test_each_has_a_seed_of_its_own(self, model: Mllama) -> None:
         options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "grammar": ENDLESS}
-        messages = ask(picture(1), "the dog")
+        messages = ask(noisy_image(1), "the dog")
         reply = model.create_chat_completion(messages, n=3, seed=7, **options)
         assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
         texts = [choice["message"]["content"] for choice in reply["choices"]]
@@ -217,7 +217,7 @@ class TestSeveral:
 
         monkeypatch.setattr(context, "decode", count_tokens)
         monkeypatch.setattr(context, "encode", count_images)
-        messages = ask(picture(1), "the dog", picture(2), "the cat")
+        messages = ask(noisy_image(1), "the dog", noisy_image(2), "the cat")
         options = ReplyOptions.checked({"max_tokens": 3, "grammar": ENDLESS})
         replies = model.replies(messages, n=3, options=options)
         for reply in replies:
@@ -255,7 +255,7 @@ class TestSeveral:
         assert [reply.read() for reply in reversed(replies)] == expected[::-1]
         replies = model.replies(QUESTION, n=3, options=options)
         read = [replies[0].read()]
-        model.caption(picture(3), max_tokens=2)
+        model.caption(noisy_image(3), max_tokens=2)
         read += [replies[1].read()]
         model.reset()
         read += [replies[2].read()]
@@ -271,7 +271,7 @@ class TestLogprobs:
         return {"max_tokens": 8, "logprobs": True, "top_logprobs": 3, **more}
 
     def test_they_are_of_the_models_logits(self, model: Mllama) -> None:
-        messages = ask(picture(1), "the dog")
+        messages = ask(noisy_image(1), "the dog")
         (greedy,) = model.create_chat_completion(messages, **self.options())["choices"]
         entries = greedy["logprobs"]["content"]
         assert greedy["logprobs"]["refusal"] is None

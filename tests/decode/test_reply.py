@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import STOP_SECONDS, TinyFiles, picture
+from helpers import STOP_SECONDS, TinyFiles, noisy_image
 
 from mllama_gguf import Aborted, LoadedModel, Mllama, MllamaError, Reply, RequestError, Stats
 from mllama_gguf.decode.options import ReplyOptions
@@ -19,7 +19,7 @@ QUESTION = [{"role": "user", "content": "the dog"}]
 
 
 def test_text_and_stats(model: Mllama) -> None:
-    reply = model.reply(image=picture(1), prompt="the dog", max_tokens=9)
+    reply = model.reply(image=noisy_image(1), prompt="the dog", max_tokens=9)
     assert isinstance(reply, Reply)
     assert (reply.finish_reason, reply.stats.completion_tokens) == (None, 0)  # nothing is computed yet
     pieces = list(reply)
@@ -32,8 +32,8 @@ def test_text_and_stats(model: Mllama) -> None:
     assert all(seconds > 0 for seconds in stats.seconds.values())
     assert (list(reply), reply.read()) == ([], "")  # it is read once
     model.reset()
-    assert model.caption(picture(1), "the dog", max_tokens=9) == "".join(pieces)
-    content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "the dog"}]
+    assert model.caption(noisy_image(1), "the dog", max_tokens=9) == "".join(pieces)
+    content = [{"type": "image", "image": noisy_image(1)}, {"type": "text", "text": "the dog"}]
     again = model.reply([{"role": "user", "content": content}], max_tokens=9)
     assert again.read() == "".join(pieces)
     assert again.stats.cached_tokens > 0
@@ -57,7 +57,7 @@ def test_a_closed_reply_has_no_more(model: Mllama) -> None:
     unread = model.reply(QUESTION)
     unread.close()
     assert unread.read() == ""
-    stream = model.caption(picture(1), stream=True)
+    stream = model.caption(noisy_image(1), stream=True)
     assert isinstance(stream, Reply)
 
 
@@ -78,7 +78,7 @@ def test_a_cancelled_reply(model: Mllama, when: str) -> None:
 @pytest.mark.parametrize("isolate", [False, True])
 def test_cancelling_from_another_thread_while_it_computes(slow: Path, isolate: bool) -> None:
     with Mllama(slow, n_ctx=512, n_threads=1, image_cache=False, isolate=isolate) as model:
-        reply = model.reply(image=picture(1, 900, 900), max_tokens=2)
+        reply = model.reply(image=noisy_image(1, 900, 900), max_tokens=2)
         raised: list[Exception] = []
 
         def read() -> None:
@@ -112,7 +112,7 @@ def test_what_reply_wants(model: Mllama) -> None:
     assert model.reply(QUESTION, options=options).read() == model.reply(QUESTION, max_tokens=3).read()
     for wrong, words in (
         ({}, "either messages or an image"),
-        ({"messages": QUESTION, "image": picture(1)}, "either messages or an image"),
+        ({"messages": QUESTION, "image": noisy_image(1)}, "either messages or an image"),
         ({"messages": QUESTION, "options": options, "seed": 1}, "checked options or seed, not both"),
         ({"messages": QUESTION, "n_tokens": 3}, "there is no option 'n_tokens'; there are: max_tokens"),
         ({"messages": []}, "messages is empty"),
@@ -147,7 +147,7 @@ def test_options_and_their_defaults() -> None:
 
 def test_a_prompt_of_tokens_is_answered_as_its_messages_are(tiny_files: Files) -> None:
     with LoadedModel(tiny_files("gqa").one, n_ctx=256) as model, model.conversation() as conversation:
-        content = [{"type": "image", "image": picture(3)}, {"type": "text", "text": "the dog"}]
+        content = [{"type": "image", "image": noisy_image(3)}, {"type": "text", "text": "the dog"}]
         messages = [{"role": "user", "content": content}]
         expected = conversation.reply(messages, max_tokens=9).read()
         tokens, images = conversation.prompt(messages)

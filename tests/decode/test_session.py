@@ -169,17 +169,17 @@ def test_steps_see_what_the_last_token_saw(made: Made) -> None:
 def test_reuse_never_changes_the_logits(made: Made, seed: int) -> None:
     rng = np.random.default_rng(seed)
     prompt: list[int] = [1]
-    pictures: list[int] = []
+    images: list[int] = []
     for _ in range(25):
         keep = int(rng.integers(0, len(prompt) + 1))
         prompt = prompt[:keep] + [int(t) for t in rng.choice([1, 2, IMAGE], rng.integers(1, 5))]
         prompt = prompt[:10]
         n = prompt.count(IMAGE)
-        pictures = (pictures + [int(p) for p in rng.integers(0, 3, 10)])[:n]
+        images = (images + [int(p) for p in rng.integers(0, 3, 10)])[:n]
         if rng.random() < 0.3 and n:
-            pictures[int(rng.integers(0, n))] = int(rng.integers(0, 3))
-        logits, _ = made.feed(prompt, *pictures)
-        assert logits[-1, 0] == fresh(prompt, *pictures)
+            images[int(rng.integers(0, n))] = int(rng.integers(0, 3))
+        logits, _ = made.feed(prompt, *images)
+        assert logits[-1, 0] == fresh(prompt, *images)
         if rng.random() < 0.5:
             made.session.step(2)
         assert len(made.context.slots) <= MAX_SLOTS

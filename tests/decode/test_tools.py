@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Mllama, RequestError
 
@@ -26,7 +26,10 @@ WEATHER = {
 }
 TIME = {"type": "function", "function": {"name": "time"}}
 QUESTION = [
-    {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "the dog"}]}
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": noisy_image(1)}, {"type": "text", "text": "the dog"}],
+    }
 ]
 REQUIRED: dict[str, Any] = {"tools": [WEATHER, TIME], "tool_choice": "required"}
 
@@ -156,7 +159,7 @@ def test_what_excludes_each_other(model: Mllama) -> None:
 
 
 def test_a_reply_goes_on_with_the_last_message(model: Mllama) -> None:
-    whole = model.caption(picture(1), "the dog", max_tokens=12, grammar="root ::= [a-z ] root")
+    whole = model.caption(noisy_image(1), "the dog", max_tokens=12, grammar="root ::= [a-z ] root")
     begun = [*QUESTION, {"role": "assistant", "content": whole[:5]}]
     for wanted in (None, True):
         reply = model.create_chat_completion(

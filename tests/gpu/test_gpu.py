@@ -15,16 +15,16 @@ import tiny
 from golden_cases import (
     GOLDEN_DIR,
     HALF_CASES,
-    HALF_PICTURE,
+    HALF_IMAGE,
     PROMPTS,
     case,
     condense,
-    grid_pictures,
+    grid_images,
     position_errors,
     relative_error,
     tiled,
 )
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Aborted, Mllama
 from mllama_gguf.backend.plan import make_plan
@@ -75,7 +75,7 @@ def opened(path: Path, n_gpu_layers: int = -1, **settings: Any) -> Mllama:
 def logits(model: Mllama, arch: tiny.Arch, name: str, extra: list[int] | None = None) -> Any:
     prompt = case(arch, name)
     model.reset()
-    return model.logits([*prompt.tokens, *(extra or [])], [tiled(arch, p) for p in prompt.pictures])
+    return model.logits([*prompt.tokens, *(extra or [])], [tiled(arch, p) for p in prompt.images])
 
 
 def assert_greedy(found: Any, expected: list[int], first: int) -> None:
@@ -92,7 +92,7 @@ def test_golden(gpu: str, tiny_files: Files, arch: tiny.Arch, flash_attn: bool) 
     ):
         matrices = [t for t in model._backend.model.tensors() if t.is_vision and not t.name.endswith("gate")]
         assert matrices and all(t.device == gpu for t in matrices)  # gates are numbers of operations
-        for one in grid_pictures(arch):
+        for one in grid_images(arch):
             states = model.encode_image(tiled(arch, one)).states
             error = relative_error(states, golden[f"states_{one.aspect_ratio_id}"])
             note("states", error)
@@ -136,7 +136,7 @@ def test_types(gpu: str, tmp_path: Path, type: Any) -> None:
     found = []
     for n in (0, -1):
         with Mllama(text, vision, n_gpu_layers=n, n_ctx=512, n_threads=1) as model:
-            states = model.encode_image(tiled(arch, grid_pictures(arch)[HALF_PICTURE - 1])).states
+            states = model.encode_image(tiled(arch, grid_images(arch)[HALF_IMAGE - 1])).states
             found.append([states, *(logits(model, arch, name) for name in HALF_CASES)])
     for cpu, there in zip(*found, strict=True):
         error = relative_error(there, cpu)
@@ -151,7 +151,7 @@ def test_the_plan_is_what_is_allocated(gpu: str, n: int, settings: dict[str, Any
     (setting,) = make_plan(DEMO, n_ctx=1024, **settings).settings
     with Mllama(DEMO, n_ctx=1024, **settings) as model:
         h = model.hparams
-        image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
+        image = model.encode_image(noisy_image(1, 100, 100 * h.max_tiles))
         tokens = [h.image_token_id, *[1] * 1023]
         model._conversation.session.feed(tokens, [model._conversation.encode(image)])
         real = model.memory().devices

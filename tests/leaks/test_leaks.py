@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import children
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import LoadedModel, Mllama
 from mllama_gguf.errors import RequestError
@@ -112,7 +112,7 @@ def test_100_models_that_caption(tiny_files: Files) -> None:
         with LoadedModel(files.one, n_ctx=256, image_cache=False) as model:
             with model.conversation() as conversation:
                 conversation.caption(
-                    picture(1), max_tokens=2, response_format={"type": "regex", "regex": "(the|cat)+"}
+                    noisy_image(1), max_tokens=2, response_format={"type": "regex", "regex": "(the|cat)+"}
                 )
             model.conversation()  # closed with its model
 
@@ -120,7 +120,7 @@ def test_100_models_that_caption(tiny_files: Files) -> None:
 
 
 def test_1000_captions_with_a_schema(demo: Mllama) -> None:
-    image = picture(2)
+    image = noisy_image(2)
     n = 0
 
     def work() -> None:
@@ -142,7 +142,7 @@ def test_1000_captions_with_a_schema(demo: Mllama) -> None:
 
 def test_300_streams_left_unread(demo: Mllama) -> None:
     def work() -> None:
-        stream: Any = demo.caption(picture(3), stream=True)
+        stream: Any = demo.caption(noisy_image(3), stream=True)
         next(stream)
         chunks = demo.create_chat_completion([{"role": "user", "content": "the cat"}], stream=True)
         next(chunks)  # the role
@@ -160,7 +160,7 @@ def test_300_refusals(demo: Mllama, tiny_files: Files, tmp_path: Path) -> None:
     def work() -> None:
         for form in forms:
             with pytest.raises(RequestError):
-                demo.caption(picture(4), response_format=form)
+                demo.caption(noisy_image(4), response_format=form)
         with pytest.raises(ValueError):  # ModelError, ImageError
             Mllama(broken)
         with pytest.raises(ValueError):

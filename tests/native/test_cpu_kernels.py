@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
-from golden_cases import Picture, relative_error, tiled
+from golden_cases import GoldenImage, relative_error, tiled
 from helpers import TinyFiles
 from reference import Reference
 
@@ -64,7 +64,7 @@ def make(
 def test_attention_of_every_head_size(head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """148 positions of which 37 to 148 are real: no number is a multiple of a block."""
     arch, text, mmproj = make(tmp_path, head_dim, image_size=42, patch_size=7)
-    images = [tiled(arch, Picture(aspect_ratio_id)) for aspect_ratio_id in (1, 2, 6)]
+    images = [tiled(arch, GoldenImage(aspect_ratio_id)) for aspect_ratio_id in (1, 2, 6)]
     for n_threads in (1, 2, 5):
         states = {}
         for kernel in ("off", *KERNELS):
@@ -83,14 +83,14 @@ def test_weights_of_bf16(head_dim: int, tmp_path: Path, monkeypatch: pytest.Monk
     arch, text, mmproj = make(tmp_path, head_dim, type="bf16", image_size=42, patch_size=7)
     reference = Reference(mmproj)
     for aspect_ratio_id, n_tiles in ((1, 1), (2, 2), (6, 4)):
-        picture = Picture(aspect_ratio_id)
-        expected = reference.states(picture.pixels(arch), aspect_ratio_id, n_tiles)
+        image = GoldenImage(aspect_ratio_id)
+        expected = reference.states(image.pixels(arch), aspect_ratio_id, n_tiles)
         for kernel in KERNELS:
             monkeypatch.setenv(VARIABLE, kernel)
             found = []
             for n_threads in (1, 3):
                 with Mllama(text, mmproj, n_ctx=64, n_threads=n_threads, image_cache=False) as model:
-                    found.append(model.encode_image(tiled(arch, picture)).states)
+                    found.append(model.encode_image(tiled(arch, image)).states)
             np.testing.assert_array_equal(*found)
             assert relative_error(found[0], expected) <= 1e-2, (kernel, aspect_ratio_id)
 
@@ -100,12 +100,12 @@ def test_weights_of_bf16(head_dim: int, tmp_path: Path, monkeypatch: pytest.Monk
 def test_linear_layers(kernel: str, type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More columns, inputs and outputs than a block, none of them a multiple; weights of every type."""
     arch, text, mmproj = make(tmp_path, 40, type=type, image_size=84, patch_size=6, vision_ff=709)
-    picture = Picture(6)
-    expected = Reference(mmproj).states(picture.pixels(arch), 6, 4)
+    image = GoldenImage(6)
+    expected = Reference(mmproj).states(image.pixels(arch), 6, 4)
     monkeypatch.setenv(VARIABLE, kernel)
     for n_threads in (1, 2, 5):
         with Mllama(text, mmproj, n_ctx=64, n_threads=n_threads) as model:
-            error = relative_error(model.encode_image(tiled(arch, picture)).states, expected)
+            error = relative_error(model.encode_image(tiled(arch, image)).states, expected)
         # BF16 instructions (our own or, for the lesser kernels, ggml's), and ggml where vectors are short,
         # round what goes into a product to the type of the weights.
         rounds = (type == "bf16" and "avx512bf16" in KERNELS) or (type != "f32" and kernel == "portable")
@@ -120,9 +120,9 @@ def test_unused_tiles_that_are_alike(kernel: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv(VARIABLE, kernel)
     with Mllama(text, mmproj, n_ctx=64, n_threads=2) as model:
         for aspect_ratio_id, (rows, columns) in enumerate(arch.grids, 1):
-            picture = Picture(aspect_ratio_id)
-            expected = reference.states(picture.pixels(arch), aspect_ratio_id, rows * columns)
-            assert relative_error(model.encode_image(tiled(arch, picture)).states, expected) <= 1e-5, (
+            image = GoldenImage(aspect_ratio_id)
+            expected = reference.states(image.pixels(arch), aspect_ratio_id, rows * columns)
+            assert relative_error(model.encode_image(tiled(arch, image)).states, expected) <= 1e-5, (
                 rows,
                 columns,
             )
@@ -362,7 +362,7 @@ def test_a_context_keeps_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The environment is read when a context is made, and not again."""
     arch, text, mmproj = make(tmp_path, 32)
     with Mllama(text, mmproj, n_ctx=64, image_cache=False) as model:
-        image = tiled(arch, Picture(1))
+        image = tiled(arch, GoldenImage(1))
         expected = model.encode_image(image).states
         logits = model.logits([1, 2, 3])
         model.reset()

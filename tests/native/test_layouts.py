@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import tiny
 from golden_cases import case, relative_error, tiled
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 from layouts import CHANNELS_KEY, CONVERTER_KEY, EPSILON_KEY, write
 
 from mllama_gguf import Mllama
@@ -39,7 +39,7 @@ def logits(arch: tiny.Arch, files: list[Path], **options: Any) -> F32:
     exact = {"type_k": "f32", "type_v": "f32", "n_ctx": 512, "n_threads": 1}
     with Mllama(*files, **{**exact, **options}) as model:
         prompts = [case(arch, name) for name in PROMPTS]
-        return np.concatenate([model.logits(p.tokens, [tiled(arch, i) for i in p.pictures]) for p in prompts])
+        return np.concatenate([model.logits(p.tokens, [tiled(arch, i) for i in p.images]) for p in prompts])
 
 
 def info(files: list[Path]) -> ModelInfo:
@@ -142,9 +142,9 @@ def test_text_alone_chats_and_sees_nothing(layout: layouts.Layout, tmp_path: Pat
         reply = model.create_chat_completion([{"role": "user", "content": "see the dog"}], max_tokens=3)
         assert reply["usage"]["completion_tokens"] > 0
         with pytest.raises(RequestError, match=r"text\.gguf is a text model without vision encoder"):
-            model.caption(picture(1))
+            model.caption(noisy_image(1))
         with pytest.raises(RequestError, match=r"text\.gguf is a text model without vision encoder"):
-            model.encode_image(picture(1))
+            model.encode_image(noisy_image(1))
     assert "give it as the mmproj file" in refusal([projector])
 
 
@@ -216,8 +216,8 @@ def test_split_files(parts: list[Path], tiny_files: Files) -> None:
     assert found.files[0].size == sum(path.stat().st_size for path in parts)
     with Mllama(parts[0], n_ctx=64) as model, Mllama(tiny_files("gqa").one, n_ctx=64) as other:
         assert model.tokenize("the user, a cat") == other.tokenize("the user, a cat")
-        assert model.caption(picture(1), max_tokens=4, temperature=0) == other.caption(
-            picture(1), max_tokens=4, temperature=0
+        assert model.caption(noisy_image(1), max_tokens=4, temperature=0) == other.caption(
+            noisy_image(1), max_tokens=4, temperature=0
         )
 
 

@@ -13,12 +13,12 @@ import tiny
 import torch
 from golden_cases import (
     GOLDEN_DIR,
-    HALF_PICTURE,
+    HALF_IMAGE,
     HALF_TOLERANCES,
-    Picture,
+    GoldenImage,
     case,
     condense,
-    grid_pictures,
+    grid_images,
     position_errors,
     relative_error,
 )
@@ -66,18 +66,18 @@ def test_text_before_the_image_is_as_without_image(arch: tiny.Arch, oracle: Orac
     """What the correction is for: there the cross-attention layers are the identity."""
     prompt = case(arch, "text_before_image")
     n = prompt.tokens.index(arch.image_token)
-    images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+    images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.images]
     with_image = oracle.logits(prompt.tokens, images)
     np.testing.assert_allclose(with_image[:n], oracle.logits(prompt.tokens[:n]), rtol=0, atol=2e-5)
 
 
 def test_goldens_are_what_the_oracle_says(arch: tiny.Arch, oracle: Oracle) -> None:
     with np.load(GOLDEN_DIR / f"model_{arch.name}.npz") as golden:
-        for picture in grid_pictures(arch):
-            states = oracle.states(picture.pixels(arch), picture.aspect_ratio_id)
-            assert relative_error(states, golden[f"states_{picture.aspect_ratio_id}"]) < 2e-6
+        for image in grid_images(arch):
+            states = oracle.states(image.pixels(arch), image.aspect_ratio_id)
+            assert relative_error(states, golden[f"states_{image.aspect_ratio_id}"]) < 2e-6
         prompt = case(arch, "several_turns")
-        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+        images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.images]
         errors = position_errors(
             condense(oracle.logits(prompt.tokens, images)), golden["logits_several_turns"]
         )
@@ -92,11 +92,11 @@ def test_rounded_weights_are_those_of_the_file(
     oracle."""
     rounded, prompt = Oracle(checkpoint, type), case(arch, "text_before_image")
     convert(checkpoint, tmp_path / "m.gguf", single_file=True, type=type)
-    reference, picture = Reference(tmp_path / "m.gguf"), Picture(HALF_PICTURE)
-    states = rounded.states(picture.pixels(arch), picture.aspect_ratio_id)
-    same = reference.states(picture.pixels(arch), picture.aspect_ratio_id, picture.n_tiles(arch))
+    reference, image = Reference(tmp_path / "m.gguf"), GoldenImage(HALF_IMAGE)
+    states = rounded.states(image.pixels(arch), image.aspect_ratio_id)
+    same = reference.states(image.pixels(arch), image.aspect_ratio_id, image.n_tiles(arch))
     assert relative_error(same, states) < 2e-6
-    images: list[Any] = [rounded.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+    images: list[Any] = [rounded.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.images]
     errors = position_errors(
         reference.logits(prompt.tokens, images).astype(np.float32), rounded.logits(prompt.tokens, images)
     )

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.models.mllama.image_processing_mllama import MllamaImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from preprocess_cases import GRID_SIZES, MODES, MODES_OF_OUR_OWN, make_picture, pattern
+from preprocess_cases import GRID_SIZES, MODES, MODES_OF_OUR_OWN, make_image, pattern
 
 from mllama_gguf.vision.loading import load_image
 from mllama_gguf.vision.preprocess import preprocess_image
@@ -61,8 +61,8 @@ def test_random_sizes(tile_size: int) -> None:
     sizes = [random_size(rng) for _ in range(30 if tile_size > 400 else 150)]
     seen = set()
     for seed, (width, height) in enumerate(sizes):
-        picture = pattern(width, height, 3, seed)
-        seen.add(check(picture, Image.fromarray(picture), tile_size, 4))
+        image = pattern(width, height, 3, seed)
+        seen.add(check(image, Image.fromarray(image), tile_size, 4))
     if tile_size < 400:
         assert seen == set(range(1, 9))
 
@@ -70,8 +70,8 @@ def test_random_sizes(tile_size: int) -> None:
 @pytest.mark.parametrize("tile_size", [560, 84])
 def test_extreme_sizes(tile_size: int) -> None:
     for size in ((1, 1), (6000, 40), (40, 6000), (6000, 1), (1, 6000), (2, 1), (1, 2), (5999, 39)):
-        picture = pattern(*size, 3)
-        check(picture, Image.fromarray(picture), tile_size, 4)
+        image = pattern(*size, 3)
+        check(image, Image.fromarray(image), tile_size, 4)
 
 
 @pytest.mark.parametrize("tile_size", [560, 84])
@@ -79,15 +79,15 @@ def test_sizes_next_to_a_tile_edge(tile_size: int) -> None:
     for columns, rows in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 3)):
         for dw, dh in ((-1, 0), (0, 0), (0, 1), (1, -1)) if tile_size == 560 else np.ndindex(3, 3):
             size = (columns * tile_size + dw, rows * tile_size + dh)
-            picture = pattern(*size, 3)
-            check(picture, Image.fromarray(picture), tile_size, 4)
+            image = pattern(*size, 3)
+            check(image, Image.fromarray(image), tile_size, 4)
 
 
 def test_all_eight_grids_of_the_real_size() -> None:
     seen = []
     for width, height in GRID_SIZES.values():
-        picture = pattern(round(width * 560), round(height * 560), 3)
-        seen.append(check(picture, Image.fromarray(picture), 560, 4))
+        image = pattern(round(width * 560), round(height * 560), 3)
+        seen.append(check(image, Image.fromarray(image), 560, 4))
     assert seen == list(range(1, 9))
 
 
@@ -96,21 +96,21 @@ def test_other_tile_counts(max_tiles: int) -> None:
     rng = random.Random(max_tiles)
     for seed in range(30):
         width, height = random_size(rng)
-        picture = pattern(min(width, 1500), min(height, 1500), 3, seed)
-        check(picture, Image.fromarray(picture), 28, max_tiles)
+        image = pattern(min(width, 1500), min(height, 1500), 3, seed)
+        check(image, Image.fromarray(image), 28, max_tiles)
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m not in MODES_OF_OUR_OWN])
 def test_modes(mode: str) -> None:
     for seed, size in enumerate([(75, 53), (256, 256), (3, 200), (1, 1)]):
-        image = make_picture(mode, *size, seed)
+        image = make_image(mode, *size, seed)
         check(image, image.copy(), 56, 4)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "RGBa", "PA", "P+alphas", "CMYK", "YCbCr", "HSV"])
 def test_every_alpha_and_noise(mode: str) -> None:
     """Unscaled noise (one tile of the picture's size), so that the conversion itself is compared."""
-    noise = make_picture(mode, 256, 256)
+    noise = make_image(mode, 256, 256)
     if not mode.startswith("P"):
         bands = len(noise.getbands())
         noise = Image.frombytes(mode, (256, 256), np.random.default_rng(5).bytes(256 * 256 * bands))
@@ -125,7 +125,7 @@ def test_files(format: str, mode: str, tmp_path: Path) -> None:
     """The reference is given what Pillow opens."""
     path = tmp_path / "picture"
     try:
-        image = make_picture(mode, 90, 40)
+        image = make_image(mode, 90, 40)
         image.save(path, format, **({"lossless": True} if format == "WEBP" else {}))
     except OSError:  # a format without this mode
         assert format in ("BMP", "JPEG", "WEBP"), (format, mode)
@@ -140,7 +140,7 @@ def test_exif_as_the_library_of_the_reference_applies_it() -> None:
         tags = Image.Exif()
         tags[0x0112] = orientation
         file = io.BytesIO()
-        make_picture("RGB", 90, 40).save(file, "JPEG", exif=tags)
+        make_image("RGB", 90, 40).save(file, "JPEG", exif=tags)
         wanted = reference_load_image(Image.open(file))
         assert load_image(file.getvalue()).tobytes() == wanted.tobytes()
         check(file, wanted, 56, 4)
@@ -156,9 +156,9 @@ def test_fewer_tiles_than_the_model_knows(max_tiles: int) -> None:
     seen = set()
     for seed in range(60):
         width, height = random_size(rng)
-        picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-        wanted = processor(Image.fromarray(picture))
-        tiled = preprocess_image(picture, tile_size=28, max_tiles=max_tiles, model_tiles=4)
+        image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+        wanted = processor(Image.fromarray(image))
+        tiled = preprocess_image(image, tile_size=28, max_tiles=max_tiles, model_tiles=4)
         assert wanted["pixel_values"][0, 0].tobytes() == tiled.pixels.tobytes()
         # A picture of just that shape, for the model of four.
         exact = Image.new("RGB", (tiled.columns * 28, tiled.rows * 28))

@@ -22,7 +22,7 @@ from golden_cases import (
     PROMPTS,
     STATES_TOLERANCE,
     Case,
-    Picture,
+    GoldenImage,
     case,
     position_errors,
     relative_error,
@@ -69,19 +69,19 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def oracle_logits(oracle: Oracle, arch: tiny.Arch, prompt: Case) -> npt.NDArray[np.float32]:
-    images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.pictures]
+    images = [oracle.states(p.pixels(arch), p.aspect_ratio_id) for p in prompt.images]
     return oracle.logits(prompt.tokens, images)
 
 
 def model_logits(model: Mllama, arch: tiny.Arch, prompt: Case) -> npt.NDArray[np.float32]:
-    return model.logits(prompt.tokens, [tiled(arch, p) for p in prompt.pictures])
+    return model.logits(prompt.tokens, [tiled(arch, p) for p in prompt.images])
 
 
 def test_states_of_every_grid(pair: Pair) -> None:
     for i in range(1, len(pair.arch.grids) + 1):
-        picture = Picture(i, key=1000 + i)
-        states = pair.model.encode_image(tiled(pair.arch, picture)).states
-        expected = pair.oracle.states(picture.pixels(pair.arch), i)
+        image = GoldenImage(i, key=1000 + i)
+        states = pair.model.encode_image(tiled(pair.arch, image)).states
+        expected = pair.oracle.states(image.pixels(pair.arch), i)
         assert relative_error(states, expected) <= STATES_TOLERANCE, pair.arch.grids[i - 1]
 
 
@@ -96,12 +96,12 @@ def test_logits(pair: Pair, name: str) -> None:
 def test_greedy(pair: Pair, name: str) -> None:
     """32 tokens, each chosen by the runtime itself from its own before."""
     prompt = case(pair.arch, name)
-    pictures = [tiled(pair.arch, p) for p in prompt.pictures]
-    images = [pair.model.encode_image(p) for p in pictures]
+    images = [tiled(pair.arch, p) for p in prompt.images]
+    encoded = [pair.model.encode_image(p) for p in images]
     tokens = list(prompt.tokens)
     for _ in range(N_GREEDY):
-        tokens.append(int(pair.model.logits(tokens, images)[-1].argmax()))
-    states = [pair.oracle.states(p.pixels(pair.arch), p.aspect_ratio_id) for p in prompt.pictures]
+        tokens.append(int(pair.model.logits(tokens, encoded)[-1].argmax()))
+    states = [pair.oracle.states(p.pixels(pair.arch), p.aspect_ratio_id) for p in prompt.images]
     expected, _ = pair.oracle.greedy(prompt.tokens, N_GREEDY, states)
     assert tokens[len(prompt.tokens) :] == expected
 
@@ -125,9 +125,9 @@ def test_half_weights(pair: Pair, tmp_path: Path, type: FloatType) -> None:
     rounded = Oracle(pair.checkpoint, type)
     with Mllama(*files, **EXACT) as model:
         for i in range(1, len(pair.arch.grids) + 1):
-            picture = Picture(i, key=2000 + i)
-            states = model.encode_image(tiled(pair.arch, picture)).states
-            assert relative_error(states, rounded.states(picture.pixels(pair.arch), i)) <= states_tolerance
+            image = GoldenImage(i, key=2000 + i)
+            states = model.encode_image(tiled(pair.arch, image)).states
+            assert relative_error(states, rounded.states(image.pixels(pair.arch), i)) <= states_tolerance
         for name in PROMPTS:
             prompt = case(pair.arch, name)
             errors = position_errors(

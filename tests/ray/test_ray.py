@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import ray
 import ray.data
-from helpers import elsewhere, picture
+from helpers import elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import Mllama
@@ -45,7 +45,7 @@ def cluster() -> Iterator[None]:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(24):
-        Image.fromarray(picture(i)).save(folder / f"{i:02}.png")
+        Image.fromarray(noisy_image(i)).save(folder / f"{i:02}.png")
     (folder / "05.png").write_bytes(b"no picture")
     return folder
 
@@ -140,7 +140,7 @@ def test_the_script(photos: Path, expected: dict[str, str], tmp_path: Path) -> N
 
 
 def test_arrays_of_other_shapes(tmp_path: Path) -> None:
-    rgb = picture(3)
+    rgb = noisy_image(3)
     grey = rgb[:, :, :1]
     alpha = np.concatenate([rgb, np.full_like(grey, 255)], axis=2)
     batch: dict[str, Any] = {"image": [rgb, grey, grey[:, :, 0], alpha, None]}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from golden_cases import case, tiled
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import BackendError, Mllama
 from mllama_gguf.backend.types import Floats
@@ -41,8 +41,8 @@ def logits(prompt: Any, arch: tiny.Arch, *paths: Path, **settings: Any) -> tuple
             return fill(states)
 
         model._conversation.context.image_fill = image_fill  # type: ignore[method-assign]
-        pictures = [tiled(arch, p) for p in prompt.pictures]
-        return model.logits(prompt.tokens, pictures), encoded, filled
+        images = [tiled(arch, p) for p in prompt.images]
+        return model.logits(prompt.tokens, images), encoded, filled
 
 
 @pytest.mark.parametrize("offload_kqv", [True, False])
@@ -62,14 +62,14 @@ def test_two_workers(workers: tuple[str, str], tiny_files: Files, arch: str, off
         assert np.array_equal(answer, expected)
         assert encoded == 0
         # In memory, a picture alone stays in its file.
-        copied = prompt.pictures if offload_kqv else prompt.pictures[:-1]
+        copied = prompt.images if offload_kqv else prompt.images[:-1]
         assert filled == [p.n_tiles(shape) for p in copied]
 
 
 def test_another_worker_is_another_key(workers: tuple[str, str], tiny_files: Files, folder: Path) -> None:
     for n, worker in enumerate((*workers, workers[0]), 1):
         with Mllama(tiny_files("gqa").one, rpc_servers=[worker], n_gpu_layers=-1, n_threads=1) as model:
-            model.caption(picture(1), max_tokens=2)
+            model.caption(noisy_image(1), max_tokens=2)
         for kind in ("states", "filling"):
             assert len(list(folder.glob(f"*.{kind}"))) == min(n, 2)
 
@@ -81,7 +81,7 @@ def test_a_worker_dies_while_a_picture_is_copied(
     worker = make_worker()
     settings: dict[str, Any] = {"rpc_servers": [worker.name], "n_gpu_layers": -1, "n_threads": 1}
     with Mllama(tiny_files("gqa").one, **settings) as model:
-        expected = model.caption(picture(1), max_tokens=9)
+        expected = model.caption(noisy_image(1), max_tokens=9)
     if call == "image_get":
         (path,) = folder.glob("*.filling")
         path.unlink()
@@ -94,10 +94,10 @@ def test_a_worker_dies_while_a_picture_is_copied(
 
         setattr(model._conversation.context, call, strike)
         with pytest.raises(BackendError, match=worker.name):
-            model.caption(picture(1), max_tokens=9)
+            model.caption(noisy_image(1), max_tokens=9)
         delattr(model._conversation.context, call)
         worker.start()
-        assert model.caption(picture(1), max_tokens=9) == expected
+        assert model.caption(noisy_image(1), max_tokens=9) == expected
     assert len(list(folder.glob("*.filling"))) == 1
     assert not list(folder.glob(".*"))
 
@@ -112,7 +112,7 @@ def test_a_prefix_on_workers(workers: tuple[str, str], tiny_files: Files, folder
     found = []
     for settings["image_cache"] in (False, True, True):
         with Mllama(tiny_files("gqa").one, **settings) as model:
-            content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "the"}]
+            content = [{"type": "image", "image": noisy_image(1)}, {"type": "text", "text": "the"}]
             reply = model.create_chat_completion([{"role": "user", "content": content}], max_tokens=9)
             cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
             found.append((cached > 0, reply["choices"][0]["message"]["content"]))

@@ -99,7 +99,7 @@ class Answer:
 def answer(model: Mllama, prompt: Case, arch: tiny.Arch, encoder: Mllama | None = None) -> Answer:
     """From empty caches. encoder: encodes the pictures in place of the model."""
     model.reset()
-    images = [(encoder or model).encode_image(tiled(arch, picture)) for picture in prompt.pictures]
+    images = [(encoder or model).encode_image(tiled(arch, image)) for image in prompt.images]
     logits = model.logits(prompt.tokens, images)
     greedy = [int(logits[-1].argmax())]
     while len(greedy) < N_GREEDY:
@@ -280,10 +280,10 @@ def test_demo(n_gpu_layers: int, workers: tuple[str, str], monkeypatch: pytest.M
     vision_device = ("auto", "RPC1", "cpu")[n_gpu_layers % 3]
     kernel = "" if vision_device == "cpu" and n_gpu_layers >= DEMO_LAYERS else "off"
     monkeypatch.setenv(CPU_KERNEL, kernel)
-    pictures = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
+    files = [Path(__file__).parents[2] / "examples" / f"{name}.png" for name in ("apple", "apple-and-cat")]
     with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as encoder:
         assert encoder.hparams.n_layer == DEMO_LAYERS
-        images = [encoder.encode_image(p) for p in pictures]
+        images = [encoder.encode_image(p) for p in files]
     monkeypatch.setenv(CPU_KERNEL, "off")
     with Mllama(BUNDLED["demo"], n_threads=N_THREADS) as model:
         expected = [(model.caption(image), image.states) for image in images]
@@ -296,9 +296,9 @@ def test_demo(n_gpu_layers: int, workers: tuple[str, str], monkeypatch: pytest.M
         n_threads=N_THREADS,
     ) as model:
         for _ in range(2):
-            for picture, (caption, states) in zip(pictures, expected, strict=True):
-                assert model.caption(picture) == caption
-                assert np.array_equal(model.encode_image(picture).states, states)
+            for image, (caption, states) in zip(files, expected, strict=True):
+                assert model.caption(image) == caption
+                assert np.array_equal(model.encode_image(image).states, states)
             model.reset()
 
 
@@ -308,8 +308,8 @@ def test_captions_beside_kernels_of_our_own(
     """The demo model says the same at every n_gpu_layers."""
     monkeypatch.delenv(CPU_KERNEL, raising=False)
     folder = Path(__file__).parents[2] / "examples"
-    pictures = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
-    assert len(pictures) > 2
+    images = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
+    assert len(images) > 2
     said = []
     for n_gpu_layers in range(DEMO_LAYERS + 2):
         with Mllama(
@@ -318,7 +318,7 @@ def test_captions_beside_kernels_of_our_own(
             n_gpu_layers=n_gpu_layers,
             n_threads=N_THREADS,
         ) as model:
-            said.append([model.caption(picture) for picture in pictures])
+            said.append([model.caption(image) for image in images])
     assert said == said[:1] * len(said)
 
 

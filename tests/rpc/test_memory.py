@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Mllama
 from mllama_gguf.backend.plan import device_limits, make_plan
@@ -41,7 +41,7 @@ def test_the_plan_is_what_is_allocated(
     (setting,) = make_plan(path, rpc_servers=workers, n_ctx=n_ctx, **settings).settings
     with Mllama(path, rpc_servers=workers, n_ctx=n_ctx, **settings) as model:
         h = model.hparams
-        image = model.encode_image(picture(1, 100, 100 * h.max_tiles))
+        image = model.encode_image(noisy_image(1, 100, 100 * h.max_tiles))
         model._conversation.session.feed(
             [h.image_token_id, *[1] * (n_ctx - 1)], [model._conversation.encode(image)]
         )
@@ -100,7 +100,7 @@ def test_auto_steps_down_on_a_worker_with_little_memory(
     ):
         assert 0 < auto.n_gpu_layers < auto.hparams.n_layer + 1
         assert auto.memory().devices[1].self_kv > 0
-        assert auto.caption(picture(1), max_tokens=8) == here.caption(picture(1), max_tokens=8)
+        assert auto.caption(noisy_image(1), max_tokens=8) == here.caption(noisy_image(1), max_tokens=8)
 
 
 def test_commands(workers: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:

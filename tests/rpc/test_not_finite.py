@@ -21,7 +21,7 @@ PROMPT = case(ARCH, "text_before_image")
 
 def complete(model: Mllama, tokens: tuple[int, ...] = PROMPT.tokens) -> object:
     """The logits of a prompt with an image."""
-    images = [model._conversation.encode(tiled(ARCH, image)) for image in PROMPT.pictures]
+    images = [model._conversation.encode(tiled(ARCH, image)) for image in PROMPT.images]
     return model._conversation.session.feed(tokens, images)[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_cases import cases, position_errors
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 from together import TOLERANCE, Runner, run_together
 
 from mllama_gguf import BackendError, LoadedModel
@@ -54,7 +54,7 @@ def test_the_plan_of_several_conversations(workers: tuple[str, str]) -> None:
         h, scheduler = model.hparams, model.scheduler()
         talks = [model.conversation(scheduler=scheduler) for _ in range(3)]
         for i, talk in enumerate(talks):
-            image = talk.encode_image(picture(i, 100, 100 * h.max_tiles))
+            image = talk.encode_image(noisy_image(i, 100, 100 * h.max_tiles))
             talk.session.feed([h.image_token_id, *[1] * 511], [talk.encode(image)])
         real = scheduler.memory().devices
     assert [one.device for one in real] == [one.device for one in setting.devices]
@@ -65,7 +65,7 @@ def test_the_plan_of_several_conversations(workers: tuple[str, str]) -> None:
 
 def test_a_killed_worker_ends_all_replies_and_a_new_one_serves_them(make_worker: Callable[..., Any]) -> None:
     worker = make_worker()
-    images = [picture(i, 40, 40) for i in range(3)]
+    images = [noisy_image(i, 40, 40) for i in range(3)]
     with LoadedModel.from_pretrained(
         "demo", image_cache=False, n_threads=1, n_gpu_layers=-1, rpc_servers=worker.name
     ) as model:

@@ -32,7 +32,7 @@ Files = Callable[[str], TinyFiles]
 
 def complete(model: Mllama) -> Floats:
     """Every phase: encode, fill, prompt, decode. The logits of the steps."""
-    images = [model._conversation.encode(tiled(ARCH, picture)) for picture in PROMPT.pictures]
+    images = [model._conversation.encode(tiled(ARCH, image)) for image in PROMPT.images]
     model._conversation.session.feed(PROMPT.tokens, images)
     return np.stack([model._conversation.session.step(token) for token in (1, 2, 3)])
 
@@ -264,9 +264,9 @@ def test_devices_and_caption_commands(make_worker: Make, capfd: pytest.CaptureFi
     worker = make_worker()
     assert run(["devices", "--rpc", worker.name]) == 0
     assert worker.name in capfd.readouterr().out
-    picture = str(Path(__file__).parents[2] / "examples" / "apple.png")
+    image = str(Path(__file__).parents[2] / "examples" / "apple.png")
     words = ["--rpc", worker.name, "-ngl", "-1", "--device", "RPC0", "-ts", "1", "--vision-device", "RPC0"]
-    assert run(["caption", picture, *words, "--no-kv-offload"]) == 0
+    assert run(["caption", image, *words, "--no-kv-offload"]) == 0
     assert capfd.readouterr().out == "a red apple\n"
 
 

@@ -76,8 +76,8 @@ def test_data_uris(uri: str) -> None:
 @pytest.mark.parametrize("api", ["ollama", "openai"])
 def test_a_picture_is_copied_twice_at_most(api: str) -> None:
     """It is in memory as base64, which the request brought, and as the file."""
-    picture = PNG + bytes(4 << 20)
-    text = base64.b64encode(picture).decode()
+    image = PNG + bytes(4 << 20)
+    text = base64.b64encode(image).decode()
     if api == "ollama":
         body: Any = {"model": "m", "messages": [{"role": "user", "content": "x", "images": [text]}]}
     else:
@@ -94,5 +94,5 @@ def test_a_picture_is_copied_twice_at_most(api: str) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert wish.ask.messages[0]["content"][0]["image"] == picture
-    assert peak < 1.2 * len(picture)
+    assert wish.ask.messages[0]["content"][0]["image"] == image
+    assert peak < 1.2 * len(image)

@@ -146,11 +146,11 @@ def test_counts() -> None:
 
 
 def test_images_are_counted_by_where_they_came_from(folder: Path) -> None:
-    from serving import picture64
+    from serving import image64
 
     from mllama_gguf.server.models import Opening
 
-    message = {"role": "user", "content": "x", "images": [picture64()]}
+    message = {"role": "user", "content": "x", "images": [image64()]}
     body = {"model": "demo", "messages": [message], "stream": False}
     with running(opening=Opening({"n_threads": 1}, tuned=False)) as served:
         for _ in range(2):

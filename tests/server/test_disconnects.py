@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import DEMO, Running, data_uri, is_computing, running, sent, slow_picture, wait_for
+from serving import DEMO, Running, data_uri, is_computing, running, sent, slow_image, wait_for
 
 from mllama_gguf.server.catalog import Offer
 
@@ -69,9 +69,9 @@ def test_a_client_that_goes_away_stops_its_computation(
 
 
 def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(slow_served: Running) -> None:
-    with sent(slow_served, "/api/chat", slow_picture(True)):
+    with sent(slow_served, "/api/chat", slow_image(True)):
         wait_for(lambda: is_computing(slow_served))
-        with sent(slow_served, "/api/chat", slow_picture(True)):
+        with sent(slow_served, "/api/chat", slow_image(True)):
             wait_for(lambda: slow_served.metric("mllama_requests_queued") == 1)
         wait_for(lambda: slow_served.metric("mllama_requests_queued") == 0)
         assert is_computing(slow_served)  # the other one

@@ -19,7 +19,7 @@ from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.problems import Refused
 from mllama_gguf.server.settings import ServerSettings
 
-PICTURE = (EXAMPLES / "apple.png").read_bytes()
+IMAGE = (EXAMPLES / "apple.png").read_bytes()
 asked: list[tuple[str, str]] = []
 
 
@@ -28,7 +28,7 @@ class Web(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked.append((self.path, self.headers["Host"]))
-        kind, data, status = "image/png", PICTURE, 200
+        kind, data, status = "image/png", IMAGE, 200
         if self.path == "/text":
             kind = "text/html"
         elif self.path == "/large":
@@ -82,7 +82,7 @@ def names(monkeypatch: pytest.MonkeyPatch, **known: list[str]) -> None:
 
 def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection goes to the address that was checked; the host is told its own name."""
-    names(monkeypatch, pictures=["127.0.0.1"])
+    names(monkeypatch, images=["127.0.0.1"])
     url = f"http://pictures:{port}/apple.png"
     with pytest.raises(Refused, match="is in a private network"):
         fetch(url, "x", (f"http://pictures:{port}",))
@@ -91,7 +91,7 @@ def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     asked.clear()
-    assert fetch(url, "x", (f"http://pictures:{port}",)) == PICTURE
+    assert fetch(url, "x", (f"http://pictures:{port}",)) == IMAGE
     assert asked == [("/apple.png", f"pictures:{port}")]
     for path, words in (
         ("text", "it is text/html, no picture"),

@@ -22,13 +22,13 @@ from serving import (
     DEMO,
     Running,
     endless,
+    image64,
     is_computing,
     one_client,
-    picture64,
     process,
     running,
     sent,
-    slow_picture,
+    slow_image,
     wait_for,
 )
 
@@ -42,7 +42,7 @@ from mllama_gguf.server.settings import ServerSettings
 
 
 def test_questions_about_the_server_never_wait(slow_served: Running) -> None:
-    with sent(slow_served, "/api/chat", slow_picture(False)):
+    with sent(slow_served, "/api/chat", slow_image(False)):
         wait_for(lambda: is_computing(slow_served))
         for path in ("/", "/api/tags", "/api/ps", "/api/version", "/health", "/metrics", "/v1/models", "/ui"):
             assert slow_served.get(path).is_success, path
@@ -54,12 +54,12 @@ def test_a_sign_of_life_while_a_picture_is_encoded(slow: Path) -> None:
     """An ordinary chunk without text, and a comment of SSE."""
     settings = ServerSettings(port=0, ping=0.2)
     with running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served:
-        with served.client().stream("POST", "/api/chat", json=slow_picture(True)) as answer:
+        with served.client().stream("POST", "/api/chat", json=slow_image(True)) as answer:
             for line in answer.iter_lines():
                 found = json.loads(line)
                 assert found["message"]["content"] == "" and not found["done"]
                 break
-        url = "data:image/png;base64," + picture64("apple-and-cat.png")
+        url = "data:image/png;base64," + image64("apple-and-cat.png")
         message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
         body = {"model": "slow", "messages": [message], "stream": True}
         with served.client().stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -71,10 +71,10 @@ def test_a_full_queue(slow: Path) -> None:
     offers = (Offer("slow:latest", str(slow)),)
     with (
         running(settings, offers=offers, given={"n_ctx": 512}) as served,
-        sent(served, "/api/chat", slow_picture(True)),
+        sent(served, "/api/chat", slow_image(True)),
     ):
         wait_for(lambda: is_computing(served))
-        with sent(served, "/api/chat", slow_picture(True)):
+        with sent(served, "/api/chat", slow_image(True)):
             wait_for(lambda: served.metric("mllama_requests_queued") == 1)
             for path in ("/api/chat", "/v1/chat/completions"):
                 body = {"model": "slow", "messages": [{"role": "user", "content": "x"}]}
@@ -87,12 +87,12 @@ def test_the_pictures_that_wait_are_limited(slow: Path) -> None:
     settings = ServerSettings(port=0, max_waiting=1000)
     with (
         running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
-        sent(served, "/api/chat", slow_picture(True)),
+        sent(served, "/api/chat", slow_image(True)),
     ):
         wait_for(lambda: is_computing(served))
-        with sent(served, "/api/chat", slow_picture(True)):
+        with sent(served, "/api/chat", slow_image(True)):
             wait_for(lambda: served.metric("mllama_requests_queued") == 1)
-            answer = served.post("/api/chat", slow_picture(False))
+            answer = served.post("/api/chat", slow_image(False))
             assert answer.status_code == 503 and "too many pictures wait" in answer.json()["error"]
             assert int(answer.headers["retry-after"]) >= 1
 
@@ -120,7 +120,7 @@ def test_clients_take_turns() -> None:
 def test_a_time_limit(slow: Path) -> None:
     settings = ServerSettings(port=0, time_limit=0.3)
     with running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served:
-        answer = served.post("/api/chat", slow_picture(False))
+        answer = served.post("/api/chat", slow_image(False))
         assert answer.status_code == 504 and "0.3 s" in answer.json()["error"]
         assert served.metric('mllama_cancelled_total{reason="time"}') == 1
 

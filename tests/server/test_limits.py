@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Running, picture64, running
+from serving import Running, image64, running
 
 from mllama_gguf.server import bodies
 from mllama_gguf.server.images import ImageLimits
@@ -160,4 +160,4 @@ def test_a_picture_bomb_costs_one_request(served: Running) -> None:
     for width, height in ((30_000, 30_000), (100_000, 1000), (65_535, 65_535)):
         image = base64.b64encode(png_bomb(width, height)).decode()
         assert served.post("/api/chat", chat(image)).status_code == 400
-    assert served.post("/api/chat", chat(picture64())).status_code == 200
+    assert served.post("/api/chat", chat(image64())).status_code == 200

@@ -9,14 +9,14 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from serving import Running, picture64
+from serving import Running, image64
 
 QUESTION = "Describe this image."
 GREEDY = {"temperature": 0}
 
 
 def ask(**more: Any) -> dict[str, Any]:
-    message = {"role": "user", "content": QUESTION, "images": [picture64()]}
+    message = {"role": "user", "content": QUESTION, "images": [image64()]}
     return {"model": "demo", "messages": [message], "options": GREEDY, **more}
 
 
@@ -75,7 +75,7 @@ def test_a_body_is_json_whatever_its_type_says(served: Running) -> None:
 
 
 def test_generate_and_its_context(served: Running, expected: Callable[..., str]) -> None:
-    body = {"model": "demo", "prompt": QUESTION, "images": [picture64()], "options": GREEDY, "stream": False}
+    body = {"model": "demo", "prompt": QUESTION, "images": [image64()], "options": GREEDY, "stream": False}
     first = served.post("/api/generate", body).json()
     assert first["response"] == expected("apple.png", QUESTION)
     assert all(isinstance(n, int) for n in first["context"])
@@ -85,7 +85,7 @@ def test_generate_and_its_context(served: Running, expected: Callable[..., str])
     assert len(second["context"]) > len(first["context"])
     # The same as a chat with these turns.
     messages = [
-        {"role": "user", "content": QUESTION, "images": [picture64()]},
+        {"role": "user", "content": QUESTION, "images": [image64()]},
         {"role": "assistant", "content": first["response"]},
         {"role": "user", "content": "What colour is it?"},
     ]
@@ -95,7 +95,7 @@ def test_generate_and_its_context(served: Running, expected: Callable[..., str])
 
 
 def test_a_context_without_its_picture_goes_on(served: Running) -> None:
-    body = {"model": "demo", "prompt": QUESTION, "images": [picture64()], "options": GREEDY, "stream": False}
+    body = {"model": "demo", "prompt": QUESTION, "images": [image64()], "options": GREEDY, "stream": False}
     context = served.post("/api/generate", body).json()["context"]
     token = next(i for i, n in enumerate(context) if n == 1024)
     gone = [*context[: token + 1], *[7] * 8, *context[token + 9 :]]
@@ -110,8 +110,8 @@ def test_raw(served: Running) -> None:
     body = {"model": "demo", "prompt": "a red", "raw": True, "options": GREEDY, "stream": False}
     found = served.post("/api/generate", body).json()
     assert "context" not in found and found["prompt_eval_count"] < 6
-    with_picture = {**body, "prompt": "[img-0] a", "images": [picture64()]}
-    assert served.post("/api/generate", with_picture).status_code == 200
+    with_image = {**body, "prompt": "[img-0] a", "images": [image64()]}
+    assert served.post("/api/generate", with_image).status_code == 200
     for more in ({"system": "x"}, {"context": [1]}, {"template": "x"}):
         answer = served.post("/api/generate", {**body, **more})
         assert answer.status_code == 400
@@ -205,7 +205,7 @@ def test_logprobs(served: Running) -> None:
 
 
 def test_placeholders_and_several_pictures(served: Running) -> None:
-    two = [picture64(), picture64("apple-and-cat.png")]
+    two = [image64(), image64("apple-and-cat.png")]
     for content in ("[img-1] and [img-0]", "[img] and [img]", "Compare."):
         message = {"role": "user", "content": content, "images": two}
         found = served.post("/api/chat", ask(messages=[message], stream=False))

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from asked import QUESTION, TOOL
-from serving import Running, data_uri, picture64
+from serving import Running, data_uri, image64
 
 CHAT = "/v1/chat/completions"
 
 
 def content(name: str = "apple.png", **image: Any) -> list[dict[str, Any]]:
-    picture = {"type": "image_url", "image_url": {"url": data_uri(name), **image}}
-    return [picture, {"type": "text", "text": QUESTION}]
+    part = {"type": "image_url", "image_url": {"url": data_uri(name), **image}}
+    return [part, {"type": "text", "text": QUESTION}]
 
 
 def ask(**more: Any) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def test_low_detail_is_one_tile(served: Running, monkeypatch: pytest.MonkeyPatch
         "data:image/png;base64,!!!!",
         "data:text/plain,hello",
         "data:",
-        picture64()[:100],
+        image64()[:100],
     ],
 )
 def test_other_addresses_are_no_pictures(served: Running, url: str) -> None:

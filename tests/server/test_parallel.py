@@ -18,12 +18,12 @@ from serving import (
     DEMO,
     Running,
     endless,
+    image64,
     one_client,
-    picture64,
     process,
     running,
     sent,
-    slow_picture,
+    slow_image,
     wait_for,
 )
 
@@ -36,7 +36,7 @@ from mllama_gguf.server.catalog import Offer
 from mllama_gguf.server.models import Need, Opening, need_of
 from mllama_gguf.server.settings import ServerSettings, from_environment
 
-PICTURES = ("apple.png", "wide.png", "tall.png", "apple-and-cat.png")
+IMAGES = ("apple.png", "wide.png", "tall.png", "apple-and-cat.png")
 SHORT = {"model": "demo", "prompt": "x", "stream": False, "options": {"temperature": 0}}
 PROCESSING = "mllama_requests_processing"
 QUEUED = "mllama_requests_queued"
@@ -50,7 +50,7 @@ def together() -> Iterator[Running]:
 
 
 def question(name: str, **more: Any) -> dict[str, Any]:
-    message = {"role": "user", "content": "Describe this image.", "images": [picture64(name)]}
+    message = {"role": "user", "content": "Describe this image.", "images": [image64(name)]}
     return {"model": "demo", "messages": [message], "stream": False, "options": {"temperature": 0}, **more}
 
 
@@ -60,13 +60,13 @@ def is_free(served: Running) -> bool:
 
 def test_the_same_texts(together: Running, expected: Callable[..., str]) -> None:
     def ask(i: int) -> str:
-        answer = together.post("/api/chat", question(PICTURES[i % 4]))
+        answer = together.post("/api/chat", question(IMAGES[i % 4]))
         assert answer.status_code == 200, answer.text
         return str(answer.json()["message"]["content"])
 
     with ThreadPoolExecutor(8) as pool:
         for i, text in enumerate(pool.map(ask, range(24))):
-            assert text == expected(PICTURES[i % 4], "Describe this image.")
+            assert text == expected(IMAGES[i % 4], "Describe this image.")
     wait_for(lambda: is_free(together))
     assert together.metric("mllama_loads_total") == 1
 
@@ -232,10 +232,10 @@ def test_the_end_while_a_picture_is_encoded_ahead(slow: Path) -> None:
             talks = served.service.engine._models._loaded["slow:latest"].talks
             assert talks is not None
             for _ in range(2):
-                with sent(served, "/api/chat", slow_picture(True)):
+                with sent(served, "/api/chat", slow_image(True)):
                     wait_for(lambda: talks._is_ahead)
                 wait_for(lambda: not talks._is_ahead, 3)
-            late = sent(served, "/api/chat", slow_picture(True))
+            late = sent(served, "/api/chat", slow_image(True))
             late.__enter__()
             wait_for(lambda: talks._is_ahead)
         start = time.monotonic()
@@ -248,7 +248,7 @@ def test_a_time_limit_ends_one_of_several(slow: Path) -> None:
     settings = ServerSettings(port=0, time_limit=0.5, parallel=2)
     offers = (Offer("slow:latest", str(slow)), *DEMO)
     with running(settings, offers=offers, given={"n_ctx": 512}) as served, ThreadPoolExecutor(2) as pool:
-        late = pool.submit(served.client().post, "/api/chat", json=slow_picture(False))
+        late = pool.submit(served.client().post, "/api/chat", json=slow_image(False))
         assert served.post("/api/generate", SHORT).is_success
         assert late.result().status_code == 504
         assert served.metric('mllama_cancelled_total{reason="time"}') == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import EXAMPLES, Running, data_uri, picture64, running
+from serving import EXAMPLES, Running, data_uri, image64, running
 
 from mllama_gguf.errors import ImageError, ModelError, RequestError
 from mllama_gguf.server.problems import Refused, clean, refusal
@@ -132,7 +132,7 @@ def test_a_hostile_schema_costs_one_request(served: Running) -> None:
             "options": {"num_predict": 3},
         }
         assert served.post("/api/generate", body).status_code in (200, 400), schema
-    assert served.post("/api/chat", chat(picture64())).status_code == 200
+    assert served.post("/api/chat", chat(image64())).status_code == 200
 
 
 # ---- words -------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_kinds_of_pictures(served: Running) -> None:
 
 
 def test_base64_as_it_comes(served: Running) -> None:
-    text = picture64()
+    text = image64()
     for other in (
         f"data:image/png;base64,{text}",
         text.rstrip("="),

@@ -210,11 +210,11 @@ def test_temperature_and_seed_of_the_manifest() -> None:
 
 
 def test_system_and_messages() -> None:
-    picture = base64.b64encode(EXAMPLE.read_bytes()).decode()
+    image = base64.b64encode(EXAMPLE.read_bytes()).decode()
     put(
         system="Be short.",
         messages=[
-            {"role": "USER", "content": "What?", "images": [picture]},
+            {"role": "USER", "content": "What?", "images": [image]},
             {"role": "assistant", "content": "a red apple"},
         ],
     )

@@ -70,8 +70,8 @@ def test_ways_to_give_a_picture(part: dict[str, Any]) -> None:
 
 
 def test_any_object_may_be_a_picture() -> None:
-    picture = object()
-    assert template().render([user(image(picture))]).images == (picture,)
+    given = object()
+    assert template().render([user(image(given))]).images == (given,)
 
 
 def test_special_tokens_in_a_users_words_stay_words() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TinyFiles, elsewhere, picture
+from helpers import TinyFiles, elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import MllamaError, RequestError
@@ -34,7 +34,7 @@ APPLE = Path(__file__).parents[2] / "examples" / "apple.png"
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
-    Image.fromarray(picture(1)).save(path)
+    Image.fromarray(noisy_image(1)).save(path)
     return path
 
 

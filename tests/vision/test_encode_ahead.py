@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from helpers import STOP_SECONDS, TinyFiles, elsewhere, picture
+from helpers import STOP_SECONDS, TinyFiles, elsewhere, noisy_image
 from PIL import Image
 
 from mllama_gguf import (
@@ -78,7 +78,7 @@ def test_embeddings_are_those_of_the_model(
     if type != "f32":
         checkpoint = tiny.make_checkpoint(tiny.ARCHS[arch], tmp_path / "hf")
         (path,) = convert(checkpoint, tmp_path / "model.gguf", type=type, single_file=True)
-    images = [picture(1), picture(2, 30, 200)]
+    images = [noisy_image(1), noisy_image(2, 30, 200)]
     for flash_attn in (True, False):
         with Mllama(path, n_threads=2, flash_attn=flash_attn) as one:
             expected = [one.encode_image(image) for image in images]
@@ -90,7 +90,7 @@ def test_embeddings_are_those_of_the_model(
 
 
 def test_both_at_once(model: Mllama) -> None:
-    images = [picture(i) for i in range(6)]
+    images = [noisy_image(i) for i in range(6)]
     expected = [model.encode_image(image) for image in images]
     captions = [model.caption(image, max_tokens=30) for image in expected]
     model.reset()
@@ -105,13 +105,13 @@ def test_both_at_once(model: Mllama) -> None:
 
 def test_what_is_known_is_not_computed_again(model: Mllama, calls: list[str]) -> None:
     tiles = preprocess_image(
-        picture(1), tile_size=model.hparams.image_size, max_tiles=model.hparams.max_tiles
+        noisy_image(1), tile_size=model.hparams.image_size, max_tiles=model.hparams.max_tiles
     )
     with model.image_encoder() as encoder:
         one = encoder.encode(tiles)
         assert model.encode_image(tiles) is one
-        two = model.encode_image(picture(2))
-        assert encoder.encode(picture(2)) is two
+        two = model.encode_image(noisy_image(2))
+        assert encoder.encode(noisy_image(2)) is two
         assert encoder.encode(two) is two
     assert len(calls) == 2
 
@@ -119,7 +119,7 @@ def test_what_is_known_is_not_computed_again(model: Mllama, calls: list[str]) ->
 def test_pictures_are_checked(model: Mllama) -> None:
     with model.image_encoder() as encoder:
         with pytest.raises(ImageError, match="TiledImage of"):
-            encoder.encode(preprocess_image(picture(1), tile_size=14, max_tiles=4))
+            encoder.encode(preprocess_image(noisy_image(1), tile_size=14, max_tiles=4))
         with pytest.raises(ImageError):
             encoder.encode(b"no picture")
 
@@ -180,7 +180,7 @@ def test_an_encode_is_stopped(slow: Path, how: str) -> None:
     stop = False
     with Mllama(slow, n_ctx=512, abort=lambda: stop) as model:
         encoder = model.image_encoder()
-        thread, raised = encoding(lambda: encoder.encode(picture(1, 900, 900)))
+        thread, raised = encoding(lambda: encoder.encode(noisy_image(1, 900, 900)))
         begin = time.monotonic()
         if how == "abort":
             stop = True
@@ -194,7 +194,7 @@ def test_an_encode_is_stopped(slow: Path, how: str) -> None:
             assert not encoder.stopped
             return
         with pytest.raises(Aborted, match="was stopped"):
-            encoder.encode(picture(2))
+            encoder.encode(noisy_image(2))
         encoder.close()
         encoder.close()
 
@@ -209,9 +209,9 @@ def photos(tmp_path: Path) -> list[str]:
     folder.mkdir()
     paths = [folder / f"{i}.png" for i in range(10)]
     for i, path in enumerate(paths):
-        Image.fromarray(picture(2 if i in (3, 4) else i, 40, 40 + 10 * (0 if i in (3, 4) else i % 3))).save(
-            path
-        )
+        Image.fromarray(
+            noisy_image(2 if i in (3, 4) else i, 40, 40 + 10 * (0 if i in (3, 4) else i % 3))
+        ).save(path)
     for i in (3, 4):
         paths[i].write_bytes(paths[2].read_bytes())
     paths[6].write_bytes(b"broken")
@@ -241,7 +241,7 @@ class Batch:
         model.reply = partial(self.caption, model.reply)  # type: ignore[method-assign]
         return model
 
-    def run(self, pictures: list[str], ahead: bool | None, *, goes_on: bool = False) -> Summary:
+    def run(self, images: list[str], ahead: bool | None, *, goes_on: bool = False) -> Summary:
         if not goes_on:
             for path in (self.out, self.errors.path):
                 path.unlink(missing_ok=True)
@@ -250,7 +250,7 @@ class Batch:
         output = RecordFile(self.out)
         try:
             return caption_images(
-                pictures,
+                images,
                 output,
                 self.open,
                 CaptionOptions(max_tokens=12),
@@ -388,7 +388,7 @@ def test_a_lost_device_is_opened_with_its_encoder(
     """One picture fails, though nothing can be encoded until the loop comes to it."""
     many = [str(tmp_path / f"{i}.png") for i in range(20)]
     for i, path in enumerate(many):
-        Image.fromarray(picture(i)).save(path)
+        Image.fromarray(noisy_image(i)).save(path)
     batch.run(many, False)
     expected = batch.kept()[0].splitlines()
     threads: list[str] = []
@@ -566,7 +566,7 @@ run(sys.argv[1:])
 def test_ctrl_c_while_a_picture_is_encoded_ahead(slow: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{i}.png") for i in range(3)]
     for i, path in enumerate(paths):
-        Image.fromarray(picture(i, 900, 900)).save(path)
+        Image.fromarray(noisy_image(i, 900, 900)).save(path)
     out = tmp_path / "c.jsonl"
     command = [sys.executable, "-m", "mllama_gguf", "caption", *paths, "-m", str(slow), "-c", "512"]
     child = subprocess.Popen(

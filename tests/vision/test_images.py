@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TinyFiles, picture
+from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import Aborted, BackendError, ImageEmbedding, Mllama
 from mllama_gguf.backend.context import LocalContext
@@ -66,13 +66,13 @@ def test_an_image_is_encoded_once(model: Mllama, monkeypatch: pytest.MonkeyPatch
     slow = Slow(monkeypatch)
     with model.image_encoder() as one, model.image_encoder() as two:
         found = together(
-            lambda: model.encode_image(picture(1)),
-            lambda: one.encode(picture(1)),
-            lambda: two.encode(picture(1)),
+            lambda: model.encode_image(noisy_image(1)),
+            lambda: one.encode(noisy_image(1)),
+            lambda: two.encode(noisy_image(1)),
         )
         assert len({id(embedding) for embedding in found}) == 1
         assert slow.calls == 1
-        together(lambda: one.encode(picture(2)), lambda: two.encode(picture(3)))
+        together(lambda: one.encode(noisy_image(2)), lambda: two.encode(noisy_image(3)))
         assert slow.calls == 3
 
 
@@ -82,7 +82,7 @@ def test_after_a_failure_another_thread_encodes(
 ) -> None:
     slow = Slow(monkeypatch, error, 1)
     with model.image_encoder() as one, model.image_encoder() as two:
-        found = together(*[lambda e=e: e.encode(picture(1)) for e in (one, two)])  # type: ignore[misc]
+        found = together(*[lambda e=e: e.encode(noisy_image(1)) for e in (one, two)])  # type: ignore[misc]
         assert slow.calls == 2
         assert {type(result) for result in found} == {type(error), ImageEmbedding}
 
@@ -94,9 +94,9 @@ def test_waiting_is_stopped(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> N
         def stopped() -> ImageEmbedding:
             assert slow.begun.wait(20)
             threading.Timer(0.05, two.stop).start()
-            return two.encode(picture(1))
+            return two.encode(noisy_image(1))
 
-        found = together(lambda: one.encode(picture(1)), stopped)
+        found = together(lambda: one.encode(noisy_image(1)), stopped)
         assert {type(result) for result in found} == {Aborted, ImageEmbedding}
     assert slow.calls == 1
     assert not model._shared.images._running
@@ -107,11 +107,11 @@ def test_a_callback_asks_for_the_image_that_is_computed(tiny_files: Files) -> No
 
     def progress(phase: str, done: int, total: int) -> None:
         if phase == "encode" and done == total and not asked:
-            asked.append(encoder.encode(picture(1)))
+            asked.append(encoder.encode(noisy_image(1)))
 
     with Mllama(tiny_files("gqa").one, n_ctx=512, n_threads=1, progress=progress) as model:
         with model.image_encoder() as encoder:
-            found = model.encode_image(picture(1))
+            found = model.encode_image(noisy_image(1))
         assert np.array_equal(found.states, asked[0].states)
         assert not model._shared.images._running
 
@@ -119,6 +119,6 @@ def test_a_callback_asks_for_the_image_that_is_computed(tiny_files: Files) -> No
 def test_what_an_encoder_made_is_our_own(model: Mllama) -> None:
     """Its key names its content, whichever thread made it; nobody else's does."""
     with model.image_encoder() as encoder:
-        ours = encoder.encode(picture(1))
+        ours = encoder.encode(noisy_image(1))
     assert model._shared.images._is_own(ours)
     assert not model._shared.images._is_own(ImageEmbedding(ours.states, ours.aspect_ratio_id, ours.key))

@@ -32,9 +32,9 @@ LOSSY_12 = (
 
 def expected() -> npt.NDArray[np.int64]:
     y, x = np.mgrid[:8, :8]
-    picture = np.stack([(x > 3) * 255, (y > 3) * 255, ((x + y) % 8 > 3) * 255], -1)
-    picture[0, 0] = 127
-    return picture
+    image = np.stack([(x > 3) * 255, (y > 3) * 255, ((x + y) % 8 > 3) * 255], -1)
+    image[0, 0] = 127
+    return image
 
 
 @pytest.mark.parametrize("words", [LOSSLESS_16, LOSSY_12])

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, TiffImagePlugin, TiffTags
-from preprocess_cases import make_picture, pattern
+from preprocess_cases import make_image, pattern
 from tiffs import make_tiff, ramp
 
 from mllama_gguf.errors import ImageError, RequestError
@@ -23,7 +23,7 @@ from mllama_gguf.vision.decoding import MAX_PIXELS_VARIABLE
 from mllama_gguf.vision.loading import load_image
 from mllama_gguf.vision.preprocess import preprocess_image
 
-PICTURE = pattern(60, 40, 3)
+IMAGE = pattern(60, 40, 3)
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -32,7 +32,7 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-PNG = encode(Image.fromarray(PICTURE), "PNG")
+PNG = encode(Image.fromarray(IMAGE), "PNG")
 BASE64 = base64.b64encode(PNG).decode()
 
 
@@ -75,7 +75,7 @@ def test_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         Path("~") / path.name,
         os.fsencode(path) and str(path),
     ):
-        np.testing.assert_array_equal(rgb(source), PICTURE, err_msg=str(source))
+        np.testing.assert_array_equal(rgb(source), IMAGE, err_msg=str(source))
     assert "another machine (server)" in error_of("file://server/a.png")
     assert "names no file" in error_of("file://")
     assert "not a usable" in error_of("file:///a%00b.png")
@@ -90,7 +90,7 @@ def test_a_name_that_looks_like_something_else_is_a_name(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("~", BASE64[:64].replace("/", "_"), " blank.png", "~user.png"):
         Path(name).write_bytes(PNG)
-        np.testing.assert_array_equal(rgb(name), PICTURE, err_msg=name)
+        np.testing.assert_array_equal(rgb(name), IMAGE, err_msg=name)
 
 
 def test_base64() -> None:
@@ -111,8 +111,8 @@ def test_base64() -> None:
         "prefix and blanks": "data:image/png;base64," + BASE64.replace("+", " "),
         "quoted": "data:image/png;base64," + urllib.parse.quote(BASE64),
     }.items():
-        np.testing.assert_array_equal(rgb(text), PICTURE, err_msg=name)
-        np.testing.assert_array_equal(rgb(text.encode()), PICTURE, err_msg=name)
+        np.testing.assert_array_equal(rgb(text), IMAGE, err_msg=name)
+        np.testing.assert_array_equal(rgb(text.encode()), IMAGE, err_msg=name)
     assert "+" in BASE64 and "/" in BASE64  # else this tests little
 
 
@@ -142,7 +142,7 @@ def test_things_that_can_only_be_read() -> None:
             return self.data
 
     for data in (PNG, bytearray(PNG), memoryview(PNG)):
-        np.testing.assert_array_equal(rgb(Body(data)), PICTURE)
+        np.testing.assert_array_equal(rgb(Body(data)), IMAGE)
     assert "gave str" in error_of(Body("text"))
     assert "gave NoneType" in error_of(Body(None))
 
@@ -202,11 +202,11 @@ def test_the_preview_of_a_raw_file_is_not_taken(tags: dict[int, tuple[int, Any]]
     for tag, (kind, value) in tags.items():
         more.tagtype[tag] = kind
         more[tag] = value
-    data = encode(make_picture("RGB", 16, 12), "TIFF", tiffinfo=more)
+    data = encode(make_image("RGB", 16, 12), "TIFF", tiffinfo=more)
     assert "a camera's raw file" in error_of(data)
     alone = TiffImagePlugin.ImageFileDirectory_v2()
     alone[254] = 1
-    assert load_image(encode(make_picture("RGB", 16, 12), "TIFF", tiffinfo=alone)).size == (16, 12)
+    assert load_image(encode(make_image("RGB", 16, 12), "TIFF", tiffinfo=alone)).size == (16, 12)
 
 
 # --- what is mended ---------------------------------------------------------------------------------------
@@ -238,25 +238,25 @@ def test_chunks_that_hold_no_pixels_are_passed_over() -> None:
         "a cut end chunk": PNG[:-6],
         "something behind the end": PNG + b"junk" * 100,
     }.items():
-        np.testing.assert_array_equal(rgb(data), PICTURE, err_msg=name)
+        np.testing.assert_array_equal(rgb(data), IMAGE, err_msg=name)
 
 
 def test_damaged_pixels_are_refused_or_filled() -> None:
     for damaged in (PNG[:-1000], PNG[:200], with_chunk(chunk(b"IDAT", b"junk"))):
         assert "corrupt or truncated" in error_of(damaged)
-        assert rgb(damaged, allow_truncated=True).shape == PICTURE.shape
+        assert rgb(damaged, allow_truncated=True).shape == IMAGE.shape
     position = PNG.index(b"IDAT") + 2000
     wrong = PNG[:position] + bytes([PNG[position] ^ 1]) + PNG[position + 1 :]
     error_of(wrong)
     half = rgb(PNG[: len(PNG) // 2], allow_truncated=True)
-    np.testing.assert_array_equal(half[:10], PICTURE[:10])
+    np.testing.assert_array_equal(half[:10], IMAGE[:10])
     assert not half[-5:].any()
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30, "subsampling": 2}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_jpeg_without_its_end(mode: str, options: dict[str, Any]) -> None:
-    data = encode(make_picture(mode, 90, 70), "JPEG", **options)
+    data = encode(make_image(mode, 90, 70), "JPEG", **options)
     whole = rgb(data)
     for ending in (data[:-2], data[:-1], data[:-2] + b"\xff", data + b"trailer" * 50, data + bytes(50)):
         np.testing.assert_array_equal(rgb(ending), whole)
@@ -266,7 +266,7 @@ def test_a_jpeg_without_its_end(mode: str, options: dict[str, Any]) -> None:
 
 
 def test_a_progressive_jpeg_that_ends_between_two_scans() -> None:
-    data = encode(make_picture("RGB", 90, 70), "JPEG", progressive=True)
+    data = encode(make_image("RGB", 90, 70), "JPEG", progressive=True)
     scans = [i for i in range(len(data) - 1) if data[i : i + 2] == b"\xff\xda"]
     assert len(scans) > 3
     tables = data.rfind(b"\xff\xc4", 0, scans[-1])
@@ -277,7 +277,7 @@ def test_a_progressive_jpeg_that_ends_between_two_scans() -> None:
 
 def test_truncated_files_of_other_kinds_can_be_allowed() -> None:
     for format in ("BMP", "TIFF", "PPM"):
-        data = encode(make_picture("RGB", 90, 70), format)
+        data = encode(make_image("RGB", 90, 70), format)
         cut = data[: -len(data) // 4]
         if format == "TIFF":  # Pillow writes its tags before the pixels
             assert data[4:8] == b"\x08\0\0\0"
@@ -341,7 +341,7 @@ def test_more_pixels_can_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == Image.MAX_IMAGE_PIXELS
     monkeypatch.setenv(MAX_PIXELS_VARIABLE, "1000")
     assert "the limit is 1000 pixels" in error_of(PNG)
-    np.testing.assert_array_equal(rgb(PNG, max_pixels=100_000), PICTURE)
+    np.testing.assert_array_equal(rgb(PNG, max_pixels=100_000), IMAGE)
     for wrong in ("many", "-1", "1e9", "0", "9" * 40):
         monkeypatch.setenv(MAX_PIXELS_VARIABLE, wrong)
         with pytest.raises(RequestError, match=MAX_PIXELS_VARIABLE):

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 from PIL import Image, ImageFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preprocess_cases import GOLDEN, GRID_SIZES, MODES, golden_cases, golden_hash, make_picture, pattern
+from preprocess_cases import GOLDEN, GRID_SIZES, MODES, golden_cases, golden_hash, make_image, pattern
 
 from mllama_gguf.cli.preprocess import preprocess_command
 from mllama_gguf.errors import ImageError, MllamaError
@@ -98,7 +98,7 @@ def test_golden_file_holds_every_case() -> None:
     ids=lambda c: f"{c['mode']}-{c['size'][0]}x{c['size'][1]}-{c['tile_size']}x{c['max_tiles']}",
 )
 def test_golden(case: dict[str, Any]) -> None:
-    image = make_picture(case["mode"], *case["size"])
+    image = make_image(case["mode"], *case["size"])
     tiled = preprocess_image(image, tile_size=case["tile_size"], max_tiles=case["max_tiles"])
     assert tiled.image_size == tuple(case["size"])
     assert (tiled.n_tiles, tiled.aspect_ratio_id) == (case["n_tiles"], case["aspect_ratio_id"])
@@ -106,7 +106,7 @@ def test_golden(case: dict[str, Any]) -> None:
 
 
 def test_tiled_image_fields() -> None:
-    tiled = preprocess_image(make_picture("RGB", 700, 1000))
+    tiled = preprocess_image(make_image("RGB", 700, 1000))
     assert (tiled.rows, tiled.columns, tiled.n_tiles, tiled.aspect_ratio_id) == (2, 2, 4, 6)
     assert (tiled.image_size, tiled.resized_size, tiled.canvas_size) == (
         (700, 1000),
@@ -123,11 +123,11 @@ def test_tiled_image_fields() -> None:
 
 
 def test_tiles_are_cut_row_by_row_and_the_rest_is_black_or_zero() -> None:
-    picture = pattern(150, 90, 3)
-    tiled = preprocess_image(picture, tile_size=80, max_tiles=5)
+    image = pattern(150, 90, 3)
+    tiled = preprocess_image(image, tile_size=80, max_tiles=5)
     assert (tiled.rows, tiled.columns, tiled.resized_size) == (2, 2, (150, 90))
     canvas = np.zeros((160, 160, 3))
-    canvas[:90, :150] = picture
+    canvas[:90, :150] = image
     wanted = (canvas / 255 - IMAGE_MEAN) / IMAGE_STD
     for index, (top, left) in enumerate([(0, 0), (0, 80), (80, 0), (80, 80)]):
         tile = wanted[top : top + 80, left : left + 80].transpose(2, 0, 1)
@@ -196,12 +196,12 @@ def test_bad_sizes_are_value_errors(bad: dict[str, Any]) -> None:
 
 
 def test_fast() -> None:
-    picture = Image.fromarray(pattern(1400, 1400, 3))
-    preprocess_image(picture)
+    image = Image.fromarray(pattern(1400, 1400, 3))
+    preprocess_image(image)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        assert preprocess_image(picture).n_tiles == 4
+        assert preprocess_image(image).n_tiles == 4
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 3  # some 0.025 on a quiet machine; with a loop over pixels it is a minute
 
@@ -210,8 +210,8 @@ def test_fast() -> None:
 
 
 def test_sources_agree(tmp_path: Path) -> None:
-    picture = pattern(60, 40, 3)
-    data = encode(Image.fromarray(picture), "PNG")
+    image = pattern(60, 40, 3)
+    data = encode(Image.fromarray(image), "PNG")
     path = tmp_path / "pïcture [1].png"
     path.write_bytes(data)
     b64 = base64.b64encode(data).decode()
@@ -232,33 +232,33 @@ def test_sources_agree(tmp_path: Path) -> None:
         + b64.rstrip("=")[100:],
         "base64 URI, escaped": "data:;base64," + urllib.parse.quote(b64, safe=""),
         "percent URI": "data:image/png;charset=x," + urllib.parse.quote(data),
-        "PIL": Image.fromarray(picture),
+        "PIL": Image.fromarray(image),
         "PIL, not loaded": Image.open(io.BytesIO(data)),
-        "array": picture,
-        "array, strided": np.repeat(picture, 2, axis=1)[:, ::2],
-        "array, reversed twice": picture[::-1].copy()[::-1],
+        "array": image,
+        "array, strided": np.repeat(image, 2, axis=1)[:, ::2],
+        "array, reversed twice": image[::-1].copy()[::-1],
     }
     for name, source in sources.items():
-        np.testing.assert_array_equal(rgb(load_image(source)), picture, err_msg=name)
+        np.testing.assert_array_equal(rgb(load_image(source)), image, err_msg=name)
     with open(path, "rb") as file:
-        np.testing.assert_array_equal(rgb(load_image(file)), picture)
+        np.testing.assert_array_equal(rgb(load_image(file)), image)
         assert not file.closed
 
 
 def test_a_stream_that_cannot_seek(tmp_path: Path) -> None:
-    picture = pattern(20, 10, 3)
+    image = pattern(20, 10, 3)
     read, write = os.pipe()
-    os.write(write, encode(Image.fromarray(picture), "PNG"))
+    os.write(write, encode(Image.fromarray(image), "PNG"))
     os.close(write)
     with os.fdopen(read, "rb") as file:
-        np.testing.assert_array_equal(rgb(load_image(file)), picture)
+        np.testing.assert_array_equal(rgb(load_image(file)), image)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     assert "it is a pipe, not a file" in error_of(fifo)  # nobody waits for a writer
 
 
 def test_the_callers_picture_is_not_changed() -> None:
-    image = make_picture("P+transparency", 30, 20)
+    image = make_image("P+transparency", 30, 20)
     before, info = image.tobytes(), dict(image.info)
     load_image(image)
     assert (image.mode, image.tobytes(), image.info) == ("P", before, info)
@@ -279,19 +279,17 @@ def test_the_callers_picture_is_not_changed() -> None:
     ],
 )
 def test_lossless_formats(format: str, options: dict[str, Any]) -> None:
-    picture = pattern(70, 50, 3)
-    np.testing.assert_array_equal(
-        rgb(load_image(encode(Image.fromarray(picture), format, **options))), picture
-    )
+    image = pattern(70, 50, 3)
+    np.testing.assert_array_equal(rgb(load_image(encode(Image.fromarray(image), format, **options))), image)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
 def test_lossy_formats(format: str) -> None:
     y, x = np.mgrid[:50, :70]
-    picture = np.stack([x * 3, y * 5, 255 - x * 3], axis=-1).astype(np.uint8)
-    loaded = rgb(load_image(encode(Image.fromarray(picture), format, quality=95)))
-    assert loaded.shape == picture.shape
-    assert np.abs(loaded.astype(int) - picture).mean() < 3
+    image = np.stack([x * 3, y * 5, 255 - x * 3], axis=-1).astype(np.uint8)
+    loaded = rgb(load_image(encode(Image.fromarray(image), format, quality=95)))
+    assert loaded.shape == image.shape
+    assert np.abs(loaded.astype(int) - image).mean() < 3
 
 
 def test_cmyk_and_grey_jpeg() -> None:
@@ -322,7 +320,7 @@ def test_transparent_gif_and_palette_png_are_white_behind() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(mode: str) -> None:
     """Against a slow formula where there is one; all of them at least give RGB of the right size."""
-    image = make_picture(mode, 40, 30, seed=3)
+    image = make_image(mode, 40, 30, seed=3)
     got = rgb(load_image(image)).astype(int)
     assert got.shape == (30, 40, 3)
     raw = np.asarray(image).astype(np.float64)
@@ -435,18 +433,18 @@ def test_exif_orientation(orientation: int) -> None:
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_unknown_orientation_is_ignored(orientation: int) -> None:
-    picture = pattern(20, 10, 3)
-    data = encode(Image.fromarray(picture), "PNG", exif=exif(orientation))
-    np.testing.assert_array_equal(rgb(load_image(data)), picture)
+    image = pattern(20, 10, 3)
+    data = encode(Image.fromarray(image), "PNG", exif=exif(orientation))
+    np.testing.assert_array_equal(rgb(load_image(data)), image)
 
 
 @pytest.mark.parametrize(
     "junk", [b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )
 def test_damaged_exif_is_ignored(junk: bytes) -> None:
-    picture = Image.new("RGB", (16, 8), "red")
+    image = Image.new("RGB", (16, 8), "red")
     for format in ("JPEG", "PNG"):
-        assert load_image(encode(picture, format, exif=junk)).size == (16, 8), format
+        assert load_image(encode(image, format, exif=junk)).size == (16, 8), format
 
 
 # --- what is wrong with a picture -----------------------------------------------------------------
@@ -506,7 +504,7 @@ def test_bad_arrays() -> None:
 
 
 def test_a_closed_picture_is_an_error() -> None:
-    image = Image.open(io.BytesIO(encode(make_picture("RGB", 8, 8), "PNG")))
+    image = Image.open(io.BytesIO(encode(make_image("RGB", 8, 8), "PNG")))
     image.close()
     assert error_of(image).startswith("PIL image: ")
 
@@ -527,7 +525,7 @@ def test_bombs_are_refused_before_decoding(size: tuple[int, int], monkeypatch: p
 def test_own_limit_and_pillows_setting() -> None:
     before = Image.MAX_IMAGE_PIXELS
     assert before is not None
-    data = encode(make_picture("RGB", 100, 50), "PNG")
+    data = encode(make_image("RGB", 100, 50), "PNG")
     assert load_image(data, max_pixels=5000).size == (100, 50)
     assert "too large (100x50): the limit is 4999 pixels" in error_of(data, max_pixels=4999)
     assert "4999" in error_of(Image.open(io.BytesIO(data)), max_pixels=4999)
@@ -540,7 +538,7 @@ def test_own_limit_and_pillows_setting() -> None:
 
 def test_pillows_stricter_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    message = error_of(encode(make_picture("RGB", 100, 50), "PNG"))
+    message = error_of(encode(make_image("RGB", 100, 50), "PNG"))
     assert message.startswith("image bytes: too large: Image size (5000 pixels)")
 
 
@@ -563,7 +561,7 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_truncated(name: str, tmp_path: Path) -> None:
     """Cut anywhere: an error, or the whole picture (when only a trailer is missing). Never half a picture."""
     mode, format, options = FILES[name]
-    data = encode(make_picture(mode, 47, 31), format, **options)
+    data = encode(make_image(mode, 47, 31), format, **options)
     whole = rgb(load_image(data))
     refused = 0
     cuts = range(0, len(data), max(1, len(data) // 150))
@@ -585,7 +583,7 @@ def test_truncated(name: str, tmp_path: Path) -> None:
 def test_mutated(name: str) -> None:
     """Any damage gives a picture or an ImageError: no other exception, no warning."""
     mode, format, options = FILES[name]
-    data = encode(make_picture(mode, 23, 17), format, **options)
+    data = encode(make_image(mode, 23, 17), format, **options)
     rng = random.Random(name)
     for _ in range(150):
         broken = bytearray(data)
@@ -605,7 +603,7 @@ def test_errors_are_what_they_say() -> None:
 
 
 def test_threads_leave_the_warning_filters_alone() -> None:
-    data = encode(make_picture("P+alphas", 60, 40), "PNG")
+    data = encode(make_image("P+alphas", 60, 40), "PNG")
     wanted = rgb(load_image(data)).tobytes()
     before = list(warnings.filters)
     right: list[bool] = []
@@ -627,9 +625,9 @@ def test_threads_leave_the_warning_filters_alone() -> None:
 
 
 @pytest.fixture
-def picture_file(tmp_path: Path) -> Path:
+def image_file(tmp_path: Path) -> Path:
     path = tmp_path / "wide [x].png"
-    make_picture("RGB", 150, 60).save(path)
+    make_image("RGB", 150, 60).save(path)
     return path
 
 
@@ -637,12 +635,12 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(preprocess_command, [str(a) for a in arguments])
 
 
-def test_command_text(picture_file: Path) -> None:
-    result = run(picture_file, "--tile-size", 80)
+def test_command_text(image_file: Path) -> None:
+    result = run(image_file, "--tile-size", 80)
     assert result.exit_code == 0, result.output
-    tiled = preprocess_image(picture_file, tile_size=80)
+    tiled = preprocess_image(image_file, tile_size=80)
     lines = {line[:15].strip(): line[17:] for line in result.stdout.splitlines()}
-    assert lines["image"] == str(picture_file)
+    assert lines["image"] == str(image_file)
     assert lines["image size"].startswith("150 x 60 ") and lines["canvas"] == "160 x 80"
     assert lines["grid"].startswith("1 x 2 ") and lines["aspect_ratio_id"] == "2"
     assert lines["sha256"] == tiled.sha256
@@ -652,11 +650,11 @@ def test_command_text(picture_file: Path) -> None:
     assert len(lines) == 9  # nothing wrapped, unused tiles not shown
 
 
-def test_command_json(picture_file: Path) -> None:
-    result = run(picture_file, picture_file, "--json", "--tile-size", 80, "--max-tiles", 5)
+def test_command_json(image_file: Path) -> None:
+    result = run(image_file, image_file, "--json", "--tile-size", 80, "--max-tiles", 5)
     assert result.exit_code == 0, result.output
     first, second = map(json.loads, result.stdout.splitlines())
-    tiled = preprocess_image(picture_file, tile_size=80, max_tiles=5)
+    tiled = preprocess_image(image_file, tile_size=80, max_tiles=5)
     assert first == second
     assert first["image_size"] == [150, 60] and first["shape"] == [5, 3, 80, 80] and first["n_tiles"] == 2
     assert first["sha256"] == tiled.sha256
@@ -665,17 +663,17 @@ def test_command_json(picture_file: Path) -> None:
     )
 
 
-def test_command_files(picture_file: Path, tmp_path: Path) -> None:
+def test_command_files(image_file: Path, tmp_path: Path) -> None:
     out, tiles = tmp_path / "pixels.npy", tmp_path / "new" / "tiles"
-    result = run(picture_file, "--tile-size", 80, "--out", out, "--png", tiles)
+    result = run(image_file, "--tile-size", 80, "--out", out, "--png", tiles)
     assert result.exit_code == 0, result.output
-    tiled = preprocess_image(picture_file, tile_size=80)
+    tiled = preprocess_image(image_file, tile_size=80)
     np.testing.assert_array_equal(np.load(out), tiled.pixels)
     assert sorted(p.name for p in tiles.iterdir()) == ["wide [x]_0_0.png", "wide [x]_0_1.png"]
     np.testing.assert_array_equal(
         rgb(Image.open(tiles / "wide [x]_0_1.png")), np.asarray(tiled.tile_picture(1))
     )
-    result = run(picture_file, picture_file, "--tile-size", 80, "--png", tiles, "--overwrite")
+    result = run(image_file, image_file, "--tile-size", 80, "--png", tiles, "--overwrite")
     assert result.exit_code == 0 and len(list(tiles.iterdir())) == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "new",
@@ -684,13 +682,13 @@ def test_command_files(picture_file: Path, tmp_path: Path) -> None:
     ]  # no temporary file left
 
 
-def test_command_errors(picture_file: Path, tmp_path: Path) -> None:
+def test_command_errors(image_file: Path, tmp_path: Path) -> None:
     for arguments, code, words in (
         (["none.png"], 1, "none.png: no such file"),
-        ([picture_file, "--out", tmp_path / "no" / "x.npy"], 1, "x.npy: there is no folder"),
-        ([picture_file, "--png", picture_file / "x"], 1, "is a file, not a folder"),
-        ([picture_file, picture_file, "--out", "x.npy"], 2, "one picture"),
-        ([picture_file, "--tile-size", "0"], 2, "0"),
+        ([image_file, "--out", tmp_path / "no" / "x.npy"], 1, "x.npy: there is no folder"),
+        ([image_file, "--png", image_file / "x"], 1, "is a file, not a folder"),
+        ([image_file, image_file, "--out", "x.npy"], 2, "one picture"),
+        ([image_file, "--tile-size", "0"], 2, "0"),
         ([], 2, "Missing argument"),
     ):
         result = run(*arguments)
@@ -702,7 +700,7 @@ def test_command_errors(picture_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(
-    picture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "pixels.npy"
     np.save(out, np.zeros((1, 3, 2, 2), np.float32))
@@ -713,7 +711,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
-    result = run(picture_file, "--out", out, "--overwrite")
+    result = run(image_file, "--out", out, "--overwrite")
     assert result.exit_code == 1 and "the disk is full" in result.stderr
     assert out.read_bytes() == old and len(list(tmp_path.iterdir())) == 2
 
@@ -728,7 +726,7 @@ def gguf_head(**keys: int) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + pairs
 
 
-def test_command_takes_the_sizes_from_a_model(picture_file: Path, tmp_path: Path) -> None:
+def test_command_takes_the_sizes_from_a_model(image_file: Path, tmp_path: Path) -> None:
     model = tmp_path / "mmproj.gguf"
     model.write_bytes(gguf_head(image_size=84, max_num_tiles=3))
     for options, shape in (
@@ -736,7 +734,7 @@ def test_command_takes_the_sizes_from_a_model(picture_file: Path, tmp_path: Path
         (["--max-tiles", 2], [2, 3, 84, 84]),
         (["--tile-size", 20], [3, 3, 20, 20]),
     ):
-        result = run(picture_file, "--json", "-m", model, *options)
+        result = run(image_file, "--json", "-m", model, *options)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["shape"] == shape
     for data, words in (
@@ -747,7 +745,7 @@ def test_command_takes_the_sizes_from_a_model(picture_file: Path, tmp_path: Path
         (b"not a model", "not a GGUF file"),
     ):
         model.write_bytes(data)
-        result = run(picture_file, "-m", model)
+        result = run(image_file, "-m", model)
         assert result.exit_code == 1 and words in result.stderr, (words, result.output)
         assert result.stderr.startswith(f"Error: {model}: ") and len(result.stderr.splitlines()) == 1
-    assert run(picture_file, "-m", tmp_path / "none.gguf").exit_code == 1
+    assert run(image_file, "-m", tmp_path / "none.gguf").exit_code == 1

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import TinyFiles, picture
-from preprocess_cases import GOLDEN, golden_hash, make_picture
+from helpers import TinyFiles, noisy_image
+from preprocess_cases import GOLDEN, golden_hash, make_image
 
 from mllama_gguf import ImageError, Mllama, RequestError, preprocess_image
 from mllama_gguf.cli.main import cli
@@ -19,7 +19,7 @@ from mllama_gguf.vision.preprocess import supported_grids
 
 Files = Callable[[str], TinyFiles]
 FEWER = [case for case in GOLDEN["cases"] if case["max_tiles"] in (1, 2, 3)]
-WIDE = picture(1, 40, 160)  # four tiles in a row
+WIDE = noisy_image(1, 40, 160)  # four tiles in a row
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def model(tiny_files: Files) -> Iterator[Mllama]:
 @pytest.mark.parametrize("case", FEWER, ids=lambda c: f"{c['size'][0]}x{c['size'][1]}-{c['max_tiles']}")
 def test_the_pixels_are_those_of_the_reference(case: dict[str, Any]) -> None:
     """Of its processor for so many tiles; but the grid has the number that a model of four gives it."""
-    image = make_picture(case["mode"], *case["size"])
+    image = make_image(case["mode"], *case["size"])
     sizes = {"tile_size": case["tile_size"], "max_tiles": case["max_tiles"]}
     tiled = preprocess_image(image, **sizes, model_tiles=4)
     assert tiled.sha256 == golden_hash(case)
@@ -46,7 +46,7 @@ def test_the_golden_file_has_other_numbers_too() -> None:
         (
             case["aspect_ratio_id"],
             preprocess_image(
-                make_picture(case["mode"], *case["size"]), tile_size=8, max_tiles=2, model_tiles=4
+                make_image(case["mode"], *case["size"]), tile_size=8, max_tiles=2, model_tiles=4
             ).aspect_ratio_id,
         )
         for case in FEWER
@@ -85,7 +85,7 @@ def test_keys_tell_them_apart(model: Mllama) -> None:
     keys = {model.encode_image(WIDE, max_tiles=n).key for n in (1, 2, 3, 4)}
     assert len(keys) == 4
     assert model.encode_image(WIDE).key in keys
-    square = picture(2, 20, 20)  # one tile in any case: computed once
+    square = noisy_image(2, 20, 20)  # one tile in any case: computed once
     assert len({model.encode_image(square, max_tiles=n).key for n in (1, 4, None)}) == 1
 
 
@@ -145,7 +145,7 @@ def test_what_is_cut_already(model: Mllama) -> None:
             with pytest.raises(ImageError, match=f"{name} of 4 tiles, but max_tiles is 1"):
                 use(image, max_tiles=1)  # type: ignore[operator]
         assert model.encode_image(image, max_tiles=4).n_tiles == 4
-    more = preprocess_image(picture(1, 20, 400), tile_size=h.image_size, max_tiles=6)
+    more = preprocess_image(noisy_image(1, 20, 400), tile_size=h.image_size, max_tiles=6)
     assert more.n_tiles > h.max_tiles
     with pytest.raises(ImageError, match="this model takes at most 4 of"):
         model.encode_image(more)

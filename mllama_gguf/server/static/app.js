@@ -146,24 +146,24 @@ function showState() {
   const hasTalk = turns.length > 0;
   byId("empty").hidden = hasTalk;
   talk.hidden = byId("talk-title").hidden = !hasTalk;
-  byId("new").disabled = !hasTalk && !intake.pictures.length && !question.value;
+  byId("new").disabled = !hasTalk && !intake.images.length && !question.value;
   select.disabled = offered.length < 1 || isWriting;
   byId("send").hidden = isWriting;
   byId("stop").hidden = !isWriting;
-  byId("send").disabled = !select.value || (!question.value.trim() && !intake.pictures.length);
-  const many = intake.pictures.length > 1;
-  question.placeholder = intake.pictures.length
+  byId("send").disabled = !select.value || (!question.value.trim() && !intake.images.length);
+  const many = intake.images.length > 1;
+  question.placeholder = intake.images.length
     ? many ? DEFAULT_QUESTIONS : DEFAULT_QUESTION
     : hasTalk ? "Ask more about it" : "Ask about a picture";
   turns.forEach((turn, i) => turn.offer(i === turns.length - 1 && !isWriting));
-  document.body.classList.toggle("ready", intake.pictures.length > 0);
+  document.body.classList.toggle("ready", intake.images.length > 0);
 }
 
 // The conversation as the API wants it.
 async function messages(asked) {
   const found = [];
   for (const turn of [...turns.filter((one) => one !== asked && one.counts), asked]) {
-    const images = await Promise.all(turn.pictures.map((picture) => picture.base64()));
+    const images = await Promise.all(turn.images.map((image) => image.base64()));
     found.push({ role: "user", content: turn.question, ...(images.length ? { images } : {}) });
     if (turn !== asked) found.push({ role: "assistant", content: turn.text });
   }
@@ -208,13 +208,13 @@ function send() {
   if (writing || byId("send").disabled) return;
   const { format, error } = form.format();
   if (error) return void form.showError();
-  const pictures = intake.takeAll();
-  const text = question.value.trim() || (pictures.length > 1 ? DEFAULT_QUESTIONS : DEFAULT_QUESTION);
+  const images = intake.takeAll();
+  const text = question.value.trim() || (images.length > 1 ? DEFAULT_QUESTIONS : DEFAULT_QUESTION);
   question.value = "";
   grow();
   notice(null);
   kept("mllama-model", select.value);
-  const turn = new Turn(text, pictures, format, { show, again, edit, copy });
+  const turn = new Turn(text, images, format, { show, again, edit, copy });
   turn.model = select.value;
   turn.onDraw = () => (wasNear ? toEnd() : null);
   turns.push(turn);
@@ -234,19 +234,19 @@ function edit(turn) {
   if (writing) return;
   turns.splice(turns.indexOf(turn), 1);
   turn.element.remove();
-  intake.put(turn.pictures);
+  intake.put(turn.images);
   question.value = turn.question;
   grow();
   showState();
   question.focus();
 }
 
-function renew(pictures = []) {
+function renew(images = []) {
   writing?.controller.abort();
   turns.splice(0);
   talk.replaceChildren();
   intake.takeAll();
-  intake.put(pictures);
+  intake.put(images);
   question.value = "";
   grow();
   notice(null);
@@ -256,13 +256,13 @@ function renew(pictures = []) {
 
 // ---- a picture, large
 
-function show(picture) {
+function show(image) {
   const dialog = byId("viewer");
-  byId("viewer-name").textContent = picture.name;
-  dialog.querySelector(".viewer-space").replaceChildren(picture.view());
+  byId("viewer-name").textContent = image.name;
+  dialog.querySelector(".viewer-space").replaceChildren(image.view());
   byId("viewer-ask").onclick = () => {
     dialog.close();
-    renew([picture]);
+    renew([image]);
   };
   dialog.showModal();
 }
@@ -292,7 +292,7 @@ function setUp() {
   intake.setUp({
     onChange: showState,
     notice,
-    nBefore: () => turns.filter((one) => one.counts).reduce((sum, one) => sum + one.pictures.length, 0),
+    nBefore: () => turns.filter((one) => one.counts).reduce((sum, one) => sum + one.images.length, 0),
   });
   byId("theme").addEventListener("click", nextTheme);
   byId("new").addEventListener("click", () => renew());
@@ -316,7 +316,7 @@ function setUp() {
       question.value = idea.textContent;
       grow();
       showState();
-      if (intake.pictures.length) send();
+      if (intake.images.length) send();
       else byId("files").click();
     });
   }

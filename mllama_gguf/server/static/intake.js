@@ -1,11 +1,11 @@
 // Pictures come in: chosen, photographed, dropped, pasted. And the pictures of the next question.
 
-import { take } from "./pictures.js";
+import { take } from "./images.js";
 
 const byId = (id) => document.getElementById(id);
 const tray = byId("tray");
 
-export const pictures = [];
+export const images = [];
 let changed = () => {};
 let say = () => {};
 let counted = () => 0;
@@ -65,7 +65,7 @@ function setUpDrop() {
 }
 
 function add(files) {
-  const { found, words } = take(files, counted() + pictures.length);
+  const { found, words } = take(files, counted() + images.length);
   put(found);
   say(words);
   if (found.length) byId("question").focus({ preventScroll: true });
@@ -73,36 +73,36 @@ function add(files) {
 
 // More pictures for the next question.
 export function put(more) {
-  pictures.push(...more);
+  images.push(...more);
   draw();
 }
 
 // Take the pictures out: they are asked about.
 export function takeAll() {
-  const all = pictures.splice(0);
+  const all = images.splice(0);
   draw();
   return all;
 }
 
 function draw() {
-  tray.replaceChildren(...pictures.map(tile));
-  tray.hidden = pictures.length === 0;
+  tray.replaceChildren(...images.map(tile));
+  tray.hidden = images.length === 0;
   changed();
 }
 
-function tile(picture, index) {
+function tile(image, index) {
   const item = document.createElement("li");
   const button = byId("notice-close").cloneNode(true);
   button.removeAttribute("id");
   button.className = "remove round";
-  button.setAttribute("aria-label", `Remove ${picture.name}`);
+  button.setAttribute("aria-label", `Remove ${image.name}`);
   button.title = "Remove";
   button.addEventListener("click", () => {
-    pictures.splice(pictures.indexOf(picture), 1);
+    images.splice(images.indexOf(image), 1);
     draw();
-    const next = tray.querySelectorAll("button")[Math.min(index, pictures.length - 1)];
+    const next = tray.querySelectorAll("button")[Math.min(index, images.length - 1)];
     (next ?? byId("question")).focus();
   });
-  item.append(picture.view(), button);
+  item.append(image.view(), button);
   return item;
 }

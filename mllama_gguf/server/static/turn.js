@@ -22,10 +22,10 @@ export function figures(last) {
 }
 
 export class Turn {
-  // actions: {show(picture), again(turn), edit(turn), copy(text)}
-  constructor(question, pictures, format, actions) {
+  // actions: {show(image), again(turn), edit(turn), copy(text)}
+  constructor(question, images, format, actions) {
     this.question = question;
-    this.pictures = pictures;
+    this.images = images;
     this.format = format;
     this.text = "";
     this.state = "new"; // new, waiting, writing, done, stopped, failed
@@ -35,16 +35,16 @@ export class Turn {
       ["text", "state", "doing", "problem", "figures", "copy", "edit", "again"].map((name) => [name, find(`.${name}`)]),
     );
     find(".question").textContent = question;
-    const list = find(".pictures");
-    list.hidden = pictures.length === 0;
-    for (const picture of pictures) {
+    const list = find(".images");
+    list.hidden = images.length === 0;
+    for (const image of images) {
       const button = document.createElement("button");
       button.type = "button";
-      button.className = "picture";
-      button.title = picture.name;
-      button.setAttribute("aria-label", `Show ${picture.name}`);
-      button.append(picture.view(""));
-      button.addEventListener("click", () => actions.show(picture));
+      button.className = "image";
+      button.title = image.name;
+      button.setAttribute("aria-label", `Show ${image.name}`);
+      button.append(image.view(""));
+      button.addEventListener("click", () => actions.show(image));
       const item = document.createElement("li");
       item.append(button);
       list.append(item);
@@ -133,7 +133,7 @@ export class Turn {
   #tell() {
     if (!this.isOpen) return;
     const passed = (performance.now() - this.started) / 1000;
-    const looks = this.pictures.length > 1 ? "Looking at the pictures" : this.pictures.length ? "Looking at the picture" : "Thinking";
+    const looks = this.images.length > 1 ? "Looking at the pictures" : this.images.length ? "Looking at the picture" : "Thinking";
     const words = this.state === "writing" ? "Writing" : looks;
     this.parts.doing.textContent = passed < 2 ? words : `${words} · ${seconds(Math.floor(passed)).replace(".0", "")}`;
   }

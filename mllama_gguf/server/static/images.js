@@ -3,7 +3,7 @@
 const ENDINGS = /\.(jpe?g|jpe|png|gif|webp|bmp|tiff?|heic|heif|avif|jxl|jp2|ico|mpo)$/i;
 const MOST = 16; // pictures in one request
 
-export class Picture {
+export class InputImage {
   constructor(file) {
     this.file = file;
     this.name = file.name || "Pasted picture";
@@ -55,11 +55,11 @@ export function take(files, nKept) {
   const others = [];
   const rest = [];
   for (const file of files) {
-    const isPicture = file.type.startsWith("image/") ? file.type !== "image/svg+xml" : ENDINGS.test(file.name);
-    if (!isPicture) others.push(file.name || "What was pasted");
+    const isImage = file.type.startsWith("image/") ? file.type !== "image/svg+xml" : ENDINGS.test(file.name);
+    if (!isImage) others.push(file.name || "What was pasted");
     else if (file.size === 0) others.push(`${file.name} (empty)`);
     else if (nKept + found.length >= MOST) rest.push(file.name);
-    else found.push(new Picture(file));
+    else found.push(new InputImage(file));
   }
   const words = [];
   if (others.length) words.push(`Not ${others.length > 1 ? "pictures" : "a picture"}: ${some(others)}.`);
