@@ -175,7 +175,7 @@ class Conversation(OneProcess, Answers):
         )
         tokens = self._tokenize_prompt(prompt.pieces)
         if tokens.count(self.context.hparams.image_token_id) != len(prompt.images):
-            raise RequestError("the chat template does not give every picture one image token")
+            raise RequestError("the chat template does not give every image one image token")
         return tokens, tuple(map(options.limited, prompt.images, prompt.details))
 
     def reply_to(self, tokens: Sequence[int], images: Sequence[ImageInput], options: ReplyOptions) -> Reply:

@@ -96,7 +96,7 @@ class Session(OneProcess):
         hparams = self._context.hparams
         n_image_tokens = sum(token == hparams.image_token_id for token in tokens)
         if n_image_tokens != len(images):
-            raise RequestError(f"the prompt has {n_image_tokens} image tokens for {len(images)} pictures")
+            raise RequestError(f"the prompt has {n_image_tokens} image tokens for {len(images)} images")
         self.check_fits(len(tokens))
         if not tokens:
             raise RequestError("the prompt is empty")

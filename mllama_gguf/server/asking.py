@@ -155,7 +155,7 @@ def _prompt(ask: Ask, loaded: Usable, options: ReplyOptions) -> tuple[list[int],
         images = [_prepared(data, ask, loaded, options.prompt.max_tiles) for data in ask.images]
         n_marks = tokens.count(loaded.model.image_token_id)
         if n_marks != len(images):
-            raise Refused(400, f"the prompt has {n_marks} image tokens for {len(images)} pictures")
+            raise Refused(400, f"the prompt has {n_marks} image tokens for {len(images)} images")
     else:
         tokens, images = _chat(ask, loaded, options.prompt)
     if ask.context:

@@ -69,7 +69,7 @@ def _checked(url: str, where: str, hosts: Sequence[str]) -> httpx.URL:
     if "\\" in url or not url.isprintable() or url != url.strip() or not is_allowed(url, hosts):
         raise Refused(
             400,
-            f"{where}: pictures are fetched only from hosts of --allow-image-host; send base64",
+            f"{where}: images are fetched only from hosts of --allow-image-host; send base64",
             "invalid_image_url",
             where,
         )

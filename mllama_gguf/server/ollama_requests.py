@@ -209,7 +209,7 @@ def _check_number(n_images: int, limits: ImageLimits) -> None:
 
 def _image(image: Any, where: str, limits: ImageLimits) -> bytes:
     if not isinstance(image, (str, memoryview)):
-        raise fields.wrong(where, "base64 of a picture", image)
+        raise fields.wrong(where, "base64 of an image", image)
     return from_base64(image, where, limits)
 
 
@@ -242,7 +242,7 @@ def _image_part(image: bytes) -> dict[str, Any]:
 
 
 def _raw(prompt: str, n_images: int) -> str:
-    """A raw prompt with an image token for each picture: where it has one or [img], else at its start."""
+    """A raw prompt with an image token for each image: where it has one or [img], else at its start."""
     used = 0
 
     def place(_: re.Match[str]) -> str:

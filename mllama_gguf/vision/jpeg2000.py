@@ -24,7 +24,7 @@ _MODES = ("L", "LA", "RGB", "RGBA", "CMYK")
 
 
 def mend_jpeg2000(image: Image.Image, data: bytes, name: str) -> Image.Image:
-    """A picture with the right pixels: itself, or another image in its place.
+    """An image with the right pixels: itself, or another image in its place.
 
     image: opened by Pillow, decoded or not; data: its file; name: for the error. Raises ImageError.
     """

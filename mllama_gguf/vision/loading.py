@@ -1,4 +1,4 @@
-"""What a caller hands in as a picture: a path, an address, bytes, base64, a file, a PIL image, an array."""
+"""What a caller hands in as an image: a path, an address, bytes, base64, a file, a PIL image, an array."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LONG_TEXT = 300  # characters; a text above it is data rather than a name
 def load_image(
     source: ImageSource, *, max_pixels: int | None = None, allow_truncated: bool = False
 ) -> Image.Image:
-    """Decode a picture to an upright 8-bit RGB PIL image.
+    """Decode an image to an upright 8-bit RGB PIL image.
 
     source: one of
       - a path (str or os.PathLike), "~" for the home folder, or a file:// URL
