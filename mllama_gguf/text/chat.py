@@ -60,7 +60,7 @@ class RenderedChat:
     """A prompt.
 
     pieces:  text whose special tokens count; to be tokenized one by one and joined
-    images:  the images, in the order of their tokens; what the messages held, not yet decoded
+    images:  in the order of their tokens; what the messages held, not yet decoded
     details: of the pictures: "auto", "high", "low" or "original"
     """
 

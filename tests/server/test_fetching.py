@@ -82,7 +82,7 @@ def names(monkeypatch: pytest.MonkeyPatch, **known: list[str]) -> None:
 
 def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection goes to the address that was checked; the host is told its own name."""
-    names(monkeypatch, images=["127.0.0.1"])
+    names(monkeypatch, pictures=["127.0.0.1"])
     url = f"http://pictures:{port}/apple.png"
     with pytest.raises(Refused, match="is in a private network"):
         fetch(url, "x", (f"http://pictures:{port}",))
