@@ -83,6 +83,10 @@ mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel) {
     return fail(MLLAMA_ERR_ARGUMENT, "%s is '%s'; it can be avx512bf16, avx512, avx2, portable or off", by, wanted);
 }
 
+const cpu_kernel * cpu_kernel_at(int32_t index) {
+    return index >= 0 && index < N_KERNELS ? &KERNELS[index] : NULL;
+}
+
 const char * cpu_kernel_name(const cpu_kernel * kernel) {
     return kernel ? kernel->name : "off";
 }

@@ -1,0 +1,32 @@
+# The CPU kernels: a file for each set of instructions, which choose.c finds out about when it runs; on other processors
+# portable.c alone.
+include(CheckCCompilerFlag)
+include(CheckCSourceCompiles)
+
+set(MLLAMA_KERNELS_DIR "${CMAKE_CURRENT_LIST_DIR}/src/kernels")
+
+function(kernel_with target name) # and the flags that it may use
+  target_sources(${target} PRIVATE "${MLLAMA_KERNELS_DIR}/${name}.c")
+  set_source_files_properties("${MLLAMA_KERNELS_DIR}/${name}.c" PROPERTIES COMPILE_OPTIONS "${ARGN}")
+endfunction()
+
+function(add_kernels target)
+  foreach(name choose attention cache_attention linear quantized elementwise portable)
+    target_sources(${target} PRIVATE "${MLLAMA_KERNELS_DIR}/${name}.c")
+  endforeach()
+  check_c_source_compiles("
+#ifndef __x86_64__
+#error other
+#endif
+int main(void) { return 0; }" MLLAMA_X86_64)
+  if(MLLAMA_X86_64)
+    kernel_with(${target} avx2 -mavx2 -mfma -mf16c)
+    kernel_with(${target} avx512 -mavx512f)
+    kernel_with(${target} vnni -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
+    check_c_compiler_flag(-mavx512bf16 MLLAMA_AVX512BF16) # GCC 10 and later
+    if(MLLAMA_AVX512BF16)
+      kernel_with(${target} avx512bf16 -mavx512f -mavx512bf16)
+      target_compile_definitions(${target} PRIVATE MLLAMA_AVX512BF16)
+    endif()
+  endif()
+endfunction()
