@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     epilog="\b\nExamples:\n"
     "  mllama tune photo.jpg -m all.gguf\n"
     "  mllama tune photo.jpg -m text.gguf --mmproj mmproj.gguf --out tuning --repeats 5\n"
-    "  mllama tune photo.jpg -t 8 --vision-device cpu   (these two are not varied)",
+    "  mllama tune photo.jpg -t 8 --vision-device cpu   # these two are not varied",
 )
 @click.argument("image", metavar="IMAGE", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", default=DEFAULT_PROMPT, show_default=True, help="Question about the image.")
