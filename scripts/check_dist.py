@@ -28,6 +28,7 @@ PACKAGE = "mllama_gguf"
 LICENCES = {"LICENSE", "THIRD_PARTY.md"}
 # Named here, so that a file that is lost from the source tree is missed as well.
 PAGE = {f"server/static/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")}
+PAGE |= {f"gallery/static/gallery.{suffix}" for suffix in ("html", "css", "js")}
 DATA = {"data/demo.gguf", "data/models.lock", "data/selftest.json"} | PAGE
 NEEDED = DATA | {"lib/mllama.h", "py.typed", "__main__.py"}
 

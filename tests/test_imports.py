@@ -40,6 +40,7 @@ FLOORS = (
     "tune",
     "batch",
     "ray",
+    "gallery",
     "chat",
     "__init__",
     "server",

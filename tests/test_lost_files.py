@@ -64,9 +64,10 @@ WRITERS = {
         ".csv",
         ("prompt.csv",),
     ),
+    "gallery": Writer(("gallery", "captions.jsonl", "-o", "OUT"), inputs=("captions.jsonl",)),
     "lock": Writer(("lock", "ollama:127.0.0.1:9/library/none", "--file", "OUT"), network=True),
 }
-OVERWRITE = ("convert", "quantize", "preprocess", "trace", "caption")
+OVERWRITE = ("convert", "quantize", "preprocess", "trace", "caption", "gallery")
 
 # Commands that write to a folder: what they write there.
 FOLDERS = {
@@ -96,6 +97,8 @@ def here(tmp_path: Path, checkpoint: Path, tiny_files: Files, monkeypatch: pytes
     Image.fromarray(noisy_image(1)).save(folder / "photo.png")
     for name in ("prompt.jsonl", "prompt.csv"):
         (folder / name).write_text("What is this?\n")
+    record = {"image": "photo.png", "caption": "x", "finish_reason": "stop", "tokens": 1, "sha256": ""}
+    (folder / "captions.jsonl").write_text(json.dumps(record) + "\n")
     monkeypatch.chdir(folder)
     return folder
 
@@ -292,7 +295,7 @@ def test_what_is_no_folder(here: Path, name: str, capsys: Captured) -> None:
 # ---- what is replaced --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["convert one", "quantize", "preprocess"])
+@pytest.mark.parametrize("name", ["convert one", "quantize", "preprocess", "gallery"])
 def test_only_overwrite_replaces(here: Path, name: str, capsys: Captured) -> None:
     args = WRITERS[name].args
     Path("empty").touch()

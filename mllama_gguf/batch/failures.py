@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..files import write_whole
+from ..reading import open_regular
 from ..temporary import open_locked
 from ..words import as_json, show_name
 from .outputs import append
@@ -39,6 +40,19 @@ def error_log(folder: Path) -> ErrorLog:
     raise RequestError(
         f"{first} and {second} are files of another kind: failures cannot be noted; move one of them away"
     )
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """Why images of a folder's logs have no caption: the last words about each. Other programs' lines, and
+    logs that cannot be read, are left out."""
+    found: dict[str, str] = {}
+    for name in NAMES:
+        with suppress(OSError), open_regular(folder / name) as file:
+            for line in iter(lambda: file.readline(_LONGEST), b""):
+                image = _image_of(line)
+                if image is not None:
+                    found[image] = json.loads(line)["message"]
+    return found
 
 
 class ErrorLog:

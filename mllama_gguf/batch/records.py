@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, BinaryIO, Literal, get_args
 
-from ..words import as_json
+from ..errors import RequestError
+from ..reading import open_regular
+from ..words import as_json, one_line, os_reason, show_name
 
 # What happens to captions that exist.
 Existing = Literal["skip", "overwrite", "append", "prepend"]
@@ -116,6 +119,40 @@ class Csv:
 
 
 FORMATS: dict[str, type[Jsonl | Csv]] = {".jsonl": Jsonl, ".csv": Csv}
+
+
+def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
+    """The captions of a file that a batch wrote, or writes now: the last of each image.
+
+    Raises RequestError for a file that cannot be read, or that is no file of captions.
+    """
+    try:
+        with open_regular(path) as file:
+            form = next((form for form in (Jsonl(), Csv()) if _begins(file, form)), None)
+            file.seek(0)
+            data = file.read()
+    except (OSError, ValueError) as e:
+        reason = os_reason(e) if isinstance(e, OSError) else "the name cannot be used"
+        raise RequestError(f"{show_name(path)}: {reason}") from e
+    if form is None:
+        raise RequestError(
+            f"{show_name(path)}: is no file of captions, as `mllama caption --out` writes them"
+        )
+    whole = whole_lines(data, quotes=form.quotes)
+    if form.is_record(data[whole:]):  # the last line end is missing
+        whole = len(data)
+    try:
+        return last_of_each(form.read(data[:whole].decode("utf-8", "surrogateescape")))
+    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as e:
+        raise RequestError(f"{show_name(path)}: is no file of captions ({one_line(e)})") from e
+
+
+def _begins(file: BinaryIO, form: Jsonl | Csv) -> bool:
+    file.seek(0)
+    try:
+        return form.is_one(file)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def _record(values: Any) -> Record:

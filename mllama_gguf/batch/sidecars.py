@@ -135,6 +135,10 @@ class Sidecars:
         """The caption file of a picture."""
         return Path((image if self._full_name else os.path.splitext(image)[0]) + self._suffix)
 
+    def caption(self, image: str) -> str:
+        """What the caption file of a picture has; "" if there is none."""
+        return self._read(self.path(image))
+
     def _find_shared(self) -> dict[str, str]:
         """Pictures that would have one caption file together."""
         owners: dict[Path, list[str]] = {}
@@ -295,6 +299,14 @@ class SidecarLog:
                 if len(last) < len(records):
                     with replacing(self._path) as new:
                         new.write(b"".join(self._format.line(record) for record in last.values()))
+
+
+def read_sidecars(images: Iterable[str], suffix: str, full_name: bool = False) -> dict[str, str]:
+    """The captions that files beside images hold; images without one are left out. Raises RequestError for a
+    suffix that is none."""
+    found = Sidecars(suffix, (), full_name=full_name)
+    captions = {image: found.caption(image) for image in images}
+    return {image: caption for image, caption in captions.items() if caption.strip()}
 
 
 def check_suffix(suffix: str) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": ("convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("devices:devices_command", "List the devices that can compute."),
     "doctor": ("doctor:doctor_command", "Check this installation."),
+    "gallery": ("gallery:gallery_command", "Show a batch as one HTML page."),
     "info": ("info:info_command", "Show what is in model files."),
     "lock": ("pull:lock_command", "Write a model's digests to models.lock."),
     "models": ("models:models_command", "List the models on this machine."),

@@ -1,0 +1,1 @@
+"""A page that shows a batch: images, captions, failures. cli/ imports it."""
