@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import MllamaError, ModelError
 from ..files import Kind, cannot_write, check_folder, check_output, replacing
+from ..vision.drawing import TileDrawing
 from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
 from ..words import printable
 from .replies import allow_truncated_option, max_pixels_option
@@ -45,9 +46,10 @@ PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
     "--png",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Write every tile as DIR/NAME_row_column.png. The folder is made if it is missing.",
+    help="Write every tile as DIR/NAME_row_column.png, and a drawing of all with their sizes as "
+    "DIR/NAME_grid.png. The folder is made if it is missing.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace FILE.npy and tiles of an earlier run.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE.npy and PNGs of an earlier run.")
 @click.option(
     "--tile-size",
     type=click.IntRange(1, MOST_TILE_SIZE),
@@ -182,13 +184,16 @@ def _write_tiles(folder: Path, stem: str, tiled: TiledImage, inputs: Sequence[st
         raise cannot_write(folder, e) from e
     places = [divmod(index, tiled.columns) for index in range(tiled.n_tiles)]
     paths = [folder / f"{stem}_{row}_{column}.png" for row, column in places]
-    for path in paths:
+    drawing = folder / f"{stem}_grid.png"
+    for path in (*paths, drawing):
         check_output(path, TILE, inputs=inputs, overwrite=overwrite)
     about = PngInfo()
     about.add_text("Software", PROGRAM)
     for index, path in enumerate(paths):
         tile = tiled.tile_picture(index)
         write_output(path, partial(tile.save, format="PNG", pnginfo=about), overwrite)
+    whole = TileDrawing(tiled).image
+    write_output(drawing, partial(whole.save, format="PNG", pnginfo=about), overwrite)
 
 
 def _unused_stem(image: str, used: set[str]) -> str:

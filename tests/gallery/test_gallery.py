@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import picture
+from helpers import noisy_image
 from PIL import Image
 
 from mllama_gguf.batch.records import Csv, Jsonl, Record
@@ -110,8 +110,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("path", ["captions.jsonl", "captions.csv", "captions"])
 def test_what_a_page_shows(here: Path, path: str, capsys: Captured) -> None:
     os.mkdir("photos")
-    Image.fromarray(picture(1, 300, 500)).save("photos/a.png")
-    Image.fromarray(picture(2, 40, 30)).save("photos/b.jpg")
+    Image.fromarray(noisy_image(1, 300, 500)).save("photos/a.png")
+    Image.fromarray(noisy_image(2, 40, 30)).save("photos/b.jpg")
     Path("photos/bad.jpg").write_bytes(b"\xff\xd8 no")
     batch(
         [
@@ -183,7 +183,7 @@ def test_names_that_are_no_text(here: Path) -> None:
     """A name of bytes that are not UTF-8, and a name with quotes and line ends, are found and linked."""
     odd = [os.fsdecode(b"caf\xe9.png"), "a\n\"b'.png", "ein#100%?.png", "~home.png"]
     for name in odd:
-        Image.fromarray(picture(3, 20, 20)).save(name)
+        Image.fromarray(noisy_image(3, 20, 20)).save(name)
     batch([Record(name, "x", "stop", 1, "") for name in odd])
     page = gallery("captions.jsonl", "--links")
     assert [one["name"] for one in page.entries] == [
@@ -229,7 +229,7 @@ def test_images_are_upright_and_tell_nothing_else(here: Path) -> None:
 def test_a_folder_with_caption_files(here: Path) -> None:
     os.makedirs("photos/more")
     for name in ("photos/2.png", "photos/10.png", "photos/more/3.png"):
-        Image.fromarray(picture(1, 20, 20)).save(name)
+        Image.fromarray(noisy_image(1, 20, 20)).save(name)
     Path("photos/2.txt").write_text("two\n")
     Path("photos/more/3.txt").write_text("three\n")
     Path("photos/10.png.txt").write_text("ten\n")

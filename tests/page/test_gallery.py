@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import picture
+from helpers import noisy_image
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -24,7 +24,7 @@ def page(tmp_path: Path) -> Path:
     for number in range(300):
         image = tmp_path / f"{number}.png"
         if number != 4:
-            Image.fromarray(picture(number, 30, 40)).save(image)
+            Image.fromarray(noisy_image(number, 30, 40)).save(image)
         caption = {1: HOSTILE, 4: "it is missing", 3: '{"colour": "red", "tags": ["apple", "leaf"]}'}.get(
             number, f"image {number} here"
         )

@@ -669,12 +669,16 @@ def test_command_files(image_file: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     tiled = preprocess_image(image_file, tile_size=80)
     np.testing.assert_array_equal(np.load(out), tiled.pixels)
-    assert sorted(p.name for p in tiles.iterdir()) == ["wide [x]_0_0.png", "wide [x]_0_1.png"]
+    assert sorted(p.name for p in tiles.iterdir()) == [
+        "wide [x]_0_0.png",
+        "wide [x]_0_1.png",
+        "wide [x]_grid.png",
+    ]
     np.testing.assert_array_equal(
         rgb(Image.open(tiles / "wide [x]_0_1.png")), np.asarray(tiled.tile_picture(1))
     )
     result = run(image_file, image_file, "--tile-size", 80, "--png", tiles, "--overwrite")
-    assert result.exit_code == 0 and len(list(tiles.iterdir())) == 4
+    assert result.exit_code == 0 and len(list(tiles.iterdir())) == 6
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "new",
         "pixels.npy",

@@ -1,0 +1,97 @@
+"""Drawings for people: the tiles of an image on their grid."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .preprocess import TiledImage
+
+PAPER, INK, DIM, LINE = "#fbf9f6", "#221e1a", "#675e55", "#b3472e"
+LARGEST = 4480  # pixels of a side; more are reduced
+MARGIN, GAP = 12, 6  # pixels
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def font(size: int) -> Font:
+    """Pillow's own font, in pixels; of one size if Pillow was built without FreeType."""
+    try:
+        return ImageFont.load_default(size)
+    except (ImportError, OSError):
+        return ImageFont.load_default()
+
+
+class TileDrawing:
+    """The tiles of an image apart from each other, each in a frame and with a line of words above it.
+
+    image: RGB. The pixels of a tile are as the encoder gets them, before normalisation; black parts that are
+           no part of the image are hatched
+    step:  pixels of a tile that are one of the drawing, in either direction
+    """
+
+    def __init__(self, tiled: TiledImage) -> None:
+        self._tiled = tiled
+        self.step = -(-max(tiled.canvas_size) // LARGEST)
+        self.side = -(-tiled.tile_size // self.step)
+        size = max(11, self.side // 28)
+        self._font, self._row = font(size), 2 * size
+        (width, height), (new_width, new_height) = tiled.image_size, tiled.resized_size
+        words = (
+            f"{width} x {height} pixels, resized to {new_width} x {new_height}",
+            f"{tiled.rows} x {tiled.columns} tiles (rows x columns) of {tiled.tile_size} x {tiled.tile_size}"
+            f", aspect_ratio_id {tiled.aspect_ratio_id}",
+        )
+        self._top = MARGIN + len(words) * self._row
+        wide = max(round(self._font.getlength(line)) for line in words)
+        right = self.position(0, tiled.columns)[0] - GAP
+        bottom = self.position(tiled.rows, 0)[1] - self._row
+        self.image = Image.new("RGB", (max(right, MARGIN + wide) + MARGIN, bottom + MARGIN), PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+        for number, line in enumerate(words):
+            colour = INK if number == 0 else DIM
+            self._draw.text((MARGIN, MARGIN + number * self._row), line, fill=colour, font=self._font)
+        for index in range(tiled.n_tiles):
+            self._draw_tile(index)
+
+    def position(self, row: int, column: int) -> tuple[int, int]:
+        """(x, y) of the first pixel of a tile."""
+        x = MARGIN + column * (self.side + GAP)
+        y = self._top + self._row + row * (self.side + self._row)
+        return x, y
+
+    def _draw_tile(self, index: int) -> None:
+        tiled, side = self._tiled, self.side
+        row, column = divmod(index, tiled.columns)
+        x, y = self.position(row, column)
+        tile = tiled.tile_picture(index)
+        if self.step > 1:
+            tile = tile.resize((side, side), Image.Resampling.BOX)
+        used = [
+            min(max(whole - place * tiled.tile_size, 0), tiled.tile_size)
+            for whole, place in zip(tiled.resized_size, (column, row), strict=True)
+        ]
+        self._hatch(tile, used)
+        self.image.paste(tile, (x, y))
+        self._draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=LINE, width=2)
+        words = f"tile {index}: row {row}, column {column}"
+        if used != [tiled.tile_size] * 2:
+            words += f", {used[0]} x {used[1]} used"
+        while words and self._font.getlength(words) > side:
+            words = words.rpartition(",")[0] if "," in words else words[:-1]
+        self._draw.text((x, y - 4), words, fill=DIM, font=self._font, anchor=self._anchor())
+
+    def _anchor(self) -> str | None:
+        """Words stand on the line that is drawn above a tile; a bitmap font knows no such place."""
+        return "ls" if isinstance(self._font, ImageFont.FreeTypeFont) else None
+
+    def _hatch(self, tile: Image.Image, used: list[int]) -> None:
+        """Lines over the part of a tile that is no part of the image."""
+        width, height = (-(-length // self.step) for length in used)
+        if width >= self.side and height >= self.side:
+            return
+        lines = Image.new("1", tile.size)
+        draw = ImageDraw.Draw(lines)
+        for x in range(-self.side, self.side, 14):
+            draw.line((x, self.side, x + self.side, 0), fill=1, width=1)
+        if width and height:
+            draw.rectangle((0, 0, width - 1, height - 1), fill=0)
+        tile.paste("#5a5048", (0, 0), lines)
