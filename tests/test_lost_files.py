@@ -64,10 +64,11 @@ WRITERS = {
         ".csv",
         ("prompt.csv",),
     ),
+    "attend": Writer(("attend", "photo.png", "-m", "one.gguf", "-n", "2", "-o", "OUT"), inputs=PHOTO),
     "gallery": Writer(("gallery", "captions.jsonl", "-o", "OUT"), inputs=("captions.jsonl",)),
     "lock": Writer(("lock", "ollama:127.0.0.1:9/library/none", "--file", "OUT"), network=True),
 }
-OVERWRITE = ("convert", "quantize", "preprocess", "trace", "caption", "gallery")
+OVERWRITE = ("convert", "quantize", "preprocess", "trace", "caption", "gallery", "attend")
 
 # Commands that write to a folder: what they write there.
 FOLDERS = {

@@ -25,6 +25,7 @@ from .verbose import is_verbose, verbose_option
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {
+    "attend": ("attend:attend_command", "Show where each word of a reply looked."),
     "cache": ("cache:cache_command", "Show or clear the image cache."),
     "caption": ("caption:caption_command", "Describe images."),
     "chat": ("chat:chat_command", "Talk about pictures at the terminal."),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ..handles import OneProcess
 from ..text.logprobs import TokenLogprob
+from ..vision.notebook import card
 from .writer import FinishReason, Stats
 
 
@@ -35,12 +36,15 @@ class Reply(OneProcess):
         self.logprobs = logprobs
         self._pieces = pieces
         self._cancelled = cancelled
+        self._said: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        piece = next(self._pieces)
+        self._said.append(piece)
+        return piece
 
     def read(self) -> str:
         """The text from here to the end."""
@@ -50,6 +54,15 @@ class Reply(OneProcess):
     def finish_reason(self) -> FinishReason | None:
         """As in `Stats`."""
         return self.stats.finish_reason
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what was read of the text so far. Nothing is computed for it."""
+        stats = self.stats
+        facts: dict[str, object] = {"ended by": self.finish_reason or "nothing yet"}
+        if stats.prompt_tokens:
+            facts["tokens"] = f"{stats.prompt_tokens} of the prompt, {stats.completion_tokens} written"
+        facts["seconds"] = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stats.seconds.items())
+        return card("Reply", facts, text="".join(self._said))
 
     def cancel(self) -> None:
         """From any thread: stop what is computed for the reply within a fraction of a second. Its reader gets

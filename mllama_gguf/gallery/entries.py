@@ -77,15 +77,14 @@ def entries_of(
     return entries
 
 
-def short_names(paths: Iterable[str]) -> list[str]:
-    """Paths without the folder that all of them are in."""
-    named = list(paths)
-    folders = {os.path.dirname(path) for path in named}
+def common_folder(paths: Iterable[str]) -> str:
+    """The folder that all paths are in, with a slash at its end; "" if they have none in common."""
+    folders = {os.path.dirname(path) for path in paths}
     try:
         common = os.path.commonpath(folders)
-    except ValueError:  # some are absolute and others not
-        return named
-    return [os.path.relpath(path, common) if common else path for path in named]
+    except ValueError:  # some are absolute and others not, or there are none
+        return ""
+    return os.path.join(common, "") if common else ""
 
 
 def _found(image: str, home: Path) -> Path | None:

@@ -24,8 +24,8 @@ from ..cpus import usable_cpus
 from ..errors import ImageError
 from ..files import Kind
 from ..vision.thumbnail import SIDE, thumbnail
-from ..words import one_line, printable
-from .entries import Entry, short_names
+from ..words import one_line, printable, show_name
+from .entries import Entry, common_folder
 
 PARTS = Path(__file__).parent / "static"
 BEGINS = b"<!doctype html>\n<!-- written by `mllama gallery` -->\n"
@@ -69,27 +69,33 @@ def write_page(
         .split("{{data}}\n")
     )
     file.write(BEGINS + head.encode())
-    shown = zip(entries, short_names(entry.image for entry in entries), _images(entries, side), strict=True)
+    common = common_folder(entry.image for entry in entries)
     facts = []
     block: list[str] = []
-    for number, (entry, name, image) in enumerate(shown):
+    for number, (entry, image) in enumerate(zip(entries, _images(entries, side), strict=True)):
         if number % BLOCK == 0 and number:
             _write_block(file, number // BLOCK - 1, block)
         block.append(base64.b64encode(image).decode() if isinstance(image, bytes) else "")
-        facts.append(_facts(entry, name, "" if isinstance(image, bytes) else image, beside))
+        facts.append(_facts(entry, common, "" if isinstance(image, bytes) else image, beside))
         progress(not isinstance(image, bytes))
     _write_block(file, (len(entries) - 1) // BLOCK, block)
     file.write(f'<script type="application/json" id="entries">{_json(facts)}</script>\n'.encode())
     file.write(tail.replace("{{script}}", script).encode())
 
 
-def _facts(entry: Entry, name: str, unseen: str, beside: Path | None) -> dict[str, Any]:
-    """What the script needs to know of an entry. unseen: why its image is not shown"""
+def _facts(entry: Entry, common: str, unseen: str, beside: Path | None) -> dict[str, Any]:
+    """What the script needs to know of an entry. common: the folder that is not told, or ""; unseen: why its
+    image is not shown"""
+
+    def told(words: str) -> str:
+        return words.replace(show_name(common), "") if os.path.isabs(common) and len(common) > 1 else words
+
+    name = os.path.normpath(entry.image).removeprefix(os.path.normpath(common) + os.sep if common else "")
     facts: dict[str, Any] = {"name": printable(name, keep=""), "caption": printable(entry.caption)}
     if entry.is_cut:
         facts["cut"] = True
     if entry.error:
-        facts["error"] = printable(entry.error)
+        facts["error"] = told(printable(entry.error))
     if entry.duplicate_of:
         facts["same"] = printable(os.path.basename(entry.duplicate_of), keep="")
     if unseen:
@@ -108,7 +114,7 @@ def _images(entries: Iterable[Entry], side: int) -> Iterator[bytes | str]:
         try:
             return thumbnail(entry.file, side)
         except ImageError as e:
-            return one_line(str(e).removeprefix(f"{entry.file}: "))
+            return one_line(str(e).replace(show_name(entry.file), "it").removeprefix("it: "))
 
     return _in_threads(make, entries)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ..cache.disk import ImageCache
 from ..errors import ImageError
 from .loading import ImageSource
+from .notebook import card
 from .preprocess import TiledImage
+from .thumbnail import data_url, to_jpeg
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,25 @@ class ImageEmbedding:
     def n_tiles(self) -> int:
         """Tiles in use."""
         return int(self.states.shape[0])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each patch as light as its vector is long, a square for each tile."""
+        side = math.isqrt(self.states.shape[1] - 1)
+        images = []
+        if side and side * side == self.states.shape[1] - 1:
+            lengths = np.linalg.norm(self.states[:, 1:], axis=-1)
+            low, high = np.percentile(lengths, (2, 98))
+            shares = np.clip((lengths - low) / max(float(high - low), 1e-12), 0, 1)
+            for tile in np.rint(shares * 255).astype(np.uint8).reshape(-1, side, side):
+                square = Image.fromarray(tile).resize((120, 120), Image.Resampling.NEAREST)
+                images.append(data_url(to_jpeg(square.convert("RGB"), 120)))
+        shape = " x ".join(map(str, self.states.shape))
+        facts = {
+            "states": f"{shape} (tiles, positions, values)",
+            "aspect_ratio_id": self.aspect_ratio_id,
+            "key": self.key[:12],
+        }
+        return card("ImageEmbedding", facts, images=images, columns=len(images))
 
     def __repr__(self) -> str:
         shape = list(self.states.shape)

@@ -21,12 +21,16 @@ from PIL import Image
 from ..checks import Whole, checked
 from ..handles import FoundOnce
 from .loading import ImageSource, load_image
+from .notebook import card
+from .thumbnail import data_url, to_jpeg
 
 # Counts up whenever the pixels of any picture change.
 PREPROCESS_VERSION = 2
 
 TILE_SIZE = 560
 MAX_TILES = 4
+
+_SHOWN = 120  # pixels of a tile in a notebook
 
 # CLIP's statistics, which all mllama models were trained with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -92,6 +96,18 @@ class TiledImage:
         pixels[: self.n_tiles] = self.pixels[: self.n_tiles]
         pixels.flags.writeable = False
         return replace(self, pixels=pixels, aspect_ratio_id=grid, max_tiles=max_tiles)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the tiles on their grid."""
+        tiles = [data_url(to_jpeg(self.tile_picture(index), 2 * _SHOWN)) for index in range(self.n_tiles)]
+        size = "{} x {}".format
+        facts = {
+            "image": size(*self.image_size),
+            "resized to": size(*self.resized_size),
+            "tiles": f"{self.rows} x {self.columns} of {size(self.tile_size, self.tile_size)}",
+            "aspect_ratio_id": self.aspect_ratio_id,
+        }
+        return card("TiledImage", facts, images=tiles, columns=self.columns, side=_SHOWN)
 
     def __repr__(self) -> str:
         (w, h), (rw, rh) = self.image_size, self.resized_size

@@ -20,7 +20,7 @@ from PIL import Image
 from mllama_gguf.batch.records import Csv, Jsonl, Record
 from mllama_gguf.cli.main import run
 from mllama_gguf.gallery import page as pages
-from mllama_gguf.gallery.entries import short_names
+from mllama_gguf.gallery.entries import common_folder
 from mllama_gguf.vision.preprocess import preprocess_image
 from mllama_gguf.vision.thumbnail import thumbnail
 
@@ -256,12 +256,27 @@ def test_many_images_and_blocks(here: Path) -> None:
     assert len([about for about, _ in page.scripts if about.get("type") == "text/plain"]) == 3
 
 
-def test_short_names() -> None:
-    assert short_names(["/home/me/a/1.png", "/home/me/b/2.png"]) == ["a/1.png", "b/2.png"]
-    assert short_names(["/home/me/a/1.png"]) == ["1.png"]
-    assert short_names(["1.png", "a/2.png"]) == ["1.png", "a/2.png"]
-    assert short_names(["/x/1.png", "2.png"]) == ["/x/1.png", "2.png"]
-    assert short_names([]) == []
+def test_folders_are_not_told(here: Path) -> None:
+    """Not in names, nor in the words of failures or about images that cannot be shown."""
+    home = str(here / "photos")
+    os.makedirs("photos/a")
+    os.makedirs("photos/caf\u00e9 \x1b")
+    bad = [f"{home}/a/1.png", f"{home}/caf\u00e9 \x1b/2.png", f"{home}//a/./3.png"]
+    for name in bad:
+        Path(name).write_bytes(b"\x89PNG no image at all")
+    batch(
+        [Record(bad[0], "x", "stop", 1, "", bad[1])],
+        failures={bad[1]: f"would share {home}/a/x", bad[2]: "no"},
+    )
+    page = gallery("captions.jsonl")
+    assert [one["name"] for one in page.entries] == ["a/1.png", "caf\u00e9 \\x1b/2.png", "a/3.png"]
+    assert page.entries[1]["error"] == "would share a/x"
+    assert str(here) not in Path("index.html").read_text("utf-8")
+    assert common_folder(["/home/me/a/1.png", "/home/me/b/2.png"]) == "/home/me/"
+    assert common_folder(["/home/me/a/1.png"]) == "/home/me/a/"
+    assert common_folder(["/1.png"]) == "/"
+    for none in (["1.png", "a/2.png"], ["/x/1.png", "2.png"], []):
+        assert common_folder(none) == ""
 
 
 BAD = {
