@@ -121,8 +121,8 @@ def attend(
     layer:   number of a cross-attention layer, as `mllama trace` shows it; None: the mean of all
     options: as of `Mllama.reply`
 
-    The conversation of the model is cleared. Raises RequestError for a layer without cross-attention, and what
-    `Mllama.reply` raises.
+    The conversation of the model is cleared. Raises RequestError for a layer without cross-attention, else
+    what `Mllama.reply` raises.
     """
     layers = layers_of(model.hparams, layer)
     embedding = model.encode_image(image)
