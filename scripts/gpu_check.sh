@@ -3,8 +3,8 @@
 # Each step has a time limit and leaves a log in the folder ($OUT, or "gpu-check"); the table summary.txt grows as they
 # end. No network is needed. docs/gpu.md tells how to prepare a run.
 #
-#   MLLAMA_CARRY  a folder with wheels, and perhaps a backend of ggml as a library (scripts/gpu/backend.sh). Without it the
-#                 mllama_gguf that is installed is checked, with the GPUs of its ggml and of GGML_BACKEND_PATH.
+#   MLLAMA_CARRY  what scripts/gpu/pack.sh made: packages, and perhaps backends of ggml. Without it the mllama_gguf that is
+#                 installed is checked, with the GPUs of its ggml and of GGML_BACKEND_PATH.
 #   MLLAMA_STEPS  names of steps, to run these alone
 #   MLLAMA_TORCH_PYTHON  the Python that has torch and transformers, if it is another one
 set -uo pipefail
@@ -35,31 +35,43 @@ step() {
   say "$(printf '%-14s %4d s  %-28s %s' "$name" "$(($(date +%s) - start))" "$word" "$(tail -1 "$out/$name.log" | cut -c1-110)")"
 }
 
-install() {
-  python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$out/site" "$MLLAMA_CARRY"/*.whl
-}
 if [ -n "${MLLAMA_CARRY:-}" ]; then
-  export -f install; export out MLLAMA_CARRY
-  step install 60 bash -c install
-  export PYTHONPATH="$out/site${PYTHONPATH:+:$PYTHONPATH}"
-  backend=$(find "$MLLAMA_CARRY" -name 'libggml-*.so' | head -1)
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+    "$MLLAMA_CARRY" "$site" || exit 1
+  ln -s "$PWD/mllama_gguf/data/demo.gguf" "$site/mllama_gguf/data/demo.gguf"
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  backend=$(find "$site" -maxdepth 1 -name 'libggml-*.so' | head -1)
   [ -z "$backend" ] || export GGML_BACKEND_PATH=$backend
+fi
+# A backend's libraries, as cuBLAS, may be those of the machine's torch.
+if [ -n "${GGML_BACKEND_PATH:-}" ]; then
+  for name in $(ldd "$GGML_BACKEND_PATH" | awk '/not found/ && !/libggml/ { print $1 }'); do
+    found=$(find /usr/local /opt "$("$python" -c 'import sys; print(sys.prefix)')" -name "$name" 2> /dev/null | head -1)
+    [ -n "$found" ] || { say "$GGML_BACKEND_PATH needs $name, which is not here"; exit 1; }
+    export LD_LIBRARY_PATH="$(dirname "$found")${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+  done
 fi
 
 step machine 20 bash -c 'nvidia-smi 2> /dev/null; nproc; "$0" -m mllama_gguf devices' "$python"
+"$python" -c '
+from mllama_gguf.backend.local import devices
+raise SystemExit(not any(device.type in ("gpu", "igpu") for device in devices()))' 2> /dev/null ||
+  { say "no GPU is seen, so nothing else is run"; exit 1; }
 step doctor 40 "$python" -m mllama_gguf doctor
 step caption 40 "$python" -m mllama_gguf caption examples/apple.png
 export MLLAMA_GPU_FIGURES=$out/figures.json
 tests() { step "$1" "$2" "$python" -m pytest -q -p no:cacheprovider tests/gpu -k "$3"; }
-tests splits 40 "left_to_the_cpu"
 tests golden 90 "golden"
-MLLAMA_GPU_PRECISION=exact MLLAMA_GPU_FIGURES=$out/figures-exact.json tests exact 60 "golden"
-tests types 40 "types"
-tests layers 90 "number_of_layers or every_count or two_devices"
-tests plan 90 "plan"
-tests life 60 "taps or abort or cache or child or default"
 step full_shape 150 "$python" scripts/gpu/full_shape.py
 step transformers 60 "$torch_python" scripts/gpu/against_transformers.py
+tests splits 40 "left_to_the_cpu"
+MLLAMA_GPU_PRECISION=exact MLLAMA_GPU_FIGURES=$out/figures-exact.json tests exact 60 "golden"
+MLLAMA_GPU_FIGURES=$out/figures-types.json tests types 40 "types"
+MLLAMA_GPU_FIGURES=$out/figures-layers.json tests layers 90 "number_of_layers or every_count or two_devices"
+tests plan 90 "plan"
+tests life 60 "taps or abort or cache or child or default"
 step no_memory 60 "$torch_python" scripts/gpu/no_memory.py "$python"
 sanitize() {
   command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer"; return 77; }

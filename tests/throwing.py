@@ -181,7 +181,7 @@ def compute(standin: Standin, model: str) -> None:
     with Use(model, n_gpu_layers=0) as cpu:
         expected = cpu.compute()
     for place in PLACES:
-        for kind in ("error", "memory", "odd"):
+        for kind in ("error", "memory", "odd", "abort"):
             standin.throw(place, kind=kind)
             opening: Any = error_of(lambda: Use(model).__exit__())
             tell(place=place, kind=kind, when="opening", thrown=standin.thrown, error=opening)
@@ -221,7 +221,7 @@ def isolated(library: str, model: str) -> None:
     with used:
         tell(devices=[device.device for device in used.context.memory().devices])
         for place in ("set_tensor", "get_tensor", "graph_compute", "alloc_buffer", "synchronize", "clear"):
-            for kind in ("error", "memory", "odd"):
+            for kind in ("error", "memory", "odd", "abort"):
                 used.compute()
                 used.throw(place, kind)
                 error = error_of(used.compute)

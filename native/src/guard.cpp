@@ -54,7 +54,13 @@ static mllama_status count_all_devices(int32_t * n) {
     return status;
 }
 
+void mllama_fatal_set(mllama_fatal_callback callback) {
+    fatal_callback = callback;
+    ggml_set_abort_callback(on_fatal);
+}
+
 mllama_status guard_count_devices(int32_t * n) {
+    ggml_set_abort_callback(on_fatal);
     TRY(count_all_devices(n));
     load_named_backend(n);
     return MLLAMA_OK;

@@ -1,4 +1,5 @@
-// For guard.cpp alone: runs what may throw, and turns an exception into a status and words that name the device.
+// For guard.cpp alone: runs what may throw, and turns an exception into a status and words that name the device. A call
+// in which ggml wants to end the process throws too.
 #pragma once
 
 #include "guard.h"
@@ -7,6 +8,7 @@
 
 #include "ggml-alloc.h"
 
+#include <atomic>
 #include <cctype>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +16,7 @@
 #include <cxxabi.h>
 #include <exception>
 #include <new>
+#include <stdexcept>
 
 namespace {
 
@@ -35,11 +38,45 @@ struct words {
     }
 };
 
+// How many guarded calls this thread is in
+thread_local int depth;
+
+struct inside {
+    inside() { depth++; }
+    ~inside() { depth--; }
+    inside(const inside &) = delete;
+    inside & operator=(const inside &) = delete;
+};
+
+std::atomic<mllama_fatal_callback> fatal_callback;
+
+// For ggml_set_abort_callback. ggml ends the process where an assertion fails, and CUDA does so at every error of its
+// driver, one of memory too. In a guarded call that becomes an exception, which passes through C functions: all our
+// platforms have unwind tables for them. Not so for two backends: the CPU's other threads would wait for this one for
+// ever, and a lost worker needs a new process, because ggml connects to each only once (backend/isolated.py).
+void on_fatal(const char * text) {
+    if (depth > 0 && !std::strstr(text, "ggml-cpu") && !std::strstr(text, "ggml-rpc")) {
+        const char * slash  = std::strrchr(text, '/');
+        const char * reason = slash ? slash + 1 : text; // file:line: message
+        const char * logged = log_last_error();         // has the driver's words
+        const char * colon  = std::strstr(reason, ": ");
+        const size_t common = colon ? std::strlen(colon + 2) : 0;
+        throw std::runtime_error(common && !std::strncmp(logged, colon + 2, common) ? logged : reason);
+    }
+    const mllama_fatal_callback callback = fatal_callback;
+    if (callback) {
+        callback(text);
+    } else {
+        std::fprintf(stderr, "%s\n", text);
+    }
+}
+
 // Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding must go on, so none of these
 // functions is noexcept: it ends a thread, as Python does with a daemon thread that is in a callback when the
 // interpreter finalizes.
 template <class Call, class Describe> mllama_status guarded(Call && call, Describe && describe) {
     try {
+        const inside here;
         call();
         return MLLAMA_OK;
 #ifdef __GLIBCXX__

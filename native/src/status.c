@@ -41,7 +41,7 @@ static void log_emit(int32_t level, const char * text) {
 
 static void ggml_sink(enum ggml_log_level level, const char * text, void * user_data) {
     (void) user_data;
-    if (level == GGML_LOG_LEVEL_ERROR) {
+    if (level == GGML_LOG_LEVEL_ERROR && *text != ' ') { // a backend's further lines begin with spaces
         snprintf(last_ggml_error, sizeof(last_ggml_error), "%s", text);
         last_ggml_error[strcspn(last_ggml_error, "\n")] = '\0';
     }
@@ -82,8 +82,4 @@ void log_warn(const char * format, ...) {
     va_end(args);
     strcat(text, "\n");
     log_emit(GGML_LOG_LEVEL_WARN, text);
-}
-
-void mllama_fatal_set(mllama_fatal_callback callback) {
-    ggml_set_abort_callback(callback);
 }

@@ -11,6 +11,9 @@
 #include <stdexcept>
 #include <string>
 
+// ggml's backends log through it; no header for others has it.
+extern "C" void ggml_log_internal(enum ggml_log_level level, const char * format, ...);
+
 namespace {
 
 constexpr int MAX_DEVICES = 4;
@@ -36,6 +39,11 @@ void may_throw(const char * place, int device) {
     n_thrown++;
     if (fault_kind == "memory") throw std::bad_alloc();
     if (fault_kind == "odd") throw 42;
+    if (fault_kind == "abort") { // as CUDA does it
+        ggml_log_internal(GGML_LOG_LEVEL_ERROR, "Standin error: no luck in %s\n", place);
+        ggml_log_internal(GGML_LOG_LEVEL_ERROR, "  in function %s\n", __func__);
+        GGML_ABORT("Standin error");
+    }
     throw std::runtime_error("Standin: no luck in\n" + std::string(place));
 }
 

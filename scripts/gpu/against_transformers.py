@@ -3,14 +3,15 @@
 
     python scripts/gpu/against_transformers.py [--device cuda] [--small]
 
-Needs the torch and transformers of the machine. The weights are zeros of the 11B shape; --small is for a
-rehearsal. One line of JSON for each measurement. Exit code 77: no torch, no transformers or no memory.
+Needs the torch and transformers of the machine. Random weights of the 11B shape; --small is for a rehearsal.
+The bandwidth is that of a large copy, what is read and what is written. One line of JSON for each measurement. Exit code 77: no torch, no transformers or no memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -58,7 +59,9 @@ def main() -> int:
         model = MllamaForConditionalGeneration(config)
     model = model.to(torch.bfloat16).to_empty(device=args.device).eval()
     with torch.no_grad():
-        for values in (*model.parameters(), *model.buffers()):
+        for values in model.parameters():
+            values.normal_(std=0.02)
+        for values in model.buffers():
             values.zero_()
         measure(model, config, args.device)
     return 0
@@ -69,20 +72,31 @@ def measure(model: Any, config: Any, device: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def timed(what: str, work: Callable[[], Any], count: int = 1, **values: Any) -> None:
-        work()  # kernels are made the first time
-        wait()
-        start = time.perf_counter()
-        for _ in range(count):
+    def timed(what: str, work: Callable[[], Any], count: int = 5, **values: Any) -> None:
+        seconds = []
+        for _ in range(count + 1):
+            wait()
+            start = time.perf_counter()
             work()
-        wait()
-        seconds = time.perf_counter() - start
-        tell = {"what": what, **values, "seconds": seconds / count}
-        print(json.dumps(tell), flush=True)
+            wait()
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[1:])  # kernels are made the first time
+        print(json.dumps({"what": what, **values, "seconds": median}), flush=True)
 
+    if device == "cuda":
+        source = torch.ones(2**30, device=device)
+        target = torch.empty_like(source)
+        for _ in range(2):
+            wait()
+            start = time.perf_counter()
+            target.copy_(source)
+            wait()
+            seconds = time.perf_counter() - start
+        print(json.dumps({"what": "bandwidth", "bytes_per_second": 2 * source.nbytes / seconds}), flush=True)
+        del source, target
     core = getattr(model, "model", model)
     side = config.vision_config.image_size
-    pixels = torch.zeros(1, 1, 4, 3, side, side, dtype=torch.bfloat16, device=device)
+    pixels = torch.randn(1, 1, 4, 3, side, side, dtype=torch.bfloat16, device=device)
     ids = torch.tensor([[1]], device=device)
     for tiles in (1, 4):
         mask = (torch.arange(4, device=device) < tiles).long()[None, None]
@@ -92,7 +106,8 @@ def measure(model: Any, config: Any, device: str) -> None:
             return core.multi_modal_projector(found.last_hidden_state)
 
         timed("encode", encode, tiles=tiles)
-    prompt = torch.ones(1, PROMPT if device == "cuda" else 16, dtype=torch.long, device=device)
+    count = PROMPT if device == "cuda" else 16
+    prompt = torch.randint(1, config.text_config.vocab_size - 16, (1, count), device=device)
     timed("prompt", lambda: model(input_ids=prompt, use_cache=True), tokens=prompt.shape[1])
     past = model(input_ids=prompt, use_cache=True).past_key_values
     one = prompt[:, :1]

@@ -53,7 +53,7 @@ static mllama_status choose_kernel(mllama_context * ctx) {
     ctx->env               = (compute_env){
         .kernel     = ctx->params.flash_attn ? kernel : NULL,
         .flash_attn = ctx->params.flash_attn,
-        .exact      = ctx->params.exact,
+        .exact      = ctx->params.exact && ctx->model->plan.n_gpus > 0,
         .stop       = context_look,
         .stop_data  = ctx,
     };

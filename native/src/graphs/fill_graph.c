@@ -29,7 +29,7 @@ mllama_status fill_graph_build(const mllama_model * model, const image_slot * sl
     const mllama_hparams * p      = &model->hp.pub;
     const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv;
     memset(fg, 0, sizeof(*fg));
-    TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (32 + 4 * (size_t) n_rows / 16), env,
+    TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (48 + 4 * (size_t) n_rows / 16), env,
                    model->token_embd));
     TRY(graph_use_products(&fg->g, 2 * (size_t) p->n_cross_layers));
     graph *               g   = &fg->g;

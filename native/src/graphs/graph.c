@@ -128,14 +128,6 @@ struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t 
     return cpu_join_node(g->ctx, left, right, g->beside);
 }
 
-static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w) {
-    struct ggml_tensor * y = ggml_mul_mat(g->ctx, w, x);
-    if (g->env.exact) {
-        ggml_prec_set_acc(y, GGML_PREC_F32);
-    }
-    return y;
-}
-
 // In the CPU's memory: mapped or copied, or in a layout of its own, which is no host memory to ggml
 static bool is_on_cpu(const struct ggml_tensor * t) {
     if (!t->buffer || guard_is_host(t->buffer)) {
@@ -143,6 +135,26 @@ static bool is_on_cpu(const struct ggml_tensor * t) {
     }
     const ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
     return device && device_is_cpu(device);
+}
+
+// CUDA multiplies up to this many columns on tensor cores, which round factors to TF32 or 16 bits whatever precision is
+// requested. More go to cuBLAS, which obeys.
+#define ROUNDED_COLUMNS 16
+
+static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w) {
+    struct ggml_context * ctx = g->ctx;
+    const int64_t         n = x->ne[1], n_matrices = x->ne[2];
+    // one column of one matrix is computed in F32 anyway
+    const bool more = g->env.exact && n <= ROUNDED_COLUMNS && (n > 1 || n_matrices > 1) && !is_on_cpu(w) &&
+                      !ggml_is_quantized(((struct ggml_tensor *) w)->type);
+    if (more) {
+        x = ggml_pad(ctx, ggml_cont(ctx, x), 0, (int) (ROUNDED_COLUMNS + 1 - n), 0, 0);
+    }
+    struct ggml_tensor * y = ggml_mul_mat(ctx, w, x);
+    if (g->env.exact) {
+        ggml_prec_set_acc(y, GGML_PREC_F32);
+    }
+    return more ? ggml_cont(ctx, ggml_view_3d(ctx, y, y->ne[0], n, n_matrices, y->nb[1], y->nb[2], 0)) : y;
 }
 
 void graph_watch(graph * g, struct ggml_tensor * x) {
@@ -206,7 +218,8 @@ static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, vo
                                                   ggml_row_size(q->type, n_embd / a->n_head), q->nb[1], 0);
     heads = ggml_permute(g->ctx, heads, 0, 2, 1, 3); // [head_dim, n, n_head]
 
-    if (g->env.flash_attn) {
+    // CUDA's flash attention rounds F32 to F16. Only it can read quantized values, which are not exact in any case.
+    if (g->env.flash_attn && !(g->env.exact && !ggml_is_quantized(a->v->type))) {
         struct ggml_tensor * out = ggml_flash_attn_ext(g->ctx, heads, a->k, a->v, a->mask, scale, 0.0f, 0.0f);
         ggml_prec_set_acc(out, GGML_PREC_F32);
         return ggml_reshape_2d(g->ctx, out, n_embd, n);
@@ -216,7 +229,7 @@ static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, vo
         k     = ggml_cont(g->ctx, k);
         heads = ggml_cont(g->ctx, heads);
     }
-    struct ggml_tensor * scores = ggml_mul_mat(g->ctx, k, heads); // [n_kv, n, n_head]
+    struct ggml_tensor * scores = mul_mat(g, heads, k); // [n_kv, n, n_head]
     ggml_prec_set_acc(scores, GGML_PREC_F32);
     scores = ggml_soft_max_ext(g->ctx, scores, a->mask, scale, 0.0f);
     struct ggml_tensor * v   = ggml_cont(g->ctx, ggml_permute(g->ctx, a->v, 1, 0, 2, 3)); // [n_kv, head_dim, n_head_kv]

@@ -338,7 +338,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
 
 // Batches of many tokens are cut into blocks, which adds nodes.
 size_t text_graph_most_nodes(const mllama_hparams * p, int64_t n_tokens, int64_t n_items) {
-    return 256 + (size_t) p->n_layer * (128 + (size_t) n_tokens + 24 * (size_t) n_items);
+    return 256 + (size_t) p->n_layer * (160 + (size_t) n_tokens + 40 * (size_t) n_items);
 }
 
 void text_graph_free(text_graph * tg) {

@@ -20,7 +20,7 @@ typedef struct compute_env {
     const cpu_kernel * kernel;         // NULL: ggml's operations alone
     int32_t            n_threads;
     bool               flash_attn;
-    bool               exact;          // sums of products in F32 on GPUs too
+    bool               exact;          // products in F32 on GPUs too; false without a GPU
     bool            (* stop)(void *);  // see tasks
     void *             stop_data;
 } compute_env;
