@@ -3,8 +3,8 @@
 
     python scripts/gpu/full_shape.py [--layers N] [--model FILE] [--dir DIR]
 
-The text is also timed in llama.cpp on the same GPU, as a Llama of its layers without cross-attention. Medians;
-one line of JSON for each measurement. Exit code 77: no GPU here has the memory.
+The text is also timed in llama.cpp on the same GPU, as a Llama of its layers without cross-attention. Figures
+are medians, one line of JSON for each. Exit code 77: no GPU here has the memory.
 """
 
 from __future__ import annotations
