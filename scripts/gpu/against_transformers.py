@@ -4,7 +4,7 @@
     python scripts/gpu/against_transformers.py [--device cuda] [--small]
 
 Needs the torch and transformers of the machine. Random weights of the 11B shape; --small is for a rehearsal.
-The bandwidth is that of a large copy, what is read and what is written. One line of JSON for each measurement.
+The bandwidth is that of a large copy, reads and writes together. One line of JSON for each measurement.
 Exit code 77: no torch, no transformers or no memory.
 """
 
