@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .. import cpus
-from ..errors import OutOfMemoryError
+from ..errors import BackendError, OutOfMemoryError
 from ..settings import Settings
 from .base import Context, Model, SharedContext
 from .callbacks import Callbacks
@@ -125,7 +125,14 @@ def open_backend(
         **settings.for_context(),
     ) as (measure_one, found_devices):
         targets = offload_devices(found_devices, for_model)
-        layers = largest_fitting(measure_one, device_limits(found_devices, for_model)) if targets else 0
+        try:
+            layers = largest_fitting(measure_one, device_limits(found_devices, for_model)) if targets else 0
+        except BackendError as e:
+            if settings.rpc_servers:
+                raise
+            # A driver that cannot even start: other programs have all of the memory.
+            logger.warning("%s; all layers run on the CPU", e)
+            targets = []
     if not targets:
         settings = settings.replace(n_gpu_layers=0)
         return open_with(0)

@@ -37,10 +37,12 @@ def main() -> int:
     for size in (2**30, 2**26, 2**24):
         while torch.cuda.mem_get_info()[0] > LEFT + size:
             held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
-    all_layers, fitting = caption("-ngl", "-1"), caption()
-    if fitting.returncode or fitting.stdout.strip() != "a red apple":
-        print("-ngl auto does not run elsewhere")
-        return 1
+    all_layers = caption("-ngl", "-1")
+    for options in ([], ["-ngl", "0"]):
+        fitting = caption(*options)
+        if fitting.returncode or fitting.stdout.strip() != "a red apple":
+            print(f"{' '.join(options) or '-ngl auto'} does not run elsewhere")
+            return 1
     if all_layers.returncode not in (0, 1, 2, 3) or "Traceback" in all_layers.stderr:
         print("-ngl -1 does not end by an error of one line")
         return 1

@@ -57,7 +57,7 @@ def note(what: str, value: float) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def write_figures() -> Iterator[None]:
     yield
-    if path := os.environ.get("MLLAMA_GPU_FIGURES"):
+    if figures and (path := os.environ.get("MLLAMA_GPU_FIGURES")):
         Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -23,6 +23,7 @@ mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env, s
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->env        = *env;
     g->beside     = beside;
+    g->device     = NULL;
     g->tasks      = NULL;
     g->products   = NULL;
     g->n_products = g->max_products = 0;
@@ -111,10 +112,14 @@ int64_t graph_block_columns(double flop_per_column) {
     return n < 16.0 ? 16 : n > 1e9 ? (int64_t) 1e9 : (int64_t) n;
 }
 
+bool graph_on_gpu(const graph * g) {
+    return g->device && device_is_gpu(g->device) && !device_is_rpc(g->device);
+}
+
 struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t n_max, bool on_cpu, graph_block_fn fn,
                                      void * arg) {
     const int64_t n = x->ne[1];
-    if (n <= n_max) {
+    if (n <= n_max || graph_on_gpu(g)) {
         return fn(g, x, arg);
     }
     const int64_t        half  = n / 2;
@@ -210,6 +215,26 @@ typedef struct attention_args {
     int64_t              n_head;
 } attention_args;
 
+// Attention as one operation, or NULL where the device lacks it for these sizes or is to be exact: CUDA's rounds F32 to
+// F16. Only this operation can read quantized values, which are not exact in any case.
+static struct ggml_tensor * flash_attention(graph * g, struct ggml_tensor * heads, const attention_args * a,
+                                            float scale) {
+    const bool needed = ggml_is_quantized(a->v->type);
+    if (!g->env.flash_attn || (g->env.exact && !needed)) {
+        return NULL;
+    }
+    struct ggml_tensor *        out    = ggml_flash_attn_ext(g->ctx, heads, a->k, a->v, a->mask, scale, 0.0f, 0.0f);
+    const ggml_backend_buffer_t cache  = a->k->view_src ? a->k->view_src->buffer : NULL;
+    const ggml_backend_dev_t    device = cache ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(cache))
+                                               : g->device;
+    bool ok = true;
+    ggml_prec_set_acc(out, GGML_PREC_F32);
+    if (device && !needed && guard_supports_op(device, out, &ok) != MLLAMA_OK) {
+        ok = true; // computing tells
+    }
+    return ok ? out : NULL;
+}
+
 static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, void * arg) {
     const attention_args * a       = arg;
     const int64_t          n_embd  = q->ne[0], n = q->ne[1];
@@ -218,11 +243,9 @@ static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, vo
                                                   ggml_row_size(q->type, n_embd / a->n_head), q->nb[1], 0);
     heads = ggml_permute(g->ctx, heads, 0, 2, 1, 3); // [head_dim, n, n_head]
 
-    // CUDA's flash attention rounds F32 to F16. Only it can read quantized values, which are not exact in any case.
-    if (g->env.flash_attn && !(g->env.exact && !ggml_is_quantized(a->v->type))) {
-        struct ggml_tensor * out = ggml_flash_attn_ext(g->ctx, heads, a->k, a->v, a->mask, scale, 0.0f, 0.0f);
-        ggml_prec_set_acc(out, GGML_PREC_F32);
-        return ggml_reshape_2d(g->ctx, out, n_embd, n);
+    struct ggml_tensor * flash = flash_attention(g, heads, a, scale);
+    if (flash) {
+        return ggml_reshape_2d(g->ctx, flash, n_embd, n);
     }
     struct ggml_tensor * k = a->k;
     if (g->env.exact) { // Vulkan rounds factors to F16 if there are gaps between their rows

@@ -4,7 +4,7 @@
 #include "kernels/kernels.h"
 #include "status.h"
 
-#include "ggml.h"
+#include "ggml-backend.h"
 
 typedef struct graph {
     struct ggml_context * ctx; // holds the tensors' descriptions, no data
@@ -17,6 +17,7 @@ typedef struct graph {
     atomic_bool *         not_finite;     // [n_watched], for each column: seen by graph_watch
     size_t                n_watched;
     struct ggml_tensor *  beside;         // a weight in the CPU's own memory, or NULL
+    ggml_backend_dev_t    device;         // computes what has no weight of its own and no cache; NULL: not known
 } graph;
 
 // beside: a weight in the CPU's own memory, in no layout of special kernels; NULL where all of the graph is on the CPU.
@@ -60,6 +61,8 @@ struct ggml_tensor * graph_attention(graph * g, struct ggml_tensor * q, struct g
 // [n_embd, n] -> [head_dim, n, n_head], the layout in which graph_attention takes k and v
 struct ggml_tensor * graph_split_heads(graph * g, struct ggml_tensor * x, int64_t n_head);
 
+// Whether g->device is a GPU of this machine: nodes need not be cut there, and its attention takes 16-bit factors
+bool graph_on_gpu(const graph * g);
 // Runs fn over x [c, n] in blocks of at most n_max columns and joins the results. One node of a graph is the smallest
 // thing that can be interrupted, so nodes that would take long on a CPU are cut. on_cpu: fn surely runs there.
 typedef struct ggml_tensor * (*graph_block_fn)(graph * g, struct ggml_tensor * x, void * arg);

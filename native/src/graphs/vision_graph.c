@@ -159,8 +159,14 @@ static struct ggml_tensor * plain_attention(encoder * e, struct ggml_tensor * q,
     graph *               g      = e->g;
     struct ggml_context * ctx    = g->ctx;
     const int64_t         n_embd = q->ne[0], n = q->ne[1], n_real = e->n_real, n_head = e->p->vision_head;
-    k = graph_split_heads(g, repeat_unused(e, k), n_head); // [head_dim, keys, n_head]
-    v = graph_split_heads(g, repeat_unused(e, v), n_head);
+    k = repeat_unused(e, k);
+    v = repeat_unused(e, v);
+    if (e->env.flash_attn && !e->env.exact && graph_on_gpu(g)) { // else it does so in each of its calls
+        k = ggml_cast(ctx, k, GGML_TYPE_F16);
+        v = ggml_cast(ctx, v, GGML_TYPE_F16);
+    }
+    k = graph_split_heads(g, k, n_head); // [head_dim, keys, n_head]
+    v = graph_split_heads(g, v, n_head);
 
     struct ggml_tensor * q_real = ggml_view_2d(ctx, q, n_embd, n_real, q->nb[1], 0);
     struct ggml_tensor * attn   = graph_attention(g, q_real, k, v, NULL, n_head);
@@ -366,6 +372,7 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * layer + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;
     TRY(graph_init(&vg->g, nodes, env, NULL));
+    vg->g.device = model->plan.vision;
 
     struct ggml_tensor * inputs[1024]; // hparams allows no more layers
     encoder              e = { .g = &vg->g, .model = model, .p = p, .n_used = n_used, .tiles = vg->n_tiles,
