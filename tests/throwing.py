@@ -145,7 +145,8 @@ def register_in_child(library: str) -> None:
 
 
 def compare(numbers: Floats, expected: Floats) -> bool:
-    return bool(np.allclose(numbers, expected, rtol=1e-3, atol=1e-3))
+    """Whether they are the same but for rounding: the encoder's attention on a GPU has factors in F16."""
+    return bool(np.linalg.norm(numbers - expected) <= 2e-3 * np.linalg.norm(expected))
 
 
 # ---- what test_throwing.py calls ---------------------------------------------------------------------------
