@@ -78,6 +78,9 @@ NOT_RUN = {
     "mllama caption photo.jpg --rpc 192.168.1.5:50052 -ngl -1": NEEDS_RPC,
     "mllama plan f.gguf --rpc 127.0.0.1:50052": NEEDS_RPC,
     "python scripts/caption_ray.py photos --out captions --actors 2": "it needs Ray; tests/ray",
+    "scripts/gpu/backend.sh cuda build/cuda -DCMAKE_CUDA_ARCHITECTURES=90 -DGGML_CUDA_NO_VMM=ON": NEEDS_GPU,
+    "scripts/gpu/pack.sh carry.tar.xz 3.12 build/cuda/libggml-cuda.so": NEEDS_GPU,
+    "MLLAMA_CARRY=carry.tar.xz scripts/gpu_check.sh FOLDER": NEEDS_GPU,
     "scripts/gpu_check.sh FOLDER": NEEDS_GPU,
     "scripts/check_vulkan.sh --record": "it builds ggml with Vulkan; by hand, see docs/gpu.md",
 }
