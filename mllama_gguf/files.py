@@ -113,10 +113,8 @@ def check_output(
                 raise refuse(f"it exists and is no {kind.name}; give another name, or move it away")
             if not overwrite:
                 raise refuse("it exists; --overwrite replaces it")
-        if not info.st_mode & 0o222 or not os.access(name, os.W_OK):
-            raise refuse("it is write-protected; give another name")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise refuse(f"the folder {show_name(target.parent)} cannot be written; choose another")
+    if words := why_protected(name):
+        raise refuse(f"{words}; give another name")
     return target
 
 
@@ -141,6 +139,21 @@ def check_folder(path: AnyPath) -> Path:
         raise RequestError(f"cannot write to {shown}: the folder {show_name(there)} cannot be written")
     remove_leftovers(Path(name))
     return Path(name)
+
+
+def why_protected(path: AnyPath) -> str:
+    """Why a file can be neither made nor replaced, links followed: it or its folder is write-protected. ""
+    if it can, or if there is another reason, which writing it finds."""
+    try:
+        target = os.path.realpath(path)
+        info, folder = _stat(target), os.path.dirname(target)
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            return f"the folder {show_name(folder)} cannot be written"
+        if info is not None and (not info.st_mode & 0o222 or not os.access(target, os.W_OK)):
+            return "it is write-protected"
+    except (OSError, ValueError):
+        return ""
+    return ""
 
 
 def check_distinct(first: AnyPath, second: AnyPath) -> None:
@@ -183,9 +196,13 @@ def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
 
 def cannot_write(path: AnyPath, e: OSError) -> MllamaError:
     """The error to show for a failure to write."""
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    reason = "the disk is full; make room, or write to another disk" if full else os_reason(e)
+    reason = "the disk is full; make room, or write to another disk" if is_full(e) else os_reason(e)
     return MllamaError(f"cannot write {show_name(path)}: {reason}")
+
+
+def is_full(e: OSError) -> bool:
+    """Whether the disk, or the user's part of it, has no room left."""
+    return e.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is(info: os.stat_result, path: AnyPath) -> bool:

@@ -1,7 +1,8 @@
 """errors.jsonl: the pictures that have no caption, and why. Several runs may share it.
 
-Only lines of ours are ever removed. A file of this name that holds anything else is left alone, and the
-failures go to mllama-errors.jsonl.
+Each line names the output that has no caption of the picture, so that the runs of one output leave the lines
+of others alone. Only lines of ours are ever removed. A file of this name that holds anything else is left
+alone, and the failures go to mllama-errors.jsonl.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from ..files import write_whole
 from ..reading import open_regular
 from ..temporary import open_locked
 from ..words import as_json, show_name
-from .outputs import append
+from .outputs import append, remove_empty
 from .records import whole_lines
 
 NAMES = ("errors.jsonl", "mllama-errors.jsonl")
 _BEGINS = b'{"image": '
 _LONGEST = 1 << 20  # bytes of a line
+_KEYS = {"image", "error", "message"}
 _WAIT = 60.0  # seconds for another run that adds a line
 
 
-def error_log(folder: Path) -> ErrorLog:
-    """The log of a folder: the first of `NAMES` that is no other program's file. Raises RequestError."""
+def error_log(folder: Path, output: str = "") -> ErrorLog:
+    """The log of a folder: the first of `NAMES` that is no other program's file. output: see ErrorLog. Raises
+    RequestError."""
     for name in NAMES:
         try:
             if _is_free(folder / name):
-                return ErrorLog(folder / name)
+                return ErrorLog(folder / name, output)
         except OSError:
             continue
     first, second = (show_name(folder / name) for name in NAMES)
@@ -56,26 +59,34 @@ def read_failures(folder: Path) -> dict[str, str]:
 
 
 class ErrorLog:
-    """One line for each picture that failed."""
+    """One line for each picture that failed for an output."""
 
-    def __init__(self, path: Path) -> None:
-        """path: see `error_log`; touches no file"""
+    def __init__(self, path: Path, output: str = "") -> None:
+        """path:   see `error_log`; touches no file
+        output: tells the lines of this output from those of others; "": lines that name none"""
         self.path = path
+        self._output = output
 
     def add(self, entry: Mapping[str, str]) -> None:
         """Keep a failure: "image" says whose, "error" is its class, "message" says why. Raises OSError."""
+        line = as_json({**entry, "output": self._output} if self._output else entry).encode() + b"\n"
         with self._locked(create=True) as file:
             data = file.readall()
             whole = whole_lines(data)
-            if _is_torn(data[whole:]):
-                file.truncate(whole)
-            elif whole < len(data):
-                append(file, b"\n")
-            append(file, as_json(entry).encode() + b"\n")
+            try:
+                if _is_torn(data[whole:]):
+                    file.truncate(whole)
+                elif whole < len(data):
+                    append(file, b"\n")
+                append(file, line)
+            except OSError as e:
+                remove_empty(file, self._target)
+                raise OSError(e.errno, e.strerror, os.fspath(self.path)) from e
 
     def tidy(self, captioned: Container[str]) -> None:
-        """Keep the last failure of each picture, and none of pictures that have a caption now. Other lines
-        stay. Raises OSError."""
+        """Keep the last failure of each picture, and none of pictures that have a caption now. Lines of other
+        outputs and of other programs stay. Lines that name no output, of earlier versions, count as ours.
+        Raises OSError."""
         with suppress(FileNotFoundError), self._locked(create=False) as file:
             data = file.readall()
             lines = data.splitlines(keepends=True)
@@ -83,19 +94,30 @@ class ErrorLog:
                 lines.pop()
             last: dict[str, int] = {}
             for number, line in enumerate(lines):
-                image = _image_of(line)
+                image = self._image_of(line)
                 if image is not None and image not in captioned:
                     last[image] = number
             wanted = set(last.values())
-            kept = b"".join(line for n, line in enumerate(lines) if n in wanted or _image_of(line) is None)
+            kept = b"".join(
+                line for n, line in enumerate(lines) if n in wanted or self._image_of(line) is None
+            )
             if data and not kept:
-                os.unlink(os.path.realpath(self.path))
+                os.unlink(self._target)
             elif kept != data:
                 write_whole(self.path, kept, durable=True)
 
+    def _image_of(self, line: bytes) -> str | None:
+        """The picture of a line that this output may remove."""
+        entry = _entry_of(line)
+        return entry["image"] if entry and entry.get("output", "") in ("", self._output) else None
+
+    @property
+    def _target(self) -> Path:
+        return Path(os.path.realpath(self.path))
+
     @contextmanager
     def _locked(self, *, create: bool) -> Iterator[io.FileIO]:
-        file, _ = open_locked(Path(os.path.realpath(self.path)), _WAIT, create=create)
+        file, _ = open_locked(self._target, _WAIT, create=create)
         with file:
             yield file
 
@@ -109,21 +131,21 @@ def _is_free(path: Path) -> bool:
         return True
     with open(path, "rb") as file:
         lines = iter(lambda: file.readline(_LONGEST), b"")
-        return all(len(line) < _LONGEST and (_image_of(line) or _is_torn(line)) for line in lines)
+        return all(len(line) < _LONGEST and (_entry_of(line) or _is_torn(line)) for line in lines)
 
 
-def _image_of(line: bytes) -> str | None:
-    """The picture of a line of ours."""
+def _entry_of(line: bytes) -> dict[str, str] | None:
+    """A line of ours."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or set(entry) != {"image", "error", "message"}:
+    if not isinstance(entry, dict) or set(entry) - {"output"} != _KEYS:
         return None
     if not all(isinstance(value, str) for value in entry.values()):
         return None
     name: str = entry["error"]  # of an exception's class
-    return str(entry["image"]) if name.isidentifier() and name[:1].isupper() else None
+    return entry if name.isidentifier() and name[:1].isupper() else None
 
 
 def _is_torn(line: bytes) -> bool:

@@ -14,6 +14,7 @@ import io
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,10 @@ class Output(Protocol):
     @property
     def refused(self) -> Mapping[str, str]: ...
 
+    def unwritable(self, images: Iterable[str]) -> Mapping[str, str]:
+        """Which of these can have no caption because a folder or a file is write-protected, and why: asked
+        before anything is computed. The reason is the same for the same folder."""
+
     def records(self) -> Iterable[Record]:
         """What is there already; a sha256 of "" is not known. Of several records of a picture the last
         counts."""
@@ -49,8 +54,8 @@ class Output(Protocol):
     def finish(self) -> None:
         """Everything was tried: put the new file in the place of the old one."""
 
-    def close(self) -> None:
-        """Let go of the files."""
+    def close(self, *, failed: bool = False) -> None:
+        """Let go of the files. failed: the run ended early; a new file that no record came to goes."""
 
 
 # ---- one file ----------------------------------------------------------------------------------------------
@@ -70,15 +75,17 @@ class RecordFile:
         self._kind = Kind("file of captions", self._format.is_one)
         self._target = check_output(path, self._kind, inputs=inputs, overwrite=True)
         self._path = partial or self._target
+        is_new = not os.path.lexists(self._path)
         self._file = _open(self._path)
+        self._is_new = is_new
         self._replaces = False  # some records have a later one of the same picture, or will have
         try:
             self._records = self._recover()
         except OSError as e:
-            self._file.close()
+            self.close(failed=True)
             raise cannot_write(self._path, e) from e
         except BaseException:
-            self._file.close()
+            self.close(failed=True)
             raise
 
     def records(self) -> Iterable[Record]:
@@ -92,6 +99,10 @@ class RecordFile:
     @property
     def refused(self) -> Mapping[str, str]:
         """See Output: none."""
+        return {}
+
+    def unwritable(self, images: Iterable[str]) -> Mapping[str, str]:
+        """See Output: none; `check_output` was asked."""
         return {}
 
     def write(self, record: Record) -> None:
@@ -117,8 +128,10 @@ class RecordFile:
         os.replace(self._path, self._target)
         sync_folder(self._target.parent)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """See Output."""
+        if failed and self._is_new and not self._file.closed:
+            remove_empty(self._file, self._path, len(self._format.head))
         self._file.close()
 
     def _drop_replaced(self) -> None:
@@ -214,6 +227,10 @@ class CombinedFile:
         """See Output: none."""
         return {}
 
+    def unwritable(self, images: Iterable[str]) -> Mapping[str, str]:
+        """See Output: none; `check_output` was asked."""
+        return {}
+
     def write(self, record: Record) -> None:
         """See Output."""
         self._journal.write(replace(record, existing=self._old.get(record.image, "")))
@@ -237,9 +254,9 @@ class CombinedFile:
         there.close()
         return list(there.records())
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """See Output."""
-        self._journal.close()
+        self._journal.close(failed=failed)
 
 
 def suffix_of(path: AnyPath) -> str:
@@ -264,6 +281,13 @@ def append(file: io.FileIO, line: bytes) -> None:
     except BaseException:
         file.truncate(start)
         raise
+
+
+def remove_empty(file: io.FileIO, path: Path, n_bytes: int = 0) -> None:
+    """Delete a file of ours, open and locked, that has no more than so many bytes."""
+    with suppress(OSError):
+        if os.fstat(file.fileno()).st_size <= n_bytes and is_at(file.fileno(), path):
+            os.unlink(path)
 
 
 def _open(path: Path) -> io.FileIO:

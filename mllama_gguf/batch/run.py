@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from ..errors import Aborted, BackendError, MllamaError, ModelError, RequestError
+from ..files import cannot_write, is_full
 from ..model import Mllama
 from ..vision.encoder import ImageEncoder
 from ..vision.loading import load_image
@@ -67,8 +68,8 @@ def caption_images(
                 another content than when it was captioned is captioned again. None: none is looked at
 
     Ctrl-C drops the picture at hand; the summary tells. A full disk, or a device that cannot be opened again,
-    stops the run; the summary tells why. Raises RequestError for an output that cannot be used, and what
-    open_model raises the first time.
+    stops the run; the summary tells why. Raises RequestError for an output that cannot be used, MllamaError
+    for a disk that is full, and what open_model raises the first time.
     """
     summary = Summary(images=len(images))
     try:
@@ -83,9 +84,16 @@ def caption_images(
             del known[image]
         errors.tidy(known)
     except OSError as e:
+        if is_full(e):
+            raise cannot_write(e.filename or "the output", e) from e
         raise RequestError(f"{e.filename}: {e.strerror}; nothing can be kept there") from e
     refused = output.refused
     pending = [image for image in images if image not in known and image not in refused]
+    unwritable = output.unwritable(pending)
+    if pending and len(unwritable) == len(pending):
+        raise RequestError(next(iter(unwritable.values())))
+    pending = [image for image in pending if image not in unwritable]
+    refused = {**refused, **unwritable}
     summary.done_before = sum(image in known for image in images)
     summary.again = len(again)
     counts = {"done_before": summary.done_before, "again": summary.again}
@@ -107,7 +115,7 @@ def caption_images(
         try:
             output.finish()
         except OSError as e:
-            summary.stopped = f"{e.filename}: {e.strerror}"
+            summary.stopped = str(cannot_write(e.filename or "the output", e))
     report({"event": "summary", **vars(summary), "utilisation": summary.utilisation})
     return summary
 
@@ -300,10 +308,9 @@ class _Run:
             self._writing.done.result()
         except OSError as e:
             self._writing = None
-            words = f"{e.filename or 'the output'}: cannot be written: {e.strerror}"
-            self.fail(record.image, OSError(e.errno, words))
-            if e.errno in FULL:
-                raise _Stop(words) from e
+            if e.errno in FULL:  # no fault of the image: it is left for the next run
+                raise _Stop(str(cannot_write(e.filename or "the output", e))) from e
+            self.fail(record.image, OSError(e.errno, f"{e.filename}: cannot be written: {e.strerror}"))
             return
         self._writing = None
         event: dict[str, Any] = {"event": "caption", "image": record.image, "caption": record.caption}
@@ -350,7 +357,7 @@ class _Run:
         return Record(one.path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption
 
     def fail(self, path: str, error: Exception) -> None:
-        """Note that a picture has no caption."""
+        """Note that a picture has no caption. Raises _Stop if the disk is too full for the note."""
         self._summary.failed += 1
         message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         entry = {"image": path, "error": type(error).__name__, "message": one_line(message, 2000)}
@@ -358,6 +365,9 @@ class _Run:
             self._errors.add(entry)
         except OSError as e:
             entry["unrecorded"] = f"{self._errors.path}: {e.strerror}"
+            if is_full(e):
+                self._report({"event": "error", **entry})
+                raise _Stop(str(cannot_write(self._errors.path, e))) from e
         self._report({"event": "error", **entry})
 
     def _open_again(self, error: BackendError, *, is_counted: bool = True) -> None:

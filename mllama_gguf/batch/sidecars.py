@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ..errors import RequestError
-from ..files import AnyPath, Kind, replacing
+from ..files import AnyPath, Kind, replacing, why_protected
 from ..reading import open_regular
 from ..temporary import open_locked, remove_leftovers
 from ..words import show_name
-from .outputs import Journal, append
+from .outputs import Journal, append, remove_empty
 from .records import LARGEST_CAPTION, Existing, Jsonl, Record, combine, last_of_each
 from .sources import MEDIA_SUFFIXES
 from .xmp import LARGEST, XmpError, clean, parts_of, read_description, write_description
@@ -152,6 +152,22 @@ class Sidecars:
             for image in group
         }
 
+    def unwritable(self, images: Iterable[str]) -> Mapping[str, str]:
+        """See Output. Each folder is asked about once."""
+        folders: dict[Path, str] = {}
+        found: dict[str, str] = {}
+        for image in images:
+            path = self.path(image)
+            if path.is_symlink() or path.exists():
+                words = why_protected(path)
+            else:
+                words = folders.get(path.parent, "")
+                if path.parent not in folders:
+                    words = folders[path.parent] = why_protected(path)
+            if words:
+                found[image] = f"cannot write {show_name(path)}: {words}; make it writable, or use --out"
+        return found
+
     def records(self) -> Iterable[Record]:
         """See Output."""
         for folder in {Path(image).parent for image in self._images}:
@@ -197,10 +213,10 @@ class Sidecars:
         if self._log is not None:
             self._log.tidy()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """See Output."""
         if self._journal is not None:
-            self._journal.close()
+            self._journal.close(failed=failed)
 
     def _note(self, record: Record) -> None:
         if self._log is not None:
@@ -282,9 +298,12 @@ class SidecarLog:
             file, _ = open_locked(self._path, _WAIT)
             with file:
                 size = file.seek(0, os.SEEK_END)
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # a kill cut the last line
-                    append(file, b"\n")
-                append(file, self._format.line(replace(record, image=image)))
+                try:
+                    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # a kill cut the last line
+                        append(file, b"\n")
+                    append(file, self._format.line(replace(record, image=image)))
+                finally:
+                    remove_empty(file, self._path)
 
     def tidy(self) -> None:
         """Keep the last line of each picture."""

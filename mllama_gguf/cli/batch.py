@@ -59,7 +59,7 @@ def run_batch(
         os.path.realpath(settings.out) == os.path.realpath(path) for path in logs
     ):
         raise RequestError(f"{settings.out}: failures are noted in a file of this name; give another --out")
-    errors = error_log(home)
+    errors = error_log(home, _output_name(settings, home))
     images = list_images(
         sources,
         recursive=settings.recursive,
@@ -75,6 +75,7 @@ def run_batch(
     mine = run_settings(options, files, choice.settings)
     beside = SettingsFile.beside(*_place(settings, home))
     output = _open_output(settings, options, images, home, mine, read)
+    failed = True
     try:
         done = list(output.records()) if settings.how == "skip" else []
         since = _since(settings, beside, mine, done, started)
@@ -96,13 +97,14 @@ def run_batch(
                 redo=settings.redo,
                 unchanged_since=since,
             )
+        failed = bool(summary.stopped)
         whole = not (summary.failed or summary.stopped or summary.interrupted)
         # Later runs look at what changed since: only if all that is there was looked at, and done.
         everything = whole and {record.image for record in done} <= set(images)
         if settings.how == "skip" or whole:
             _keep(beside, mine, started if everything else since)
     finally:
-        output.close()
+        output.close(failed=failed)
     if not as_json:
         echo(_in_words(summary, errors.path), err=True)
     if summary.interrupted:
@@ -119,6 +121,13 @@ def _place(settings: BatchSettings, home: Path) -> tuple[Path, str]:
     return path.parent, path.name
 
 
+def _output_name(settings: BatchSettings, home: Path) -> str:
+    """What the lines of errors.jsonl in a folder call an output, links followed."""
+    if settings.out is None:
+        return f"--sidecar {settings.sidecar}"
+    return os.path.relpath(os.path.realpath(settings.out), os.path.realpath(home))
+
+
 def _since(
     settings: BatchSettings,
     beside: SettingsFile,
@@ -128,8 +137,9 @@ def _since(
 ) -> float:
     """When the pictures of captions that are there were last looked at. Keeps the settings of this run, so
     that one that goes on after a kill is compared with it. Raises RequestError if the captions there were
-    made with others."""
+    made with others, MllamaError for a full disk."""
     from ..batch.settings import check_same
+    from ..files import cannot_write, is_full
 
     if settings.how != "skip":
         return started
@@ -149,7 +159,11 @@ def _since(
             if others := check_same(where, kept, mine):
                 words = f"Note: {where}: captions there were made with other {', '.join(others)}"
                 echo(words, err=True)
-    _keep(beside, mine, since)
+    try:
+        beside.write(mine, since)
+    except OSError as e:  # `_keep` says so at the end
+        if is_full(e):
+            raise cannot_write(beside.path, e) from e
     return since
 
 
@@ -177,6 +191,7 @@ def _open_output(
     from ..batch.outputs import CombinedFile, RecordFile
     from ..batch.sidecars import Sidecars
     from ..errors import RequestError
+    from ..files import why_protected
     from ..temporary import remove_leftovers
 
     how, is_added = settings.how, settings.how in ("append", "prepend")
@@ -187,6 +202,10 @@ def _open_output(
     remove_leftovers(folder)
     partial = None
     if how != "skip":
+        if words := why_protected(folder / "new"):
+            raise RequestError(
+                f"cannot write to {os.fspath(folder)}: {words}; make it writable, or use --out"
+            )
         words = json.dumps([settings.out, settings.sidecar, how, settings.separator, mine])
         name = "x.jsonl" if is_added else settings.out
         partial = _partial(folder, settings.out, name, words)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import pty
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -31,6 +33,7 @@ from mllama_gguf.batch.failures import ErrorLog
 from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.records import Record
 from mllama_gguf.batch.run import MAX_LOSSES, caption_images
+from mllama_gguf.batch.settings import SettingsFile
 from mllama_gguf.batch.sidecars import Sidecars
 from mllama_gguf.batch.sources import home_of, list_images
 from mllama_gguf.cli.main import run
@@ -568,23 +571,69 @@ def test_a_full_disk_stops_without_a_torn_line(photos: Path, name: str, capsys: 
         child = start(photos, "--out", out, "-n", 5, preexec_fn=limited(size))
         _, err = child.communicate(timeout=60)
         assert child.returncode == 3
-        assert "Error: stopped: " in err
+        assert f"Error: stopped: cannot write {out}: File too large; the same command goes on\n" in err
+        assert "failed" not in err  # no image is at fault
         assert out.stat().st_size <= max(size, whole.stat().st_size // 2)
         assert whole.read_bytes().startswith(out.read_bytes())
         rows(out)
-        (entry,) = rows(photos / "errors.jsonl")
-        assert "File too large" in entry["message"]
+        assert not (photos / "errors.jsonl").exists()
     assert run(["caption", str(photos), "--out", str(out), "-n", "5"]) == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert not (photos / "errors.jsonl").exists()
 
 
 def test_a_full_disk_and_captions_beside_their_pictures(photos: Path) -> None:
     child = start(photos, "--sidecar", ".txt", "-n", 5, preexec_fn=limited(2))
     _, err = child.communicate(timeout=60)
     assert child.returncode == 3
-    assert "not even that could be written" in err  # errors.jsonl is as limited
-    assert not [path for path in photos.iterdir() if path.suffix in (".txt", ".tmp")]
+    (line,) = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert line.startswith(f"Error: stopped: cannot write {photos}/")
+    assert not [path for path in photos.iterdir() if path.suffix in (".txt", ".tmp", ".jsonl")]
+
+
+def full(call: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """A call of the system that finds the disk full after so many times."""
+    left = [after]
+
+    def limited(*args: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return call(*args, **more)
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    ("after", "how"),
+    [
+        (0, ["--out", "c.jsonl"]), (2, ["--out", "c.jsonl", "--overwrite"]),
+        (0, ["--out", "c.csv"]), (1, ["--out", "c.csv", "--existing", "append"]),
+        (0, ["--sidecar", ".txt"]), (3, ["--sidecar", ".xmp", "--overwrite"]),
+    ],
+)  # fmt: skip
+def test_no_space_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, how: list[str], after: int
+) -> None:
+    """One line that names the file and the way out; what was written stays, and nothing empty."""
+    for i in range(3):
+        save(tmp_path / f"{i}.png", i)
+    (tmp_path / "1.png").write_bytes(b"broken")  # that cannot be noted either
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full(os.fsync, after))
+        assert run(["caption", ".", *how, "-n", "2"]) in (1, 3)
+    said = capsys.readouterr().err
+    words = r"Error: (stopped: )?cannot write \S+: the disk is full; make room, or write to another disk"
+    assert len(re.findall(words, said)) == 1, said
+    assert [path.name for path in tmp_path.iterdir() if not path.stat().st_size] == []
+    assert not list(tmp_path.glob("*.tmp"))
+    with monkeypatch.context() as patched:
+        patched.setattr(SettingsFile, "write", full(SettingsFile.write, 0))
+        assert run(["caption", ".", "--out", "other.jsonl", "-n", "2"]) == 1
+    assert ".other.jsonl.mllama.json: the disk is full" in capsys.readouterr().err
+    assert not Path("other.jsonl").exists()
+    assert run(["caption", ".", *how, "-n", "2"]) == 3  # goes on
+    assert [row["image"] for row in rows(tmp_path / "errors.jsonl")] == ["./1.png"]
 
 
 def test_a_folder_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:

@@ -344,6 +344,75 @@ def test_an_errors_file_that_is_a_link(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "log.jsonl").exists()
 
 
+def failures() -> list[tuple[str, str, str]]:
+    """Image, output and the end of the message of each line."""
+    entries = [json.loads(line) for line in Path("errors.jsonl").read_text().splitlines()]
+    return [(entry["image"], entry["output"], entry["message"][-20:]) for entry in entries]
+
+
+def test_outputs_of_one_folder_keep_their_lines(photos: Path) -> None:
+    """A run about the same images leaves the failures of other outputs alone."""
+    Path("link.jsonl").symlink_to("b.jsonl")
+    outputs = {
+        "a.jsonl": ["--out", "a.jsonl"],
+        "b.jsonl": ["--out", "link.jsonl"],
+        "--sidecar .txt": ["--sidecar", ".txt"],
+    }
+    for how in outputs.values():
+        assert run(["caption", "3.jpg", *how, "-n", "2"]) == 3
+    first = failures()
+    assert [(image, output) for image, output, _ in first] == [("3.jpg", output) for output in outputs]
+    for how in (*outputs.values(), ["--out", "b.jsonl"]):
+        assert run(["caption", "3.jpg", *how, "-n", "2"]) == 3  # the last failure replaces that of the output
+    assert sorted(failures()) == sorted(first)
+    with open("errors.jsonl", "a") as file:  # of an earlier version
+        file.write('{"image": "3.jpg", "error": "ImageError", "message": "old"}\n')
+    os.replace("1.jpg", "3.jpg")
+    for n, how in enumerate((["--out", "a.jsonl"], ["--out", "b.jsonl"], ["--sidecar", ".txt"])):
+        assert len(Path("errors.jsonl").read_text().splitlines()) == (4 if n == 0 else 3 - n)
+        assert run(["caption", "3.jpg", *how, "-n", "2"]) == 0
+    assert not Path("errors.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_known_first(
+    photos: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is opened: it is not even a model."""
+    Path("no.gguf").write_bytes(b"no model")
+    for folder in ("readonly", "other"):
+        Path(folder).mkdir()
+        for name in ("1.jpg", "2.jpg"):
+            os.link(name, f"{folder}/{name}")
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "readonly" not in os.fspath(path) and allowed(path, mode)
+    )
+    os.symlink("../readonly/2.txt", "other/2.txt")
+    args = ["-n", "2", "-m", "no.gguf", "--any-settings"]
+    for images, how, file in (
+        (["readonly"], ["--sidecar", ".txt"], "readonly/1.txt"),
+        (["readonly/2.jpg"], ["--sidecar", ".xmp", "--overwrite"], "to readonly"),
+        (["other/2.jpg", "readonly"], ["--sidecar", ".txt", "--existing", "append"], "other/2.txt"),
+    ):
+        assert run(["caption", *images, *how, *args]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"Error: cannot write {file}: the folder ") and said.count("\n") == 1
+    # Some of them: the others are captioned.
+    assert run(["caption", "readonly/1.jpg", "other", "--sidecar", ".txt", "-n", "2"]) == 3
+    said = capsys.readouterr().err
+    assert "1 captioned, 2 failed" in said and "make it writable, or use --out" in said
+    assert Path("other/1.txt").read_text().strip() and not list(Path("readonly").glob("*.txt"))
+    Path("readonly/1.txt").write_text("done\n")
+    Path("readonly/2.txt").write_text("done\n")
+    assert run(["caption", "readonly", "--sidecar", ".txt", *args]) == 0  # nothing to do
+    os.chmod("1.jpg", 0o444)
+    Path("1.txt").touch()
+    os.chmod("1.txt", 0o444)
+    refused(
+        ["1.jpg", "--sidecar", ".txt", *args], "cannot write 1.txt: it is write-protected", photos, capsys
+    )
+
+
 def test_lines_of_others_stay(tmp_path: Path) -> None:
     """Another program writes into our log while a run goes on."""
     log = ErrorLog(tmp_path / "errors.jsonl")
