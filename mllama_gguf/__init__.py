@@ -9,13 +9,17 @@ The names in `__all__` and the module `mllama_gguf.ray` are public. All else is 
 Importing the package is cheap: numpy, Pillow and llama_cpp are imported when something needs them.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from . import errors as _errors
 from .errors import *  # noqa: F403
 
+TYPE_CHECKING = False  # typing takes longer to import than all of this
 if TYPE_CHECKING:
+    import typing
+
     from .backend.types import Device as Device
     from .backend.types import HParams as HParams
     from .decode.conversation import Conversation as Conversation
@@ -46,7 +50,7 @@ _LAZY = {
 __all__ = sorted(["__version__", *_LAZY, *(name for name in vars(_errors) if not name.startswith("_"))])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -7,15 +7,34 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    obeyed = False
     try:
+        import signal
+
+        obeyed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in a background job
+        if obeyed:
+            signal.signal(signal.SIGINT, _end)
         _open_closed_streams()
         from .cli.main import run
 
+        if obeyed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run(sys.argv[1:])
+        if obeyed:
+            signal.signal(signal.SIGINT, _end)
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _end(*_: object) -> None:
+    """Ctrl-C while modules are imported, or while Python ends: nothing is to be lost, and an exception would
+    come out as a traceback, or get lost."""
+    try:
+        os.write(2, b"Interrupted\n")
+    finally:
+        os._exit(130)
 
 
 def _open_closed_streams() -> None:

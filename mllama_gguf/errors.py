@@ -1,8 +1,18 @@
 """Every exception that the package raises on purpose. The message is one line, fit to be shown to a user."""
 
+_CONTROL = frozenset((*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029))
+
 
 class MllamaError(Exception):
     """Base of all errors of this package; catch it to catch them all."""
+
+    def __str__(self) -> str:
+        """The message. Control characters, which names of files, variables and keys may have, are escapes:
+        they would break the line, or a terminal would obey them."""
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(ascii(c)[1:-1] if ord(c) in _CONTROL else c for c in text)
 
 
 class ImageError(MllamaError, ValueError):

@@ -13,8 +13,10 @@ import pytest
 from helpers import TinyFiles, noisy_image
 
 from mllama_gguf import ImageError, Mllama, MllamaError, RequestError, preprocess_image
+from mllama_gguf.cli.main import run
 
 Files = Callable[[str], TinyFiles]
+APPLE = Path(__file__).parents[1] / "examples" / "apple.png"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,30 @@ def test_settings(tiny_files: Files, name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"{name} must be") as raised:
         Mllama(tiny_files("gqa").one, **{name: value})
     assert "\n" not in str(raised.value)
+
+
+VARIABLES = {
+    "MLLAMA_CPU_KERNEL": ["caption", "APPLE"],
+    "MLLAMA_MODEL": ["info"],
+    "MLLAMA_LOCK": ["verify", "none"],
+    "MLLAMA_DOWNLOADS": ["verify", "ollama:none"],
+    "OLLAMA_MODELS": ["info", "ollama:none"],
+    "MLLAMA_IMAGE_CACHE_SIZE": ["cache", "info"],
+    "MLLAMA_MAX_PIXELS": ["preprocess", "APPLE"],
+}
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_variables_with_line_ends(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The native library's words too are one line, and no terminal obeys them."""
+    monkeypatch.setenv(variable, "one\ntwo\r\x1b[31m\u2028\x9b")
+    args = [str(APPLE) if arg == "APPLE" else arg for arg in VARIABLES[variable]]
+    assert run(args) in (1, 2)
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("Error: ") and not out
+    assert err[:-1].isprintable()
 
 
 @pytest.mark.parametrize("path", [5, None, "", b"x", ["a"], np.zeros(2), "a\0b"])

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..decode.options import DEFAULTS, ReplyOptions
 from ..decode.reply import Reply
 from ..errors import ImageError, RequestError
-from ..files import Kind, check_output, write_whole
+from ..files import AnyPath, Kind, check_output, replacing
 from ..model import Mllama
 from ..reading import open_regular, read_text
 from ..vision.embedding import ImageEmbedding
@@ -62,6 +63,7 @@ class Talk:
     options: dict[str, Any] = field(default_factory=dict)
     form: Mapping[str, Any] | None = None
     last: Reply | None = None
+    _saved: dict[Path, _Stamp | None] = field(default_factory=dict, repr=False)  # its files
 
     def attach(self, name: str, data: bytes | None = None) -> Attached:
         """Take a picture for the next question: a file's name, or a name and the bytes of a file. Raises
@@ -114,6 +116,7 @@ class Talk:
         self.turns.clear()
         self.images.clear()
         self.last = None
+        self._saved.clear()
 
     def set(self, name: str, value: Any) -> None:
         """Set an option; None: as at first. Raises RequestError."""
@@ -164,9 +167,14 @@ class Talk:
     # ---- files ---------------------------------------------------------------------------------------------
 
     def save(self, path: str) -> Path:
-        """Write the conversation with its pictures to a file, which may replace an earlier one. Raises
-        RequestError, OSError."""
+        """Write the conversation with its pictures to a file. It replaces a saved chat only if that is of
+        this conversation: written or loaded by it, and not changed since. Raises RequestError, OSError."""
         target = check_output(path, SAVED, overwrite=True)
+        there = _stamp(target)
+        is_own = there is not None and self._saved.get(target) == there
+        if there is not None and there.size and not is_own:
+            words = "it is another saved chat; give another name, or move it away"
+            raise RequestError(f"cannot write {show_name(path)}: {words}")
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -177,12 +185,14 @@ class Talk:
                 for turn in self.turns
             ],
         }
-        write_whole(target, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        with replacing(target, overwrite=is_own) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
+        self._saved[target] = _stamp(target)
         return target
 
     def load(self, path: str) -> None:
         """Go on with a conversation from a file, in place of this one. Raises RequestError, ImageError."""
-        shown = show_name(path)
+        shown, stamp = show_name(path), _stamp(path)
         try:
             content = json.loads(read_text(path))
             if content["format"] != FORMAT:
@@ -205,6 +215,25 @@ class Talk:
         ReplyOptions.checked({**options, "response_format": form})
         self.system, self.options, self.form, self.turns = system, options, form, turns
         self.images, self.last = [], None
+        self._saved = {Path(os.path.realpath(path)): stamp}
+
+
+class _Stamp(NamedTuple):
+    """Tells a state of a file from later ones."""
+
+    device: int
+    file: int
+    size: int
+    changed: int
+
+
+def _stamp(path: AnyPath) -> _Stamp | None:
+    """None: there is no such file."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return _Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
 
 def _is_saved(file: BinaryIO) -> bool:

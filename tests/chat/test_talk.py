@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,6 +117,32 @@ def test_save_and_load(model: Mllama, tmp_path: Path) -> None:
     assert (other.system, other.options, other.turns[0].reply) == ("Be brief.", {"temperature": 0.0}, reply)
     assert other.turns[0].images[0].data == Path(APPLE).read_bytes()
     assert "".join(other.again()) == reply
+
+    other.save(str(path))  # what was loaded may go on there
+
+
+def test_a_chat_of_somebody_else_is_not_replaced(model: Mllama, tmp_path: Path) -> None:
+    first, second = Talk(model, "First."), Talk(model, "Second.")
+    path, empty = tmp_path / "chat.json", tmp_path / "empty.json"
+    first.save(str(path))
+    empty.touch()
+    (tmp_path / "link.json").symlink_to(path)
+    os.link(path, tmp_path / "hard.json")
+    for name in ("chat.json", "link.json", "hard.json"):
+        with pytest.raises(RequestError, match="another saved chat; give another name"):
+            second.save(str(tmp_path / name))
+    second.save(str(empty))
+    second.load(str(path))
+    with pytest.raises(RequestError, match="another saved chat"):
+        second.save(str(empty))  # of the conversation before
+    second.save(str(tmp_path / "link.json"))  # its own, by another name
+    with pytest.raises(RequestError, match="another saved chat"):
+        first.save(str(path))  # changed since
+    second.clear()
+    with pytest.raises(RequestError, match="another saved chat"):
+        second.save(str(path))  # it is another conversation now
+    assert json.loads(path.read_text())["system"] == "First."
+    assert json.loads(empty.read_text())["system"] == "Second."
 
 
 def test_foreign_files_are_neither_replaced_nor_read(model: Mllama, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_ctrl_c_while_writing(photo: str, endless: str) -> None:
     assert_interrupted(child)
 
 
-@pytest.mark.parametrize("module", ["click", "numpy", "llama_cpp", "mllama_gguf.decode.session"])
+@pytest.mark.parametrize("module", ["signal", "click", "numpy", "llama_cpp", "mllama_gguf.decode.session"])
 def test_ctrl_c_at_the_start(photo: str, endless: str, module: str) -> None:
     """While the imports go on."""
     command = [sys.executable, "-X", "importtime", "-m", "mllama_gguf", "caption", photo]
@@ -294,6 +294,22 @@ def test_ctrl_c_at_the_start(photo: str, endless: str, module: str) -> None:
     assert child.returncode == 130, err
     assert [line for line in err.splitlines() if not line.startswith("import time:")] == ["Interrupted"]
     assert seconds < STOP_SECONDS
+
+
+def test_ctrl_c_at_the_end() -> None:
+    """While Python ends; and not if Ctrl-C is ignored, as in a background job."""
+    code = (
+        "import atexit, os, signal, sys, time; from mllama_gguf.__main__ import main; "
+        "ignored = 'ignore' in sys.argv;"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler);"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1)));"
+        "sys.argv[1:] = ['--version']; main()"
+    )
+    for how, status, words in ((), 130, "Interrupted\n"), (("ignore",), 0, ""):
+        child = subprocess.run(
+            [sys.executable, "-c", code, *how], **elsewhere(), capture_output=True, text=True, timeout=60
+        )
+        assert (child.returncode, child.stderr) == (status, words)
 
 
 # ---- the other commands ------------------------------------------------------------------------------------
