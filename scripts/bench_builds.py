@@ -63,7 +63,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("libraries", nargs=2, metavar="LIBRARY")
-    parser.add_argument("--dir", type=Path, required=True, help="a folder with room for the model")
+    parser.add_argument("--dir", type=report.folder, required=True, help="a folder with room for the model")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)

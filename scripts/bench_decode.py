@@ -435,7 +435,7 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decoding at the 11B shape against llama.cpp")
-    parser.add_argument("--dir", type=Path, help="where the files go (default: a temporary folder)")
+    parser.add_argument("--dir", type=report.folder, help="where the files go (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=full_shape.N_LAYER)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)

@@ -110,7 +110,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dir", type=Path, help="where the models go (default: a temporary folder)")
+    parser.add_argument("--dir", type=report.folder, help="where the models go (default: a temporary folder)")
     parser.add_argument("--json", type=report.json_path, help="write the figures here")
     args = parser.parse_args()
     if not 1 <= args.layers <= 32 or args.rounds < 1:

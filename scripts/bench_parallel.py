@@ -32,7 +32,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +271,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--dir", metavar="DIR", type=Path, help="where the model file goes (default: temporary)"
+        "--dir", metavar="DIR", type=report.folder, help="where the model files go (default: /tmp)"
     )
     parser.add_argument("--layers", type=int, default=full_shape.N_LAYER, metavar="N")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
@@ -281,7 +280,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=30, metavar="N", help="tokens of a prompt")
     parser.add_argument("--json", type=report.json_path, metavar="FILE")
     args = parser.parse_args()
-    with nullcontext(args.dir) if args.dir else tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         result = run(args, Path(folder))
     show(result)
     report.write_json(args.json, {"about": report.about(**vars(args)), **result})

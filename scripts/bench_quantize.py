@@ -239,7 +239,7 @@ def full(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of quantizing at the 11B shape")
-    parser.add_argument("--dir", type=Path, required=True, help="where the files go; 30 GB for all")
+    parser.add_argument("--dir", type=report.folder, required=True, help="where the files go; 30 GB for all")
     parser.add_argument("--type", choices=TARGETS, default="q4_k_m")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--layers", type=int, default=40, help="layers of the checkpoint")
@@ -254,7 +254,6 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    args.dir.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench-quantize-", dir=args.dir) as work:
         args.dir = Path(work)  # what else is in the folder is not ours

@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import ray
-import ray.data
-
 from mllama_gguf.errors import MllamaError
 from mllama_gguf.files import check_folder
 from mllama_gguf.ray import MllamaCaptioner
@@ -42,6 +39,7 @@ def main() -> int:
             check_folder(args.out)
         except MllamaError as e:
             parser.error(str(e))
+    import ray.data  # it takes seconds
 
     images = ray.data.read_binary_files(args.images, include_paths=True)
     captions = images.map_batches(

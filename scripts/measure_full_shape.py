@@ -10,12 +10,14 @@ is sparse, so it takes little disk. Zeros cost the same to multiply as weights d
 from __future__ import annotations
 
 import argparse
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
+import report
 from full_shape import mllama_keys, text_tensors, vision_tensors, write_gguf
 
 from mllama_gguf.backend.callbacks import Callbacks
@@ -26,9 +28,14 @@ from mllama_gguf.errors import Aborted
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and interruption at the 11B shape")
-    parser.add_argument("--dir", type=Path, required=True, help="where the sparse file goes")
+    parser.add_argument("--dir", type=report.folder, required=True, help="where the sparse file goes")
     args = parser.parse_args()
-    path = args.dir / "full-shape.gguf"
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        measure(Path(folder) / "full-shape.gguf")
+
+
+def measure(path: Path) -> None:
+    """Write the file and print the figures."""
     write_gguf(path, "mllama", mllama_keys(), [*text_tensors(), *vision_tensors()])
     size = path.stat().st_size
 

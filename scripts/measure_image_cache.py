@@ -26,6 +26,7 @@ from typing import Any
 
 import full_shape
 import numpy as np
+import report
 
 from mllama_gguf import Mllama
 from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, ImageCache
@@ -103,7 +104,7 @@ def drop_pages(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time to the first token, with and without the image cache")
-    parser.add_argument("--dir", type=Path, required=True, help="where the model and the cache go")
+    parser.add_argument("--dir", type=report.folder, required=True, help="where the model and the cache go")
     parser.add_argument("--tiles", type=int, choices=SIZES, default=4)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
@@ -114,9 +115,9 @@ def main() -> None:
         print(json.dumps(ask(model, args.tiles, args.threads, tuple(args.ask))))
         return
     if not model.exists():
-        partial = model.with_suffix(".partial")
-        full_shape.write_mllama(partial, vision=True)
-        partial.rename(model)
+        with tempfile.TemporaryDirectory(dir=args.dir) as made:
+            full_shape.write_mllama(Path(made) / model.name, vision=True)
+            os.rename(Path(made) / model.name, model)
     with tempfile.TemporaryDirectory(prefix="images-", dir=args.dir) as directory:
         os.environ[DIRECTORY_VARIABLE] = directory
         measure(model, args, ImageCache().directory)

@@ -20,8 +20,8 @@ from rich.table import Table
 from mllama_gguf import __version__
 from mllama_gguf.backend.library import load
 from mllama_gguf.cpus import processor_name
-from mllama_gguf.errors import MllamaError
-from mllama_gguf.files import Kind, check_output, write_whole
+from mllama_gguf.errors import MllamaError, RequestError
+from mllama_gguf.files import Kind, check_folder, check_output, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("llama-cpp-python", "numpy", "torch", "transformers")
@@ -110,6 +110,28 @@ def json_path(words: str) -> Path:
         return check_output(words, Kind("file of figures", _is_figures), overwrite=True)
     except MllamaError as e:
         raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def folder(words: str) -> Path:
+    """The value of --dir, for argparse: a folder, made if it is missing, in which a script makes a temporary
+    one for its files."""
+    try:
+        path = check_folder(words)
+        path.mkdir(parents=True, exist_ok=True)
+    except (MllamaError, OSError) as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+    return path
+
+
+def check_replaced(path: Path, name: str, content: dict[str, Any]) -> None:
+    """That a folder of outputs may be replaced: there is none, it is empty, or it has a JSON file of this
+    name and content, as an earlier run wrote it. Raises MllamaError."""
+    check_folder(path)
+    if path.is_dir() and any(path.iterdir()):
+        same = Kind("file of an earlier run", lambda file: bool(json.load(file) == content))
+        if not (path / name).exists():
+            raise RequestError(f"cannot write to {path}: it has other files; give another name")
+        check_output(path / name, same, overwrite=True)
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import tiny
 from helpers import TinyFiles, noisy_image
 from PIL import Image
 
+from mllama_gguf import RequestError
 from mllama_gguf.cli.main import COMMANDS, run
 
 Files = Callable[[str], TinyFiles]
@@ -381,8 +382,41 @@ def test_figures_of_the_scripts(here: Path) -> None:
     assert trial_grammars.json_path("results") == here / "results"
 
 
+def test_folders_of_the_scripts(here: Path, capsys: Captured) -> None:
+    """What --dir names is a folder, in which a script makes one of its own. The script for Ray adds files to
+    its folder. The export of the demo model replaces only an earlier export."""
+    sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+    import caption_ray
+    import report
+
+    os.mkfifo("fifo")
+    Path("link").symlink_to("photo.png")
+    before = contents(here)
+    for name in ("", "photo.png", "photo.png/x", "fifo", "link", "/dev/null", "/dev/null/x", "a\0b"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            report.folder(name)
+        with pytest.raises(RequestError):
+            report.check_replaced(Path(name) if name else Path("photo.png"), "config.json", {})
+        with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", ["caption_ray.py", "photo.png", "--out", name])
+            caption_ray.main()
+        assert ended.value.code == 2
+        assert "cannot write to" in capsys.readouterr().err or not name
+    config = json.loads((here / "hf" / "config.json").read_text())
+    for folder, content in (("hf", {}), ("hf", {**config, "mine": 1}), (".", config)):
+        with pytest.raises(RequestError, match="cannot write"):
+            report.check_replaced(Path(folder), "config.json", content)
+    report.check_replaced(Path("hf"), "config.json", config)
+    report.check_replaced(Path("none"), "config.json", config)
+    assert contents(here) == before
+    assert report.folder("new/folder") == Path("new/folder")
+    assert Path("new/folder").is_dir()
+
+
 def test_every_script_asks_before_it_writes_figures() -> None:
-    for path in sorted((Path(__file__).parents[1] / "scripts").rglob("*.py")):
+    for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py")):
+        for options in re.findall(r'"--dir",([^\n]*)', path.read_text("utf-8")):
+            assert "report.folder" in options or "args.dir" in options or not options, f"{path}: --dir"
         for options in re.findall(r'add_argument\("--json",([^\n]*)', path.read_text("utf-8")):
             asks = "json_path" in options or "store_true" in options or path.name == "compare_offload.py"
             assert asks, f"{path}: --json"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,11 @@ import torch
 from model import CONFIG, GRID_IDS, MEAN, STD, DemoModel
 from safetensors.torch import save_file
 from tokenizer import CHAT_TEMPLATE, build, prompt_ids
+
+from mllama_gguf.errors import MllamaError
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import report
 
 
 def hf_config(tokenizer) -> dict:
@@ -60,8 +66,13 @@ def hf_config(tokenizer) -> dict:
 
 
 def export(model: DemoModel, out: Path) -> None:
-    """Write into a new directory beside `out`, then swap it in. An `out` with other files stays."""
+    """Write into a new directory beside `out`, then swap it in. An `out` that is no earlier export stays."""
     tokenizer = build()
+    config = hf_config(tokenizer)
+    try:
+        report.check_replaced(out, "config.json", config)
+    except MllamaError as e:
+        raise SystemExit(f"Error: {e}") from e
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.new-", dir=out.parent))
     fresh.chmod(0o755)
@@ -69,7 +80,6 @@ def export(model: DemoModel, out: Path) -> None:
     settings = json.loads((fresh / "tokenizer_config.json").read_text())
     settings["chat_template"] = CHAT_TEMPLATE
     (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    config = hf_config(tokenizer)
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {k: config["text_config"][k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
