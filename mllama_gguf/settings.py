@@ -270,13 +270,27 @@ DESCRIPTIONS: Mapping[str, Description] = {one.name: one.metadata["about"] for o
 DEFAULTS: Mapping[str, Any] = {one.name: one.default for one in fields(Settings)}
 
 
-# The settings that say what layers may be offloaded to.
-_OFFLOAD = ("devices", "tensor_split", "main_gpu", "rpc_servers", "offload_kqv")
+# The settings under which others are the fastest: what layers may be offloaded to, and what is computed.
+_OFFLOAD = (
+    "devices",
+    "tensor_split",
+    "main_gpu",
+    "rpc_servers",
+    "offload_kqv",
+    "type_k",
+    "type_v",
+    "precision",
+    "repack",
+    "max_tiles",
+)
 
 
 def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some settings that say what layers may be offloaded to, in a fixed order."""
-    return {name: settings[name] for name in _OFFLOAD if name in settings}
+    """Those of some settings, other than at first, for which tuned ones hold, in a fixed order. Not n_ctx:
+    what is tuned at one length is used at all."""
+    return {
+        name: settings[name] for name in _OFFLOAD if settings.get(name, DEFAULTS[name]) != DEFAULTS[name]
+    }
 
 
 def in_options(settings: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from ..files import cannot_write, is_full
 from ..model import Mllama
 from ..vision.encoder import ImageEncoder
 from ..vision.loading import load_image
-from ..words import one_line
+from ..words import one_line, os_reason
 from .ahead import EncodeAhead, Prepared, images_ahead
 from .captions import Caption, CaptionOptions
 from .contents import Redo, file_sha256, is_stale, known_contents
@@ -75,9 +75,7 @@ def caption_images(
     try:
         known = {record.image: record for record in output.records()}
         again = {
-            image
-            for image in images
-            if image in known and is_stale(known[image], redo, unchanged_since)
+            image for image in images if image in known and is_stale(known[image], redo, unchanged_since)
         }
         output.again(again)
         for image in again:
@@ -86,7 +84,7 @@ def caption_images(
     except OSError as e:
         if is_full(e):
             raise cannot_write(e.filename or "the output", e) from e
-        raise RequestError(f"{e.filename}: {e.strerror}; nothing can be kept there") from e
+        raise RequestError(f"{e.filename}: {os_reason(e)}; nothing can be kept there") from e
     refused = output.refused
     pending = [image for image in images if image not in known and image not in refused]
     unwritable = output.unwritable(pending)
@@ -310,7 +308,7 @@ class _Run:
             self._writing = None
             if e.errno in FULL:  # no fault of the image: it is left for the next run
                 raise _Stop(str(cannot_write(e.filename or "the output", e))) from e
-            self.fail(record.image, OSError(e.errno, f"{e.filename}: cannot be written: {e.strerror}"))
+            self.fail(record.image, OSError(e.errno, f"{e.filename}: cannot be written: {os_reason(e)}"))
             return
         self._writing = None
         event: dict[str, Any] = {"event": "caption", "image": record.image, "caption": record.caption}
@@ -364,7 +362,7 @@ class _Run:
         try:
             self._errors.add(entry)
         except OSError as e:
-            entry["unrecorded"] = f"{self._errors.path}: {e.strerror}"
+            entry["unrecorded"] = f"{self._errors.path}: {os_reason(e)}"
             if is_full(e):
                 self._report({"event": "error", **entry})
                 raise _Stop(str(cannot_write(self._errors.path, e))) from e

@@ -212,9 +212,12 @@ def test_tuned_settings_reach_the_model(
     run(["caption", str(image)])
     run(["caption", str(image), "-t", "1"])
     run(["caption", str(image), "-ngl", "3", "--no-tuned"])
-    run(["caption", str(image), "--no-kv-offload"])  # tuned for other devices
+    others = ("--no-kv-offload", "-ctk q8_0", "-ctv f32", "--precision exact", "--repack", "--max-tiles 1")
+    for options in others:  # tuned for other devices, or other work
+        run(["caption", str(image), *options.split()])
+    run(["caption", str(image), "-ctk", "f16", "--precision", "fast", "--no-repack", "-c", "128"])
     names = ("n_gpu_layers", "n_threads", "n_batch")
-    expected = [(0, 2, 77), (0, 1, 77), (3, None, 512), ("auto", None, 512)]
+    expected = [(0, 2, 77), (0, 1, 77), (3, None, 512), *[("auto", None, 512)] * len(others), (0, 2, 77)]
     assert [tuple(s[name] for name in names) for s in seen] == expected
     capsys.readouterr()
 
