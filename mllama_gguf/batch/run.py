@@ -308,7 +308,8 @@ class _Run:
             self._writing = None
             if e.errno in FULL:  # no fault of the image: it is left for the next run
                 raise _Stop(str(cannot_write(e.filename or "the output", e))) from e
-            self.fail(record.image, OSError(e.errno, f"{e.filename}: cannot be written: {os_reason(e)}"))
+            words = f"{e.filename or 'the output'}: cannot be written: {os_reason(e)}"
+            self.fail(record.image, OSError(e.errno, words))
             return
         self._writing = None
         event: dict[str, Any] = {"event": "caption", "image": record.image, "caption": record.caption}

@@ -18,11 +18,9 @@ import click
 from .. import __version__
 from ..errors import Aborted, MllamaError
 from ..words import one_line, os_reason
-from .terminal import echo, fit_streams
+from .terminal import NO_ROOM, discard, echo, fit_streams
 from .verbose import is_verbose, verbose_option
 
-# Why nothing more can be written to a standard stream.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {
     "attend": ("attend:attend_command", "Show where each word of a reply looked."),
@@ -127,8 +125,7 @@ def run(args: Sequence[str]) -> int:
         echo("Interrupted", err=True)
         return 130
     except BrokenPipeError:
-        # Python would complain at exit, when it flushes what nobody reads.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 141
     except MllamaError as e:
         show_traceback()
@@ -139,11 +136,10 @@ def run(args: Sequence[str]) -> int:
             show_traceback()
             echo("Error: the current folder is gone; go to another one", err=True)
             return 1
-        if e.errno not in _NO_ROOM or e.filename is not None:
+        if e.errno not in NO_ROOM or e.filename is not None:
             return unexpected(e)
         show_traceback()
-        # Python would complain at exit, when it writes the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         echo(f"Error: the output cannot be written: {os_reason(e)}", err=True)
         return 1
     except Exception as e:

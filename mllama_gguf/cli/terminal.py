@@ -7,6 +7,7 @@ encoding does not have.
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from typing import Any, TextIO
 
 from ..words import as_json, printable
 
+# Why nothing more can be written to a standard stream.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _ERRORS = "mllama_gguf.show"  # the name of `_show`, as an error handler of codecs
 
 
@@ -93,8 +96,21 @@ def _show(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _write(stream: TextIO, words: str) -> None:
-    stream.write(words)
-    stream.flush()
+    """Raises OSError, but not for messages on a full disk: they are lost, and the work goes on."""
+    try:
+        stream.write(words)
+        stream.flush()
+    except OSError as e:
+        if stream is not sys.stderr or e.errno not in NO_ROOM:
+            raise
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is still to be written to a stream go nowhere. Python would complain at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def table_width(wanted: int) -> int:

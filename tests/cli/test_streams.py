@@ -51,6 +51,16 @@ def test_a_full_disk_is_one_line(command: str) -> None:
     assert (done.returncode, done.stderr) == (1, words)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_messages_on_a_full_disk(unbuffered: str, tmp_path: Path) -> None:
+    """They are lost; the work goes on, and the exit code is as ever."""
+    more = f"PYTHONUNBUFFERED={unbuffered} $MLLAMA"
+    out = tmp_path / "captions.jsonl"
+    done = shell(f"{more} caption '{APPLE}' missing.png --out '{out}' --json 2> /dev/full")
+    assert (done.returncode, json.loads(out.read_text())["caption"]) == (3, "a red apple")
+    assert shell(f"{more} caption missing.png 2> /dev/full").returncode == 1
+
+
 def test_a_folder_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
