@@ -163,8 +163,8 @@ def check_distinct(first: AnyPath, second: AnyPath) -> None:
         paths = [os.path.realpath(path) for path in (first, second)]
     except ValueError:  # a NUL, for which `check_output` has words
         return
-    infos = [_quiet_stat(path) for path in paths]
-    folders = [_quiet_stat(os.path.dirname(path)) for path in paths]
+    infos = [quiet_stat(path) for path in paths]
+    folders = [quiet_stat(os.path.dirname(path)) for path in paths]
     names = [unicodedata.normalize("NFC", os.path.basename(path)).casefold() for path in paths]
     if (
         paths[0] == paths[1]
@@ -207,7 +207,7 @@ def is_full(e: OSError) -> bool:
 
 def _is(info: os.stat_result, path: AnyPath) -> bool:
     """Whether a file has this name too, through links or by a hard link."""
-    other = _quiet_stat(path)
+    other = quiet_stat(path)
     return other is not None and os.path.samestat(info, other)
 
 
@@ -219,7 +219,8 @@ def _stat(path: AnyPath) -> os.stat_result | None:
         return None
 
 
-def _quiet_stat(path: AnyPath) -> os.stat_result | None:
+def quiet_stat(path: AnyPath) -> os.stat_result | None:
+    """What the system knows of a file; None for one that it cannot say anything about."""
     try:
         return os.stat(path)
     except (OSError, ValueError):
@@ -291,7 +292,7 @@ def write_whole(path: AnyPath, content: str | bytes, *, durable: bool = False) -
 def keep_attributes(target: Path, fd: int) -> bool:
     """Give a new file the permissions and owner of the one that it will replace. Whether there is one, with
     content."""
-    info = _quiet_stat(target)
+    info = quiet_stat(target)
     if info is None or not stat.S_ISREG(info.st_mode):
         return False
     with suppress(OSError):
@@ -308,13 +309,13 @@ def _publish(temporary: Path, target: Path) -> None:
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links
-        if _quiet_stat(target) is None:
+        if quiet_stat(target) is None:
             os.replace(temporary, target)
             return
     else:
         os.unlink(temporary)
         return
-    info = _quiet_stat(target)
+    info = quiet_stat(target)
     if info is not None and (info.st_size or not stat.S_ISREG(info.st_mode)):
         raise FileExistsError(errno.EEXIST, "it came into being meanwhile; --overwrite replaces it")
     os.replace(temporary, target)

@@ -22,7 +22,7 @@ from pathlib import Path
 from .words import show_name
 
 _NAME = re.compile(r"\.mllama-[0-9a-f]{16}\.tmp")
-_POLL_SECONDS = 0.02
+_RETRY_SECONDS = 0.02
 
 
 def temporary_name(target: Path) -> Path:
@@ -126,7 +126,7 @@ def lock(fd: int, wait: float = 0.0) -> bool:
         except BlockingIOError:
             if time.monotonic() >= end:
                 raise BlockingIOError(errno.EAGAIN, "another process is writing it") from None
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_RETRY_SECONDS)
         except OSError:
             return False
 

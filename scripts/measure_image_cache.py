@@ -45,18 +45,18 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
         opened.reset()
         shared, slots = opened._shared, opened._conversation.session.slots
         shared.keys.image_kv(shared.keys.states(shared.images.prepare(image)))  # hash the weights
-        fill, filling = slots._fill, 0.0
+        fill, fill_seconds = slots._fill, 0.0
 
         def timed_fill(*args: Any) -> Any:
-            nonlocal filling
+            nonlocal fill_seconds
             began = time.perf_counter()
             slot = fill(*args)
-            filling += time.perf_counter() - began
+            fill_seconds += time.perf_counter() - began
             return slot
 
         slots._fill = timed_fill  # type: ignore[method-assign]
         for question in questions:
-            filling = 0.0
+            fill_seconds = 0.0
             start = time.perf_counter()
             reply = opened.reply(image=image, prompt=question, max_tokens=2)
             pieces = [next(reply)]
@@ -67,8 +67,8 @@ def ask(model: Path, tiles: int, n_threads: int | None, questions: tuple[str, ..
                 {
                     "total": seconds,
                     "encode": stats.seconds["encode"],
-                    "fill": filling,
-                    "prompt": stats.seconds["prompt"] - filling,
+                    "fill": fill_seconds,
+                    "prompt": stats.seconds["prompt"] - fill_seconds,
                     "tokens": stats.prompt_tokens,
                     "cached": stats.cached_tokens,
                     "reply": pieces,
@@ -137,7 +137,7 @@ def measure(model: Path, args: argparse.Namespace, images: Path) -> None:
         same += elsewhere(model, args, QUESTIONS[0])
     assert all(row["reply"] == first["reply"] for row in same)
     assert all(row["reply"] == again[0]["reply"] for row in again + other + disk)
-    states, image_kv, prefix_kv = (sizes[f".{kind}"] / 1e6 for kind in ("states", "filling", "prefix"))
+    states, image_kv, prefix_kv = (sizes[f".{kind}"] / 1e6 for kind in ("states", "image_kv", "prefix_kv"))
     kept = f"states {states:.0f} MB, image_kv {image_kv:.0f}, prefix_kv {prefix_kv:.1f}"
     print(f"{args.tiles} tiles; {kept}; seconds:")
     print(f"{'':24}   total picture  encode    fill  prompt (tokens)  first / total")

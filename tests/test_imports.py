@@ -19,6 +19,7 @@ PACKAGE = Path(mllama_gguf.__file__).parent
 FLOORS = (
     "errors",
     "words",
+    "waiting",
     "handles",
     "temporary",
     "reading",

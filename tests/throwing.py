@@ -120,7 +120,7 @@ class Use:
         context.image_set(slot, 0, 0, context.image_get(first, 0, 0, context.image_size(first, 0)))
         context.image_free(first)
         context.decode(range(1, 20), -1, 0, "none")
-        context.past_set(19, context.past_get(19))
+        context.prefix_kv_set(19, context.prefix_kv_get(19))
         logits = context.decode([h.image_token_id, 20, 21, 22], slot, 1)
         context.image_free(slot)
         return np.concatenate([states.ravel()[:64], logits.ravel()])

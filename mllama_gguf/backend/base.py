@@ -151,13 +151,13 @@ class Context(ImageSlots, Protocol):
     def truncate(self, n_past: int) -> None:
         """Keep the first n_past tokens."""
 
-    def past_size(self, n_tokens: int) -> int:
-        """How many bytes `past_get` gives."""
+    def prefix_kv_size(self, n_tokens: int) -> int:
+        """How many bytes `prefix_kv_get` gives."""
 
-    def past_get(self, n_tokens: int) -> Bytes:
-        """What the first tokens left in the self-attention cache: uint8 [past_size]."""
+    def prefix_kv_get(self, n_tokens: int) -> Bytes:
+        """What the first tokens left in the self-attention cache: uint8 [prefix_kv_size]."""
 
-    def past_set(self, n_tokens: int, data: Bytes) -> None:
+    def prefix_kv_set(self, n_tokens: int, data: Bytes) -> None:
         """Let the self-attention cache hold these tokens, and no others."""
 
     def clear(self) -> None:
@@ -188,11 +188,11 @@ class SharedContext(Context, Protocol):
     def sequence_truncate(self, sequence: int, n_past: int) -> None:
         """As `truncate`."""
 
-    def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
-        """As `past_get`."""
+    def sequence_prefix_kv_get(self, sequence: int, n_tokens: int) -> Bytes:
+        """As `prefix_kv_get`."""
 
-    def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
-        """As `past_set`."""
+    def sequence_prefix_kv_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
+        """As `prefix_kv_set`."""
 
     def decode_many(self, items: Sequence[Item]) -> list[Floats | MllamaError]:
         """Append tokens to several sequences in one step, n_batch tokens at most.

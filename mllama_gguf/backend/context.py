@@ -219,24 +219,24 @@ class LocalContext(OneProcess):
         with self.handle as pointer:
             self.native.check(self.native.lib.mllama_truncate(pointer, n_past))
 
-    def past_size(self, n_tokens: int) -> int:
-        """As `Context.past_size`."""
+    def prefix_kv_size(self, n_tokens: int) -> int:
+        """As `Context.prefix_kv_size`."""
         with self.handle as pointer:
-            return int(self.native.lib.mllama_past_size(pointer, n_tokens))
+            return int(self.native.lib.mllama_prefix_kv_size(pointer, n_tokens))
 
-    def past_get(self, n_tokens: int) -> Bytes:
-        """As `Context.past_get`."""
-        data = np.empty(self.past_size(n_tokens), np.uint8)
+    def prefix_kv_get(self, n_tokens: int) -> Bytes:
+        """As `Context.prefix_kv_get`."""
+        data = np.empty(self.prefix_kv_size(n_tokens), np.uint8)
         buffer = self.native.ffi.from_buffer(data)
         with self.handle as pointer:
-            self.native.check(self.native.lib.mllama_past_get(pointer, n_tokens, data.nbytes, buffer))
+            self.native.check(self.native.lib.mllama_prefix_kv_get(pointer, n_tokens, data.nbytes, buffer))
         return data
 
-    def past_set(self, n_tokens: int, data: Bytes) -> None:
-        """As `Context.past_set`."""
+    def prefix_kv_set(self, n_tokens: int, data: Bytes) -> None:
+        """As `Context.prefix_kv_set`."""
         buffer = self.native.ffi.from_buffer(data)
         with self.handle as pointer:
-            self.native.check(self.native.lib.mllama_past_set(pointer, n_tokens, data.nbytes, buffer))
+            self.native.check(self.native.lib.mllama_prefix_kv_set(pointer, n_tokens, data.nbytes, buffer))
 
     def clear(self) -> None:
         """As `Context.clear`."""
@@ -265,22 +265,26 @@ class LocalContext(OneProcess):
         with self.handle as pointer:
             self.native.check(self.native.lib.mllama_sequence_truncate(pointer, sequence, n_past))
 
-    def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
-        """As `SharedContext.sequence_get`."""
-        data = np.empty(self.past_size(n_tokens), np.uint8)
+    def sequence_prefix_kv_get(self, sequence: int, n_tokens: int) -> Bytes:
+        """As `SharedContext.sequence_prefix_kv_get`."""
+        data = np.empty(self.prefix_kv_size(n_tokens), np.uint8)
         buffer = self.native.ffi.from_buffer(data)
         with self.handle as pointer:
             self.native.check(
-                self.native.lib.mllama_sequence_get(pointer, sequence, n_tokens, data.nbytes, buffer)
+                self.native.lib.mllama_sequence_prefix_kv_get(
+                    pointer, sequence, n_tokens, data.nbytes, buffer
+                )
             )
         return data
 
-    def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
-        """As `SharedContext.sequence_set`."""
+    def sequence_prefix_kv_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
+        """As `SharedContext.sequence_prefix_kv_set`."""
         buffer = self.native.ffi.from_buffer(data)
         with self.handle as pointer:
             self.native.check(
-                self.native.lib.mllama_sequence_set(pointer, sequence, n_tokens, data.nbytes, buffer)
+                self.native.lib.mllama_sequence_prefix_kv_set(
+                    pointer, sequence, n_tokens, data.nbytes, buffer
+                )
             )
 
     def decode_many(self, items: Sequence[Item]) -> list[Floats | MllamaError]:

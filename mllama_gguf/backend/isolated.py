@@ -191,17 +191,17 @@ class IsolatedContext(OneProcess):
         """As `Context.truncate`."""
         self._call(type(None), "truncate", n_past)
 
-    def past_size(self, n_tokens: int) -> int:
-        """As `Context.past_size`."""
-        return self._call(int, "past_size", n_tokens)
+    def prefix_kv_size(self, n_tokens: int) -> int:
+        """As `Context.prefix_kv_size`."""
+        return self._call(int, "prefix_kv_size", n_tokens)
 
-    def past_get(self, n_tokens: int) -> Bytes:
-        """As `Context.past_get`."""
-        return self._call(np.ndarray, "past_get", n_tokens)
+    def prefix_kv_get(self, n_tokens: int) -> Bytes:
+        """As `Context.prefix_kv_get`."""
+        return self._call(np.ndarray, "prefix_kv_get", n_tokens)
 
-    def past_set(self, n_tokens: int, data: Bytes) -> None:
-        """As `Context.past_set`."""
-        self._call(type(None), "past_set", n_tokens, data)
+    def prefix_kv_set(self, n_tokens: int, data: Bytes) -> None:
+        """As `Context.prefix_kv_set`."""
+        self._call(type(None), "prefix_kv_set", n_tokens, data)
 
     def clear(self) -> None:
         """As `Context.clear`."""
@@ -225,13 +225,13 @@ class IsolatedContext(OneProcess):
         """As `SharedContext.sequence_truncate`."""
         self._call_sequence(type(None), "sequence_truncate", sequence, n_past)
 
-    def sequence_get(self, sequence: int, n_tokens: int) -> Bytes:
-        """As `SharedContext.sequence_get`."""
-        return self._call_sequence(np.ndarray, "sequence_get", sequence, n_tokens)
+    def sequence_prefix_kv_get(self, sequence: int, n_tokens: int) -> Bytes:
+        """As `SharedContext.sequence_prefix_kv_get`."""
+        return self._call_sequence(np.ndarray, "sequence_prefix_kv_get", sequence, n_tokens)
 
-    def sequence_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
-        """As `SharedContext.sequence_set`."""
-        self._call_sequence(type(None), "sequence_set", sequence, n_tokens, data)
+    def sequence_prefix_kv_set(self, sequence: int, n_tokens: int, data: Bytes) -> None:
+        """As `SharedContext.sequence_prefix_kv_set`."""
+        self._call_sequence(type(None), "sequence_prefix_kv_set", sequence, n_tokens, data)
 
     def decode_many(self, items: Sequence[Item]) -> list[Floats | MllamaError]:
         """As `SharedContext.decode_many`. A BackendError for those whose sequences are lost."""

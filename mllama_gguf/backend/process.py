@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import Aborted
+from ..waiting import POLL_SECONDS
 from .base import RELEASES
 from .callbacks import Callbacks
 from .types import Tap
@@ -29,7 +30,6 @@ from .types import Tap
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-POLL_SECONDS = 0.05  # between two looks at the caller's abort callback
 GRACE_SECONDS = 1.0  # for the child to obey an abort, before it is killed
 
 Target: TypeAlias = "str | int"

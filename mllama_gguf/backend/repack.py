@@ -28,7 +28,7 @@ import numpy as np
 from ..errors import RequestError
 from ..files import write_whole
 from ..reading import read_text
-from ..words import one_line
+from ..words import one_line, os_reason
 from .library import Native, load
 from .types import Floats
 
@@ -133,7 +133,7 @@ class _Record:
         try:
             write_whole(self._path, json.dumps({"version": VERSION, "trials": trials}, indent=1) + "\n")
         except OSError as e:  # a read-only home: the next process tries again
-            logger.info("%s: cannot be written: %s", self._path, e.strerror or e)
+            logger.info("%s: cannot be written: %s", self._path, os_reason(e))
 
 
 def _build_and_processor() -> str:
@@ -185,7 +185,7 @@ def run_trial(layout: str) -> Trial:
     except subprocess.TimeoutExpired:
         return Trial(False, f"no result after {TRIAL_SECONDS:g} s")
     except OSError as e:
-        return Trial(False, f"its process cannot be started: {e.strerror or e}")
+        return Trial(False, f"its process cannot be started: {os_reason(e)}")
     if done.returncode < 0:
         return Trial(False, f"its process ended with {_signal_name(-done.returncode)}")
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..cpus import check_threads
 from ..errors import BackendError, RequestError
 from ..settings import Precision
+from ..words import os_reason
 from .library import load
 from .local import choose_precision, device_index, devices
 
@@ -31,7 +32,7 @@ def find_address(host: str) -> str:
     try:
         return socket.gethostbyname(host)
     except OSError as e:
-        raise RequestError(f"host {host!r}: {e.strerror or e}; give an IPv4 address of this machine") from e
+        raise RequestError(f"host {host!r}: {os_reason(e)}; give an IPv4 address of this machine") from e
 
 
 def is_loopback(address: str) -> bool:
@@ -67,7 +68,7 @@ def serve(
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((address, port))
     except OSError as e:
-        raise BackendError(f"{address}:{port}: cannot be listened at: {e.strerror or e}") from e
+        raise BackendError(f"{address}:{port}: cannot be listened at: {os_reason(e)}") from e
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
     failed: list[Exception] = []
@@ -104,4 +105,4 @@ def probe(worker: str) -> str:
     except ConnectionRefusedError:
         return "refuses the connection"
     except OSError as e:
-        return e.strerror or str(e)
+        return os_reason(e)

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from ..errors import Aborted, BackendError, BusyError, MllamaError
+from ..errors import BackendError, BusyError, MllamaError
 from ..handles import OneProcess, finalize
+from ..waiting import acquire
 from .callbacks import Callbacks
-from .process import POLL_SECONDS, Process, ProcessLost, Target
+from .process import Process, ProcessLost, Target
 from .rpc import probe
 from .types import Tap
 
@@ -120,9 +121,7 @@ class Supervisor(OneProcess):
         self.check_process()
         if self._owner == threading.get_ident():
             raise BusyError("this model computes; its callbacks cannot use it")
-        while not self._lock.acquire(timeout=POLL_SECONDS):
-            if callbacks.on_abort():
-                raise Aborted("the computation was stopped before it began")
+        acquire(self._lock, callbacks.on_abort, "the computation was stopped before it began")
         try:
             self._owner = threading.get_ident()
             yield

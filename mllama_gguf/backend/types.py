@@ -97,7 +97,7 @@ class DeviceMemory:
     self_kv:  the self-attention cache
     cross_kv: of all pictures in the cache
     compute:  the text compute buffers, which stay
-    vision:   the most that encoding a picture, or filling its cache, takes while it runs
+    vision:   the most that encoding an image, or computing its image_kv, takes while it runs
     staging:  this machine's memory while weights are copied, before any cache exists
     """
 

@@ -27,7 +27,7 @@ from ..vision.decoding import pixel_limit
 from ..vision.embedding import ImageEmbedding, ImageInput, LimitedImage
 from ..vision.loading import ImageSource
 from ..vision.preprocess import TiledImage, preprocess_image
-from ..words import one_line
+from ..words import one_line, os_reason
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         schema = json.loads(read_text(path))
     except OSError as e:
-        raise RequestError(f"{name}: cannot be read: {e.strerror}") from e
+        raise RequestError(f"{name}: cannot be read: {os_reason(e)}") from e
     except (ValueError, RecursionError) as e:
         raise RequestError(f"{name}: is not JSON: {one_line(e)}") from e
     if not isinstance(schema, dict):
@@ -246,7 +246,7 @@ def load_grammar(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = read_text(path)
     except OSError as e:
-        raise RequestError(f"{name}: cannot be read: {e.strerror}") from e
+        raise RequestError(f"{name}: cannot be read: {os_reason(e)}") from e
     except UnicodeDecodeError as e:
         raise RequestError(f"{name}: is not UTF-8") from e
     form = {"type": "lark" if name.lower().endswith(".lark") else "gbnf", "grammar": text}

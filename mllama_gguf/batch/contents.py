@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, get_args
 
+from ..files import quiet_stat
 from ..reading import open_regular
 from .records import Record
 
@@ -59,7 +60,5 @@ def file_sha256(path: str) -> str:
 
 
 def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return None
+    info = quiet_stat(path)
+    return info.st_size if info else None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import RequestError
 from ..reading import decode_text, read_regular
+from ..words import os_reason
 
 # What a folder is searched for; a file that is named is tried whatever its name.
 SUFFIXES = frozenset((
@@ -119,7 +120,7 @@ def _is_image(path: str) -> bool:
 
 def _in_folder(folder: str, recursive: bool) -> Iterator[str]:
     def fail(error: OSError) -> None:
-        raise RequestError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+        raise RequestError(f"{error.filename}: cannot be listed: {os_reason(error)}") from error
 
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
@@ -127,9 +128,7 @@ def _in_folder(folder: str, recursive: bool) -> Iterator[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    found = [
-        path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and _is_image(path)
-    ]
+    found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and _is_image(path)]
     if not found:
         raise RequestError(f"{pattern}: no picture fits this pattern")
     return found
@@ -139,7 +138,7 @@ def _read_list(path: str) -> bytes:
     try:
         return read_regular(path)
     except OSError as e:
-        raise RequestError(f"{path}: this list of pictures cannot be read: {e.strerror}") from e
+        raise RequestError(f"{path}: this list of pictures cannot be read: {os_reason(e)}") from e
 
 
 def _listed_paths(data: bytes, origin: str) -> list[str]:

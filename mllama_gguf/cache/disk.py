@@ -179,7 +179,7 @@ class ImageCache:
         except OSError as e:
             if not isinstance(e, FileNotFoundError):
                 self._warn(e)
-            raise ImageError(f"{path}: {e.strerror or e}") from e
+            raise ImageError(f"{path}: {os_reason(e)}") from e
         except ImageError as e:
             self._drop(path, e)
             raise
@@ -269,6 +269,7 @@ class ImageCache:
     def _shrink(self, max_bytes: int, kinds: Sequence[Kind] = tuple(SUFFIXES)) -> None:
         folder.make(self.directory)
         remove_leftovers(self.directory)
+        folder.remove_old(self.directory)
         entries = sorted(self._entries(kinds))
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:

@@ -4,10 +4,10 @@ States, `KEY.states`: 64 bytes of header, little-endian: magic "mllama\\x00\\x01
 n_tiles, n_positions, n_embd, aspect_ratio_id, crc32 of the header (up to here) and the values, 4 zero
 bytes; then the values, float32.
 
-Keys and values, `KEY.filling` of an image and `KEY.prefix` of a prompt's first tokens: 64 bytes of header:
-magic "mllama\\x00\\x03", the key's 32 bytes, the number of bytes that follow the header (8 bytes), 16 zero
-bytes; then these bytes; then the crc32 of all before it. They are large, so they are written and read in
-pieces.
+Keys and values, `KEY.image_kv` of an image and `KEY.prefix_kv` of a prompt's first tokens: 64 bytes of
+header, little-endian: magic "mllama\\x00\\x03", the key's 32 bytes, the number of bytes that follow it
+(8 bytes), 16 zero bytes; then these bytes; then the crc32 of all before it. They are large, so they are
+written and read in pieces.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from ..errors import ImageError
 KvKind: TypeAlias = Literal["image_kv", "prefix_kv"]
 Kind: TypeAlias = Literal["states"] | KvKind
 
-SUFFIXES: dict[Kind, str] = {"states": ".states", "image_kv": ".filling", "prefix_kv": ".prefix"}
+SUFFIXES: dict[Kind, str] = {"states": ".states", "image_kv": ".image_kv", "prefix_kv": ".prefix_kv"}
+OLD_SUFFIXES = (".filling", ".prefix")  # of keys and values in earlier versions
 # Piece size of keys and values. Above 10 MB ggml's RPC client first asks the worker whether it has the data
 # by hash, and the worker may store it.
 PIECE = 8 << 20

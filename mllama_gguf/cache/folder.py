@@ -18,7 +18,7 @@ from pathlib import Path
 from ..files import write_whole
 from ..reading import open_regular
 from ..temporary import is_temporary, remove_leftovers
-from .entries import SUFFIXES
+from .entries import OLD_SUFFIXES, SUFFIXES
 
 NAME = "mllama-images"
 MARKER = "CACHEDIR.TAG"
@@ -28,7 +28,8 @@ MARK = (
     b"# This folder is the image cache of mllama_gguf. It may be deleted at any time: what was in it is\n"
     b"# computed again. Without this file, the cache does not use the folder.\n"
 )
-_ENTRY = re.compile("[0-9a-f]{64}(" + "|".join(map(re.escape, (*SUFFIXES.values(), DIGEST_SUFFIX))) + ")")
+_ALL_SUFFIXES = (*SUFFIXES.values(), *OLD_SUFFIXES, DIGEST_SUFFIX)
+_ENTRY = re.compile("[0-9a-f]{64}(" + "|".join(map(re.escape, _ALL_SUFFIXES)) + ")")
 _ENTRY_MAGIC = b"mllama\0"
 
 
@@ -55,11 +56,11 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def files(folder: Path, suffix: str) -> Iterator[os.DirEntry[str]]:
+def files(folder: Path, suffixes: str | tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
     """The regular files of ours with one of the suffixes. Raises OSError; nothing if there is no folder."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(suffix) and _ENTRY.fullmatch(entry.name):
+            if entry.name.endswith(suffixes) and _ENTRY.fullmatch(entry.name):
                 with suppress(FileNotFoundError):  # another process removed it
                     if entry.is_file(follow_symlinks=False):
                         yield entry
@@ -69,9 +70,8 @@ def clear(folder: Path) -> None:
     """Remove all files of ours, the marker, and the folder if nothing else is in it. Raises OSError."""
     if not is_ours(folder):
         return
-    for suffix in (*SUFFIXES.values(), DIGEST_SUFFIX):
-        for entry in files(folder, suffix):
-            Path(entry.path).unlink(missing_ok=True)
+    for entry in files(folder, _ALL_SUFFIXES):
+        Path(entry.path).unlink(missing_ok=True)
     remove_leftovers(folder)
     if os.listdir(folder) == [MARKER]:
         (folder / MARKER).unlink(missing_ok=True)
@@ -79,14 +79,19 @@ def clear(folder: Path) -> None:
             folder.rmdir()
 
 
+def remove_old(folder: Path) -> None:
+    """Remove entries of our folder that only earlier versions read. Raises OSError."""
+    for entry in files(folder, OLD_SUFFIXES):
+        Path(entry.path).unlink(missing_ok=True)
+
+
 def clear_old(folder: Path) -> None:
     """Remove entries that earlier versions wrote into the user's own folder: those whose names and contents
     can only be ours. Raises OSError."""
-    for suffix in (*SUFFIXES.values(), DIGEST_SUFFIX):
-        for entry in files(folder, suffix):
-            path = Path(entry.path)
-            with open_regular(path) as file:
-                head = file.read(65)
-            digest = suffix == DIGEST_SUFFIX and re.fullmatch(b"[0-9a-f]{64}", head)
-            if digest or (suffix != DIGEST_SUFFIX and head.startswith(_ENTRY_MAGIC)):
-                path.unlink(missing_ok=True)
+    for entry in files(folder, _ALL_SUFFIXES):
+        path = Path(entry.path)
+        with open_regular(path) as file:
+            head = file.read(65)
+        is_digest = path.suffix == DIGEST_SUFFIX
+        if re.fullmatch(b"[0-9a-f]{64}", head) if is_digest else head.startswith(_ENTRY_MAGIC):
+            path.unlink(missing_ok=True)

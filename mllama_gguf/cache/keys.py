@@ -38,13 +38,14 @@ from pathlib import Path
 from typing import Protocol
 
 from ..backend.base import Model
-from ..errors import Aborted, ModelError
+from ..errors import ModelError
 from ..gguf.reader import read_gguf
 from ..handles import OneProcess
+from ..waiting import acquire
+from ..words import os_reason
 from .disk import ImageCache
 from .identity import FileStamp, are_settled, code_identity, file_stamps, weights_sha256
 
-POLL_SECONDS = 0.05  # between two looks whether to stop
 # The weights that make image_kv of states, in the files of all layouts.
 _IMAGE_KV_WEIGHTS = re.compile(r"blk\.\d+\.cross_attn_(k_proj|v_proj|k_norm)\.weight")
 
@@ -172,7 +173,7 @@ class _Weights:
         try:
             self.stamps: tuple[FileStamp, ...] = file_stamps(self._path)
         except OSError as e:
-            raise ModelError(f"{path}: {e.strerror or e}") from e
+            raise ModelError(f"{path}: {os_reason(e)}") from e
 
     def identity(self, tensors: Collection[str], stop: Callable[[], bool]) -> str:
         """Names the content of these tensors. A file that went away or changed after it was loaded is named
@@ -199,9 +200,7 @@ class _Weights:
 @contextmanager
 def _locked(lock: threading.Lock, stop: Callable[[], bool]) -> Iterator[None]:
     """A lock, waited for as long as `stop` says False. Raises Aborted."""
-    while not lock.acquire(timeout=POLL_SECONDS):
-        if stop():
-            raise Aborted("reading the model's weights was stopped")
+    acquire(lock, stop, "reading the model's weights was stopped")
     try:
         yield
     finally:

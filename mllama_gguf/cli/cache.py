@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from ..errors import MllamaError
-from ..words import show_size
+from ..words import os_reason, show_size
 from .terminal import echo, echo_json
 from .verbose import verbose_option
 
@@ -33,7 +33,7 @@ def cache_command(action: str, as_json: bool) -> None:
     try:
         info = cache.clear() if action == "clear" else cache.info()
     except OSError as e:
-        words = f"{e.filename or cache.directory}: the image cache cannot be cleared: {e.strerror or e}"
+        words = f"{e.filename or cache.directory}: the image cache cannot be cleared: {os_reason(e)}"
         raise MllamaError(words) from e
     if as_json:
         facts = asdict(info) | {"directory": str(info.directory)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..words import show_size
-from .opening import show_warnings
+from .opening import show_log
 from .terminal import echo, echo_json
 from .verbose import verbose_option
 
@@ -28,7 +28,7 @@ def models_command(as_json: bool) -> None:
     """
     from ..inspect.inventory import closed_stores, inventory
 
-    show_warnings("mllama_gguf.store.lockfile")
+    show_log("mllama_gguf.store.lockfile")
     for found in inventory():
         if as_json:
             echo_json({**asdict(found), "files": [str(path) for path in found.files]})

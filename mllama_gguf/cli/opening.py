@@ -76,8 +76,8 @@ def open_chosen(
     """
     from ..model import Mllama
 
-    show_warnings("mllama_gguf.loaded")
-    show_notes("mllama_gguf.backend.opening")
+    show_log("mllama_gguf.loaded")
+    show_log("mllama_gguf.backend.opening", logging.INFO)
     files = find_files(choice)
     settings = settings_of(choice, files).replace(image_cache=image_cache)
     for note in files.defaults.notes:
@@ -85,7 +85,7 @@ def open_chosen(
     if words := files.defaults.in_words():
         echo(f"{files.name} brings: {words} (options of the command line replace them)", err=True)
     if image_cache:
-        show_warnings("mllama_gguf.cache.disk")
+        show_log("mllama_gguf.cache.disk")
     defaults = replace(files.defaults, notes=())  # they are shown
     own = PhaseBar() if bar is True else bar or nullcontext()
     with (
@@ -97,29 +97,18 @@ def open_chosen(
         yield opened
 
 
-class _Warnings(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        echo(f"Warning: {record.getMessage()}", err=True)
-
-
-def show_warnings(name: str) -> None:
-    """Show on stderr what a part of the package logs; with --verbose the whole log is shown."""
-    logger = logging.getLogger(name)
-    shown = is_verbose(click.get_current_context())
-    if not shown and not any(isinstance(h, _Warnings) for h in logger.handlers):
-        logger.addHandler(_Warnings(logging.WARNING))
-
-
-class _Notes(logging.Handler):
+class _OnStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         words = record.getMessage()
         echo(f"Warning: {words}" if record.levelno >= logging.WARNING else words, err=True)
 
 
-def show_notes(name: str) -> None:
-    """As `show_warnings`, with what is said at the level INFO too."""
+def show_log(name: str, level: int = logging.WARNING) -> None:
+    """Show on stderr what a part of the package logs from this level on. With --verbose the whole log is
+    shown already."""
     logger = logging.getLogger(name)
     shown = is_verbose(click.get_current_context())
-    if not shown and not any(isinstance(h, _Notes) for h in logger.handlers):
-        logger.addHandler(_Notes(logging.INFO))
-        logger.setLevel(logging.INFO)
+    if not shown and not any(isinstance(h, _OnStderr) for h in logger.handlers):
+        logger.addHandler(_OnStderr(level))
+        if level < logging.WARNING:  # the level that loggers have by themselves
+            logger.setLevel(level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .opening import show_warnings
+from .opening import show_log
 from .progress import transfer_bar
 from .terminal import echo
 from .verbose import verbose_option
@@ -21,7 +21,7 @@ def verify_command(name: str) -> int:
     from ..store.resolve import resolve
     from ..store.verify import verify
 
-    show_warnings("mllama_gguf.store.lockfile")
+    show_log("mllama_gguf.store.lockfile")
     with transfer_bar() as progress:
         results = verify(resolve(name), progress)
     for result in results:

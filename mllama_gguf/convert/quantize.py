@@ -34,6 +34,7 @@ from ..files import check_output, check_room
 from ..gguf.reader import GGUFFile, TensorEntry, read_gguf
 from ..gguf.writer import GGUF, Job, Progress, counter, new_gguf, write_data, write_head
 from ..reading import open_regular, open_unbuffered
+from ..words import os_reason
 
 Array = npt.NDArray[Any]
 Warn = Callable[[str], object]
@@ -178,7 +179,7 @@ def _piece(path: Path, entry: TensorEntry, position: int, n_bytes: int, kind: st
             f.seek(position)
             raw = np.fromfile(f, np.uint8, n_bytes)
     except OSError as e:
-        raise ModelError(f"{path}: tensor {entry.name} cannot be read: {e.strerror or e}") from e
+        raise ModelError(f"{path}: tensor {entry.name} cannot be read: {os_reason(e)}") from e
     if raw.size != n_bytes:
         raise ModelError(f"{path}: tensor {entry.name}: the file has become shorter")
     if kind == entry.type_name:

@@ -24,12 +24,12 @@ from ..cache.disk import ImageCache
 from ..errors import Aborted, BackendError, MllamaError
 from ..handles import OneProcess
 from ..settings import MAX_PARALLEL
+from ..waiting import POLL_SECONDS, acquire
 from .exclusive import Exclusive
 from .slots import Slots
 
 Stop = Callable[[], bool]
 
-POLL_SECONDS = 0.05  # between two looks whether to stop
 # How long a step waits for a conversation that took part in the last one: this share of that step's time.
 PATIENCE = 0.3
 MAX_PATIENCE = 0.05  # seconds
@@ -271,9 +271,7 @@ class Scheduler(OneProcess):
     def encode(self, pixels: Floats, aspect_ratio_id: int, stop: Stop) -> Floats:
         """As `Context.encode`, one image at a time. Replies go on meanwhile: the encoder has a context of its
         own."""
-        while not self._encoding.acquire(timeout=POLL_SECONDS):
-            if stop():
-                raise Aborted("waiting for the vision encoder was stopped")
+        acquire(self._encoding, stop, "waiting for the vision encoder was stopped")
         try:
             self._encoder_stop = stop
             if self._encoder is None:

@@ -61,20 +61,20 @@ class SequenceContext(Exclusive):
         with self._use() as context:
             context.sequence_truncate(self._number, n_past)
 
-    def past_size(self, n_tokens: int) -> int:
-        """As `Context.past_size`."""
+    def prefix_kv_size(self, n_tokens: int) -> int:
+        """As `Context.prefix_kv_size`."""
         with self._use() as context:
-            return context.past_size(n_tokens)
+            return context.prefix_kv_size(n_tokens)
 
-    def past_get(self, n_tokens: int) -> Bytes:
-        """As `Context.past_get`."""
+    def prefix_kv_get(self, n_tokens: int) -> Bytes:
+        """As `Context.prefix_kv_get`."""
         with self._use() as context:
-            return context.sequence_get(self._number, n_tokens)
+            return context.sequence_prefix_kv_get(self._number, n_tokens)
 
-    def past_set(self, n_tokens: int, data: Bytes) -> None:
-        """As `Context.past_set`."""
+    def prefix_kv_set(self, n_tokens: int, data: Bytes) -> None:
+        """As `Context.prefix_kv_set`."""
         with self._use() as context:
-            context.sequence_set(self._number, n_tokens, data)
+            context.sequence_prefix_kv_set(self._number, n_tokens, data)
 
     def clear(self) -> None:
         """Forget the tokens. The images are of all sequences, and stay."""

@@ -183,7 +183,7 @@ class Session(OneProcess):
         self._unsaved_prefix = 0, ""
         if self._disk and 0 < n <= len(self._tokens) and not self._disk.has_kv(key, "prefix_kv"):
             with self._nothing_kept_of_damage():
-                data = self._context.past_get(n)
+                data = self._context.prefix_kv_get(n)
             self._disk.add_kv(key, data.nbytes, [data], "prefix_kv")
         self.slots.save(self._callbacks.on_abort)
 
@@ -230,12 +230,12 @@ class Session(OneProcess):
         n = len(tokens)
         if not key or not self._disk.has_kv(key, "prefix_kv"):
             return 0
-        n_bytes = self._context.past_size(n)
+        n_bytes = self._context.prefix_kv_size(n)
         try:
             pieces = [piece.copy() for piece in self._disk.read_kv(key, n_bytes, "prefix_kv")]
         except ImageError:
             return 0
-        self._context.past_set(n, np.concatenate(pieces))
+        self._context.prefix_kv_set(n, np.concatenate(pieces))
         self._seen.extend(() for _ in tokens)
         self._tokens.extend(tokens)
         return n

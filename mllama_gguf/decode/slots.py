@@ -27,11 +27,11 @@ from ..cache.entries import PIECE
 from ..errors import Aborted, ImageError, ModelError, RequestError
 from ..handles import OneProcess
 from ..vision.embedding import Encoding
+from ..waiting import POLL_SECONDS, acquire
 
 # Slots that are kept. The current one is enough to go on; the others make a return to a recent image cheap.
 # One tile of the 11B model takes 79 MB on the CPU.
 MAX_SLOTS = 4
-POLL_SECONDS = 0.05  # between two looks whether to stop
 
 Group: TypeAlias = "tuple[str, ...]"  # the keys of a group's images
 
@@ -90,9 +90,7 @@ class Slots(OneProcess):
     @contextmanager
     def _locked(self, stop: Callable[[], bool] | None) -> Iterator[None]:
         """stop: asked while it takes long; None: the context's own callback."""
-        while not self._lock.acquire(timeout=POLL_SECONDS):
-            if stop is not None and stop():
-                raise Aborted("waiting for an image was stopped")
+        acquire(self._lock, stop or bool, "waiting for an image was stopped")
         before, self._stop = self._stop, stop or self._callbacks.on_abort
         try:
             yield

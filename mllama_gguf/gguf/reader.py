@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..reading import open_regular
+from ..words import os_reason
 
 # Arrays longer than this (vocabulary, merges) are read as their length only.
 LONGEST_ARRAY = 1024
@@ -129,7 +130,7 @@ class GGUFFile:
                     rest -= len(data)
                     yield data
         except OSError as e:
-            raise ModelError(f"{path}: {e.strerror or e}") from e
+            raise ModelError(f"{path}: {os_reason(e)}") from e
 
 
 def read_gguf(path: str | os.PathLike[str], *, whole: Collection[str] = ()) -> GGUFFile:
@@ -178,7 +179,7 @@ def _read_one(path: Path, whole: Collection[str]) -> GGUFFile:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path, whole).read()
     except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}") from e
+        raise ModelError(f"{path}: {os_reason(e)}") from e
     except ValueError as e:
         if isinstance(e, ModelError):
             raise

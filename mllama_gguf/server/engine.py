@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from ..errors import Aborted
 from ..settings import Settings
+from ..waiting import POLL_SECONDS
 from .catalog import Card
 from .jobs import Done, Ended, Event, FairQueue, Job, Usable
 from .metrics import Metrics
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 Task: TypeAlias = Callable[[], None]
 
-POLL_SECONDS = 0.05
 STOPPING = Refused(503, "the server is stopping", "server_stopping", again=True, seconds=5)
 
 

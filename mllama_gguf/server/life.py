@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ..errors import MllamaError
+from ..words import os_reason
 from .service import Service
 from .settings import ServerSettings
 
@@ -40,7 +41,7 @@ def listen(settings: ServerSettings) -> socket.socket:
             raise MllamaError(
                 f"{where}: another program listens there already (Ollama?); end it, or give --port N"
             ) from e
-        raise MllamaError(f"{where}: cannot listen there: {e.strerror or e}") from e
+        raise MllamaError(f"{where}: cannot listen there: {os_reason(e)}") from e
 
 
 class Server(uvicorn.Server):

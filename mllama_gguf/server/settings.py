@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from ..errors import RequestError
 from ..reading import read_text
 from ..settings import MAX_PARALLEL
-from ..words import one_line
+from ..words import one_line, os_reason
 from .images import ImageLimits
 from .times import parse_duration
 
@@ -101,7 +101,7 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     try:
         lines = read_text(path).splitlines()
     except OSError as e:
-        raise RequestError(f"{path}: the keys cannot be read: {e.strerror or e}") from e
+        raise RequestError(f"{path}: the keys cannot be read: {os_reason(e)}") from e
     except UnicodeDecodeError as e:
         raise RequestError(f"{path}: the file of keys is not UTF-8") from e
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

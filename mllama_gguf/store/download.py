@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError
 from ..temporary import open_locked
-from ..words import show_size
+from ..words import os_reason, show_size
 from .digests import CHUNK, Blob, TransferProgress
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def download(
             raise DownloadError(
                 f"{partial}: the disk is full; free some room and run the command again to resume"
             ) from e
-        raise DownloadError(f"{e.filename or partial}: {e.strerror or e}") from e
+        raise DownloadError(f"{e.filename or partial}: {os_reason(e)}") from e
 
 
 class _Transfer:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import DownloadError, MllamaError, ModelError
-from ..words import one_line
+from ..words import one_line, os_reason
 from .digests import Blob, TransferProgress, is_sha256, sha256_of, stored_sha256
 from .download import Dropped, check_space, patiently
 from .references import HubRef
@@ -132,7 +132,7 @@ def _with_retries(ref: HubRef, call: Callable[[], T]) -> T:
             if code is not None:  # huggingface_hub has tried again by itself
                 raise DownloadError(f"{ref}: the hub answers {code}, each time; try again later") from e
             if isinstance(e, OSError) and e.errno is not None:
-                raise DownloadError(f"{ref}: {e.strerror or e}") from e
+                raise DownloadError(f"{ref}: {os_reason(e)}") from e
             raise Dropped(one_line(e), 0) from e
         except ValueError as e:  # a name or an answer that the library does not accept
             raise DownloadError(f"{ref}: {one_line(e)}") from e

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 from ..errors import ModelError
 from ..files import AnyPath, Kind, cannot_write, check_output, replacing
 from ..reading import read_text
-from ..words import one_line
+from ..words import one_line, os_reason
 from .digests import Blob, is_sha256
 from .references import HubRef, OllamaRef
 
@@ -139,7 +139,7 @@ def read_lock(path: Path) -> dict[str, LockedModel]:
     try:
         text = read_text(path)
     except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}") from e
+        raise ModelError(f"{path}: {os_reason(e)}") from e
     except ValueError as e:
         raise ModelError(f"{path}: is no lock file: not UTF-8") from e
     return _parse(path, text)

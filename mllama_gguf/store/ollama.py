@@ -312,7 +312,7 @@ def _read(path: Path, most: int) -> bytes:
     except PermissionError as e:
         raise _closed(e) from e
     except OSError as e:
-        raise ModelError(f"{path}: {e.strerror or e}") from e
+        raise ModelError(f"{path}: {os_reason(e)}") from e
     if len(data) > most:
         raise ModelError(f"{path}: has more than {most} bytes")
     return data

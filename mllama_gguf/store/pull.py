@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError, ModelError
 from ..files import Kind, check_output, replacing
+from ..words import os_reason
 from . import hub, ollama
 from .digests import Blob, TransferProgress
 from .download import Dropped, check_space, check_status, client, download, patiently
@@ -91,7 +92,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise DownloadError(f"{path}: cannot be written: {e.strerror or e}") from e
+        raise DownloadError(f"{path}: cannot be written: {os_reason(e)}") from e
 
 
 def _is_manifest(file: BinaryIO) -> bool:
@@ -109,7 +110,7 @@ def _pull_blobs(ref: OllamaRef, blobs: Sequence[tuple[Blob, int]], progress: Tra
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise DownloadError(f"{store}: cannot be made: {e.strerror or e}") from e
+        raise DownloadError(f"{store}: cannot be made: {os_reason(e)}") from e
     partials = [store / "partial" / blob.file_name for blob, _ in missing]
     here = sum(partial.stat().st_size for partial in partials if partial.is_file())
     check_space(store, max(0, sum(size for _, size in missing) - here))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import Aborted, OutOfMemoryError
+from ..waiting import POLL_SECONDS
 from ..words import one_line
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.05  # between two looks at `abort`
 _starting = threading.Lock()
 
 

@@ -16,12 +16,12 @@ from ..cache.keys import Keys
 from ..checks import Whole, checked
 from ..errors import Aborted, ImageError, RequestError
 from ..handles import OneProcess
+from ..waiting import POLL_SECONDS
 from .embedding import EmbeddingStore, Encoding, ImageEmbedding, ImageInput, LimitedImage
 from .preprocess import TiledImage, preprocess_image
 
 # One four-tile image of the 11B model takes 105 MB.
 STORE_BYTES = 256 * 1024 * 1024
-POLL_SECONDS = 0.05  # between two looks whether to stop
 
 
 class Images(OneProcess):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import ImageError, RequestError
 from ..reading import open_regular
-from ..words import one_line, show_name
+from ..words import one_line, os_reason, show_name
 from .decoding import check_size, decode, decoding, finish, pixel_limit
 from .repair import JPEG_SIGNATURE, PNG_SIGNATURE
 
@@ -203,7 +203,7 @@ def _from_path(
     except OSError as e:
         if e.errno == errno.ENAMETOOLONG and name.startswith("text of "):
             raise ImageError(f"{name}: too long for a path; neither a path nor base64 of a picture") from None
-        raise ImageError(f"{name}: cannot be opened: {one_line(e.strerror or e)}") from e
+        raise ImageError(f"{name}: cannot be opened: {os_reason(e)}") from e
     except ValueError as e:  # a NUL in the path, or a character that no path can have
         raise ImageError(f"{name}: not a usable path: {one_line(e)}") from e
 

@@ -35,8 +35,8 @@ _ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-# Fillings for lost data: if the picture depends on which, data was lost.
-_FILLINGS = (b"", b"\x35" * 64, b"\xca" * 64)
+# Bytes in place of lost data: if the picture depends on which, data was lost.
+_FILL_BYTES = (b"", b"\x35" * 64, b"\xca" * 64)
 
 
 def clean_png(data: bytes) -> bytes:
@@ -145,7 +145,7 @@ def jpeg_endings(data: bytes) -> tuple[bytes, ...]:
     if body.endswith(_EOI) or _has_end(data):
         return ()
     cut = data[:-1] if data.endswith(b"\xff") else data
-    return tuple(cut + filling + _EOI for filling in _FILLINGS)
+    return tuple(cut + fill + _EOI for fill in _FILL_BYTES)
 
 
 def _has_end(data: bytes) -> bool:

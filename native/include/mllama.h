@@ -296,10 +296,11 @@ void          mllama_clear(mllama_context * ctx);                           // f
 
 // The keys and values of the first n_tokens tokens in the self-attention cache, for another context with the same
 // settings: their size, a copy, and the way back, which replaces all tokens of the context. MLLAMA_ERR_FILE: they are
-// not finite, so the model is damaged. After that, and after any error of mllama_past_set, the context has no tokens.
-uint64_t      mllama_past_size(const mllama_context * ctx, int32_t n_tokens);
-mllama_status mllama_past_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
-mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data);
+// not finite, so the model is damaged. After that, and after any error of mllama_prefix_kv_set, the context has no
+// tokens.
+uint64_t      mllama_prefix_kv_size(const mllama_context * ctx, int32_t n_tokens);
+mllama_status mllama_prefix_kv_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data);
+mllama_status mllama_prefix_kv_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data);
 
 // ---- several sequences --------------------------------------------------------------------------------------------
 
@@ -310,9 +311,9 @@ mllama_status mllama_sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t *
 mllama_status mllama_sequence_free(mllama_context * ctx, int32_t sequence);
 int32_t       mllama_sequence_n_past(const mllama_context * ctx, int32_t sequence); // -1: there is none
 mllama_status mllama_sequence_truncate(mllama_context * ctx, int32_t sequence, int32_t n_past);
-mllama_status mllama_sequence_get(mllama_context * ctx, int32_t sequence, int32_t n_tokens, uint64_t n_bytes,
+mllama_status mllama_sequence_prefix_kv_get(mllama_context * ctx, int32_t sequence, int32_t n_tokens, uint64_t n_bytes,
                                   void * data);
-mllama_status mllama_sequence_set(mllama_context * ctx, int32_t sequence, int32_t n_tokens, uint64_t n_bytes,
+mllama_status mllama_sequence_prefix_kv_set(mllama_context * ctx, int32_t sequence, int32_t n_tokens, uint64_t n_bytes,
                                   const void * data);
 
 // Tokens of one sequence, as for mllama_decode

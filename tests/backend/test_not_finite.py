@@ -303,7 +303,7 @@ def test_a_damaged_file_of_the_image_cache_is_not_the_model(tiny_files: Files, f
     """An image_kv in its file is used before its checksum is known: NaN there is the file's fault."""
     with Mllama(tiny_files("gqa").one, n_ctx=256) as model:
         expected = model.caption(noisy_image(1), max_tokens=9)
-    (file,) = folder.glob("*.filling")
+    (file,) = folder.glob("*.image_kv")
     data = bytearray(file.read_bytes())
     data[-400:] = b"\xff\x7f" * 200
     file.write_bytes(data)
@@ -342,7 +342,7 @@ def test_keys_that_are_not_finite_are_not_given_out(tiny_files: Files, tmp_path:
         with pytest.raises(ModelError, match="not finite"):
             for token in range(40):  # the first error is that of decoding, if it is not finite itself
                 context.decode([token], -1, 0, "none")
-                context.past_get(context.n_past)
+                context.prefix_kv_get(context.n_past)
         assert context.n_past == 0
     finally:
         context.close()

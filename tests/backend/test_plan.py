@@ -302,7 +302,7 @@ def test_the_plan_of_conversations_that_compute_together(
 
 def cells(talk: Conversation, n_tokens: int) -> int:
     """Bytes of the cells for so many tokens."""
-    return talk.context.past_size(-(-n_tokens // 256) * 256)
+    return talk.context.prefix_kv_size(-(-n_tokens // 256) * 256)
 
 
 @pytest.mark.parametrize("n", [0, -1, 256, 1.5, True, "2"])

@@ -26,6 +26,7 @@ from mllama_gguf.cache.disk import (
     ImageCache,
     default_max_bytes,
 )
+from mllama_gguf.cache.entries import OLD_SUFFIXES
 from mllama_gguf.cache.folder import MARK, MARKER, NAME, make
 from mllama_gguf.cache.identity import weights_sha256
 from mllama_gguf.cli.main import run
@@ -487,6 +488,29 @@ def test_files_of_others_in_our_folder(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
+def test_suffixes_of_earlier_versions(folder: Path) -> None:
+    """Such entries are never read, and go with the next entry that is written, or with the rest."""
+    cache = ImageCache()
+    add(cache, embedding(1))
+    kept = files_in(folder)
+    old = [folder / f"{KEY}{suffix}" for suffix in OLD_SUFFIXES]
+    for path in old:
+        path.write_bytes(b"mllama\0\3" + bytes(100))
+    (folder / "x.filling").write_bytes(b"of another program")
+    assert not cache.has_kv(KEY) and not cache.has_kv(KEY, "prefix_kv")
+    assert (cache.info().n_states, cache.info().n_image_kv, cache.info().n_prefix_kv) == (1, 0, 0)
+    add(cache, embedding(2))
+    assert files_in(folder).keys() > kept.keys() | {"x.filling"}
+    assert not any(path.exists() for path in old)
+    for path in old:
+        path.write_bytes(b"mllama\0\3" + bytes(100))
+        (folder.parent / path.name).write_bytes(path.read_bytes())  # where the first version wrote
+    (folder.parent / f"{'1' * 64}.filling").write_bytes(b"of another program")
+    cache.clear()
+    assert list(files_in(folder.parent)) == [f"{'1' * 64}.filling"]
+    assert files_in(folder).keys() == {MARKER, "x.filling"}
+
+
 def test_the_marker_comes_back(folder: Path) -> None:
     cache = ImageCache()
     add(cache, embedding(1))
@@ -539,7 +563,7 @@ def test_cache_command(folder: Path, tmp_path: Path, tiny_files: Files, capsys: 
     for _ in range(2):
         assert run(["caption", photo, "-m", one, "-n", "5"]) == 0
         assert capsys.readouterr() == expected
-        kinds = (".states", ".filling", ".prefix")
+        kinds = (".states", ".image_kv", ".prefix_kv")
         n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
         assert info("info") == {
             "directory": str(folder), "n_states": 1, "n_image_kv": 1, "n_prefix_kv": 1,

@@ -124,8 +124,9 @@ def test_files_that_change_after_they_were_opened(
 def test_pipes_in_the_cache_are_no_entries(tmp_path: Path) -> None:
     """Nobody would ever write to them."""
     cache = ImageCache(tmp_path, 10**6)
-    for name in ("states", "filling", "prefix", "weights"):
-        os.mkfifo(tmp_path / f"{KEY}.{name}")
+    cache.directory.mkdir()
+    for name in ("states", "image_kv", "prefix_kv", "weights"):
+        os.mkfifo(cache.directory / f"{KEY}.{name}")
     assert cache.read_states(KEY) is None
     assert not cache.has_kv(KEY)
     for kind in ("image_kv", "prefix_kv"):

@@ -19,7 +19,7 @@ Files = Callable[[str], TinyFiles]
 
 
 def prefixes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.prefix")}
+    return {path.name: path.read_bytes() for path in folder.glob("*.prefix_kv")}
 
 
 def ask(path: Path, n_before: int = 5, tokens: int = 3, **options: Any) -> tuple[np.ndarray, int]:
@@ -131,21 +131,21 @@ def test_bytes_of_tokens(tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one, n_ctx=32, image_cache=False) as model:
         context = model._conversation.context
         context.decode([1, 2, 3, 4], -1, 0)
-        data = context.past_get(3)
-        assert data.nbytes == context.past_size(3) == 3 * context.past_size(1) > 0
+        data = context.prefix_kv_get(3)
+        assert data.nbytes == context.prefix_kv_size(3) == 3 * context.prefix_kv_size(1) > 0
         expected = context.decode([9], -1, 0), context.truncate(3), context.decode([7], -1, 0)
         context.clear()
-        context.past_set(3, data)
+        context.prefix_kv_set(3, data)
         assert context.n_past == 3
         np.testing.assert_array_equal(context.decode([7], -1, 0), expected[2])
         for n, given in (
             (3, data[1:]),
             (2, data),
-            (33, np.zeros(context.past_size(33), np.uint8)),
+            (33, np.zeros(context.prefix_kv_size(33), np.uint8)),
             (-1, data),
         ):
             with pytest.raises(RequestError, match="bytes for"):
-                context.past_set(n, given)
+                context.prefix_kv_set(n, given)
         with pytest.raises(RequestError, match="bytes for"):
-            context.past_get(5)
+            context.prefix_kv_get(5)
         assert context.n_past == 4

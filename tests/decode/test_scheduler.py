@@ -238,8 +238,8 @@ def test_a_lost_process_is_never_another_s_sequence(captions: dict[str, str]) ->
         for lost in (
             lambda: old.decode([5], -1, 0),
             lambda: old.truncate(1),
-            lambda: old.past_get(1),
-            lambda: old.past_set(1, old.past_get(1)),
+            lambda: old.prefix_kv_get(1),
+            lambda: old.prefix_kv_set(1, old.prefix_kv_get(1)),
         ):
             with pytest.raises(BackendError, match="lost"):
                 lost()

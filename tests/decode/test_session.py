@@ -45,7 +45,7 @@ class Context:
         return self._next_slot
 
     def image_mapped_size(self, n_tiles: int) -> int:
-        return 0  # see test_fillings
+        return 0  # see cache/test_image_kv
 
     def image_size(self, slot: int, image: int) -> int:
         assert image < len(self.slots[slot])
@@ -248,7 +248,7 @@ def test_lost_caches_are_not_counted_on(made: Made) -> None:
     assert len(made.context.slots) == 1
 
 
-# ---- fillings on disk --------------------------------------------------------------------------------------
+# ---- image_kv on disk --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -284,11 +284,11 @@ def test_what_is_not_saved_yet_is_saved_before_it_goes(disk: ImageCache, then: s
     assert disk.info().n_image_kv == 1
 
 
-def test_a_damaged_filling_is_made_again(disk: ImageCache) -> None:
+def test_a_damaged_image_kv_is_made_again(disk: ImageCache) -> None:
     first = Made(disk)
     first.feed([IMAGE, IMAGE, 1], 7, 8)
     first.session.save()
-    path = disk.directory / f"{8:064x}.filling"
+    path = disk.directory / f"{8:064x}.image_kv"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5] + b"?" + whole[-4:])
     second = Made(disk)

@@ -94,7 +94,7 @@ def test_the_way_of_tokens_into_another_sequence(tiny_files: Files) -> None:
     tokens = list(range(3, 40)) * 9
     for at in range(0, len(tokens), 37):
         context.decode_many([Item(a, tokens[at : at + 37], -1, 0)])
-    context.sequence_set(b, len(tokens), context.sequence_get(a, len(tokens)))
+    context.sequence_prefix_kv_set(b, len(tokens), context.sequence_prefix_kv_get(a, len(tokens)))
     assert context.sequence_n_past(b) == len(tokens)
     one, other = context.decode_many([Item(a, [5], -1, 0), Item(b, [5], -1, 0)])
     np.testing.assert_array_equal(one, other)

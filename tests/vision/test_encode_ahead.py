@@ -494,7 +494,8 @@ def test_the_disk_cache(
         )
     assert captions[1] == captions[0]
     assert entries[1] == entries[0]
-    assert Counter(Path(name).suffix for name in entries[1]) == {".states": 7, ".filling": 7, ".prefix": 1}
+    kinds = Counter(Path(name).suffix for name in entries[1])
+    assert kinds == {".states": 7, ".image_kv": 7, ".prefix_kv": 1}
 
     filled = []
     real = LocalContext.image_fill
@@ -508,7 +509,7 @@ def test_the_disk_cache(
     batch.run(photos, True)
     assert batch.kept() == captions[0]
     assert (len(calls), filled) == (0, [])
-    # Fillings alone: nothing is encoded for what is not asked for.
+    # image_kv alone: nothing is encoded for what is not asked for.
     for path in folder.glob("*.states"):
         path.unlink()
     batch.run(photos, True)
@@ -517,13 +518,13 @@ def test_the_disk_cache(
     # States alone: read, not computed.
     for name, data in entries[1].items():
         (folder / name).write_bytes(data)
-    for path in folder.glob("*.filling"):
+    for path in folder.glob("*.image_kv"):
         path.unlink()
     filled.clear()
     batch.run(photos, True)
     assert batch.kept() == captions[0]
     assert (len(calls), filled) == (0, [True] * 7)
-    assert len(list(folder.glob("*.filling"))) == 7
+    assert len(list(folder.glob("*.image_kv"))) == 7
 
 
 # ---- the command -------------------------------------------------------------------------------------------

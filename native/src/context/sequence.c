@@ -124,13 +124,13 @@ mllama_status mllama_sequence_truncate(mllama_context * ctx, int32_t number, int
     return MLLAMA_OK;
 }
 
-uint64_t mllama_past_size(const mllama_context * ctx, int32_t n_tokens) {
+uint64_t mllama_prefix_kv_size(const mllama_context * ctx, int32_t n_tokens) {
     return n_tokens > 0 ? kv_cache_size(&ctx->own.cache, ctx->model->hp.pub.n_layer, n_tokens) : 0;
 }
 
-static mllama_status check_past(const mllama_context * ctx, int32_t n_tokens, int32_t most, uint64_t n_bytes,
+static mllama_status check_prefix_kv(const mllama_context * ctx, int32_t n_tokens, int32_t most, uint64_t n_bytes,
                                 const void * data) {
-    const uint64_t size = n_tokens >= 0 && n_tokens <= most ? mllama_past_size(ctx, n_tokens) : 0;
+    const uint64_t size = n_tokens >= 0 && n_tokens <= most ? mllama_prefix_kv_size(ctx, n_tokens) : 0;
     if (n_tokens < 0 || n_tokens > most || n_bytes != size || !data) {
         return fail(MLLAMA_ERR_ARGUMENT, "%llu bytes for %d tokens; %d tokens at most, and %llu bytes are possible",
                     (unsigned long long) n_bytes, n_tokens, most, (unsigned long long) size);
@@ -138,22 +138,22 @@ static mllama_status check_past(const mllama_context * ctx, int32_t n_tokens, in
     return context_check_memory(ctx);
 }
 
-mllama_status mllama_sequence_get(mllama_context * ctx, int32_t number, int32_t n_tokens, uint64_t n_bytes,
+mllama_status mllama_sequence_prefix_kv_get(mllama_context * ctx, int32_t number, int32_t n_tokens, uint64_t n_bytes,
                                   void * data) {
     const int32_t n_layer = ctx->model->hp.pub.n_layer;
     sequence *    s;
     TRY(sequence_find(ctx, number, &s));
-    TRY(check_past(ctx, n_tokens, s->n_past, n_bytes, data));
+    TRY(check_prefix_kv(ctx, n_tokens, s->n_past, n_bytes, data));
     TRY(kv_cache_copy(&s->cache, n_layer, n_tokens, data, NULL));
     const bool finite = !ctx->model->damage[PART_TEXT] && kv_cache_finite(&s->cache, n_layer, n_tokens, data);
     return finite ? MLLAMA_OK : sequence_not_finite(ctx, s, "the prompt");
 }
 
-mllama_status mllama_sequence_set(mllama_context * ctx, int32_t number, int32_t n_tokens, uint64_t n_bytes,
+mllama_status mllama_sequence_prefix_kv_set(mllama_context * ctx, int32_t number, int32_t n_tokens, uint64_t n_bytes,
                                   const void * data) {
     sequence * s;
     TRY(sequence_find(ctx, number, &s));
-    TRY(check_past(ctx, n_tokens, s->n_ctx, n_bytes, data));
+    TRY(check_prefix_kv(ctx, n_tokens, s->n_ctx, n_bytes, data));
     TRY(sequence_grow(ctx, s, n_tokens));
     s->n_past = 0; // what a failure leaves is worth nothing
     TRY(kv_cache_copy(&s->cache, ctx->model->hp.pub.n_layer, n_tokens, NULL, data));
@@ -171,10 +171,10 @@ mllama_status mllama_truncate(mllama_context * ctx, int32_t n_past) {
     return mllama_sequence_truncate(ctx, 0, n_past);
 }
 
-mllama_status mllama_past_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
-    return mllama_sequence_get(ctx, 0, n_tokens, n_bytes, data);
+mllama_status mllama_prefix_kv_get(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, void * data) {
+    return mllama_sequence_prefix_kv_get(ctx, 0, n_tokens, n_bytes, data);
 }
 
-mllama_status mllama_past_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {
-    return mllama_sequence_set(ctx, 0, n_tokens, n_bytes, data);
+mllama_status mllama_prefix_kv_set(mllama_context * ctx, int32_t n_tokens, uint64_t n_bytes, const void * data) {
+    return mllama_sequence_prefix_kv_set(ctx, 0, n_tokens, n_bytes, data);
 }

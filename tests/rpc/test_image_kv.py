@@ -70,7 +70,7 @@ def test_another_worker_is_another_key(workers: tuple[str, str], tiny_files: Fil
     for n, worker in enumerate((*workers, workers[0]), 1):
         with Mllama(tiny_files("gqa").one, rpc_servers=[worker], n_gpu_layers=-1, n_threads=1) as model:
             model.caption(noisy_image(1), max_tokens=2)
-        for kind in ("states", "filling"):
+        for kind in ("states", "image_kv"):
             assert len(list(folder.glob(f"*.{kind}"))) == min(n, 2)
 
 
@@ -83,7 +83,7 @@ def test_a_worker_dies_while_a_picture_is_copied(
     with Mllama(tiny_files("gqa").one, **settings) as model:
         expected = model.caption(noisy_image(1), max_tokens=9)
     if call == "image_get":
-        (path,) = folder.glob("*.filling")
+        (path,) = folder.glob("*.image_kv")
         path.unlink()
     with Mllama(tiny_files("gqa").one, **settings) as model:
         original = getattr(model._conversation.context, call)
@@ -98,7 +98,7 @@ def test_a_worker_dies_while_a_picture_is_copied(
         delattr(model._conversation.context, call)
         worker.start()
         assert model.caption(noisy_image(1), max_tokens=9) == expected
-    assert len(list(folder.glob("*.filling"))) == 1
+    assert len(list(folder.glob("*.image_kv"))) == 1
     assert not list(folder.glob(".*"))
 
 
@@ -117,4 +117,4 @@ def test_a_prefix_on_workers(workers: tuple[str, str], tiny_files: Files, folder
             cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
             found.append((cached > 0, reply["choices"][0]["message"]["content"]))
     assert found == [(n == 2, found[0][1]) for n in range(3)]
-    assert len(list(folder.glob("*.prefix"))) == 1
+    assert len(list(folder.glob("*.prefix_kv"))) == 1

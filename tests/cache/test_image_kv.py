@@ -28,8 +28,8 @@ from mllama_gguf.gguf.reader import read_gguf
 Files = Callable[[str], TinyFiles]
 
 
-def fillings(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.filling")}
+def image_kv_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.image_kv")}
 
 
 class Watched:
@@ -93,14 +93,14 @@ def test_answers_are_the_same_to_the_bit(
         assert (watched.encoded == 0) == (watched.filled == 0) == (len(answers) == 3)
     assert np.array_equal(answers[1], answers[0])
     assert np.array_equal(answers[2], answers[0])
-    kept = fillings(folder)
+    kept = image_kv_files(folder)
     assert len(kept) == len({p.key for p in prompt.images})
     for name in kept:
         (folder / name).unlink()
     with watched.open(*paths, n_threads=2, **settings) as model:
         model.logits(prompt.tokens, images)
     assert watched.filled
-    assert fillings(folder) == kept
+    assert image_kv_files(folder) == kept
 
 
 def test_a_picture_is_the_same_beside_others(folder: Path, tiny_files: Files, watched: Watched) -> None:
@@ -125,21 +125,21 @@ def test_the_first_piece_does_not_wait(folder: Path, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one) as model:
         pieces = model.caption(noisy_image(1), stream=True, max_tokens=50)
         next(pieces)
-        assert not fillings(folder)
+        assert not image_kv_files(folder)
         next(pieces)
-        assert len(fillings(folder)) == 1
+        assert len(image_kv_files(folder)) == 1
 
 
 def test_a_reply_of_one_token(folder: Path, tiny_files: Files) -> None:
     with Mllama(tiny_files("gqa").one) as model:
         model.caption(noisy_image(1), max_tokens=1)
-        assert not fillings(folder)
+        assert not image_kv_files(folder)
         model.caption(noisy_image(2), max_tokens=1)
-        assert len(fillings(folder)) == 1
+        assert len(image_kv_files(folder)) == 1
         model.reset()
-        assert len(fillings(folder)) == 2
+        assert len(image_kv_files(folder)) == 2
         model.caption(noisy_image(3), max_tokens=1)
-    assert len(fillings(folder)) == 3
+    assert len(image_kv_files(folder)) == 3
 
 
 def test_states_are_not_even_read(folder: Path, tiny_files: Files, watched: Watched) -> None:
@@ -162,7 +162,7 @@ def test_states_are_not_even_read(folder: Path, tiny_files: Files, watched: Watc
 
 @pytest.mark.parametrize("with_states", [True, False])
 @pytest.mark.parametrize("at", [0, 20, 40, 47, 48, -1000, -5, -1, None])
-def test_a_damaged_filling(
+def test_a_damaged_image_kv(
     folder: Path,
     tiny_files: Files,
     watched: Watched,
@@ -172,7 +172,7 @@ def test_a_damaged_filling(
 ) -> None:
     with watched.open(tiny_files("gqa").one) as model:
         expected = model.caption(noisy_image(1), max_tokens=9)
-    ((name, whole),) = fillings(folder).items()
+    ((name, whole),) = image_kv_files(folder).items()
     data = bytearray(whole)
     if at is None:
         del data[-1]
@@ -185,7 +185,7 @@ def test_a_damaged_filling(
         assert model.caption(noisy_image(1), max_tokens=9) == expected
         assert len(model._conversation.session.slots) == 1
     assert (watched.encoded, watched.filled) == (not with_states, 1)
-    assert fillings(folder) == {name: whole}
+    assert image_kv_files(folder) == {name: whole}
     (record,) = [r for r in caplog.records if r.name == "mllama_gguf.cache.disk"]
     assert "the entry is dropped" in record.getMessage()
 
@@ -213,7 +213,7 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
             model.caption(noisy_image(1), max_tokens=9)
         stop = False
         setattr(model._conversation.context, asked, size)
-        before = len(fillings(folder))
+        before = len(image_kv_files(folder))
         answer = model.caption(noisy_image(1), max_tokens=9)
         assert len(model._conversation.session.slots) == 1
     assert before == (call != "image_get")
@@ -238,9 +238,9 @@ def test_a_picture_alone_stays_in_its_file(
         assert n_bytes == model._conversation.context.image_mapped_size(4)
         with pytest.raises(RequestError, match="only read"):
             model._conversation.context.image_set(slot, 0, 0, np.zeros(1, np.uint8))
-        ((_, whole),) = fillings(folder).items()
+        ((_, whole),) = image_kv_files(folder).items()
         assert model._conversation.context.image_get(slot, 0, 0, n_bytes).tobytes() == whole[64:-4]
-        for path in folder.glob("*.filling"):
+        for path in folder.glob("*.image_kv"):
             path.unlink()
         assert text + "".join(pieces) == expected
         assert model.caption(noisy_image(1), max_tokens=9) == expected
@@ -290,7 +290,7 @@ def test_embeddings(folder: Path, tiny_files: Files, watched: Watched) -> None:
         model.caption(ours, max_tokens=2)
         model.caption(ImageEmbedding(ours.states.copy(), 1, "mine"), max_tokens=2)
         model.caption(ImageEmbedding(ours.states.copy(), 1), max_tokens=2)
-    assert len(fillings(folder)) == 1
+    assert len(image_kv_files(folder)) == 1
     assert watched.filled == 3
     with watched.open(tiny_files("gqa").one) as model:
         model.caption(model.encode_image(noisy_image(1)), max_tokens=2)
@@ -309,7 +309,7 @@ def test_what_makes_a_key(folder: Path, tmp_path: Path, tiny_files: Files, watch
     def n_image_kv(**options: Any) -> int:
         with watched.open(text, files.mmproj, **options) as model:
             model.caption(noisy_image(1), max_tokens=2)
-        return len(fillings(folder))
+        return len(image_kv_files(folder))
 
     assert n_image_kv() == 1
     for same in (
@@ -361,7 +361,7 @@ def test_every_part_of_a_split_model_is_looked_at(folder: Path, tmp_path: Path) 
 # ---- room --------------------------------------------------------------------------------------------------
 
 
-def test_fillings_have_half_of_the_room(tmp_path: Path) -> None:
+def test_image_kv_has_half_of_the_room(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, 100_000)
     rng = np.random.default_rng(0)
 
