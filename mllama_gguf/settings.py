@@ -40,10 +40,12 @@ class Option(NamedTuple):
 
     names:   as `click.option` takes them, the one to show first; of the form "--x/--no-x" for a switch
     metavar: what stands for the value; "": the option is a flag
+    holds:   what the file holds, for an option that names a file whose text is the value
     """
 
     names: tuple[str, ...]
     metavar: str = ""
+    holds: str = ""
 
 
 class Description(NamedTuple):
@@ -135,6 +137,7 @@ class Settings:
         False,
         Switch(),
         "Compute in a child process, whose crash is an error and not the end; always so with workers.",
+        Option(("--isolate",)),
     )
     n_ctx: int | None = _setting(
         4096,
@@ -210,8 +213,9 @@ class Settings:
     chat_template: str | None = _setting(
         None,
         Text("the source of a Jinja template"),
-        "Use this Jinja source in place of the file's chat template.",
-        none="the file's",
+        "Use this Jinja template for prompts.",
+        Option(("--chat-template",), "FILE", holds="chat template"),
+        none="the model's",
     )
     image_cache: bool | Path = _setting(
         True,
@@ -294,10 +298,11 @@ def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_options(settings: Mapping[str, Any]) -> str:
-    """Settings as one types them on the command line; those without an option are left out."""
+    """Settings as one types them on the command line; those without an option, and texts of files, are left
+    out."""
     words = []
     for name, about in DESCRIPTIONS.items():
-        if settings.get(name) in (None, ()) or about.option is None:
+        if settings.get(name) in (None, ()) or about.option is None or about.option.holds:
             continue
         option, value = about.option, settings[name]
         if option.metavar:

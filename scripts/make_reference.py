@@ -62,7 +62,12 @@ def reference() -> str:
                 if own:
                     lines += ["| option | |", "| --- | --- |", *(row(context, one) for one in own), ""]
                 if opens:
-                    lines += ["And the [options of a model](#options-of-a-model).", ""]
+                    left_out = sorted(MODEL - {str(one.name) for one in options})
+                    words = ", ".join(f"`--{one.replace('_', '-')}`" for one in left_out)
+                    lines += [
+                        f"And the [options of a model](#options-of-a-model){words and f', without {words}'}.",
+                        "",
+                    ]
                 parts.append("\n".join(lines))
     parts.append("## Options of a model\n\n| option | |\n| --- | --- |\n" + "\n".join(shared.values()) + "\n")
     return "\n".join(parts)

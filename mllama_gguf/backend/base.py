@@ -201,3 +201,13 @@ class SharedContext(Context, Protocol):
         and its sequence is then empty; a BackendError if its sequence was lost with its process. After an
         error of the whole call no sequence has changed.
         """
+
+
+def open_encoder(
+    model: Model, callbacks: Callbacks, *, n_threads: int, flash_attn: bool, cpu_kernel: str = ""
+) -> Context:
+    """A context that only encodes images. Raises BackendError."""
+    # A cache of tokens cannot be left out, but be as small as can be.
+    return model.open_context(
+        callbacks, n_ctx=1, n_batch=1, n_threads=n_threads, flash_attn=flash_attn, cpu_kernel=cpu_kernel
+    )

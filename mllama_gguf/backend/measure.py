@@ -9,6 +9,7 @@ from typing import Any
 
 from ..cpus import default_threads
 from ..settings import DEFAULTS
+from .base import open_encoder
 from .callbacks import Callbacks
 from .library import load as load_native
 from .local import devices, open_model
@@ -58,8 +59,12 @@ def measure(
             context.reserve_many(parallel, n_ctx, n_tiles)
             if not n_tiles:
                 return context.memory(), h
-            flash_attn = context_settings.get("flash_attn", True)
-            encoder = model.open_context(callbacks, n_ctx=1, n_batch=1, flash_attn=flash_attn)
+            encoder = open_encoder(
+                model,
+                callbacks,
+                n_threads=context_settings["n_threads"],
+                flash_attn=context_settings.get("flash_attn", DEFAULTS["flash_attn"]),
+            )
             try:
                 return context.memory().with_encoder(encoder.memory()), h
             finally:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from .. import cpus
 from ..errors import BackendError, OutOfMemoryError
 from ..settings import Settings
-from .base import Context, Model, SharedContext
+from .base import Context, Model, SharedContext, open_encoder
 from .callbacks import Callbacks
 from .isolated import IsolatedModel
 from .library import load
@@ -71,11 +71,9 @@ class Backend:
 
     def open_encoder(self, callbacks: Callbacks, n_threads: int) -> Context:
         """A context that only encodes images. Raises BackendError."""
-        # A cache of tokens cannot be left out, but be as small as can be.
-        return self.model.open_context(
+        return open_encoder(
+            self.model,
             callbacks,
-            n_ctx=1,
-            n_batch=1,
             n_threads=n_threads,
             flash_attn=self.settings.flash_attn,
             cpu_kernel=self.cpu_kernel,

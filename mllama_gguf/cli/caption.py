@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -73,11 +72,9 @@ def caption_command(
 
     if not no_tuned:
         choice = with_tuned(choice)
-    if asked.chat_template is not None:
-        choice = replace(choice, settings={**choice.settings, "chat_template": asked.chat_template})
     options = asked.caption_options(batch.prefix, batch.suffix)
     if batch.wanted:
-        return run_batch(images, batch, options, as_json, choice, asked.inputs)
+        return run_batch(images, batch, options, as_json, choice, (*asked.inputs, *choice.inputs))
     if images.count("-") > 1:
         raise click.UsageError("standard input (-) holds one image")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from ..cpus import MAX_THREADS
 from ..errors import MllamaError
 from ..words import show_size
+from .options import setting_option
 from .progress import transfer_bar
 from .terminal import echo
 
@@ -54,13 +54,7 @@ TYPES = (*VISION_TYPES, "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0")
     type=click.Choice(VISION_TYPES),
     help="Type of the vision matrices.  [default: as --type, bf16 for a quantized type]",
 )
-@click.option(
-    "-t",
-    "--threads",
-    metavar="N",
-    type=click.IntRange(1, MAX_THREADS),
-    help="CPU threads.  [default: all usable]",
-)
+@setting_option("n_threads", default="all usable CPUs")
 @click.option("--overwrite", is_flag=True, help="Replace the outputs if they are GGUF files.")
 def convert_command(
     hf_dir: Path,
@@ -69,7 +63,7 @@ def convert_command(
     single_file: bool,
     text_type: str,
     vision_type: str | None,
-    threads: int | None,
+    n_threads: int | None,
     overwrite: bool,
 ) -> None:
     """Convert the Hugging Face checkpoint in HF_DIR (Llama 3.2 Vision) to GGUF.
@@ -93,7 +87,7 @@ def convert_command(
                 single_file=single_file,
                 type=text_type,
                 vision_type=vision_type,  # type: ignore[arg-type]  # one of VISION_TYPES
-                n_threads=threads,
+                n_threads=n_threads,
                 overwrite=overwrite,
                 progress=bar and partial(bar, "convert"),
                 warn=lambda words: echo(f"Note: {words}", err=True),

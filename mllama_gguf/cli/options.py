@@ -13,8 +13,9 @@ from click.core import ParameterSource
 
 from ..checks import Switch, checked
 from ..errors import RequestError
+from ..reading import read_text
 from ..settings import DEFAULTS, DESCRIPTIONS, Description
-from ..words import one_line
+from ..words import one_line, os_reason, show_name
 from .verbose import verbose_option
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,12 +34,17 @@ def given(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model that the options name. settings: those that the user gave, by the names of `Settings`."""
+    """The model that the options name.
+
+    settings: those that the user gave, by the names of `Settings`
+    inputs:   the files that were read for them
+    """
 
     name: str
     mmproj: str | None
     verify: bool
     settings: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
 
 
 def model_options(command: F) -> F:
@@ -59,25 +65,33 @@ no_tuned_option = click.option(
 )
 
 
-def settings_options(only: Collection[str] | None = None, *, several: bool = False) -> Callable[[F], F]:
+def settings_options(*, without: Collection[str] = (), several: bool = False) -> Callable[[F], F]:
     """The options of a model and of its settings; the command takes them as `choice`, a ModelChoice.
 
-    only:    names of the settings that the command obeys; None: all
+    without: names of settings that mean nothing to the command
     several: see `many_models_options`
     """
-    offered = {
-        name: about for name, about in DESCRIPTIONS.items() if about.option and (only is None or name in only)
-    }
+    offered = {name: about for name, about in DESCRIPTIONS.items() if about.option and name not in without}
 
     def decorate(command: Callable[..., Any]) -> Any:
         @wraps(command)
         def run(*, model: Any, mmproj: str | None, verify: bool, **values: Any) -> Any:
             settings = {name: values[name] for name in offered if given(name)}
+            files = {
+                name: settings[name]
+                for name, about in offered.items()
+                if name in settings and about.option and about.option.holds
+            }
+            for name, path in files.items():
+                option = offered[name].option
+                assert option is not None
+                settings[name] = read_file(path, option.holds)
             others = {name: value for name, value in values.items() if name not in offered}
             if several:
                 others["models"] = model
                 model = next(iter(model), "")
-            return command(choice=ModelChoice(model, mmproj, verify, settings), **others)
+            choice = ModelChoice(model, mmproj, verify, settings, tuple(files.values()))
+            return command(choice=choice, **others)
 
         wrapped: Any = run
         options = (
@@ -124,29 +138,49 @@ _MMPROJ = click.option(
 )
 
 
-def _option(name: str, about: Description) -> Callable[[F], F]:
+def setting_option(name: str, help: str = "", default: str = "") -> Callable[[F], F]:
+    """The option of one setting, for a command that opens no model; the command takes it by the setting's
+    name, None if it is not given. help, default: words in place of the setting's."""
+    return _option(name, DESCRIPTIONS[name], help, default)
+
+
+def read_file(path: str, what: str) -> str:
+    """The text of a file that an option names. Raises RequestError."""
+    try:
+        return read_text(path)
+    except OSError as e:
+        raise RequestError(f"{show_name(path)}: the {what} cannot be read: {os_reason(e)}") from e
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{show_name(path)}: the {what} is not UTF-8") from e
+
+
+def _option(name: str, about: Description, help: str = "", shown: str = "") -> Callable[[F], F]:
     """The option of a setting."""
     option, default = about.option, DEFAULTS[name]
     assert option is not None
+    if not shown:
+        shown = about.none if default is None else about.check.show(default)
+    help = help or about.help
+    words = f"{help}  [default: {shown}]" if shown else help
+    if option.holds:
+        return click.option(*option.names, name, metavar=option.metavar, type=click.Path(), help=words)
     if not option.metavar:
         if "/" in option.names[0]:
             return click.option(*option.names, name, default=None, help=about.help)
         # A flag alone can only say the other value.
         return click.option(*option.names, name, flag_value=not default, default=None, help=about.help)
 
-    def read(ctx: click.Context, param: click.Parameter, words: str | None) -> Any:
-        if words is None:
+    def read(ctx: click.Context, param: click.Parameter, given_words: str | None) -> Any:
+        if given_words is None:
             return None
         try:
-            value = about.check.parse(words)
+            value = about.check.parse(given_words)
         except ValueError:
             wanted = "on or off" if isinstance(about.check, Switch) else about.check.words
-            raise click.BadParameter(f"must be {wanted}, not {one_line(repr(words))}") from None
+            raise click.BadParameter(f"must be {wanted}, not {one_line(repr(given_words))}") from None
         try:
             return checked("value", about.check, value)
         except RequestError as e:
             raise click.BadParameter(re.sub("^value:? ", "", str(e))) from None
 
-    shown = about.none if default is None else about.check.show(default)
-    words = f"{about.help}  [default: {shown}]" if shown else about.help
     return click.option(*option.names, name, metavar=option.metavar, callback=read, help=words)

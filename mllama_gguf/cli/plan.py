@@ -9,8 +9,8 @@ import click
 
 from ..settings import MAX_PARALLEL
 from ..words import show_size
-from .opening import find_files, settings_of
-from .options import ModelChoice, model_options
+from .opening import find_files, settings_of, with_tuned
+from .options import ModelChoice, no_tuned_option, settings_options
 from .terminal import echo, echo_json, table_width
 
 if TYPE_CHECKING:
@@ -41,9 +41,15 @@ COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "sta
     help="Count N conversations that compute together, each with n_ctx tokens and a picture.  [default: 1]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@model_options
+@no_tuned_option
+@settings_options(without=("chat_template",))  # no prompt is written
 def plan_command(
-    model_argument: str | None, budget: str | None, parallel: int, as_json: bool, choice: ModelChoice
+    model_argument: str | None,
+    budget: str | None,
+    parallel: int,
+    as_json: bool,
+    no_tuned: bool,
+    choice: ModelChoice,
 ) -> None:
     """Show the memory that each number of offloaded layers needs on each device, and the largest that fits.
 
@@ -55,10 +61,13 @@ def plan_command(
 
     if model_argument is not None:
         choice = replace(choice, name=model_argument)
+    asked_layers = "n_gpu_layers" in choice.settings
+    if not no_tuned:
+        choice = with_tuned(choice)
     files = find_files(choice)
     settings = settings_of(choice, files).as_dict()
     layers = settings.pop("n_gpu_layers")
-    if layers == "auto" or "n_gpu_layers" not in choice.settings:
+    if layers == "auto" or not asked_layers:
         layers = None
     plan = make_plan(
         files.text, files.mmproj, budget=budget, n_gpu_layers=layers, parallel=parallel, **settings

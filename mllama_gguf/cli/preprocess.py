@@ -17,6 +17,7 @@ from ..files import Kind, cannot_write, check_folder, check_output, replacing
 from ..vision.drawing import TileDrawing
 from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
 from ..words import printable
+from .options import setting_option
 from .replies import allow_truncated_option, max_pixels_option
 from .terminal import echo, echo_json
 
@@ -55,17 +56,13 @@ PIXELS = Kind("NumPy file of pixels", lambda file: npy_shape(file)[1:2] == (3,))
     type=click.IntRange(1, MOST_TILE_SIZE),
     help=f"Side of a tile in pixels.  [default: the model's, or {TILE_SIZE}]",
 )
-@click.option(
-    "--max-tiles",
-    type=click.IntRange(1, MOST_TILES),
-    help=f"Cut an image into at most N tiles.  [default: the model's, or {MAX_TILES}]",
-    metavar="N",
-)
+@setting_option("max_tiles", default=f"the model's, or {MAX_TILES}")
 @click.option(
     "-m",
     "--model",
     metavar="NAME|PATH",
-    help="Take both from a model: the GGUF file that holds the vision encoder, or a bundled model's name.",
+    help="Take the size and number of tiles from a model: the GGUF file that holds the vision encoder, or a "
+    "bundled model's name.",
 )
 @max_pixels_option
 @allow_truncated_option

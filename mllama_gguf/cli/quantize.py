@@ -7,8 +7,8 @@ from functools import partial
 
 import click
 
-from ..cpus import MAX_THREADS
 from ..words import show_size
+from .options import setting_option
 from .progress import transfer_bar
 from .terminal import echo, echo_json
 from .verbose import verbose_option
@@ -32,13 +32,7 @@ TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
     required=True,
     help="Type of the text matrices; q4_k_m and q5_k_m give more bits to the tensors that need them.",
 )
-@click.option(
-    "-t",
-    "--threads",
-    metavar="N",
-    type=click.IntRange(1, MAX_THREADS),
-    help="CPU threads.  [default: all usable]",
-)
+@setting_option("n_threads", default="all usable CPUs")
 @click.option("--allow-requantize", is_flag=True, help="Accept a quantized model; it loses more.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.gguf if it is a GGUF file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -47,7 +41,7 @@ def quantize_command(
     source: str,
     out: str,
     target: str,
-    threads: int | None,
+    n_threads: int | None,
     allow_requantize: bool,
     overwrite: bool,
     as_json: bool,
@@ -69,7 +63,7 @@ def quantize_command(
             out,
             target,
             progress=bar and partial(bar, "quantize"),
-            n_threads=threads,
+            n_threads=n_threads,
             allow_requantize=allow_requantize,
             overwrite=overwrite,
             warn=lambda words: echo(f"Note: {words}", err=True),

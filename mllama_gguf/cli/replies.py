@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RequestError
-from ..reading import read_text
 from ..settings import DEFAULT_PROMPT
-from ..words import os_reason, show_name
-from .options import F
+from .options import F, read_file
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
@@ -34,13 +31,11 @@ SAMPLING = (
 class ReplyChoice:
     """The values of `reply_options`.
 
-    inputs:        the files that were read
-    chat_template: Jinja source, or None
-    values:        arguments of `CaptionOptions`
+    inputs: the files that were read
+    values: arguments of `CaptionOptions`
     """
 
     inputs: tuple[str, ...]
-    chat_template: str | None
     values: Mapping[str, Any]
 
     def caption_options(self, prefix: str = "", suffix: str = "") -> CaptionOptions:
@@ -94,12 +89,6 @@ _OPTIONS = (
         metavar="TEXT",
         default="",
         help="Begin every reply with TEXT, as in 'A photo of'; the model goes on from there.",
-    ),
-    click.option(
-        "--chat-template",
-        metavar="FILE",
-        type=click.Path(),
-        help="Use the Jinja template in FILE in place of the model's.",
     ),
     click.option(
         "--json-schema",
@@ -200,7 +189,6 @@ _NAMES = (
     "prompt_file",
     "system",
     "begin",
-    "chat_template",
     "json_schema",
     "regex",
     "grammar",
@@ -218,7 +206,6 @@ def _choice(
     *,
     prompt: str | None,
     prompt_file: str | None,
-    chat_template: str | None,
     json_schema: str | None,
     regex: str | None,
     grammar: str | None,
@@ -235,7 +222,7 @@ def _choice(
     if any(not text for text in stop):
         raise click.UsageError("--stop takes a text, which cannot be empty")
     if prompt_file is not None:
-        prompt = _read(prompt_file, "prompt").rstrip("\n")
+        prompt = read_file(prompt_file, "prompt").rstrip("\n")
     form = None if regex is None else {"type": "regex", "regex": regex}
     sampling = {name: values.pop(name) for name in SAMPLING if name in values} | {"stop": stop or None}
     arguments = {
@@ -245,16 +232,5 @@ def _choice(
         "sampling": {name: value for name, value in sampling.items() if value is not None},
         **values,
     }
-    template = None if chat_template is None else _read(chat_template, "chat template")
-    inputs = (prompt_file, chat_template, json_schema, grammar)
-    return ReplyChoice(tuple(path for path in inputs if path), template, arguments)
-
-
-def _read(path: str, what: str) -> str:
-    """The text of a file. Raises RequestError."""
-    try:
-        return read_text(path)
-    except OSError as e:
-        raise RequestError(f"{show_name(path)}: the {what} cannot be read: {os_reason(e)}") from e
-    except UnicodeDecodeError as e:
-        raise RequestError(f"{show_name(path)}: the {what} is not UTF-8") from e
+    inputs = (prompt_file, json_schema, grammar)
+    return ReplyChoice(tuple(path for path in inputs if path), arguments)

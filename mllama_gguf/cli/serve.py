@@ -105,16 +105,12 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
 @click.option(
     "--ollama-version", metavar="VERSION", help="Tell programs this version of Ollama.  [default: 0.24.0]"
 )
-@click.option(
-    "--isolate", is_flag=True, help="Compute in a child process, whose crash is one failed request."
-)
 @no_cache_option
 @click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found.")
 @many_models_options
 def serve_command(
     models: tuple[str, ...],
     choice: ModelChoice,
-    isolate: bool,
     no_cache: bool,
     no_tuned: bool,
     **options: Any,
@@ -139,7 +135,7 @@ def serve_command(
     n_ctx = from_ollama.pop("n_ctx", None)
     settings = _server_settings(from_ollama, options)
     given_settings = {**({} if n_ctx is None else {"n_ctx": n_ctx}), **choice.settings}
-    opening = Opening(given_settings, not no_cache, isolate, choice.verify, not no_tuned)
+    opening = Opening(given_settings, not no_cache, choice.verify, not no_tuned)
     if not models and (words := os.environ.get("MLLAMA_MODEL")):
         models = (words,)
     if choice.mmproj and len(models) != 1:

@@ -63,7 +63,7 @@ def trace_command(
     from .preprocess import npy_shape, save_npy, write_output
 
     kind = Kind("NumPy file of `mllama trace`", lambda file: len(npy_shape(file)) >= 0)
-    inputs = [image, choice.name, *([choice.mmproj] if choice.mmproj else [])]
+    inputs = [image, choice.name, *([choice.mmproj] if choice.mmproj else []), *choice.inputs]
     folder = None if out is None else check_folder(out)
     if folder is not None:
         try:

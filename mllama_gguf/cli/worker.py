@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import click
 
-from ..cpus import MAX_THREADS
-from ..settings import DEFAULTS, DESCRIPTIONS, Precision
-from .options import comma_list
+from ..settings import DEFAULTS, Precision
+from .options import comma_list, setting_option
 from .terminal import echo
 from .verbose import verbose_option
 
@@ -29,29 +26,17 @@ from .verbose import verbose_option
     callback=comma_list,
     help="Devices to serve, named as in `mllama devices`.  [default: the GPUs, else the CPU]",
 )
-@click.option(
-    "-t",
-    "--threads",
-    metavar="THREADS",
-    type=click.IntRange(1, MAX_THREADS),
-    help="Use THREADS CPU threads.  [default: all CPUs]",
-)
+@setting_option("n_threads", default="all usable CPUs")
 @click.option("--cache", is_flag=True, help="Keep large weights on disk for the next client.")
-@click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    default=DEFAULTS["precision"],
-    show_default=True,
-    help=DESCRIPTIONS["precision"].help,
-)
+@setting_option("precision")
 @verbose_option
 def worker_command(
     host: str,
     port: int,
     devices: list[str] | None,
-    threads: int | None,
+    n_threads: int | None,
     cache: bool,
-    precision: Precision,
+    precision: Precision | None,
 ) -> None:
     """Serve this machine's devices over ggml's RPC protocol, until Ctrl-C.
 
@@ -73,7 +58,7 @@ def worker_command(
         address,
         port,
         names=devices,
-        n_threads=threads or usable_cpus(),
+        n_threads=n_threads or usable_cpus(),
         cache_dir=user_cache_path("mllama_gguf") / "rpc" if cache else None,
-        precision=precision,
+        precision=precision or DEFAULTS["precision"],
     )

@@ -43,14 +43,12 @@ class Opening:
 
     given:       the settings that the user gave
     image_cache: keep the results of images on disk
-    isolate:     in a child process
     verify:      check the files' sha256 first
     tuned:       use what `mllama tune` found where the user gave nothing
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
     image_cache: bool = True
-    isolate: bool = False
     verify: bool = False
     tuned: bool = True
 
@@ -60,8 +58,8 @@ class Opening:
         tuned: Mapping[str, Any] = {}
         if self.tuned:
             tuned = read_tuned(lambda: key_of(files.paths, offload_settings(self.given)))
-        own = {"image_cache": self.image_cache, "isolate": self.isolate}
-        return Settings.checked({**files.parameters, **tuned, **self.given, **own})
+        own = {**files.parameters, **tuned, **self.given, "image_cache": self.image_cache}
+        return Settings.checked(own)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from helpers import TinyFiles
 from mllama_gguf import Mllama, ModelError
 from mllama_gguf.cli.main import run
 from mllama_gguf.settings import DEFAULTS, DESCRIPTIONS, Settings
+from mllama_gguf.store.resolve import BUNDLED
 from mllama_gguf.tune.saved import key_of, write_tuned
 
 Files = Callable[[str], TinyFiles]
 Captured = pytest.CaptureFixture[str]
+TEMPLATE = str(Path(__file__).parents[2] / "LICENSE")  # any text
 APPLE = str(Path(__file__).parents[2] / "examples" / "apple.png")
 COMMANDS = ("caption", "chat", "plan", "serve", "trace", "tune")
 
@@ -40,7 +42,7 @@ def test_every_option_is_in_the_help(command: str, capsys: Captured) -> None:
     assert run([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name, about in DESCRIPTIONS.items():
-        if about.option is not None:
+        if about.option is not None and (command, name) != ("plan", "chat_template"):  # it writes no prompt
             assert ", ".join(about.option.names).replace("/", " / ") in shown, name
             assert about.help in shown
     assert "[default: 4096]" in shown and "[default: by free memory]" in shown
@@ -68,6 +70,8 @@ def test_every_option_is_in_the_help(command: str, capsys: Captured) -> None:
         (["--max-tiles", "1"], {"max_tiles": 1}),
         (["--repack"], {"repack": True}),
         (["--no-repack"], {"repack": False}),
+        (["--isolate"], {"isolate": True}),
+        (["--chat-template", TEMPLATE], {"chat_template": Path(TEMPLATE).read_text()}),
         (["--allow-quantized-vision"], {"allow_quantized_vision": True}),
         ([], {}),
     ],
@@ -123,6 +127,9 @@ def plan(capsys: Captured, *args: str) -> dict[str, int]:
 def test_plan_obeys_what_it_offers(capsys: Captured) -> None:
     base = plan(capsys, "-t", "1")
     assert plan(capsys, "-t", "64")["vision"] > base["vision"], "each thread has a buffer in the encoder"
+    # Conversations that compute together have an encoder beside them, with as many threads.
+    together = plan(capsys, "-t", "1", "--parallel", "2")["vision"]
+    assert plan(capsys, "-t", "64", "--parallel", "2")["vision"] > together
     assert plan(capsys, "-t", "1", "-ctk", "f32")["self_kv"] == base["self_kv"] * 3 // 2
     assert plan(capsys, "-t", "1", "-ctv", "f32")["self_kv"] == base["self_kv"] * 3 // 2
     copied = plan(capsys, "-t", "1", "--no-mmap")
@@ -155,8 +162,6 @@ def test_verify_is_obeyed(command: str, tiny_files: Files, tmp_path: Path, capsy
 
 
 def test_what_is_given_wins_over_tuned_settings(opened: list[dict[str, Any]], capsys: Captured) -> None:
-    from mllama_gguf.store.resolve import BUNDLED
-
     demo = BUNDLED["demo"]
     write_tuned(key_of([demo], {}), {"n_batch": 64, "n_threads": 1, "flash_attn": False}, {})
     assert run(["caption", APPLE, "-b", "512", "-fa", "on"]) == 1
@@ -168,3 +173,37 @@ def test_what_is_given_wins_over_tuned_settings(opened: list[dict[str, Any]], ca
     write_tuned(key_of([demo], {"offload_kqv": False}), {"n_batch": 32}, {})
     assert run(["caption", APPLE, "--no-kv-offload"]) == 1
     assert opened.pop()["n_batch"] == 32
+
+
+def test_serve_opens_models_with_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def refuse(settings: Any, catalog: Any, opening: Any) -> None:
+        seen.append(opening)
+        raise ModelError("not opened")
+
+    monkeypatch.setattr("mllama_gguf.server.app.make_service", refuse)
+    given = ["--isolate", "--chat-template", TEMPLATE, "-t", "2", "--max-tiles", "1"]
+    assert run(["serve", "-m", "demo", "--port", "0", *given]) == 1
+    (opening,) = seen
+    text = Path(TEMPLATE).read_text()
+    assert dict(opening.given) == {"isolate": True, "chat_template": text, "n_threads": 2, "max_tiles": 1}
+
+
+def test_the_plan_is_of_the_tuned_settings(capsys: Captured) -> None:
+    """As `mllama caption` would open it; but each number of layers is shown."""
+    write_tuned(key_of([BUNDLED["demo"]], {}), {"n_gpu_layers": 1, "n_batch": 8, "n_threads": 1}, {})
+    tuned = plan(capsys)
+    assert run(["plan", "demo"]) == 0
+    shown = capsys.readouterr()
+    assert "Tuned settings: -ngl 1 -t 1 -b 8 (" in shown.err
+    assert shown.out.splitlines()[-1] == "There is no device to offload to: everything runs on the CPU."
+    assert tuned == plan(capsys, "-t", "1", "-b", "8") != plan(capsys, "--no-tuned")
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "worker", "preprocess"])
+def test_commands_without_a_model_have_the_same_options(command: str, capsys: Captured) -> None:
+    name, wrong = ("--max-tiles", "65") if command == "preprocess" else ("-t", "0")
+    args = {"convert": [".", "-o", "x.gguf"], "quantize": ["a", "b.gguf", "--type", "q8_0"]}
+    assert run([command, *args.get(command, [] if command == "worker" else [APPLE]), name, wrong]) == 2
+    assert f"Error: Invalid value for '{name}'" in capsys.readouterr().err

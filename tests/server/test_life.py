@@ -213,7 +213,7 @@ def test_an_error_after_the_first_text_is_a_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_worker_that_is_killed_is_one_error() -> None:
-    opening = Opening({"n_threads": 1}, image_cache=False, tuned=False, isolate=True)
+    opening = Opening({"n_threads": 1, "isolate": True}, image_cache=False, tuned=False)
     with running(opening=opening) as served:
         body = {"model": "demo", "prompt": "x", "stream": False, "options": {"temperature": 0}}
         expected = served.post("/api/generate", body).json()["response"]

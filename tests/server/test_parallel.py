@@ -109,7 +109,7 @@ def test_a_conversation_goes_on_in_the_caches_that_hold_it(together: Running) ->
 
 
 def test_a_lost_device_ends_all_that_run_and_the_next_one_loads_the_model() -> None:
-    opening = Opening({"n_threads": 1}, image_cache=False, tuned=False, isolate=True)
+    opening = Opening({"n_threads": 1, "isolate": True}, image_cache=False, tuned=False)
     with running(ServerSettings(port=0, parallel=3), opening=opening) as served:
         expected = served.post("/api/generate", SHORT).json()["response"]
         with ThreadPoolExecutor(3) as pool:

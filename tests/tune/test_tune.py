@@ -291,17 +291,10 @@ def test_compare_marks_differences_and_crashes(image: Path) -> None:
 
 def test_the_scripts_run(image: Path, tmp_path: Path) -> None:
     scripts = Path(__file__).parents[2] / "scripts"
-
-    def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(scripts / name), str(image), *args]
-        return subprocess.run(command, **elsewhere(), capture_output=True, text=True, timeout=120)
-
-    done = script(
-        "compare_offload.py", "--layers", "0,0", "-n", "2", "-c", "256", "--json", str(tmp_path / "c.json")
-    )
+    options = ["--layers", "0,0", "-n", "2", "-c", "256", "--json", str(tmp_path / "c.json")]
+    command = [sys.executable, str(scripts / "compare_offload.py"), str(image), *options]
+    done = subprocess.run(command, **elsewhere(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "c.json").read_text())
     assert rows[0] == rows[1] and rows[0]["differs"] == []
     assert f"{rows[0]['vision'][0]:.5f}" in done.stdout and rows[0]["caption"] in done.stdout
-    done = script("tune_offload.py", "--help")
-    assert done.returncode == 0 and "--repeats" in done.stdout
