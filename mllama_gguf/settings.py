@@ -91,7 +91,7 @@ class Settings:
     vision_device: str = _setting(
         "auto",
         Text("auto, cpu or the name of a device"),
-        "Run the vision encoder there: auto (with the layers), cpu, or a name from `mllama devices`.",
+        "Device of the vision encoder: auto (where the layers are), cpu, or a name from `mllama devices`.",
         Option(("--vision-device",), "NAME"),
     )
     devices: tuple[str, ...] | None = _setting(
@@ -111,7 +111,7 @@ class Settings:
     main_gpu: int | None = _setting(
         None,
         Whole(0),
-        "Give everything to this one device, counted from 0.",
+        "Offload to this one device only, counted from 0.",
         Option(("--main-gpu",), "N"),
         none="all share",
     )
@@ -136,13 +136,13 @@ class Settings:
     isolate: bool = _setting(
         False,
         Switch(),
-        "Compute in a child process, whose crash is an error and not the end; always so with workers.",
+        "Compute in a child process, whose crash is only an error. Always on with workers.",
         Option(("--isolate",)),
     )
     n_ctx: int | None = _setting(
         4096,
         Whole(0),
-        "Allow conversations of at most N tokens; 0: of as many as the model was trained with.",
+        "Limit a conversation to N tokens; 0: as many as the model was trained with.",
         Option(("-c", "--n-ctx"), "N"),
         none="as trained",
         zero_is_none=True,
@@ -188,13 +188,13 @@ class Settings:
     use_mmap: bool = _setting(
         True,
         Switch(),
-        "Copy the weights into memory; do not read them from the file's pages.",
+        "Copy the weights into memory; do not map the file.",
         Option(("--no-mmap",)),
     )
     repack: bool = _setting(
         False,
         Switch(),
-        "Copy text weights to the layouts of ggml's special CPU kernels.",
+        "Copy text weights into the layouts of ggml's special CPU kernels.",
         Option(("--repack/--no-repack",)),
     )
     max_tiles: int | None = _setting(

@@ -34,13 +34,13 @@ from ..words import one_line, os_reason
 class CaptionOptions:
     """How every picture is captioned.
 
-    max_tokens:     most tokens of a caption; None: what the model says, or 256
-    temperature, seed: as in `create_chat_completion`; None: what the model says, or 0 and a fresh one
+    max_tokens:     most tokens of a caption; None: the model's own, or 256
+    temperature, seed: as in `create_chat_completion`; None: the model's own, or 0 and a fresh one
     schema:         a JSON schema; every caption is JSON of that schema
     form:           a `response_format` of `create_chat_completion`, in place of a schema
     prefix, suffix: put around every caption; not around JSON
     system:         the system message; "": none; None: the model's own, or none
-    begin:          how every caption begins; the model goes on from there
+    begin:          how every caption begins; the model continues from there
     sampling:       other options of `create_chat_completion`: top_k, stop and so on
     time_limit:     most seconds for a caption: to encode its image, read the prompt and write
     max_pixels, allow_truncated: as in `load_image`
@@ -86,7 +86,7 @@ class CaptionOptions:
         return {"type": "json_schema", "json_schema": {"schema": self.schema}}
 
     def reply_options(self, defaults: Defaults) -> ReplyOptions:
-        """For `Mllama.reply`, with what the model says where nothing is asked for. Checked once for a
+        """For `Mllama.reply`, with the model's own values where nothing is asked for. Checked once for a
         model."""
         if self._checked is None or self._checked[0] is not defaults:
             asked = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed}

@@ -92,26 +92,26 @@ def batch_options(command: F) -> F:
             click.option(
                 "--existing",
                 type=click.Choice(EXISTING),
-                help="Skip, overwrite, or add to captions that exist.  [default: skip]",
+                help="Skip or overwrite existing captions, or add to them.  [default: skip]",
             ),
             click.option("--overwrite", is_flag=True, help="The same as --existing overwrite."),
             click.option(
                 "--separator",
                 metavar="TEXT",
                 default="\n",
-                help="Text between an old caption and one that is added.  [default: a line end]",
+                help="Text between an old caption and the added one.  [default: a line end]",
             ),
             click.option(
                 "--redo",
                 type=click.Choice(REDO),
                 multiple=True,
-                help="Make captions once more that were cut (length) or are empty. Images that failed are "
+                help="Write captions again that were cut off (length) or are empty. Images that failed are "
                 "always tried again.",
             ),
             click.option(
                 "--any-settings",
                 is_flag=True,
-                help="Go on although the captions there were made with another prompt, model or form.",
+                help="Continue even if the existing captions were made with another prompt, model or form.",
             ),
             click.option(
                 "--sidecar-full-name",

@@ -64,9 +64,10 @@ def caption_command(
     The text appears while it is written. An image that cannot be read is reported and skipped; the exit code
     is then 1.
 
-    With --out or --sidecar for thousands: an IMAGE may also be a folder, a pattern, a list (.txt, a path a
-    line) or - for a list on standard input. If it is interrupted, run the same command again: it continues.
-    Pictures that fail are noted in errors.jsonl beside the output, and the exit code is 3.
+    For thousands of images use --out or --sidecar. An IMAGE may then also be a folder, a pattern, a list of
+    paths (.txt, one a line), or - for such a list on standard input. After an interruption run the same
+    command again: it continues. Images that fail are noted in errors.jsonl beside the output, and the exit
+    code is 3.
     """
     from ..batch.captions import begin_caption, within
 

@@ -39,9 +39,9 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
 @click.argument("images", metavar="[IMAGE]...", nargs=-1)
 @click.option("--system", metavar="TEXT", help="System message: how the model should answer; '': none.")
 @temperature_option
-@click.option("--load", "saved", metavar="FILE", help="Go on with a conversation that /save wrote.")
-@click.option("--preview/--no-preview", default=True, help="Show pictures, if the terminal can.")
-@click.option("--history/--no-history", default=True, help="Keep the lines that are typed for next time.")
+@click.option("--load", "saved", metavar="FILE", help="Continue a conversation that /save wrote.")
+@click.option("--preview/--no-preview", default=True, help="Show pictures if the terminal can do it.")
+@click.option("--history/--no-history", default=True, help="Keep the typed lines for the next chat.")
 @no_cache_option
 @no_tuned_option
 @model_options

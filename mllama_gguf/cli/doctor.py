@@ -21,8 +21,8 @@ COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 def doctor_command(as_json: bool) -> int:
     """Check this installation: versions, processor, devices, memory, disk, models.
 
-    Each device computes an answer that is known, in a process of its own. The exit code is 1 if something
-    does not work. Paste what it prints into a bug report; your name and your home directory are not in it.
+    Each device computes a known answer, in its own process. If something does not work, the exit code is 1.
+    You can paste the output into a bug report: your name and your home directory are not in it.
     """
     from .. import __version__
     from ..inspect.doctor import examine

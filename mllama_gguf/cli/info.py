@@ -36,9 +36,9 @@ LAYOUTS = {
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each model, one a line.")
 @verbose_option
 def info_command(files: tuple[str, ...], as_json: bool) -> None:
-    """Show layout, shape, types and memory of each FILE: a path, or a model's name as -m takes it.
+    """Show layout, shape, types and memory of each FILE: a path, or a model's name as for -m.
 
-    A text file and a projector, given together, are one model. Everything that loading checks is checked; the
+    A text file and a projector, given together, are one model. All checks of loading are made, but the
     weights are not read.
     """
     from ..inspect.info import model_info

@@ -53,9 +53,10 @@ def plan_command(
 ) -> None:
     """Show the memory that each number of offloaded layers needs on each device, and the largest that fits.
 
-    MODEL is a path or a name, as -m takes. Nothing is loaded: ggml lays everything out for a full context and
-    one picture of all tiles that it may have. Peak is what a device needs at one time; mapped weights are
-    pages of the file and come on top. -ngl shows that number alone.
+    MODEL is a path or a name, as for -m. The weights are not loaded. ggml says how large its buffers are for
+    a full context and one image with all its tiles. "peak" is the most memory that a device needs at one
+    time. "mapped" weights are pages of the file; they are not part of it. With -ngl only that number is
+    shown. Settings that `mllama tune` found are used, except the number of layers.
     """
     from ..backend.plan import make_plan
 

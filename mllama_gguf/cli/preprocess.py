@@ -78,11 +78,11 @@ def preprocess_command(
     max_pixels: int | None,
     allow_truncated: bool,
 ) -> None:
-    """Show what the vision encoder gets of each IMAGE (a file or a data URI).
+    """Show the input of the vision encoder for each IMAGE (a file or a data URI).
 
-    Prints the sizes, the tile grid, the first ten values of every tile in use (red channel, top row, from the
-    left) and the sha256 of all pixels (float32, unused tiles included). A file that exists is not replaced
-    without --overwrite.
+    It prints the sizes, the tile grid, the first ten values of each used tile (red channel, top row, from
+    left to right) and the sha256 of all pixels (float32, with the unused tiles). A file that exists is not
+    replaced without --overwrite.
     """
     if out is not None and len(images) > 1:
         raise click.UsageError("--out takes one picture; run the command once for each")

@@ -22,9 +22,9 @@ from .verbose import verbose_option
 def pull_command(name: str) -> None:
     """Download a model: ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in models.lock.
 
-    An interrupted download is resumed by the same command. What comes is checked against its sha256. Models
-    from a registry go to $MLLAMA_DOWNLOADS (a folder in the user's cache), those from the Hugging Face hub to
-    its own cache. What Ollama has already is used where it is.
+    After an interruption the same command continues the download. Each file is checked against its sha256.
+    Models of a registry go to $MLLAMA_DOWNLOADS (by default a folder in the user's cache), models of the
+    Hugging Face hub to the hub's own cache. Files that Ollama already has are used where they are.
     """
     from ..store.lockfile import find_locked
     from ..store.pull import pull
@@ -55,14 +55,14 @@ def pull_command(name: str) -> None:
 )
 @click.option("--name", metavar="NAME", help="Name of the model in it.  [default: from the reference]")
 @click.option("--mmproj", metavar="hf:OWNER/REPO/FILE", help="The vision encoder, for a file of the hub.")
-@click.option("--update", is_flag=True, help="Accept other files than before from the source.")
+@click.option("--update", is_flag=True, help="Accept that the source has other files than before.")
 @verbose_option
 def lock_command(reference: str, file: str, name: str | None, mmproj: str | None, update: bool) -> None:
-    """Ask a model's source for its files' sha256 and sizes, and write them into models.lock.
+    """Ask a model's source for the sha256 and size of its files, and write them into models.lock.
 
-    NAME is ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in a lock file: its digests stay, its exact sizes
-    are filled in. Names are read from ./models.lock ($MLLAMA_LOCK), then from the one in the package. A file
-    that exists keeps its other entries; it must be a lock file.
+    NAME is ollama:NAME[:TAG], hf:OWNER/REPO/FILE, or a name in a lock file. The entry of such a name keeps
+    its digests and gets the exact sizes. Names are looked up in ./models.lock ($MLLAMA_LOCK), then in the
+    lock file of the package. A file that exists keeps its other entries; it must be a lock file.
     """
     from ..store.lockfile import check_lock_output, write_locked
     from ..store.pull import lock

@@ -33,7 +33,9 @@ TYPES = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0", "bf16", "f16")
     help="Type of the text matrices; q4_k_m and q5_k_m give more bits to the tensors that need them.",
 )
 @setting_option("n_threads", default="all usable CPUs")
-@click.option("--allow-requantize", is_flag=True, help="Accept a quantized model; it loses more.")
+@click.option(
+    "--allow-requantize", is_flag=True, help="Accept a model that is quantized already; it loses more."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT.gguf if it is a GGUF file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option
@@ -48,10 +50,10 @@ def quantize_command(
 ) -> None:
     """Write a copy of the model IN with the matrices of its text quantized.
 
-    IN is a GGUF file, or a model's name as -m takes it elsewhere: its text file is quantized. The mixes are
-    llama.cpp's. The vision encoder, norms and gates are copied as they are: quantized vision gives wrong
-    captions. All metadata is kept. A file that exists is not replaced without --overwrite, and only if it is
-    a GGUF file.
+    IN is a GGUF file, or a model's name as for -m: then its text file is quantized. Which tensor gets which
+    type is as in llama.cpp. The vision encoder, norms and gates are copied unchanged, because quantized
+    vision gives wrong captions. All metadata is kept. A file that exists is not replaced without --overwrite,
+    and only if it is a GGUF file.
     """
     from ..convert.quantize import quantize
     from ..store.resolve import resolve

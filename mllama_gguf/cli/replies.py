@@ -66,7 +66,7 @@ max_pixels_option = click.option(
 allow_truncated_option = click.option(
     "--allow-truncated",
     is_flag=True,
-    help="Take images whose file ends too early; what is missing is grey or black.",
+    help="Accept images whose file ends too early; the missing part is grey or black.",
 )
 
 temperature_option = click.option(
@@ -74,43 +74,39 @@ temperature_option = click.option(
     "temperature",
     metavar="T",
     type=click.FloatRange(min=0),
-    help="Temperature. 0: always the likeliest token; higher: more variety.  [default: what the model says, "
-    "or 0]",
+    help="Temperature; 0: always choose the likeliest token; higher: more variety.  [default: the model's "
+    "own, or 0]",
 )
 
 _OPTIONS = (
     click.option("-p", "--prompt", help=f"Question about the image.  [default: {DEFAULT_PROMPT}]"),
     click.option("--prompt-file", metavar="FILE", type=click.Path(), help="Read the prompt from FILE."),
-    click.option(
-        "--system", metavar="TEXT", help="System message.  [default: what the model says; '': none]"
-    ),
+    click.option("--system", metavar="TEXT", help="System message; '': none.  [default: the model's own]"),
     click.option(
         "--begin",
         metavar="TEXT",
         default="",
-        help="Begin every reply with TEXT, as in 'A photo of'; the model goes on from there.",
+        help="Begin every reply with TEXT, as in 'A photo of'; the model continues from there.",
     ),
     click.option(
         "--json-schema",
         metavar="FILE",
         type=click.Path(),
-        help="Write captions as JSON of the schema in FILE.",
+        help="Write captions as JSON that follows the schema in FILE.",
     ),
-    click.option(
-        "--regex", metavar="REGEX", help="Every caption is text that REGEX matches (as Python's re)."
-    ),
+    click.option("--regex", metavar="REGEX", help="Write captions that match REGEX (as in Python's re)."),
     click.option(
         "--grammar",
         metavar="FILE",
         type=click.Path(),
-        help="Every caption follows the grammar in FILE: GBNF or *.lark.",
+        help="Write captions that follow the grammar in FILE: GBNF or *.lark.",
     ),
     click.option(
         "-n",
         "--max-tokens",
         metavar="MAX",
         type=click.IntRange(min=1),
-        help="Stop a reply after MAX tokens.  [default: what the model says, or 256]",
+        help="Stop a reply after MAX tokens.  [default: the model's own, or 256]",
     ),
     temperature_option,
     click.option("--seed", metavar="S", type=int, help="Random seed (with --temp above 0)."),
@@ -118,46 +114,46 @@ _OPTIONS = (
         "--top-k",
         metavar="K",
         type=click.IntRange(min=0),
-        help="Choose among the K likeliest tokens; 0: all (with --temp above 0).  [default: what the model "
-        "says, or 40]",
+        help="Choose among the K likeliest tokens; 0: all (with --temp above 0).  [default: the model's "
+        "own, or 40]",
     ),
     click.option(
         "--top-p",
         metavar="P",
         type=click.FloatRange(0, 1),
         help="Choose among the likeliest tokens that together have probability P; 1: all (with --temp above "
-        "0).  [default: what the model says, or 0.95]",
+        "0).  [default: the model's own, or 0.95]",
     ),
     click.option(
         "--min-p",
         metavar="P",
         type=click.FloatRange(0, 1),
         help="Choose among tokens that are at least P times as likely as the likeliest; 0: all (with --temp "
-        "above 0).  [default: what the model says, or 0.05]",
+        "above 0).  [default: the model's own, or 0.05]",
     ),
     click.option(
         "--repeat-penalty",
         metavar="X",
         type=click.FloatRange(0.01, 100),
-        help="Make tokens of the last 64 less likely by this factor; 1: off.  [default: 1]",
+        help="Make a token less likely by this factor if it is among the last 64; 1: off.  [default: 1]",
     ),
     click.option(
         "--presence-penalty",
         metavar="X",
         type=click.FloatRange(-2, 2),
-        help="Take X off the logits of tokens that the reply has.  [default: 0]",
+        help="Subtract X from the logit of each token that the reply already has.  [default: 0]",
     ),
     click.option(
         "--frequency-penalty",
         metavar="X",
         type=click.FloatRange(-2, 2),
-        help="Take X off the logits of tokens for each time that the reply has them.  [default: 0]",
+        help="Subtract X from a token's logit for each time that the reply already has it.  [default: 0]",
     ),
     click.option(
         "--stop",
         metavar="TEXT",
         multiple=True,
-        help="End a reply before TEXT, which is not shown. May be given several times.",
+        help="End a reply before TEXT; TEXT is not shown. May be given several times.",
     ),
     click.option(
         "--time-limit",

@@ -14,7 +14,7 @@ import click
 from ..errors import MllamaError, RequestError
 from ..settings import MAX_PARALLEL
 from ..words import parse_size
-from .options import ModelChoice, many_models_options, no_cache_option
+from .options import ModelChoice, many_models_options, no_cache_option, no_tuned_option
 from .terminal import echo
 from .verbose import is_verbose
 
@@ -45,17 +45,23 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
 )
 @click.option("--api-key-file", metavar="FILE", help="Answer only with one of the keys in FILE, one a line.")
 @click.option("--no-auth", is_flag=True, help="Let other machines in without a key.")
-@click.option("--allow-host", metavar="NAME", multiple=True, help="Answer to this name of the server too.")
+@click.option("--allow-host", metavar="NAME", multiple=True, help="Accept this name of the server too.")
 @click.option(
-    "--allow-origin", metavar="ORIGIN", multiple=True, help="Let web pages of ORIGIN ask. [$OLLAMA_ORIGINS]"
+    "--allow-origin",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Accept requests of web pages of ORIGIN. [$OLLAMA_ORIGINS]",
 )
 @click.option(
     "--keep-alive",
     metavar="TIME",
-    help="Unload a model that was not used for TIME: 5m, 24h, 0, -1: never.  [default: 5m]",
+    help="Unload a model that was not used for TIME, as in 5m or 24h; -1: never.  [default: 5m]",
 )
 @click.option(
-    "--max-queue", metavar="N", type=click.IntRange(1), help="Let at most N requests wait.  [default: 512]"
+    "--max-queue",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Let at most N requests wait; refuse more.  [default: 512]",
 )
 @click.option(
     "--max-models", metavar="N", type=click.IntRange(1), help="Keep at most N models in memory.  [default: 3]"
@@ -75,17 +81,17 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     type=click.IntRange(1),
     help="Refuse pictures of more than N pixels.  [default: 64 million]",
 )
-@click.option("--more-image-formats", is_flag=True, help="Take JPEG 2000, AVIF, HEIF, ICO and PPM too.")
+@click.option("--more-image-formats", is_flag=True, help="Accept JPEG 2000, AVIF, HEIF, ICO and PPM too.")
 @click.option(
     "--allow-image-host",
     metavar="HOST",
     multiple=True,
-    help="Fetch pictures that requests name from https://HOST, or http://HOST.",
+    help="Fetch images that a request names by address, from https://HOST or http://HOST.",
 )
 @click.option(
     "--allow-pull", is_flag=True, help="Let requests fetch models of models.lock and Ollama's library."
 )
-@click.option("--allow-gbnf", is_flag=True, help="Take grammars (GBNF, Lark) from requests.")
+@click.option("--allow-gbnf", is_flag=True, help="Accept grammars (GBNF, Lark) in requests.")
 @click.option(
     "--request-timeout",
     metavar="SECONDS",
@@ -100,13 +106,15 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     type=click.FloatRange(min=0),
     default=10.0,
     show_default=True,
-    help="After SIGTERM, give the running replies SECONDS.",
+    help="After SIGTERM, wait up to SECONDS for the running replies.",
 )
 @click.option(
-    "--ollama-version", metavar="VERSION", help="Tell programs this version of Ollama.  [default: 0.24.0]"
+    "--ollama-version",
+    metavar="VERSION",
+    help="Report this version of Ollama to programs.  [default: 0.24.0]",
 )
 @no_cache_option
-@click.option("--no-tuned", is_flag=True, help="Ignore the settings that `mllama tune` found.")
+@no_tuned_option
 @many_models_options
 def serve_command(
     models: tuple[str, ...],
@@ -117,8 +125,8 @@ def serve_command(
 ) -> int:
     """Serve models over HTTP: Ollama's API at /api, OpenAI's at /v1, a page for people at /ui.
 
-    -m may be given several times, also as NAME=MODEL. Without it every model on this machine is offered.
-    Models are loaded when they are asked for.
+    -m may be given several times, also as NAME=MODEL. Without -m every model on this machine is offered.
+    A model is loaded when a request names it.
     """
     try:
         from ..server.app import make_app, make_service

@@ -50,14 +50,14 @@ def trace_command(
     as_json: bool,
     choice: ModelChoice,
 ) -> None:
-    """Encode IMAGE and run the prompt, and show the tensors on the way: name, shape, first values, sha256.
+    """Encode IMAGE, run the prompt, and show each intermediate tensor: name, shape, first values, sha256.
 
-    Shapes are as in NumPy, slowest dimension first. The number after a name counts how often it came before:
-    the text graph is run once for each batch of tokens. Two traces are compared with diff. A file that exists
-    is not replaced without --overwrite.
+    Shapes are as in NumPy, slowest dimension first. The number after a name counts how often the name came
+    before: the text graph runs once for each batch of tokens. Use diff to compare two traces. A file that
+    exists is not replaced without --overwrite.
 
-    If the results are not finite (NaN or infinity), the error names the first such tensor among all, and the
-    exit code is 1. JSON has null for such a number.
+    If the results are not finite (NaN or infinity), the error names the first such tensor, and the exit code
+    is 1. In JSON such a number is null.
     """
     from ..inspect.trace import trace
     from .preprocess import npy_shape, save_npy, write_output

@@ -83,7 +83,7 @@ def tune_command(
     """Find the fastest settings for a model on this machine, by captions of IMAGE.
 
     It varies n_gpu_layers, the vision encoder's device, flash attention, threads and batch, except those that
-    are given. Each point is measured in a process of its own: one that crashes is a row of the table.
+    are given. Each point is measured in its own process; a crash is shown in the table as a failed point.
     `mllama caption` then uses the best settings with this model.
     """
     from ..errors import RequestError

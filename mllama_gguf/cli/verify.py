@@ -14,9 +14,9 @@ from .verbose import verbose_option
 @click.argument("name", metavar="NAME|FILE")
 @verbose_option
 def verify_command(name: str) -> int:
-    """Hash the files of a model and compare with what its manifest, its name in a store, or models.lock says.
+    """Hash the files of a model and compare them with its manifest, its name in a store, or models.lock.
 
-    The exit code is 1 if a file differs, or if nothing says what it should be.
+    The exit code is 1 if a file differs, or if its sha256 is not known.
     """
     from ..store.resolve import resolve
     from ..store.verify import verify

@@ -26,7 +26,7 @@ class ModelFiles:
 
     sha256:     what they must hash to, where that is known
     parameters: arguments of `Mllama` that the model needs
-    defaults:   what the model says about replies
+    defaults:   the model's own settings of replies
     ollama:     the model in Ollama's store that this is
     """
 
