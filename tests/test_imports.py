@@ -140,6 +140,16 @@ def test_the_map_is_the_house() -> None:
         assert path.suffix == ".h" or name in inside, name
 
 
+def test_no_file_is_long() -> None:
+    """Sources of the package and of the C library, and the page's; a newcomer reads a file as a whole."""
+    root = Path(__file__).parents[1]
+    kinds = {".py", ".c", ".cpp", ".h", ".hpp", ".js", ".html", ".css"}
+    paths = [path for folder in (PACKAGE, root / "native" / "src") for path in folder.rglob("*.*")]
+    lines = {path: path.read_text("utf-8").count("\n") for path in paths if path.suffix in kinds}
+    assert len(lines) > 200
+    assert {path: n for path, n in lines.items() if n > 400 and path.parent.name != "lib"} == {}
+
+
 def test_no_circles() -> None:
     assert circle(arrows(PACKAGE) - EXCEPTIONS) == []
 
