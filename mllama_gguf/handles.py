@@ -63,7 +63,7 @@ class OneProcess:
         """Raise MllamaError in a forked process."""
         if self.is_inherited:
             raise MllamaError(
-                f"this {type(self).__name__} was opened in process {self._made_in}, of which this process "
+                f"this {type(self).__name__} was opened in process {self._made_in}, from which this process "
                 f"({os.getpid()}) was forked; open it in the child, after the fork"
             )
 
@@ -127,8 +127,8 @@ class Handle(OneProcess):
     def check_process(self) -> None:
         if self.is_inherited:
             raise MllamaError(
-                f"{self._what} was opened in process {self._made_in}, of which this process ({os.getpid()}) "
-                "was forked; open it in the child, after the fork"
+                f"{self._what} was opened in process {self._made_in}, from which this process "
+                f"({os.getpid()}) was forked; open it in the child, after the fork"
             )
 
     @property

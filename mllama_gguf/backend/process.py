@@ -107,7 +107,7 @@ class Process:
                 self._stop()
             raise
         if reply is None:
-            raise Aborted("the computation was stopped, and its engine ended: a worker did not stop in time")
+            raise Aborted("the computation was stopped; its child process was ended: a worker did not stop")
         if reply[0] == "error":
             raise reply[1]
         return reply[1]
@@ -172,7 +172,7 @@ class Process:
                 self.kill()
                 code = self._child.returncode
                 how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                raise ProcessLost(self._dying or f"the engine's process ended with {how}")
+                raise ProcessLost(self._dying or f"the child process ended with {how}")
 
     def _send(self, message: tuple[Any, ...]) -> None:
         try:
@@ -182,7 +182,7 @@ class Process:
                 try:
                     self._note(self._inbox.get(timeout=GRACE_SECONDS))
                 except queue.Empty:
-                    raise ProcessLost("the engine's process does not listen") from None
+                    raise ProcessLost("the child process does not answer") from None
         except BaseException:
             self.kill()  # half a message may be on its way
             raise

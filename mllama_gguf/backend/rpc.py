@@ -68,7 +68,7 @@ def serve(
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((address, port))
     except OSError as e:
-        raise BackendError(f"{address}:{port}: cannot be listened at: {os_reason(e)}") from e
+        raise BackendError(f"{address}:{port}: cannot listen there: {os_reason(e)}") from e
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
     failed: list[Exception] = []

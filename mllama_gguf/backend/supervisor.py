@@ -120,7 +120,7 @@ class Supervisor(OneProcess):
         """The only thread that talks with the child."""
         self.check_process()
         if self._owner == threading.get_ident():
-            raise BusyError("this model computes; its callbacks cannot use it")
+            raise BusyError("this model is computing; its callbacks cannot use it")
         acquire(self._lock, callbacks.on_abort, "the computation was stopped before it began")
         try:
             self._owner = threading.get_ident()

@@ -71,9 +71,9 @@ class CaptionOptions:
             raise RequestError("a JSON schema and another form exclude each other")
         grammar = grammar_of(self.response_format, None)
         if grammar is not None and grammar.is_json and (self.prefix or self.suffix):
-            raise RequestError("a JSON schema leaves no room for prefix and suffix")
+            raise RequestError("prefix and suffix cannot be used with a JSON schema")
         if self.begin and grammar is not None:
-            raise RequestError("a caption of a given form cannot begin with a given text")
+            raise RequestError("begin cannot be used with a schema, a grammar or a regex")
         self.reply_options(Defaults())
         checked("time_limit", Seconds(), self.time_limit, or_none=True)
         pixel_limit(self.max_pixels)

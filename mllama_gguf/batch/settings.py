@@ -124,8 +124,8 @@ class SettingsFile:
             raise RequestError(f"{show_name(self.path)}: {os_reason(e)}") from e
         except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise RequestError(
-                f"{show_name(self.path)}: the settings of the run are to be kept in this file, which is "
-                "something else; move it away"
+                f"{show_name(self.path)}: the settings of the run are kept in a file of this name, which "
+                "is something else; move it away"
             ) from e
         return kept
 

@@ -197,7 +197,7 @@ def _open_output(
     how, is_added = settings.how, settings.how in ("append", "prepend")
     is_xmp = settings.sidecar is not None and settings.sidecar.lower().endswith(".xmp")
     if is_added and not is_xmp and "json" in str((options.response_format or {}).get("type", "")):
-        raise RequestError(f"--existing {how}: JSON with text before or after it is no JSON")
+        raise RequestError(f"--existing {how}: text before or after JSON would make it invalid")
     folder = Path(os.path.realpath(settings.out)).parent if settings.out is not None else home
     remove_leftovers(folder)
     partial = None

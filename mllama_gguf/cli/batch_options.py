@@ -54,7 +54,7 @@ class BatchSettings:
         if self.overwrite and self.existing not in (None, "overwrite"):
             raise click.UsageError(f"--overwrite and --existing {self.existing} exclude each other")
         if self.redo and self.how != "skip":
-            raise click.UsageError("--redo is for captions that else are skipped")
+            raise click.UsageError("--redo works only with --existing skip")
         if self.separator != "\n" and self.existing is None:
             raise click.UsageError("--separator needs --existing append or prepend")
         if self.sidecar_full_name and self.sidecar is None:

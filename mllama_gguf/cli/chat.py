@@ -95,10 +95,10 @@ def chat_command(
 def _answer_one(talk: Talk) -> None:
     """The question is all of standard input; the reply is all of standard output."""
     if sys.stdin is None:
-        raise RequestError("standard input is closed; it is the question")
+        raise RequestError("standard input is closed, but the question is read from it")
     text = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
     if not text:
-        raise RequestError("standard input is empty; it is the question")
+        raise RequestError("standard input is empty, but the question is read from it")
     for piece in talk.ask(text):
         echo(piece, nl=False)
     echo()

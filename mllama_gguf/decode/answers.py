@@ -75,7 +75,7 @@ class Answers(ABC):
             plain = plain_options(more)
             plain.pop("stream_options", None)
             if plain.pop("n", 1) != 1:
-                raise RequestError("one reply is written here; create_chat_completion and replies take n")
+                raise RequestError("this writes one reply; for n use create_chat_completion or replies")
             options = ReplyOptions.checked({**self._defaults.options, **plain})
         return self.replies(messages, n=1, options=options)[0]
 

@@ -197,7 +197,7 @@ class Conversation(OneProcess, Answers):
         if wrong:
             raise RequestError(f"token {brief(wrong[0])} is not in the vocabulary")
         if list(tokens).count(hparams.image_token_id) != len(images):
-            raise RequestError(f"the prompt has not one image token for each of {len(images)} images")
+            raise RequestError(f"the prompt does not have one image token for each of {len(images)} images")
         with self.exclusive(changes=False):
             self.session.check_fits(len(tokens))
             prompt = _Prompt(tokens, [shared.images.prepare(image) for image in images])
@@ -344,7 +344,7 @@ class Conversation(OneProcess, Answers):
             self.check_open()
             if turn is not None and turn != self._turn:
                 raise MllamaError(
-                    f"this reply cannot go on: its {self._noun} was used for something else meanwhile"
+                    f"this reply cannot continue: its {self._noun} was used for something else meanwhile"
                 )
             self._turn += changes
             yield self._turn

@@ -141,7 +141,7 @@ class Session(OneProcess):
         n_before = len(self._tokens)
         self._agree()
         if len(self._tokens) < n_before:
-            raise BackendError("this reply cannot go on: its caches were lost; start it again")
+            raise BackendError("this reply cannot continue: its caches were lost; start it again")
         number = -1 if self._slot is None else self._slot.number
         with self._nothing_kept_of_damage():
             logits: Floats = self._context.decode([token], number, self._n_visible, "last")[0]

@@ -64,7 +64,7 @@ def unpack(loaded: Usable, context: Sequence[int]) -> tuple[list[int], list[Imag
         try:
             key = to_key(context[place : place + WORDS])
         except ValueError:
-            raise Refused(400, "context is none of /api/generate with this model", None, "context") from None
+            raise Refused(400, "context is not from /api/generate with this model", None, "context") from None
         place += WORDS
         image = loaded.conversation.known_image(key)
         if image is None:

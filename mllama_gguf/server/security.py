@@ -97,7 +97,7 @@ class Security:
         if origin is None and _header(scope, b"sec-fetch-site").lower() == "cross-site":
             visits = _header(scope, b"sec-fetch-mode").lower() == "navigate"
             if not (visits and scope["method"] == "GET" and _OPEN.fullmatch(scope["path"])):
-                raise Refused(403, "a page of another site may not ask")
+                raise Refused(403, "a page of another site is refused")
         peer = (scope.get("client") or ("",))[0]
         scope["client_name"] = peer
         is_open = scope["method"] in ("GET", "HEAD") and _OPEN.fullmatch(scope["path"])

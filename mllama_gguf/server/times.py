@@ -28,7 +28,7 @@ def parse_duration(value: Any) -> float:
     else:
         raise ValueError(f"{type(value).__name__} is no duration")
     if math.isnan(seconds):
-        raise ValueError("not a number is no duration")
+        raise ValueError("NaN is no duration")
     return math.inf if seconds < 0 or seconds > _LONGEST else seconds
 
 

@@ -76,7 +76,8 @@ def patiently(attempt: Callable[[], None], what: str) -> None:
             best = max(best, done)
             if failures >= ATTEMPTS:
                 raise DownloadError(
-                    f"{what}: {reason}, {ATTEMPTS} times; what came is kept: run the command again to resume"
+                    f"{what}: {reason}, {ATTEMPTS} times; the part that arrived is kept: run the "
+                    "command again to resume"
                 ) from e
             pause = FIRST_PAUSE * 2 ** (failures - 1)
             logger.info("%s: %s; again in %g s", what, reason, pause)
@@ -176,10 +177,10 @@ class _Transfer:
                     response.status_code == 416
                 ):  # there is nothing after what we have, so it is not of this blob
                     self._start_over(file)
-                    raise Dropped("it has less than what was there", 0)
+                    raise Dropped("the server's file is shorter than the part that was kept", 0)
                 check_status(response, self._url)
                 if response.status_code == 206 and self._range_start(response) != self._done:
-                    raise DownloadError(f"{self._url}: the server sends another range than was asked for")
+                    raise DownloadError(f"{self._url}: the server sends another range than the requested one")
                 if response.status_code != 206:  # it knows no ranges, or none was asked for
                     self._start_over(file)
                 total = self._total(response)
@@ -218,8 +219,8 @@ def check_status(response: httpx.Response, what: str) -> None:
     if code in _RETRIED:
         raise Dropped(f"the server answers {code} {response.reason_phrase}", 0)
     if code in (401, 403):
-        raise DownloadError(f"{what}: the server answers {code}: it is not public, or not for everyone")
+        raise DownloadError(f"{what}: the server answers {code}: it is not public")
     if code == 404:
-        raise DownloadError(f"{what}: the server has no such thing (404)")
+        raise DownloadError(f"{what}: the server does not have it (404)")
     if not response.is_success:
         raise DownloadError(f"{what}: the server answers {code} {response.reason_phrase}")

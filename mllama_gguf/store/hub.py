@@ -60,7 +60,7 @@ def ask(ref: HubRef) -> HubFile:
     url = hub.hf_hub_url(ref.repo, ref.file, revision=ref.revision, endpoint=endpoint())
     found = _with_retries(ref, lambda: hub.get_hf_file_metadata(url))
     if not found.commit_hash or found.size is None:
-        raise DownloadError(f"{ref}: {endpoint()} does not answer like the hub")
+        raise DownloadError(f"{ref}: {endpoint()} does not answer like the Hugging Face hub")
     return HubFile(found.commit_hash, found.size, found.etag if is_sha256(found.etag) else None)
 
 
@@ -113,7 +113,8 @@ def _with_retries(ref: HubRef, call: Callable[[], T]) -> T:
             found.append(call())
         except errors.GatedRepoError as e:
             raise DownloadError(
-                f"{ref}: its publisher wants the licence accepted: do so at {endpoint()}/{ref.repo}, "
+                f"{ref}: its publisher requires that you accept the licence: do so at "
+                f"{endpoint()}/{ref.repo}, "
                 "then set HF_TOKEN to a token of that account"
             ) from e
         except errors.LocalEntryNotFoundError as e:  # how hf_hub_download says that it could not ask
@@ -121,7 +122,7 @@ def _with_retries(ref: HubRef, call: Callable[[], T]) -> T:
         except (errors.RevisionNotFoundError, errors.EntryNotFoundError, errors.RepositoryNotFoundError) as e:
             hint = "; if it is private or gated, set HF_TOKEN to a token that may read it"
             hint = hint if isinstance(e, errors.RepositoryNotFoundError) else ""
-            raise DownloadError(f"{ref}: the hub has no such thing (404){hint}") from e
+            raise DownloadError(f"{ref}: the hub does not have it (404){hint}") from e
         except (OSError, httpx.HTTPError) as e:  # of the hub's answers, of requests, of httpx, of the disk
             code = getattr(getattr(e, "response", None), "status_code", None)
             if code in (401, 403):

@@ -217,7 +217,7 @@ def _hub_entry(name: str, text: HubRef, vision: HubRef | None) -> LockedModel:
             continue
         there = hub.ask(replace(ref, revision=commit) if commit else ref)
         if there.sha256 is None:
-            raise ModelError(f"{ref}: the hub tells no sha256 of it; it is not stored as a large file")
+            raise ModelError(f"{ref}: the hub gives no sha256 for it, because it is no large file")
         commit = there.commit
         files.append(LockedFile(role, there.sha256, there.size, file=ref.file))  # type: ignore[arg-type]
     return LockedModel(name, f"hf:{text.repo}@{commit}", tuple(files), Path())
@@ -229,7 +229,7 @@ def _with_size(locked: LockedModel, file: LockedFile) -> LockedFile:
         there = hub.ask(locked.hub_ref(file))
         if there.sha256 != file.sha256:
             raise DownloadError(
-                f"{locked.hub_ref(file)}: the hub has other content now ({there.sha256}); --update takes it"
+                f"{locked.hub_ref(file)}: the hub has other content now ({there.sha256}); --update accepts it"
             )
         return replace(file, size=there.size)
     url = f"{locked.ollama_ref().url}/blobs/sha256:{file.sha256}"

@@ -52,7 +52,7 @@ def require_verified(files: ModelFiles, progress: TransferProgress | None = None
     for result in verify(files, progress):
         if result.expected is None:
             raise ModelError(
-                f"{result.path}: cannot be verified: nothing says what its sha256 must be ({result.actual})"
+                f"{result.path}: cannot be verified: its expected sha256 is not known ({result.actual})"
             )
         if not result.ok:
             raise ModelError(

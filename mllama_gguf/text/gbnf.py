@@ -150,15 +150,15 @@ def _set(inside: str) -> str:
             (high,) = _characters(pieces[i + 2][0])
             i += 2
         if high < low:
-            raise RequestError(f"the grammar has the class {brief(f'[{inside}]')}, of which a range is empty")
+            raise RequestError(f"the grammar has the class {brief(f'[{inside}]')}, which has an empty range")
         ranges.append((low, high))
         i += 1
     if not ranges:
         if negated:
             return _ANY
-        raise RequestError("the grammar has a class of no character")
+        raise RequestError("the grammar has an empty character class")
     if negated and _covers_all(ranges):
-        raise RequestError("the grammar has a class of no character")
+        raise RequestError("the grammar has an empty character class")
     return f"[{'^' * negated}{''.join(_range(low, high) for low, high in ranges)}]"
 
 

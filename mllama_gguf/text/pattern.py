@@ -208,7 +208,7 @@ class _Translator:
         self._parts += len(ranges) // 8
         found = _complement(ranges) if negated else _joined(ranges)
         if not found:
-            raise self._refuse("a class of no character")
+            raise self._refuse("an empty character class")
         return _class(self._written(found))
 
     def _written(self, ranges: Ranges) -> Ranges:

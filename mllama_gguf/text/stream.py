@@ -15,7 +15,9 @@ def stop_list(stop: str | Sequence[str] | None) -> tuple[str, ...]:
         return ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (None,)
     if isinstance(stop, (bytes, Mapping)) or any(not isinstance(s, str) or not s for s in stops):
-        raise RequestError(f"stop must be a string, or some, none of them empty; not {brief(stop)}")
+        raise RequestError(
+            f"stop must be a string or a list of strings, none of them empty; not {brief(stop)}"
+        )
     return tuple(str(s) for s in stops)
 
 

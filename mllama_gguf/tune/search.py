@@ -290,7 +290,7 @@ def tune(
         if best is not None:
             current = dict(best.settings)
     if best is None:
-        raise MllamaError(f"no setting works; the last one: {results.points[-1].error}")
+        raise MllamaError(f"no setting works; error of the last one: {results.points[-1].error}")
     results.recommended = best.settings
     results.save()
     return best

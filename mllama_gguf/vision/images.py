@@ -91,7 +91,8 @@ class Images(OneProcess):
             )
         if most is not None and image.n_tiles > most:
             raise ImageError(
-                f"{type(image).__name__} of {image.n_tiles} tiles, but max_tiles is {most}; give the image"
+                f"{type(image).__name__} of {image.n_tiles} tiles, but max_tiles is {most}; give the "
+                "image itself, which is then tiled again"
             )
         return image.for_model(h.max_tiles) if isinstance(image, TiledImage) else image
 

@@ -332,7 +332,7 @@ def test_json_is_not_added_to(capsys: Captured) -> None:
     Path("s.json").write_text('{"type": "object"}')
     for out in (["--out", "c.jsonl"], ["--sidecar", ".txt"]):
         assert caption(*out, "--json-schema", "s.json", "--existing", "append") == 1
-        assert "JSON with text before or after it is no JSON" in capsys.readouterr().err
+        assert "text before or after JSON would make it invalid" in capsys.readouterr().err
 
 
 # ---- names -------------------------------------------------------------------------------------------------

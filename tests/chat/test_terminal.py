@@ -143,7 +143,7 @@ def test_a_temperature_of_0_is_told_to_the_model(args: list[str], monkeypatch: p
     ("args", "question", "code", "out", "err"),
     [
         ([APPLE], "Describe this image.\n", 0, "a red apple\n", ""),
-        ([APPLE], "", 1, "", "Error: standard input is empty; it is the question\n"),
+        ([APPLE], "", 1, "", "Error: standard input is empty, but the question is read from it\n"),
         (["none.png"], "What?", 1, "", "Error: none.png: No such file or directory\n"),
     ],
 )

@@ -157,7 +157,7 @@ def test_verify_is_obeyed(command: str, tiny_files: Files, tmp_path: Path, capsy
     args = [] if command == "plan" else [APPLE]
     out = ["-o", str(tmp_path / "out")] if command == "tune" else []
     assert run([command, *args, *out, "-m", model, "--verify"]) == 1
-    assert "cannot be verified: nothing says what its sha256 must be" in capsys.readouterr().err
+    assert "cannot be verified: its expected sha256 is not known" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -81,7 +81,7 @@ def test_begin(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run(["caption", str(APPLE), "--begin", "a red", "--prefix", "> ", "--out", "c.jsonl"]) == 0
     assert json.loads(Path("c.jsonl").read_text())["caption"] == "> a red apple"
     assert run(["caption", str(APPLE), "--begin", "a", "--regex", "[a-z]+"]) == 1
-    assert "a caption of a given form cannot begin with a given text" in capsys.readouterr().err
+    assert "begin cannot be used with a schema, a grammar or a regex" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

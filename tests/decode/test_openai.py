@@ -139,7 +139,7 @@ class TestRequests:
 
     def test_one_reply_is_one(self, model: Mllama) -> None:
         for ask_for in (lambda: model.caption(noisy_image(1), n=2), lambda: model.reply(QUESTION, n=2)):
-            with pytest.raises(RequestError, match="create_chat_completion and replies take n"):
+            with pytest.raises(RequestError, match="for n use create_chat_completion or replies"):
                 ask_for()
 
 

@@ -103,7 +103,7 @@ def test_a_reply_that_lost_its_conversation(model: Mllama) -> None:
     first = model.reply(QUESTION, max_tokens=50)
     next(first)
     model.reply([{"role": "user", "content": "see"}], max_tokens=2).read()
-    with pytest.raises(MllamaError, match="this reply cannot go on: its Mllama was used"):
+    with pytest.raises(MllamaError, match="this reply cannot continue: its Mllama was used"):
         first.read()
 
 

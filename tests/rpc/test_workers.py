@@ -278,7 +278,7 @@ def test_the_worker_command(make_worker: Make) -> None:
         text=True,
         **elsewhere(),
     )
-    assert taken.returncode == 1 and f"127.0.0.1:{worker.port}: cannot be listened at" in taken.stderr
+    assert taken.returncode == 1 and f"127.0.0.1:{worker.port}: cannot listen there" in taken.stderr
     worker.process.send_signal(signal.SIGINT)
     assert worker.process.wait(10) == 130
 

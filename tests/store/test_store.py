@@ -332,7 +332,7 @@ def test_a_server_without_ranges(server: ModelServer) -> None:
 def test_a_connection_that_never_holds(server: ModelServer, home: Path) -> None:
     server.add_model("library/m/1", ("model", DATA))
     server.drop_after = [len(server.manifests["library/m/1"]), 1000, *[0] * 20]
-    with pytest.raises(DownloadError, match=r"5 times; what came is kept: run the command again to resume"):
+    with pytest.raises(DownloadError, match=r"5 times; the part that arrived is kept: run the command"):
         pull(tag(server))
     assert files_in(home / "downloads") == [f"sha256-{SHA256}"]
     assert (home / "downloads/partial" / f"sha256-{SHA256}").read_bytes() == DATA[:1000]
@@ -367,7 +367,7 @@ def test_wrong_length(server: ModelServer, home: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(404, "no such thing"), (401, "not public"), (403, "not public"), (418, "answers 418")],
+    [(404, "does not have it"), (401, "not public"), (403, "not public"), (418, "answers 418")],
 )
 def test_refusals(server: ModelServer, status: int, words: str, capsys: Captured) -> None:
     server.always = status
@@ -479,7 +479,7 @@ def test_a_gated_repository(server: ModelServer, capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [
-        (404, "EntryNotFound", r"no such thing \(404\)$"),
+        (404, "EntryNotFound", r"does not have it \(404\)$"),
         (404, "RepoNotFound", "set HF_TOKEN"),
         (401, "RepoNotFound", "set HF_TOKEN"),
         (403, None, "set HF_TOKEN"),
