@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import BackendError, MllamaError
 from ..handles import OneProcess, finalize
-from ..settings import KvType, Settings
+from ..settings import KvType
 from .base import Item, Logits
 from .callbacks import Callbacks
 from .library import load
@@ -267,11 +267,6 @@ class IsolatedContext(OneProcess):
         if not isinstance(value, kind):
             raise TypeError(f"{name} of the child returned {type(value).__name__}, not {kind.__name__}")
         return value
-
-
-def parse_workers(servers: str | Sequence[str]) -> tuple[str, ...]:
-    """["host:port", ...], or that with commas in between, checked. Raises RequestError."""
-    return Settings.checked({"rpc_servers": servers}).rpc_servers
 
 
 def remote_devices(workers: Sequence[str]) -> list[Device]:

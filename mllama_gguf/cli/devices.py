@@ -7,27 +7,25 @@ from dataclasses import asdict
 import click
 
 from ..words import show_size
-from .options import comma_list
+from .options import setting_option
 from .terminal import echo, echo_json
 from .verbose import verbose_option
 
 
 @click.command("devices", epilog="\b\nExamples:\n  mllama devices\n  mllama devices --json")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each device, one a line.")
-@click.option(
-    "--rpc", metavar="HOST:PORT,...", callback=comma_list, help="List the devices of these workers too."
-)
+@setting_option("rpc_servers", help="List the devices of these workers too.")
 @verbose_option
-def devices_command(as_json: bool, rpc: list[str] | None) -> None:
+def devices_command(as_json: bool, rpc_servers: tuple[str, ...] | None) -> None:
     """List the devices of the installed ggml, which is llama-cpp-python's.
 
     The names are those that --device and --vision-device take. Each device is started once. One that cannot
     be used is listed with the reason, and nothing is offloaded to it.
     """
-    from ..backend.isolated import parse_workers, remote_devices
+    from ..backend.isolated import remote_devices
     from ..backend.local import devices
 
-    for device in remote_devices(parse_workers(rpc)) if rpc else devices(start=True):
+    for device in remote_devices(rpc_servers) if rpc_servers else devices(start=True):
         if as_json:
             echo_json(asdict(device))
         else:

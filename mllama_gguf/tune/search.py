@@ -168,7 +168,7 @@ class Results:
             self._read()
 
     def _read(self) -> None:
-        another = f"give another folder, or --fresh to measure anew ({self.json_path})"
+        another = f"give another folder, or --fresh to measure again ({self.json_path})"
         try:
             content = json.loads(read_text(self.json_path))
             points = [Point(**point) for point in content["points"]]

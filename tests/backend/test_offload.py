@@ -16,9 +16,9 @@ import pytest
 from helpers import TinyFiles, elsewhere, noisy_image
 
 from mllama_gguf import BackendError, Mllama, RequestError
-from mllama_gguf.backend.isolated import parse_workers
 from mllama_gguf.backend.library import load
 from mllama_gguf.cli.main import run
+from mllama_gguf.settings import Settings
 
 Files = Callable[[str], TinyFiles]
 
@@ -48,10 +48,10 @@ def test_wrong_settings(settings: dict[str, Any], words: str, tiny_files: Files)
         Mllama(tiny_files("gqa").one, **none, **settings)
 
 
-def test_parse_workers() -> None:
-    assert parse_workers("10.0.0.1:50052, box:1") == ("10.0.0.1:50052", "box:1")
+def test_workers() -> None:
+    assert Settings(rpc_servers="10.0.0.1:50052, box:1").rpc_servers == ("10.0.0.1:50052", "box:1")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="17 workers; at most 16"):
-        parse_workers([f"box:{port}" for port in range(1, 18)])
+        Settings(rpc_servers=tuple(f"box:{port}" for port in range(1, 18)))
 
 
 @pytest.mark.parametrize("words", [["--rpc", "box"], ["-ts", "1,x"], ["--main-gpu", "-1"]])
