@@ -29,7 +29,7 @@ class Callbacks:
         self._progress = progress
         self._abort = abort
         self._pending: BaseException | None = None
-        # Of the prompt, C sees one run at a time; the caller sees the whole.
+        # C reports the progress of one run of the prompt; the caller gets that of the whole prompt.
         self.prompt_offset = 0
         self.prompt_total = 0  # 0: no progress for the prompt (single tokens of a reply)
         make = native.ffi.callback

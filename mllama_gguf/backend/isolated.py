@@ -258,7 +258,7 @@ class IsolatedContext(OneProcess):
         self._closing()
 
     def _call_sequence(self, kind: type[T], name: str, sequence: int, *args: Any) -> T:
-        """Of a sequence, which must be of the process that is there."""
+        """A call about a sequence, which must belong to the process that is there."""
         return self._call(kind, name, sequence % EPOCH, *args, epoch=sequence // EPOCH)
 
     def _call(self, kind: type[T], name: str, *args: Any, epoch: int | None = None) -> T:

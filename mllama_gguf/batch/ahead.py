@@ -48,7 +48,7 @@ class Prepared:
 
     @property
     def seconds(self) -> float:
-        """Of encoding ahead."""
+        """How long encoding ahead took."""
         return self.encoded[1] - self.encoded[0] if self.encoded is not None else 0.0
 
 

@@ -128,7 +128,7 @@ class Talk:
 
     @property
     def temperature(self) -> float:
-        """Of the next reply: as set, else as the model brings it, else the default."""
+        """Temperature of the next reply: as set here, else the model's own, else the default."""
         for options in (self.options, self.model.defaults.options, DEFAULTS):
             if options.get("temperature") is not None:
                 return float(options["temperature"])

@@ -40,7 +40,7 @@ class SequenceContext(Exclusive):
             return context.sequence_n_past(self._number)
 
     def memory(self) -> Memory:
-        """Of all sequences together."""
+        """Bytes that all sequences together use."""
         return self._scheduler.memory()
 
     def reserve(self, n_tiles: Sequence[int]) -> None:

@@ -40,7 +40,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> dict[str, float | None]:
-        """Of the prompt (tokens that were computed) and of the reply; None for what took no time."""
+        """Speed of the prompt (only its computed tokens) and of the reply; None for what took no time."""
         computed = {
             "prompt": self.prompt_tokens - self.cached_tokens,
             "decode": self.completion_tokens,

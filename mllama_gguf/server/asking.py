@@ -53,7 +53,7 @@ class Ask:
 
     @property
     def n_bytes(self) -> int:
-        """Of all pictures."""
+        """Bytes of all images."""
         return sum(len(data) for data, _ in self.limited_images(None))
 
     def limited_images(self, max_tiles: int | None) -> Iterator[tuple[bytes, int | None]]:

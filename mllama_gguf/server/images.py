@@ -73,7 +73,7 @@ def is_data_uri(text: str | memoryview) -> bool:
 
 
 def _decode_view(view: memoryview, where: str) -> bytes:
-    """Of base64 whose characters are known to be of its alphabet."""
+    """The bytes of a base64 text whose characters are all of its alphabet."""
     head = bytes(view[:100]) if is_data_uri(view) else b""
     if head and b";base64," not in head.lower():
         return _from_data_uri(str(view, "ascii"), where)

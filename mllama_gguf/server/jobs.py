@@ -162,7 +162,7 @@ class FairQueue:
 
     @property
     def n_bytes(self) -> int:
-        """Of the pictures of all that wait."""
+        """Bytes of the images of all jobs that wait."""
         return sum(job.n_bytes for job in self)
 
     def add(self, job: Job) -> None:

@@ -196,7 +196,7 @@ class Models:
         return Loaded(card, model, conversation, need, now - start, talks, used=now)
 
     def talks_of(self, card: Card) -> Talks | None:
-        """Of a model that jobs may begin with; None if they do not run together."""
+        """The conversations of a model with which jobs may begin; None if its jobs do not run together."""
         found = self._loaded.get(card.name)
         return None if found is None or found.card != card or found.is_over else found.talks
 
@@ -232,7 +232,7 @@ class Models:
         return taken + need.n_bytes.get(CPU, 0) > limit
 
     def _close_oldest(self, why: str) -> None:
-        """Of those that nobody uses; waits until there is one."""
+        """Close the model that was used longest ago of those that nobody uses; wait until there is one."""
         idle = [loaded for loaded in self._loaded.values() if not loaded.users]
         if not idle:
             self._wait()

@@ -108,7 +108,7 @@ def _plain(grammar: str) -> str:
     for name in names:
         if name not in defined:
             raise RequestError(f"the grammar has no rule {brief(name)}")
-    # Of a grammar without recursion the converter makes one regular expression, but not of the first rule.
+    # The converter turns a grammar without recursion into one regular expression, but not its first rule.
     return f"root ::= {names['root']}\n{''.join(parts)}"
 
 

@@ -163,7 +163,7 @@ def _check_format(form: str | bytes, values: Iterable[Any]) -> None:
 
 
 def _check_call(name: str, values: list[Any]) -> None:
-    """Of a method of a text, or a filter: the first value is what it is applied to."""
+    """Check a call of a text's method, or of a filter: the first value is what it is applied to."""
     _check_numbers(values[1:])
     size = sum(_size(value) for value in values)
     _check(size <= MAX_SIZE)

@@ -42,7 +42,7 @@ def head_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) -> str:
-    """Of a model, on this machine, offloaded to these devices.
+    """The key of a model, on this machine, offloaded to these devices.
 
     paths:   its files
     offload: devices, tensor_split, main_gpu, offload_kqv, rpc_servers as `Mllama` takes them; those given

@@ -268,7 +268,7 @@ def tune(
     seen: list[dict[str, Any]] = []  # in this run
     rounds = [("n_gpu_layers", None), *choice.others.items()]
     for index, (name, given) in enumerate(rounds):
-        # Of a later round, the value that is the best by then was measured before.
+        # A later round does not measure the value again that is the best until then.
         ahead = sum(len(v) - (choice.base[n] in v) for n, v in rounds[index + 1 :] if v)
         if given is None:
             values = _layer_counts(choice, results, current)
@@ -323,7 +323,7 @@ def _layer_counts(choice: Range, results: Results, current: Mapping[str, Any]) -
 
 
 def _is_json(file: BinaryIO) -> bool:
-    """Of a run of tune."""
+    """Whether a file is the tune.json of a run of tune."""
     try:
         content = json.load(file)
     except RecursionError:

@@ -1,5 +1,5 @@
-// A GGUF file on disk: header, keys and tensor table, checked against the size of the file. Of a model split into
-// several files (NAME-00001-of-0000N.gguf, as gguf-split writes them) the first holds the keys and leads to the
+// A GGUF file on disk: header, keys and tensor table, checked against the size of the file. A model may be split into
+// several files (NAME-00001-of-0000N.gguf, as gguf-split writes them). The first then holds the keys and leads to the
 // others.
 #pragma once
 

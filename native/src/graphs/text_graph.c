@@ -167,7 +167,8 @@ static struct ggml_tensor * cross_attention(const decoder * d, const text_layer 
     return cache_attention(d, il, q, NULL);
 }
 
-// Of a single item, the last column or all of them. Those of several are taken after the last layer.
+// The columns that logits are made from: for a single item the last one, or all. With several items they are chosen
+// after the last layer.
 static struct ggml_tensor * wanted_columns(const decoder * d, struct ggml_tensor * x) {
     if (d->tg->n_items > 1 || d->tg->items[0].logits != MLLAMA_LOGITS_LAST || x->ne[1] == 1) {
         return x;
