@@ -10,7 +10,6 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -318,6 +317,8 @@ def _whole(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
+    from numbers import Real
+
     if _is_bool(value) or not isinstance(value, Real):
         raise ValueError
     try:

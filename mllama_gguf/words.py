@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import reprlib
 from typing import Any
 
 from .errors import RequestError
@@ -28,6 +26,8 @@ def printable(text: str, keep: str = "\n\t") -> str:
 def as_json(value: Any) -> str:
     """JSON in one line: characters as they are, and only bytes of a name that is not UTF-8 as escapes. Such
     names come back the same through `json.loads`."""
+    import json  # takes as long as all of this module
+
     words = json.dumps(value, ensure_ascii=False)
     try:
         words.encode()
@@ -54,6 +54,8 @@ def one_line(words: object, longest: int = 300) -> str:
 
 def brief(value: object, longest: int = 60) -> str:
     """A value that somebody gave, as Python writes it, in one short line. It may be huge or circular."""
+    import reprlib
+
     try:
         text = repr(value[:longest]) if isinstance(value, str) else reprlib.repr(value)
     except Exception:  # of a whole number of thousands of digits, or in the code of somebody's class

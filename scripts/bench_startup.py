@@ -4,7 +4,7 @@
     python scripts/bench_startup.py                      # this tree
     python scripts/bench_startup.py OTHER_TREE .         # two, say before and after a change
 
-Each tree needs its built library in `mllama_gguf/lib`, or is used as far as none is needed. Milliseconds:
+Modules are compiled before, as those of an installed package are. No built library is needed. Milliseconds:
 median, least and most of the rounds.
 """
 
@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,18 +34,22 @@ def main() -> None:
     arguments = parser.parse_args()
     trees = [tree.resolve() for tree in arguments.trees]
     times: dict[tuple[str, Path], list[float]] = {}
-    for turn in range(arguments.rounds):
-        for name, words in COMMANDS.items():
-            for tree in trees if turn % 2 else reversed(trees):
-                begin = time.perf_counter()
-                subprocess.run(
-                    [sys.executable, *words],
-                    cwd="/",
-                    env={**os.environ, "PYTHONPATH": str(tree)},
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                )
-                times.setdefault((name, tree), []).append((time.perf_counter() - begin) * 1000)
+    with tempfile.TemporaryDirectory() as compiled:
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        env["PYTHONPYCACHEPREFIX"] = compiled
+        for turn in range(-1, arguments.rounds):  # the first one compiles
+            for name, words in COMMANDS.items():
+                for tree in trees if turn % 2 else reversed(trees):
+                    begin = time.perf_counter()
+                    subprocess.run(
+                        [sys.executable, *words],
+                        cwd="/",
+                        env={**env, "PYTHONPATH": str(tree)},
+                        check=True,
+                        stdout=subprocess.DEVNULL,
+                    )
+                    if turn >= 0:
+                        times.setdefault((name, tree), []).append((time.perf_counter() - begin) * 1000)
     print("| command | tree | median | least | most |\n| --- | --- | --- | --- | --- |")
     for (name, tree), taken in times.items():
         print(f"| `{name}` | {tree} | {statistics.median(taken):.0f} | {min(taken):.0f} | {max(taken):.0f} |")

@@ -6,14 +6,12 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from typing import Literal, get_args
 
 from ..files import quiet_stat
 from ..reading import open_regular
+from .choices import Redo
 from .records import Record
 
-Redo = Literal["length", "empty", "failed"]
-REDO: tuple[Redo, ...] = get_args(Redo)
 # How much the clocks of this machine and of a file server may differ.
 CLOCK_SECONDS = 2.0
 

@@ -23,7 +23,8 @@ from ..errors import RequestError
 from ..files import AnyPath, Kind, cannot_write, check_output, keep_attributes, replacing
 from ..temporary import is_at, open_locked, sync_folder
 from ..words import one_line, os_reason, show_name
-from .records import FORMATS, Existing, Record, combine, last_of_each, line_ends, whole_lines
+from .choices import Existing
+from .records import FORMATS, Record, combine, last_of_each, line_ends, whole_lines
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,13 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO
 
 from ..errors import RequestError
 from ..reading import open_regular
 from ..words import as_json, one_line, os_reason, show_name
+from .choices import Existing
 
-# What happens to captions that exist.
-Existing = Literal["skip", "overwrite", "append", "prepend"]
-EXISTING: tuple[Existing, ...] = get_args(Existing)
 LARGEST_CAPTION = 1 << 20  # bytes of a caption file; what is larger is something else
 
 

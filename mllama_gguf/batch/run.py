@@ -24,7 +24,8 @@ from ..vision.loading import load_image
 from ..words import one_line, os_reason
 from .ahead import EncodeAhead, Prepared, images_ahead
 from .captions import Caption, CaptionOptions
-from .contents import Redo, file_sha256, is_stale, known_contents
+from .choices import Redo
+from .contents import file_sha256, is_stale, known_contents
 from .failures import ErrorLog
 from .outputs import Output
 from .records import Record

@@ -20,8 +20,9 @@ from ..files import AnyPath, Kind, replacing, why_protected
 from ..reading import open_regular
 from ..temporary import open_locked, remove_leftovers
 from ..words import show_name
+from .choices import Existing
 from .outputs import Journal, append, remove_empty
-from .records import LARGEST_CAPTION, Existing, Jsonl, Record, combine, last_of_each
+from .records import LARGEST_CAPTION, Jsonl, Record, combine, last_of_each
 from .sources import MEDIA_SUFFIXES
 from .xmp import LARGEST, XmpError, clean, parts_of, read_description, write_description
 

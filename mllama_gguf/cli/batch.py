@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import sys
@@ -188,6 +186,8 @@ def _open_output(
     run finds again. The file's name has a digest of what shapes the captions, so that it never mixes two
     kinds.
     """
+    import json
+
     from ..batch.outputs import CombinedFile, RecordFile
     from ..batch.sidecars import Sidecars
     from ..errors import RequestError
@@ -231,6 +231,7 @@ def _open_output(
 def _partial(folder: Path, out: str | None, name: str | None, words: str) -> Path:
     """The hidden file of an output and of the words that say how it is made; others of the output go, unless
     a run writes them now. name: has the suffix of the hidden file; None: .jsonl"""
+    import hashlib
 
     from ..temporary import remove_unlocked
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ..batch.records import EXISTING, Existing
+from ..batch.choices import EXISTING, REDO, Existing, Redo
 from ..settings import MAX_PARALLEL
 from .options import F
 
-if TYPE_CHECKING:
-    from ..batch.contents import Redo
-
-REDO = ("length", "empty", "failed")  # as batch.contents has them, which imports much
 # Options that only a batch obeys, beside --encode-ahead.
 _ONLY_HERE = (
     "recursive", "prefix", "suffix", "overwrite", "existing", "redo", "any_settings", "limit", "parallel"

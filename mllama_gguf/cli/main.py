@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -91,6 +90,8 @@ def run(args: Sequence[str]) -> int:
     def show_traceback() -> bool:
         shown = context is not None and is_verbose(context)
         if shown:
+            import traceback
+
             traceback.print_exc()
         return shown
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..words import show_size
-from .opening import show_log
+from .log import show_log
 from .terminal import echo, echo_json
 from .verbose import verbose_option
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import click
-
 from ..settings import Settings, in_options, offload_settings
 from .options import ModelChoice
 from .progress import PhaseBar, transfer_bar
 from .terminal import echo
-from .verbose import is_verbose
 
 if TYPE_CHECKING:
     from ..model import Mllama
@@ -45,19 +40,15 @@ def with_tuned(choice: ModelChoice) -> ModelChoice:
     stderr."""
     from ..store.resolve import resolve
     from ..tune.saved import key_of, read_tuned
+    from .log import show_log
 
-    warn = logging.StreamHandler(sys.stderr)
-    warn.setFormatter(logging.Formatter("Warning: %(message)s"))
-    log = logging.getLogger("mllama_gguf.tune.saved")
-    log.addHandler(warn)
+    show_log("mllama_gguf.tune.saved")
     try:
         tuned = read_tuned(
             lambda: key_of(resolve(choice.name, choice.mmproj).paths, offload_settings(choice.settings))
         )
     except OSError:
         return choice  # opening says it better
-    finally:
-        log.removeHandler(warn)
     used = {name: value for name, value in tuned.items() if name not in choice.settings}
     if used:
         words = f"Tuned settings: {in_options(used)} (of mllama tune; --no-tuned ignores them)"
@@ -74,7 +65,10 @@ def open_chosen(
     bar:         a progress bar on a terminal: True, False, or the caller's own
     image_cache: keep encoded images on disk
     """
+    import logging
+
     from ..model import Mllama
+    from .log import show_log
 
     show_log("mllama_gguf.loaded")
     show_log("mllama_gguf.backend.opening", logging.INFO)
@@ -95,20 +89,3 @@ def open_chosen(
         ) as opened,
     ):
         yield opened
-
-
-class _OnStderr(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        words = record.getMessage()
-        echo(f"Warning: {words}" if record.levelno >= logging.WARNING else words, err=True)
-
-
-def show_log(name: str, level: int = logging.WARNING) -> None:
-    """Show on stderr what a part of the package logs from this level on. With --verbose the whole log is
-    shown already."""
-    logger = logging.getLogger(name)
-    shown = is_verbose(click.get_current_context())
-    if not shown and not any(isinstance(h, _OnStderr) for h in logger.handlers):
-        logger.addHandler(_OnStderr(level))
-        if level < logging.WARNING:  # the level that loggers have by themselves
-            logger.setLevel(level)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import errno
-import json
 import os
 import shutil
 import sys
@@ -33,6 +32,8 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
 
 def echo_json(value: Any, *, err: bool = False) -> None:
     """Print a value as JSON in one line. Characters are themselves where the stream can show them."""
+    import json
+
     stream = sys.stderr if err else sys.stdout
     words = as_json(value)
     if is_terminal(stream):

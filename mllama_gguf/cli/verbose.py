@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import click
@@ -17,6 +16,8 @@ def is_verbose(context: click.Context) -> bool:
 
 def _be_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
     if value and not ctx.resilient_parsing:
+        import logging
+
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("mllama_gguf").setLevel(logging.DEBUG)
         ctx.meta[VERBOSE] = True

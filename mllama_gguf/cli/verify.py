@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .opening import show_log
+from .log import show_log
 from .progress import transfer_bar
 from .terminal import echo
 from .verbose import verbose_option
