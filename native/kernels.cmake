@@ -15,6 +15,19 @@ function(add_kernels target)
     target_sources(${target} PRIVATE "${MLLAMA_KERNELS_DIR}/${name}.c")
   endforeach()
   check_c_source_compiles("
+#if !defined(__aarch64__) || defined(__AARCH64EB__)
+#error other
+#endif
+int main(void) { return 0; }" MLLAMA_ARM64)
+  check_c_compiler_flag(-march=armv8.2-a+bf16+dotprod+i8mm MLLAMA_ARM_FLAGS) # GCC 10 and later
+  if(MLLAMA_ARM64 AND MLLAMA_ARM_FLAGS)
+    kernel_with(${target} neon)
+    kernel_with(${target} neonbf16 -march=armv8.2-a+bf16)
+    kernel_with(${target} neondot -march=armv8.2-a+dotprod)
+    kernel_with(${target} neoni8mm -march=armv8.2-a+dotprod+i8mm)
+    target_compile_definitions(${target} PRIVATE MLLAMA_NEON)
+  endif()
+  check_c_source_compiles("
 #ifndef __x86_64__
 #error other
 #endif

@@ -364,8 +364,8 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
 // This library has its own CPU kernels for the vision encoder (attention, linear layers, GELU) and for the text
 // (attention over F32 and F16 caches, products with Q4_K and Q6_K weights). They need flash_attn. mllama_context_new
 // chooses one for the life of the context: from mllama_context_params.cpu_kernel, else from the environment variable
-// MLLAMA_CPU_KERNEL, else the best of the processor. Names: "avx512bf16", "avx512", "avx2", "portable", or "off" for
-// ggml's operations alone.
+// MLLAMA_CPU_KERNEL, else the best of the processor. Names: "avx512bf16", "avx512", "avx2"; on ARM "neonbf16", "neon";
+// everywhere "portable", and "off" for ggml's operations alone.
 // The kernel that the environment chooses now; NULL: no such kernel.
 const char *  mllama_cpu_kernel(void);
 mllama_status mllama_erf(const float * x, float * y, int64_t n);           // as in GELU, for tests

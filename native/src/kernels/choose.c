@@ -4,7 +4,12 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -42,6 +47,51 @@ static bool has_avx512bf16vnni(void) {
 #endif
 #endif
 
+#ifdef MLLAMA_NEON
+// Instructions beyond those that every such processor has: by the bit of the kernel's words about it, or Apple's name.
+typedef enum extension { SDOT, SMMLA, BFMMLA } extension;
+
+static bool has(extension e) {
+#if defined(__linux__)
+    static const struct {
+        unsigned long type, bit;
+    } bits[] = { [SDOT] = { AT_HWCAP, 20 }, [SMMLA] = { AT_HWCAP2, 13 }, [BFMMLA] = { AT_HWCAP2, 14 } };
+    return getauxval(bits[e].type) >> bits[e].bit & 1;
+#elif defined(__APPLE__)
+    static const char * const names[] = {
+        [SDOT] = "hw.optional.arm.FEAT_DotProd", [SMMLA] = "hw.optional.arm.FEAT_I8MM",
+        [BFMMLA] = "hw.optional.arm.FEAT_BF16",
+    };
+    int    value = 0;
+    size_t size  = sizeof(value);
+    return sysctlbyname(names[e], &value, &size, NULL, 0) == 0 && value;
+#else
+    (void) e;
+    return false;
+#endif
+}
+
+static bool has_dot(void) {
+    return has(SDOT);
+}
+
+static bool has_i8mm(void) {
+    return has(SDOT) && has(SMMLA);
+}
+
+static bool has_bf16(void) {
+    return has(BFMMLA);
+}
+
+static bool has_bf16_dot(void) {
+    return has_bf16() && has_dot();
+}
+
+static bool has_bf16_i8mm(void) {
+    return has_bf16() && has_i8mm();
+}
+#endif
+
 // The best first. Several may have the same name: the first of them that is supported counts.
 static const cpu_kernel KERNELS[] = {
 #if defined(__x86_64__)
@@ -54,9 +104,29 @@ static const cpu_kernel KERNELS[] = {
     { .name = "avx512", .supported = has_avx512, .f32 = &cpu_f32_avx512 },
     { .name = "avx2", .supported = has_avx2, .f32 = &cpu_f32_avx2 },
 #endif
+#ifdef MLLAMA_NEON
+    { .name = "neonbf16", .supported = has_bf16_i8mm, .f32 = &cpu_f32_neon, .bf16 = &cpu_bf16_neon,
+      .quantized = &cpu_quantized_neoni8mm },
+    { .name = "neonbf16", .supported = has_bf16_dot, .f32 = &cpu_f32_neon, .bf16 = &cpu_bf16_neon,
+      .quantized = &cpu_quantized_neondot },
+    { .name = "neon", .supported = has_i8mm, .f32 = &cpu_f32_neon, .quantized = &cpu_quantized_neoni8mm },
+    { .name = "neon", .supported = has_dot, .f32 = &cpu_f32_neon, .quantized = &cpu_quantized_neondot },
+    { .name = "neon", .supported = always, .f32 = &cpu_f32_neon },
+#endif
     { .name = "portable", .supported = always, .f32 = &cpu_f32_portable },
 };
 enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
+
+// Separated by commas, each once
+static const char * all_names(char * out, size_t size) {
+    int n = 0;
+    for (int i = 0; i < N_KERNELS; i++) {
+        if (i == 0 || strcmp(KERNELS[i].name, KERNELS[i - 1].name) != 0) {
+            n += snprintf(out + n, size - (size_t) n, "%s%s", i ? ", " : "", KERNELS[i].name);
+        }
+    }
+    return out;
+}
 
 mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel) {
     const bool   given  = name && *name;
@@ -77,10 +147,11 @@ mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel) {
             }
         }
     }
+    char names[100];
     if (known) {
         return fail(MLLAMA_ERR_ARGUMENT, "%s is %s, which this processor does not have; unset it", by, wanted);
     }
-    return fail(MLLAMA_ERR_ARGUMENT, "%s is '%s'; it can be avx512bf16, avx512, avx2, portable or off", by, wanted);
+    return fail(MLLAMA_ERR_ARGUMENT, "%s is '%s'; it can be %s or off", by, wanted, all_names(names, sizeof(names)));
 }
 
 const cpu_kernel * cpu_kernel_at(int32_t index) {

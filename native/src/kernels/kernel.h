@@ -128,6 +128,6 @@ struct cpu_kernel {
 // All that this library has for the architecture, the best first; NULL: no more of them
 const cpu_kernel * cpu_kernel_at(int32_t index);
 
-extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512;
-extern const cpu_bf16      cpu_bf16_avx512bf16;
-extern const cpu_quantized cpu_quantized_vnni;
+extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f32_neon;
+extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_neon;
+extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_neondot, cpu_quantized_neoni8mm;

@@ -10,6 +10,7 @@ enum {
 _Static_assert(QUERIES % ROWS == 0 && COLUMNS % ROWS == 0 && KEYS % (VECTORS * LANES) == 0, "blocks are whole tiles");
 _Static_assert(VECTORS * LANES <= MAX_WIDTH, "nodes pack panels");
 
+#ifndef OWN_PRODUCTS // else the file has defined these two in another way
 // out[ROWS][WIDTH] = first + a^T b, with factors a [n][ROWS] and b [n][WIDTH]; first and out in rows of their strides,
 // 0: one row for all
 INLINE void product(const factor * a, const factor * b, int64_t n, const float * first, int64_t first_stride,
@@ -55,6 +56,7 @@ INLINE void accumulate(const factor * a, const factor * b, int64_t n, int64_t st
         }
     }
 }
+#endif
 
 static void attend(const attend_args * a) {
     float __attribute__((aligned(64))) s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];

@@ -9,8 +9,8 @@
 #include "standin.h"
 
 #define SAFE 6.0
-#define U_F32  0x1p-24 // half of a last bit
-#define U_BF16 0x1p-9
+#define U_F32  0x1p-24 // half of the last bit of 1.0 in F32
+#define U_BF16 0x1p-8 // the same of BF16
 #define EXP2_ERROR 3e-7 // relative, of simd_math.h
 #define ERF_ERROR  5e-7 // absolute
 
