@@ -292,9 +292,7 @@ _OFFLOAD = (
 def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some settings, other than at first, for which tuned ones hold, in a fixed order. Not n_ctx:
     what is tuned at one length is used at all."""
-    return {
-        name: settings[name] for name in _OFFLOAD if settings.get(name, DEFAULTS[name]) != DEFAULTS[name]
-    }
+    return {name: settings[name] for name in _OFFLOAD if settings.get(name, DEFAULTS[name]) != DEFAULTS[name]}
 
 
 def in_options(settings: Mapping[str, Any]) -> str:

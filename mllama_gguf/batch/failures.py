@@ -45,16 +45,16 @@ def error_log(folder: Path, output: str = "") -> ErrorLog:
     )
 
 
-def read_failures(folder: Path) -> dict[str, str]:
-    """Why images of a folder's logs have no caption: the last words about each. Other programs' lines, and
-    logs that cannot be read, are left out."""
+def read_failures(folder: Path, output: str) -> dict[str, str]:
+    """Why images have no caption in an output, by the logs of its folder: the last words about each. Lines of
+    other outputs and other programs, and logs that cannot be read, are left out."""
     found: dict[str, str] = {}
     for name in NAMES:
         with suppress(OSError), open_regular(folder / name) as file:
             for line in iter(lambda: file.readline(_LONGEST), b""):
-                image = _image_of(line)
-                if image is not None:
-                    found[image] = json.loads(line)["message"]
+                entry = _entry_of(line)
+                if entry and entry.get("output", "") in ("", output):
+                    found[entry["image"]] = entry["message"]
     return found
 
 

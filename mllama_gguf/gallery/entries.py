@@ -47,11 +47,12 @@ def entries_of(
     RequestError for a source that is something else, and for one that names no image.
     """
     if os.path.isdir(source):
-        home, images = Path(source), list_images([source], recursive=recursive)
+        home, output = Path(source), f"--sidecar {sidecar}"
+        images = list_images([source], recursive=recursive)
         captions = read_sidecars(images, sidecar, full_name)
         made = [Entry(image, Path(os.path.abspath(image)), captions.get(image, "")) for image in images]
     else:
-        home = Path(os.path.realpath(source)).parent
+        home, output = Path(os.path.realpath(source)).parent, os.path.basename(os.path.realpath(source))
         made = [
             Entry(
                 image,
@@ -63,7 +64,8 @@ def entries_of(
             for image, record in read_records(source).items()
         ]
     failures = {
-        image: words.removeprefix(f"{show_name(image)}: ") for image, words in read_failures(home).items()
+        image: words.removeprefix(f"{show_name(image)}: ")
+        for image, words in read_failures(home, output).items()
     }
     entries = [
         entry if entry.caption else replace(entry, error=failures.get(entry.image, "")) for entry in made

@@ -55,6 +55,7 @@ _REFUSED = {
 # Control characters for which JSON has no escape of one letter.
 _UNWRITTEN = [(0x00, 0x07), (0x0B, 0x0B), (0x0E, 0x1F), (0x7F, 0x7F)]
 
+
 def whole(expression: str) -> str:
     """The expression of those texts that `re.fullmatch` matches from the first to the last character.
 
