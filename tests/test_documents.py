@@ -26,12 +26,11 @@ import tiny
 from documented import KINDS, Command, agrees, blocks, commands, inline, pages, promised
 from forking import forks
 from helpers import TinyFiles
-from model_server import ModelServer
 from PIL import Image
+from stores import in_store
 
 import mllama_gguf
 from mllama_gguf.cli.main import COMMANDS, cli
-from mllama_gguf.store.references import OllamaRef
 from mllama_gguf.store.resolve import BUNDLED
 
 if sys.version_info >= (3, 11):
@@ -169,7 +168,7 @@ def place(tmp_path: Path, programs: Path, tiny_files: Callable[[str], TinyFiles]
         one for one in blocks(PAGES["docs/structured-output.md"].read_text("utf-8")) if one.kind == "json"
     )
     (work / "schema.json").write_text(schema.text, "utf-8")
-    store(home / ".ollama" / "models", "ollama:llama3.2-vision", demo)
+    in_store(home / ".ollama" / "models", "ollama:llama3.2-vision", ("model", demo.read_bytes()))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {
@@ -188,17 +187,6 @@ def place(tmp_path: Path, programs: Path, tiny_files: Callable[[str], TinyFiles]
     found = Workplace(work, {**env, **passed})
     yield found
     found.stop()
-
-
-def store(folder: Path, name: str, model: Path) -> None:
-    """An Ollama store with a model under that name."""
-    fake = ModelServer()
-    (digest,) = fake.add_model("x", ("model", model.read_bytes()))
-    manifest = folder / "manifests" / OllamaRef.parse(name).path
-    manifest.parent.mkdir(parents=True)
-    manifest.write_bytes(fake.manifests["x"])
-    (folder / "blobs").mkdir()
-    shutil.copy(model, folder / "blobs" / f"sha256-{digest}")
 
 
 def read(page: str) -> str:

@@ -75,12 +75,14 @@ def caption_command(
         choice = with_tuned(choice)
     options = asked.caption_options(batch.prefix, batch.suffix)
     if batch.wanted:
+        if not as_json:
+            tell_of_real_models(choice)  # before thousands of captions
         return run_batch(images, batch, options, as_json, choice, (*asked.inputs, *choice.inputs))
     if images.count("-") > 1:
         raise click.UsageError("standard input (-) holds one image")
 
     start = time.perf_counter()
-    failed = False
+    failed = done = False
     # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
     with open_chosen(choice, image_cache=not no_cache) as model:
         load_seconds = time.perf_counter() - start
@@ -105,6 +107,7 @@ def caption_command(
                 echo(f"Error: {e}" if isinstance(e, ImageError) else f"Error: {shown}: {e}", err=True)
                 failed = True
                 continue
+            done = True
             if as_json:
                 echo_json(_as_dict(name, text, reply.stats, load_seconds))
             else:
@@ -113,7 +116,8 @@ def caption_command(
             if reply.finish_reason == "length" and options.response_format is not None:
                 n = reply.stats.completion_tokens
                 echo(f"{name_on(sys.stderr, name)}: cut off after {n} tokens (see -n)", err=True)
-    tell_of_real_models(choice)
+    if done and not as_json:  # a program reads the JSON
+        tell_of_real_models(choice)
     return int(failed)
 
 

@@ -12,7 +12,7 @@ import click
 
 from ..errors import Aborted, MllamaError, RequestError
 from ..words import show_name
-from .first_use import tell_of_real_models
+from .first_use import offer_real_models, tell_of_real_models
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
 from .progress import PhaseBar
@@ -62,18 +62,21 @@ def chat_command(
     commands: /image, /paste, /system, /set, /json, /redo, /undo, /clear, /save, /load, /info. Ctrl-C stops a
     reply, Ctrl-D leaves.
 
+    Without -m, and if this machine has real models, they are offered first.
+
     Without a terminal, standard input is one question, and only the reply is printed.
     """
-    if not no_tuned:
-        choice = with_tuned(choice)
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    session, show_image = None, None
+    session, show_image, offered = None, None, choice
     if is_terminal:
         # Asks the terminal what it can do, before anything else reads from it.
         from ..chat.preview import preview as find_preview
 
         show_image = find_preview() if preview else None
         session = _session(history)
+        offered = offer_real_models(choice)
+    told = choice if offered is choice else None  # who was asked knows
+    choice = offered if no_tuned else with_tuned(offered)
 
     bar = PhaseBar()
     with open_chosen(choice, bar=bar, image_cache=not no_cache) as model:
@@ -88,8 +91,9 @@ def chat_command(
             talk.attach(image)
         if session is None:
             _answer_one(talk)
+            tell_of_real_models(choice)
         else:
-            _Terminal(talk, session, show_image, bar, choice).run()
+            _Terminal(talk, session, show_image, bar, told).run()
 
 
 def _answer_one(talk: Talk) -> None:
@@ -145,11 +149,11 @@ class _Terminal:
         session: PromptSession[str],
         show_image: Callable[[Attached], None] | None,
         bar: PhaseBar,
-        choice: ModelChoice,
+        told: ModelChoice | None,
     ) -> None:
         from ..chat.commands import Commands
 
-        self._bar, self._choice = bar, choice
+        self._bar, self._told = bar, told
         self._talk, self._session, self._show_image = talk, session, show_image
         self._commands: Commands = Commands(talk, echo, self._write, self._added)
 
@@ -158,7 +162,8 @@ class _Terminal:
 
         for image in self._talk.images:
             self._added(image)
-        tell_of_real_models(self._choice)
+        if self._told is not None:
+            tell_of_real_models(self._told)
         echo(f"{show_name(self._talk.model.model_path.name)}. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:

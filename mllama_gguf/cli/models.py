@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from ..words import show_size
+from .first_use import by_use
 from .log import show_log
 from .terminal import echo, echo_json
 from .verbose import verbose_option
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each model, one a line.")
 @verbose_option
 def models_command(as_json: bool) -> None:
-    """List the models that -m can open by name: bundled, downloaded, in Ollama's store, in the
-    Hugging Face hub's cache. Models of other architectures are left out.
+    """List the models that -m can open by name: in Ollama's store, downloaded, in the Hugging Face hub's
+    cache, bundled; before all the one that MLLAMA_MODEL names. Models of other architectures are left out.
 
     Memory: the need of weights and caches (4096 tokens, one image) on the CPU, compared with the memory that
     is available now.
@@ -29,7 +31,7 @@ def models_command(as_json: bool) -> None:
     from ..inspect.inventory import closed_stores, inventory
 
     show_log("mllama_gguf.store.lockfile")
-    for found in inventory():
+    for found in by_use(inventory(), os.environ.get("MLLAMA_MODEL")):
         if as_json:
             echo_json({**asdict(found), "files": [str(path) for path in found.files]})
         else:

@@ -21,6 +21,7 @@ import pytest
 import tiny
 from helpers import TinyFiles, elsewhere
 from model_server import COMMIT, ModelServer, serve
+from stores import in_store
 
 from mllama_gguf import DownloadError, Mllama, MllamaError, ModelError, RequestError
 from mllama_gguf.cli.main import run
@@ -68,20 +69,6 @@ def tag(server: ModelServer) -> str:
 
 def files_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
-
-
-def in_store(store: Path, ref: str, *parts: tuple[str, bytes]) -> list[Path]:
-    """Lay a model out as Ollama does; its blobs."""
-    fake = ModelServer()
-    digests = fake.add_model("x", *parts)
-    manifest = store / "manifests" / OllamaRef.parse(ref).path
-    manifest.parent.mkdir(parents=True)
-    manifest.write_bytes(fake.manifests["x"])
-    (store / "blobs").mkdir(exist_ok=True)
-    paths = [store / "blobs" / f"sha256-{digest}" for digest in digests]
-    for path, (_, data) in zip(paths, parts, strict=True):
-        path.write_bytes(data)
-    return paths
 
 
 # ---- names -------------------------------------------------------------------------------------------------
@@ -648,7 +635,8 @@ def test_models(
     assert "truncated" in (found["ollama:damaged:latest"].problem or "")
     assert run(["models", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["name"] for row in rows] == list(found)
+    usable = ["ollama:mine:latest", "hf:me/repo/m.gguf", "demo"]
+    assert [row["name"] for row in rows] == [*usable, "ollama:damaged:latest"]
 
 
 def test_a_broken_lock_file_hides_nothing_else(home: Path, capsys: Captured) -> None:
