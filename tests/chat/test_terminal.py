@@ -75,7 +75,7 @@ class Chat:
 def chat(tmp_path: Path) -> Iterator[Chat]:
     started = Chat(tmp_path, APPLE)
     try:
-        started.until(r"\[.*apple\.png, \d+ x \d+\]\nThis is the demo model, (?s:.*)Ctrl-D leaves\.\n>>>")
+        started.until(r"\[.*apple\.png, \d+ x \d+\]\n(?s:.*)Ctrl-D leaves\.\n>>>")
         yield started
     finally:
         started.child.close(force=True)
