@@ -15,13 +15,18 @@ def main() -> None:
         if obeyed:
             signal.signal(signal.SIGINT, _end)
         _open_closed_streams()
-        from .cli.main import run
+        if "_MLLAMA_COMPLETE" in os.environ:  # set by the scripts of `mllama completion`
+            from .cli.completing import complete
 
-        if obeyed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = run(sys.argv[1:])
-        if obeyed:
-            signal.signal(signal.SIGINT, _end)
+            code = complete(sys.argv[1:])
+        else:
+            from .cli.main import run
+
+            if obeyed:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = run(sys.argv[1:])
+            if obeyed:
+                signal.signal(signal.SIGINT, _end)
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         code = 130

@@ -8,6 +8,7 @@ import click
 
 from ..words import show_size
 from .options import setting_option
+from .seen_devices import remember
 from .terminal import echo, echo_json
 from .verbose import verbose_option
 
@@ -25,7 +26,9 @@ def devices_command(as_json: bool, rpc_servers: tuple[str, ...] | None) -> None:
     from ..backend.isolated import remote_devices
     from ..backend.local import devices
 
+    names = []
     for device in remote_devices(rpc_servers) if rpc_servers else devices(start=True):
+        names += [device.name] if device.error is None else []
         if as_json:
             echo_json(asdict(device))
         else:
@@ -33,3 +36,4 @@ def devices_command(as_json: bool, rpc_servers: tuple[str, ...] | None) -> None:
             if device.error is not None:
                 state = f"cannot be used: {device.error}"
             echo(f"{device.name:10}  {device.type:5}  {device.description}, {state}")
+    remember(names)

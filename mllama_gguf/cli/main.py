@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..errors import Aborted, MllamaError
@@ -27,6 +28,7 @@ COMMANDS = {
     "cache": ("cache:cache_command", "Show or clear the image cache."),
     "caption": ("caption:caption_command", "Describe images."),
     "chat": ("chat:chat_command", "Talk about pictures at the terminal."),
+    "completion": ("completion:completion_command", "Print the script that completes commands in a shell."),
     "convert": ("convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("devices:devices_command", "List the devices that can compute."),
     "doctor": ("doctor:doctor_command", "Check this installation."),
@@ -59,6 +61,12 @@ class Commands(click.Group):
         command = getattr(import_module(f".{module}", __package__), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As `click.Group` has it, without an import of every command for its line of help."""
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        found = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
