@@ -142,7 +142,7 @@ def test_all_commands_that_write_are_here() -> None:
     writes = {writer.args[0] for writer in WRITERS.values()} | {args[0] for args, _ in FOLDERS.values()}
     # tests/store/test_store.py, tests/cache/test_image_cache.py, tests/chat/test_talk.py
     elsewhere = {"pull", "cache", "chat"}
-    reads = {"devices", "doctor", "info", "models", "plan", "serve", "verify", "worker"}
+    reads = {"completion", "devices", "doctor", "info", "models", "plan", "serve", "verify", "worker"}
     assert writes | elsewhere | reads >= set(COMMANDS)
 
 

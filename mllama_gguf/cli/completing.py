@@ -81,7 +81,7 @@ def offered(before: Sequence[str], word: str) -> list[CompletionItem]:
     return found
 
 
-class _Values(click.ParamType):
+class _Values(click.ParamType):  # type: ignore[type-arg]
     """Any value, with what is known about the parameter's values."""
 
     name = "text"
@@ -138,12 +138,21 @@ def model_names(begun: str) -> Iterator[tuple[str, str]]:
         if model.family == "mllama":
             yield str(model.ref).removesuffix(":latest"), "Ollama's store"
     for name, locked in usable_locked_models().items():
-        if locked.source == "bundled" or locked_paths(locked) is not None:
+        here = locked.source == "bundled" or not locked.source.startswith("hf:")
+        if (here or _hub_may_have(locked.source)) and locked_paths(locked) is not None:
             yield name, "bundled" if locked.source == "bundled" else "downloaded"
     if begun.startswith("hf:"):  # huggingface_hub takes long to import
         from ..store import hub
 
         yield from ((str(ref), "Hugging Face hub's cache") for ref, _ in hub.scan())
+
+
+def _hub_may_have(source: str) -> bool:
+    """Whether the hub's cache has a folder for hf:OWNER/NAME. It saves the import of huggingface_hub."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    folder = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    owner_and_name = source.removeprefix("hf:").partition("@")[0].split("/")[:2]
+    return os.path.isdir(os.path.join(folder, "--".join(("models", *owner_and_name))))
 
 
 def locked_names() -> Iterator[tuple[str, str]]:
@@ -157,4 +166,5 @@ def known_devices(with_words: bool) -> list[str]:
     """Names of devices, as `mllama devices` last saw them: starting devices takes too long for a Tab."""
     from .seen_devices import seen
 
-    return [*(("auto", "cpu") if with_words else ()), *seen()]
+    special = ("auto", "cpu") if with_words else ()
+    return [*special, *(name for name in seen() if name.lower() not in special)]

@@ -20,7 +20,8 @@ _mllama() {
             files) files=-f ;;
             folders) files=-d ;;
         esac
-    done < <(_MLLAMA_COMPLETE=bash _MLLAMA_BREAKS=$COMP_WORDBREAKS "$1" "${COMP_LINE:0:COMP_POINT}" 2> /dev/null)
+    done < <(_MLLAMA_COMPLETE=bash _MLLAMA_BREAKS=$COMP_WORDBREAKS \\
+        "$1" "${COMP_LINE:0:COMP_POINT}" 2> /dev/null)
     [ -n "$files" ] || return 0
     while IFS= read -r name; do
         COMPREPLY+=("$name")
@@ -37,7 +38,12 @@ _mllama() {
     local -a words_only described opened
     while IFS=$'\\t' read -r kind value help; do
         case $kind in
-            (word) if [[ -n $help ]]; then described+=("${value//:/\\\\:}:$help"); else words_only+=("$value"); fi ;;
+            (word)
+                if [[ -n $help ]]; then
+                    described+=("${value//:/\\\\:}:$help")
+                else
+                    words_only+=("$value")
+                fi ;;
             (open) opened+=("$value") ;;
             (files|folders) files=$kind ;;
         esac

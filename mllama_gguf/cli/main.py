@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..errors import Aborted, MllamaError
@@ -21,6 +21,9 @@ from ..words import one_line, os_reason
 from .first_use import ARGUMENTS
 from .terminal import NO_ROOM, discard, echo, fit_streams
 from .verbose import is_verbose, verbose_option
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # The modules are imported when their command runs: some need numpy, which takes longer than all of --help.
 COMMANDS = {
@@ -64,6 +67,8 @@ class Commands(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """As `click.Group` has it, without an import of every command for its line of help."""
+        from click.shell_completion import CompletionItem
+
         names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
         found = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
         return [*found, *click.Command.shell_complete(self, ctx, incomplete)]

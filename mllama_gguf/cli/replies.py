@@ -47,10 +47,10 @@ class ReplyChoice:
 
 def _pixels(ctx: click.Context, param: click.Parameter, words: str | None) -> int | None:
     """An option's callback: "200000000" or "200M" to a number of pixels."""
-    from ..vision.decoding import parse_pixels
-
     if words is None:
         return None
+    from ..vision.decoding import parse_pixels
+
     try:
         return parse_pixels(words)
     except ValueError as e:
