@@ -398,7 +398,7 @@ def test_json_of_a_schema(photos: Path, tmp_path: Path, capsys: Captured) -> Non
         assert words in capsys.readouterr().err
     path.write_text(json.dumps(SCHEMA))
     assert run([*args, "--prefix", "x"]) == 1
-    assert "no room for prefix" in capsys.readouterr().err
+    assert "prefix and suffix cannot be used with a JSON schema" in capsys.readouterr().err
 
 
 def test_a_caption_that_is_cut() -> None:

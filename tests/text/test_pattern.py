@@ -71,7 +71,7 @@ def test_nothing_is_printed_about_odd_classes(text: str) -> None:
         ("a++", "possessive|not valid"),
         ("(?s)(?x)a", "flag|not valid"),
         ("(?a:a)", "flag"),
-        ("[^\\s\\S]", "no character"),
+        ("[^\\s\\S]", "an empty character class"),
         ("\ud800", "surrogate"),
         ("(?P<a>x)(?P=a)", "reference"),
     ],
