@@ -59,14 +59,19 @@ static struct ggml_tensor * columns(const decoder * d, struct ggml_tensor * x, i
     return ggml_view_2d(d->g->ctx, x, x->ne[0], n, x->nb[1], x->nb[1] * (size_t) first);
 }
 
-// The mask of an item's queries, [n_rows, n_columns]
-static struct ggml_tensor * mask_view(const decoder * d, const cpu_cache_item * item) {
-    struct ggml_tensor * mask = d->tg->mask;
-    if (item->mask < 0 || d->tg->n_items == 1) {
-        return item->mask < 0 ? NULL : mask;
+static void share_inputs(text_graph * tg) {
+    struct ggml_context * ctx  = tg->g.ctx;
+    size_t                cell = 0, mask = 0;
+    for (int32_t i = 0; i < tg->n_items; i++) {
+        const text_item * item = &tg->items[i];
+        const bool        all  = tg->n_items == 1;
+        tg->item_cells[i] = all ? tg->cells : ggml_view_1d(ctx, tg->cells, item->n_tokens, cell);
+        tg->item_masks[i] = all ? tg->mask
+                                : ggml_view_2d(ctx, tg->mask, item->n_kv, item->n_tokens,
+                                               sizeof(ggml_fp16_t) * (size_t) item->n_kv, mask);
+        cell += tg->cells->nb[0] * (size_t) item->n_tokens;
+        mask += sizeof(ggml_fp16_t) * (size_t) (item->n_tokens * item->n_kv);
     }
-    const size_t row = sizeof(ggml_fp16_t) * (size_t) item->n_rows;
-    return ggml_view_2d(d->g->ctx, mask, item->n_rows, item->n_columns, row, sizeof(ggml_fp16_t) * (size_t) item->mask);
 }
 
 // Attention of the items from..to - 1 by ggml's operations, joined in halves
@@ -79,7 +84,8 @@ static struct ggml_tensor * attend_items(const decoder * d, struct ggml_tensor *
     }
     const cpu_cache_item * item = &items[from];
     return graph_attention(d->g, columns(d, q, item->column, item->n_columns), cache_view(d, item->k, item->n_rows),
-                           cache_view(d, item->v, item->n_rows), mask_view(d, item), d->p->n_head);
+                           cache_view(d, item->v, item->n_rows), item->mask < 0 ? NULL : d->tg->item_masks[from],
+                           d->p->n_head);
 }
 
 // q [head_dim * n_head, n] over the rows of the items of a layer, which are set
@@ -107,12 +113,9 @@ static void store(const decoder * d, int32_t il, const cpu_cache_item * item, st
                   struct ggml_tensor * v) {
     struct ggml_context * ctx   = d->g->ctx;
     const kv_cache *      cache = d->tg->items[item - d->tg->attention[il].items].cache;
-    struct ggml_tensor *  cells = d->tg->cells;
-    if (item->n_columns < cells->ne[0]) {
-        cells = ggml_view_1d(ctx, cells, item->n_columns, cells->nb[0] * (size_t) item->column);
-        k     = columns(d, k, item->column, item->n_columns);
-        v     = columns(d, v, item->column, item->n_columns);
-    }
+    struct ggml_tensor *  cells = d->tg->item_cells[item - d->tg->attention[il].items];
+    k = columns(d, k, item->column, item->n_columns);
+    v = columns(d, v, item->column, item->n_columns);
     ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->k, k, cells));
     ggml_build_forward_expand(d->g->gf, ggml_set_rows(ctx, item->v, kv_cache_rounded(ctx, cache, il, v), cells));
 }
@@ -262,7 +265,9 @@ static mllama_status prepare(const mllama_model * model, const text_shape * shap
     tg->items       = malloc(n_items * sizeof(*tg->items));
     tg->attention   = calloc(n_layer, sizeof(*tg->attention));
     tg->cache_items = calloc(n_layer * n_items, sizeof(*tg->cache_items));
-    if (!tg->items || !tg->attention || !tg->cache_items) {
+    tg->item_cells  = calloc(n_items, sizeof(*tg->item_cells));
+    tg->item_masks  = calloc(n_items, sizeof(*tg->item_masks));
+    if (!tg->items || !tg->attention || !tg->cache_items || !tg->item_cells || !tg->item_masks) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     memcpy(tg->items, shape->items, n_items * sizeof(*tg->items));
@@ -305,6 +310,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
     TRY(graph_use_watch(g, (size_t) tg->n_tokens));
     add_inputs(tg);
+    share_inputs(tg);
 
     struct ggml_tensor * x = ggml_get_rows(g->ctx, model->token_embd, tg->tokens);
     graph_named(x, "text", -1, "token_embd");
@@ -346,6 +352,10 @@ void text_graph_free(text_graph * tg) {
     free(tg->items);
     free(tg->attention);
     free(tg->cache_items);
+    free(tg->item_cells);
+    free(tg->item_masks);
+    tg->item_cells  = NULL;
+    tg->item_masks  = NULL;
     tg->items       = NULL;
     tg->attention   = NULL;
     tg->cache_items = NULL;

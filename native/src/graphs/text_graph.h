@@ -38,6 +38,8 @@ typedef struct text_graph {
     struct ggml_tensor * positions; // input  I32 [n_tokens]
     struct ggml_tensor * cells;     // input  I64 [n_tokens]: rows of its self-attention cache that each token writes
     struct ggml_tensor * mask;      // input  F16, for each item [n_kv, n_tokens] one after the other
+    // Of each item, its part of these two. All layers share the tensors, because each is copied to a device by itself.
+    struct ggml_tensor ** item_cells, ** item_masks;
     struct ggml_tensor * wanted;    // input  I32: the columns of `last`, NULL if they are the last ones
     struct ggml_tensor * logits;    // output F32 [vocab_size, n_logits], in the order of the items; NULL without
     int64_t              n_logits;

@@ -138,16 +138,18 @@ static void repeated_rows(const encoder * e, int64_t rows[2][2]) {
 
 // x [n_embd, n_all] with the rows of that tile as often as there are unused tiles
 static struct ggml_tensor * repeat_unused(const encoder * e, struct ggml_tensor * x) {
-    int64_t              rows[2][2];
-    struct ggml_tensor * out = x;
+    struct ggml_context * ctx   = e->g->ctx;
+    const int64_t         times = e->p->max_tiles - e->tiles;
+    int64_t               rows[2][2];
+    struct ggml_tensor *  out = x;
     repeated_rows(e, rows);
-    for (int64_t i = e->tiles; i < e->p->max_tiles; i++) {
-        for (int j = 0; j < 2; j++) {
-            const int64_t n = rows[j][1] - rows[j][0];
-            if (n > 0) {
-                const size_t at = x->nb[1] * (size_t) rows[j][0];
-                out = ggml_concat(e->g->ctx, out, ggml_view_2d(e->g->ctx, x, x->ne[0], n, x->nb[1], at), 1);
-            }
+    for (int j = 0; j < 2; j++) {
+        const int64_t n = rows[j][1] - rows[j][0];
+        if (n > 0 && times > 0) {
+            const size_t         at   = x->nb[1] * (size_t) rows[j][0];
+            struct ggml_tensor * more = ggml_view_2d(ctx, x, x->ne[0], n, x->nb[1], at);
+            more = ggml_reshape_2d(ctx, ggml_repeat_4d(ctx, more, x->ne[0], n, times, 1), x->ne[0], n * times);
+            out  = ggml_concat(ctx, out, more, 1);
         }
     }
     return out;
