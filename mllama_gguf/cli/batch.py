@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..words import os_reason
 from .batch_options import BatchSettings
+from .first_use import tell_of_real_models
 from .opening import find_files, open_chosen
 from .options import ModelChoice
 from .progress import BatchBar
@@ -73,6 +74,8 @@ def run_batch(
     mine = run_settings(options, files, choice.settings)
     beside = SettingsFile.beside(*_place(settings, home))
     output = _open_output(settings, options, images, home, mine, read)
+    if not as_json:
+        tell_of_real_models(choice)  # before thousands of captions
     failed = True
     try:
         done = list(output.records()) if settings.how == "skip" else []

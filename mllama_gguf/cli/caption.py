@@ -75,8 +75,6 @@ def caption_command(
         choice = with_tuned(choice)
     options = asked.caption_options(batch.prefix, batch.suffix)
     if batch.wanted:
-        if not as_json:
-            tell_of_real_models(choice)  # before thousands of captions
         return run_batch(images, batch, options, as_json, choice, (*asked.inputs, *choice.inputs))
     if images.count("-") > 1:
         raise click.UsageError("standard input (-) holds one image")
