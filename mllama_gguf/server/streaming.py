@@ -18,8 +18,9 @@ from .problems import Refused
 from .replies import error_reply, to_bytes
 
 # A reader who is told every token of a fast model costs more than the model: what comes within this time, a
-# frame of a screen, is sent together.
+# frame of a screen, is sent together, and after so many tokens as one chunk.
 GATHER_SECONDS = 0.016
+TOLD_ALONE = 32
 
 
 class Writer(Protocol):
@@ -99,6 +100,7 @@ class Computed(Response):
 
     async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        n_events = 0
         begun = time.monotonic()
         while True:
             wait = max(0.0, self._ping_seconds - (time.monotonic() - begun))
@@ -112,18 +114,19 @@ class Computed(Response):
                 started = True
                 await _start(send, 200, self._writer.media_type, _UNBUFFERED)
             parts: list[bytes] = []
-            for event in joined(events):
+            for event in events if n_events < TOLD_ALONE else joined(events):
                 if isinstance(event, Refused):
                     parts.append(self._writer.failure(event))
                     break
                 parts += self._writer.frames(event)
             last = bool(events) and isinstance(events[-1], (Done, Refused))
             body = b"".join(parts) if events else self._writer.ping()
+            n_events += len(events)
             await send({"type": "http.response.body", "body": body, "more_body": not last})
             if last:
                 return
             if events:
-                await asyncio.sleep(GATHER_SECONDS)
+                await self._job.mailbox.gather(GATHER_SECONDS)
 
 
 def joined(events: Iterable[Event]) -> Iterator[Event]:
