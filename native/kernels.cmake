@@ -1,4 +1,4 @@
-# The CPU kernels: a file for each set of instructions, which choose.c finds out about when it runs; on other processors
+# The CPU kernels: a file for each set of instructions, which tables.c finds out about when it runs; on other processors
 # portable.c alone.
 include(CheckCCompilerFlag)
 include(CheckCSourceCompiles)
@@ -11,7 +11,7 @@ function(kernel_with target name) # and the flags that it may use
 endfunction()
 
 function(add_kernels target)
-  foreach(name choose attention cache_attention linear quantized elementwise portable)
+  foreach(name tables choose attention cache_attention linear quantized elementwise portable)
     target_sources(${target} PRIVATE "${MLLAMA_KERNELS_DIR}/${name}.c")
   endforeach()
   check_c_source_compiles("

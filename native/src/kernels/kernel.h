@@ -1,5 +1,5 @@
-// What an instruction set gives: a table of functions in a file of its own. A kernel puts such tables together for a
-// kind of processor, see choose.c.
+// What an instruction set gives: a table of functions in a file of its own, see tables.c. A kernel puts such tables
+// together, see choose.c.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -117,16 +117,55 @@ typedef struct cpu_quantized {
                               int64_t then, float * out);
 } cpu_quantized;
 
-struct cpu_kernel {
+// ---- kernels ------------------------------------------------------------------------------------------------------
+
+// What a kernel is put together of
+typedef enum cpu_part {
+    CPU_ATTENTION, // the encoder's, in F32
+    CPU_LINEAR,    // the encoder's linear layers, with factors in F32
+    CPU_BF16,      // both of these for BF16 weights
+    CPU_CACHE,     // the text's attention to rows of a cache
+    CPU_QUANTIZED, // the text's products with quantized weights
+    CPU_PARTS,
+} cpu_part;
+
+// What a part can be computed with. It has one of the three tables, or none: then its name is "ggml", for ggml's own
+// operations, or "f32", for BF16 weights that are widened.
+typedef struct cpu_table {
     const char *          name;
     bool               (* supported)(void); // by this processor
+    bool                  untried;          // nobody has run it yet: it is used by name, or after a trial
     const cpu_f32 *       f32;
-    const cpu_bf16 *      bf16;             // NULL: none
-    const cpu_quantized * quantized;        // NULL: none
+    const cpu_bf16 *      bf16;
+    const cpu_quantized * quantized;
+} cpu_table;
+
+const char *      cpu_part_name(cpu_part part);
+// Those of this build for a part, the best first; the last has no name.
+const cpu_table * cpu_tables(cpu_part part);
+// Of them those that this processor supports; NULL: no more of them
+const cpu_table * cpu_table_at(cpu_part part, int32_t index);
+// The one with a name of `length` characters, or NULL
+const cpu_table * cpu_table_named(cpu_part part, const char * name, size_t length);
+bool              cpu_ggml_has_bf16(void); // ggml's CPU backend uses this processor's instructions for BF16
+
+enum { CPU_KERNEL_NAME = 200 };
+
+struct cpu_kernel {
+    char                  name[CPU_KERNEL_NAME];
+    const cpu_table *     parts[CPU_PARTS];
+    // of the parts; NULL: ggml's operations
+    const cpu_f32 *       attention, * linear, * cache;
+    const cpu_bf16 *      bf16;         // NULL: see the next one
+    bool                  bf16_by_ggml; // linear layers of BF16 weights; else these are widened to F32
+    const cpu_quantized * quantized;
+    const cpu_f32 *       f32;          // GELU and erf; never NULL
+    cpu_kernel *          next;         // of all kernels
 };
 
-// All that this library has for the architecture, the best first; NULL: no more of them
-const cpu_kernel * cpu_kernel_at(int32_t index);
+// Entry `index` of the list of kernels of this build, the best first: its name, or NULL beyond the last. *kernel: NULL
+// where this processor does not have it.
+const char * cpu_kernel_at(int32_t index, const cpu_kernel ** kernel);
 
 extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f32_neon;
 extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_neon;

@@ -49,3 +49,4 @@ void test_cache_attention(const subject * s);
 void test_linear(const subject * s);
 void test_products(const subject * s);
 void test_elementwise(const subject * s);
+void test_names(void); // of kernels, by parts

@@ -145,12 +145,11 @@ static const struct {
     { "GELU and erf", test_elementwise },
 };
 
-static subject subject_of(int32_t index) {
-    const cpu_kernel * kernel = cpu_kernel_at(index);
-    subject            s      = { kernel, true, kernel->bf16, kernel->quantized };
+static subject subject_of(int32_t index, const cpu_kernel * kernel) {
+    subject s = { kernel, true, kernel->bf16, kernel->quantized };
     for (int32_t i = 0; i < index; i++) {
-        const cpu_kernel * before = cpu_kernel_at(i);
-        if (before->supported()) {
+        const cpu_kernel * before;
+        if (cpu_kernel_at(i, &before) && before) {
             s.f32 &= before->f32 != kernel->f32;
             s.bf16 &= before->bf16 != kernel->bf16;
             s.quantized &= before->quantized != kernel->quantized;
@@ -177,14 +176,20 @@ int main(void) {
     signal(SIGSEGV, on_signal);
     signal(SIGBUS, on_signal);
     signal(SIGILL, on_signal);
-    for (int32_t i = 0; cpu_kernel_at(i); i++) {
-        const subject s = subject_of(i);
-        if (!s.kernel->supported()) {
-            printf("%s: not on this processor\n", cpu_kernel_name(s.kernel));
-        } else if (s.f32 || s.bf16 || s.quantized) {
+    const cpu_kernel * kernel;
+    const char *       name;
+    for (int32_t i = 0; (name = cpu_kernel_at(i, &kernel)) != NULL; i++) {
+        if (!kernel) {
+            printf("%s: not on this processor\n", name);
+            continue;
+        }
+        const subject s = subject_of(i, kernel);
+        if (s.f32 || s.bf16 || s.quantized) {
             test_kernel(&s);
         }
     }
+    kernel_name = "names";
+    test_names();
     printf("%d cases, %d failed\n", n_cases, n_failed);
     return n_failed || n_cases == 0;
 }

@@ -260,15 +260,24 @@ mllama_status guard_function(ggml_backend_dev_t device, const char * name, void 
     return MLLAMA_OK;
 }
 
+mllama_status devices_init(void) {
+    return MLLAMA_OK;
+}
+
 ggml_backend_dev_t devices_cpu(void) {
     return NULL;
 }
 
+static char last_error[1000];
+
 mllama_status fail(mllama_status status, const char * format, ...) {
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
+    vsnprintf(last_error, sizeof(last_error), format, args);
     va_end(args);
-    fputc('\n', stderr);
     return status;
+}
+
+const char * mllama_last_error(void) {
+    return last_error;
 }
