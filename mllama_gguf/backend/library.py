@@ -78,9 +78,10 @@ class Native:
         if status != OK:
             raise self.error(status)
 
-    def cpu_kernel(self) -> str:
-        """The kernel for the CPU that $MLLAMA_CPU_KERNEL and the processor give now; "": it names none."""
-        return self.text(self.lib.mllama_cpu_kernel())
+    def cpu_kernel(self, name: str = "") -> str:
+        """The shortest name of this kernel for the CPU. "": the one that $MLLAMA_CPU_KERNEL and the processor
+        give now, without a trial. The result is "" where there is none of that name."""
+        return self.text(self.lib.mllama_cpu_kernel_named(os.fsencode(name) if name else self.ffi.NULL))
 
     def text(self, pointer: Any) -> str:
         """A C string, or "" for NULL."""

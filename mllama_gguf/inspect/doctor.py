@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ..backend.kernels import Kernel, describe, record_path
 from ..backend.repack import offered_layouts, usable_layouts
 from ..cpus import processor_name, usable_cpus
 from ..errors import MllamaError
@@ -48,14 +49,17 @@ class Finding:
 
 
 def examine(own_version: str) -> Iterator[Finding]:
-    """Look at everything, the quick things first. Nothing is written but the caches of ggml's trials."""
+    """Look at everything, the quick things first. Nothing is written but what trials found."""
     yield _versions(own_version)
     try:
         yield _library()
     except MllamaError as e:
         yield _problem("library", e, "pip install --force-reinstall --no-cache-dir mllama_gguf")
         return  # nothing else can be looked at
-    yield _processor()
+    kernel = describe()
+    yield _processor(kernel.name)
+    if kernel.parts:
+        yield _kernel(kernel)
     yield _memory()
     yield from _disk()
     yield from _environment()
@@ -113,10 +117,7 @@ def _library() -> Finding:
     return Finding("library", "ok", words, "", {"ggml": ggml, "backends": backends, "rpc": has_rpc})
 
 
-def _processor() -> Finding:
-    from ..backend.library import load
-
-    kernel = load().cpu_kernel()
+def _processor(kernel: str) -> Finding:
     usable = usable_layouts()
     layouts = {layout: layout in usable for layout in offered_layouts()}
     name, cpus = processor_name(), usable_cpus()
@@ -128,6 +129,16 @@ def _processor() -> Finding:
     if kernel:
         return Finding("processor", "ok", words, "", facts)
     return Finding("processor", "note", words, "unset MLLAMA_CPU_KERNEL to use the fast kernels", facts)
+
+
+def _kernel(kernel: Kernel) -> Finding:
+    """What computes each part, and how fast the others are beside the fastest."""
+    failed = [f"{name}: {words}" for part in kernel.parts.values() for name, words in part.failed.items()]
+    words, facts = kernel.in_words(), kernel.facts()
+    if not failed:
+        return Finding("kernel", "ok", words, "", facts)
+    advice = f"{'; '.join(failed)}; the others are used; remove {record_path()} to try again"
+    return Finding("kernel", "note", words, private(one_line(advice)), facts)
 
 
 def _memory() -> Finding:

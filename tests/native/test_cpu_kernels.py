@@ -352,6 +352,59 @@ def test_which_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> Non
         made_for(path, "abacus")
 
 
+def mixed_kernels() -> list[tuple[str, str]]:
+    """The best kernel here with one other table, of every part, and the part."""
+    native, found = load(), []
+    text, lib = native.text, native.lib
+    for index in range(5):
+        part = text(lib.mllama_cpu_part(index))
+        tables = [text(lib.mllama_cpu_table(index, i)) for i in range(10)]
+        used = text(lib.mllama_cpu_kernel_uses(KERNELS[0].encode(), index))
+        found += [(f"{KERNELS[0]},{part}={table}", part) for table in tables if table not in ("", used)]
+    return found
+
+
+def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another table for a part computes the same but for rounding, and only that part changes."""
+    arch, text, mmproj = make(tmp_path, 40, type="bf16", image_size=42, patch_size=7)
+    f32_text, f32_mmproj = (path.with_suffix(".f32.gguf") for path in (text, mmproj))
+    convert(tmp_path / "checkpoint", f32_text, mmproj=f32_mmproj, type="f32")
+    q4 = quantized(tiny_files, tmp_path, "q4_k_m")
+    image = tiled(arch, GoldenImage(6))
+
+    def results(kernel: str) -> dict[str, Floats]:
+        monkeypatch.setenv(VARIABLE, kernel)
+        with (
+            Mllama(text, mmproj, n_ctx=64, image_cache=False) as bf16,
+            Mllama(f32_text, f32_mmproj, n_ctx=64, image_cache=False, type_k="f32", type_v="f32") as f32,
+            Mllama(q4, n_ctx=64) as small,
+        ):
+            return {
+                "bf16": bf16.encode_image(image).states,
+                "f32": f32.encode_image(image).states,
+                "text": f32.logits(list(range(2, 40))),
+                "quantized": small.logits(list(range(2, 40))),
+            }
+
+    # Which results depend on a part
+    reached = {
+        "attention": {"f32", "bf16"},
+        "linear": {"f32", "bf16"},
+        "bf16": {"bf16"},
+        "cache": {"text", "quantized"},
+        "quantized": {"quantized"},
+    }
+    best = results(KERNELS[0])
+    mixed = mixed_kernels()
+    assert {part for _, part in mixed} >= {"attention", "cache"}
+    for kernel, part in mixed:
+        found = results(kernel)
+        for name, values in found.items():
+            error = relative_error(values, best[name])
+            assert error <= {"bf16": 1e-2, "f32": 1e-5, "text": 2e-3, "quantized": 3e-2}[name], (kernel, name)
+            assert error == 0 or name in reached[part], (kernel, name)
+
+
 def test_unknown_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "abacus")
     for flash_attn in (True, False):
