@@ -40,6 +40,24 @@ int main(void) { return 0; }" MLLAMA_X86_64)
     if(MLLAMA_AVX512BF16)
       kernel_with(${target} avx512bf16 -mavx512f -mavx512bf16)
       target_compile_definitions(${target} PRIVATE MLLAMA_AVX512BF16)
+      # binutils 2.34 and GCC 12, or Clang; the request for tiles is Linux's
+      check_c_source_compiles("
+#ifndef __linux__
+#error other
+#endif
+typedef int four __attribute__((vector_size(16)));
+int main(void) {
+    four x = { 0 };
+    x = __builtin_shufflevector(x, x, 0, 4, 1, 5);
+    __asm__ volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2; tdpbssd %tmm0, %tmm1, %tmm2\");
+    return x[0];
+}" MLLAMA_AMX)
+      if(MLLAMA_AMX)
+        kernel_with(${target} amx)
+        kernel_with(${target} amxbf16 -mavx512f -mavx512bf16 -mfma)
+        kernel_with(${target} amxint8 -mavx512f -mavx512bw -mfma -mf16c)
+        target_compile_definitions(${target} PRIVATE MLLAMA_AMX)
+      endif()
     endif()
   endif()
 endfunction()

@@ -31,7 +31,7 @@ Files = Callable[[str], TinyFiles]
 Floats = npt.NDArray[np.float32]
 
 VARIABLE = "MLLAMA_CPU_KERNEL"
-NAMES = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
+NAMES = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable", "amx")
 
 
 def runs_here(name: str) -> bool:
@@ -108,7 +108,7 @@ def test_linear_layers(kernel: str, type: str, tmp_path: Path, monkeypatch: pyte
             error = relative_error(model.encode_image(tiled(arch, image)).states, expected)
         # BF16 instructions (our own or, for the lesser kernels, ggml's), and ggml where vectors are short,
         # round what goes into a product to the type of the weights.
-        has_bf16 = {"avx512bf16", "neonbf16"} & set(KERNELS)
+        has_bf16 = {"avx512bf16", "neonbf16", "amx"} & set(KERNELS)
         rounds = (type == "bf16" and has_bf16) or (type != "f32" and kernel == "portable")
         assert error <= (1e-2 if rounds else 1e-5)
 

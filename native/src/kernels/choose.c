@@ -14,6 +14,7 @@ typedef struct named {
 
 // The best first. Several may have the same name: the first of them that is supported counts.
 static const named NAMED[] = {
+    { "amx", "avx512", "amx", "amx" },
     { "avx512bf16", "avx512", "avx512bf16", "vnni" },
     { "avx512bf16", "avx512", "avx512bf16", "ggml" },
     { "avx512", "avx512", NULL, "vnni" },

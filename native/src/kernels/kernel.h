@@ -48,7 +48,7 @@ typedef struct attend_args {
     float *       out;
 } attend_args;
 
-// At most COLUMNS rows of x
+// At most COLUMNS rows of x, or as many as the table says
 typedef struct linear_args {
     const float * x;                    // [n][n_in] in rows of x_stride bytes
     size_t        x_stride;
@@ -97,6 +97,7 @@ typedef struct cpu_f32 {
 typedef struct cpu_bf16 {
     int64_t lanes;      // as in cpu_f32
     int64_t width;
+    int64_t columns;    // of x, most of them in a call of `linear`
     void (* attend)(const attend_args * args);
     void (* linear)(const linear_args * args);
 } cpu_bf16;
@@ -168,5 +169,8 @@ struct cpu_kernel {
 const char * cpu_kernel_at(int32_t index, const cpu_kernel ** kernel);
 
 extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f32_neon;
-extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_neon;
-extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_neondot, cpu_quantized_neoni8mm;
+extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_amx, cpu_bf16_neon;
+extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_amx, cpu_quantized_neondot, cpu_quantized_neoni8mm;
+
+// Whether this processor has AMX for BF16 and 8 bits, and the system lets this process use it. The first call asks.
+bool amx_supported(void);

@@ -29,6 +29,12 @@ static int64_t panel_width(const cpu_linear * a) {
     return a->bf16 ? a->kernel->bf16->width : a->kernel->linear->width;
 }
 
+// Most of x in a task: what both layers of an MLP can do
+static int64_t most_columns(const cpu_linear * a) {
+    const int64_t own = a->bf16 ? a->kernel->bf16->columns : COLUMNS, then = a->then ? most_columns(a->then) : own;
+    return own < then ? own : then;
+}
+
 // out [n_in][width] from `width` rows of the weight, from row `first` on; those that do not exist are 0
 static void pack_floats(const struct ggml_tensor * w, int64_t first, int64_t width, float * out) {
     const int64_t         n_in  = w->ne[0];
@@ -116,7 +122,7 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
     cpu_linear *               a     = userdata;
     const struct ggml_tensor * x     = dst->src[0];
     const int64_t              n     = x->ne[1], share = n / (4 * nth); // small enough that all threads end together
-    const int64_t              whole = share > COLUMNS ? COLUMNS : share / QUERIES * QUERIES;
+    const int64_t              most  = most_columns(a), whole = share > most ? most : share / QUERIES * QUERIES;
     const int64_t              step  = share < QUERIES ? QUERIES : whole;
     if (a->then && ith >= dst->src[3]->ne[1]) {
         return;
@@ -150,8 +156,9 @@ struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, str
                                   struct ggml_tensor * fc2_b, struct ggml_tensor * x, int64_t n_threads) {
     a->gelu = true;
     a->then = b;
-    struct ggml_tensor * between = ggml_custom_4d(ctx, GGML_TYPE_F32, COLUMNS * fc1->ne[1], n_threads, 1, 1, NULL, 0,
-                                                  nothing, 1, NULL);
-    struct ggml_tensor * src[]   = { x, pack_node(ctx, a, fc1, fc1_b), pack_node(ctx, b, fc2, fc2_b), between };
+    struct ggml_tensor * first  = pack_node(ctx, a, fc1, fc1_b), * second = pack_node(ctx, b, fc2, fc2_b);
+    struct ggml_tensor * between = ggml_custom_4d(ctx, GGML_TYPE_F32, most_columns(a) * fc1->ne[1], n_threads, 1, 1,
+                                                  NULL, 0, nothing, 1, NULL);
+    struct ggml_tensor * src[]   = { x, first, second, between };
     return ggml_custom_4d(ctx, GGML_TYPE_F32, b->n_out, x->ne[1], 1, 1, src, 4, multiply, GGML_N_TASKS_MAX, a);
 }

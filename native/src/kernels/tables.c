@@ -40,6 +40,12 @@ static bool has_avx512vnni(void) {
 static bool has_avx512bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+
+#ifdef MLLAMA_AMX
+static bool has_amx(void) { // the system is asked last, and remembers it
+    return has_avx512bf16() && has_avx512vnni() && has_avx2() && amx_supported();
+}
+#endif
 #endif
 #endif
 
@@ -95,6 +101,9 @@ static const cpu_table F32_TABLES[] = {
 };
 
 static const cpu_table BF16_TABLES[] = {
+#ifdef MLLAMA_AMX
+    { .name = "amx", .supported = has_amx, .untried = true, .bf16 = &cpu_bf16_amx },
+#endif
 #ifdef MLLAMA_AVX512BF16
     { .name = "avx512bf16", .supported = has_avx512bf16, .bf16 = &cpu_bf16_avx512bf16 },
 #endif
@@ -107,6 +116,9 @@ static const cpu_table BF16_TABLES[] = {
 };
 
 static const cpu_table QUANTIZED_TABLES[] = {
+#ifdef MLLAMA_AMX
+    { .name = "amx", .supported = has_amx, .untried = true, .quantized = &cpu_quantized_amx },
+#endif
 #if defined(__x86_64__)
     { .name = "vnni", .supported = has_avx512vnni, .quantized = &cpu_quantized_vnni },
 #endif

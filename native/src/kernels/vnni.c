@@ -1,5 +1,5 @@
 // Products with Q4_K and Q6_K by AVX512-VNNI, with AVX-512BW, FMA and F16C
-#include "kernels/k_quants.h"
+#include "kernels/q8_column.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -13,17 +13,6 @@ enum {
     LINE         = 64,   // bytes
     AHEAD        = 8192, // bytes of rows that are on their way from memory while one is multiplied by a single column
 };
-
-// 256 values of a column. Groups of 32 are in the order 0, 2, 1, 3, 4, 6, 5, 7, as the halves of weights come.
-typedef struct q8_column {
-    int8_t  q[QUANT_BLOCK];
-    int32_t offsets[16]; // -32 times the sum of each 16 values, in this order
-    int16_t sums16[16];  // of each 16 values, from the first to the last
-    int16_t sums32[8];
-    float   d;
-} __attribute__((aligned(64))) q8_column;
-
-static const int PLACE[8] = { 0, 2, 1, 3, 4, 6, 5, 7 };
 
 // ---- columns ------------------------------------------------------------------------------------------------------
 

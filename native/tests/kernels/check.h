@@ -44,6 +44,11 @@ typedef struct subject {
     bool               f32, bf16, quantized;
 } subject;
 
+// The tables of AMX over tiles in plain C, on every processor: see amx_emulated.h.
+extern const cpu_bf16      cpu_bf16_amx_emulated;
+extern const cpu_quantized cpu_quantized_amx_emulated;
+bool amx_emulated_in_use(void);
+
 void test_attention(const subject * s);
 void test_cache_attention(const subject * s);
 void test_linear(const subject * s);

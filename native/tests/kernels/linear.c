@@ -60,9 +60,10 @@ static void check_linear(const cpu_kernel * kernel, const shape * c) {
     run(out, c->n_threads, c->n_threads > 2);
     // The same with space between the rows of the result, which a node has not
     struct ggml_tensor * apart = tensor_new(GGML_TYPE_F32, c->n_out, c->n, 4 * 3, 4 * c->shift);
-    for (int64_t row = 0; row < c->n; row += COLUMNS) {
+    const int64_t        most  = a.bf16 ? kernel->bf16->columns : COLUMNS;
+    for (int64_t row = 0; row < c->n; row += most) {
         const linear_args args = {
-            .x = tensor_row(x, row), .x_stride = x->nb[1], .n = c->n - row < COLUMNS ? c->n - row : COLUMNS,
+            .x = tensor_row(x, row), .x_stride = x->nb[1], .n = c->n - row < most ? c->n - row : most,
             .n_in = c->n_in, .n_out = c->n_out, .w = out->src[1]->data, .out = tensor_row(apart, row),
             .out_stride = c->n_out + 3,
         };

@@ -119,6 +119,7 @@ void expect_true(bool ok, const char * what) {
 
 void case_end(void) {
     expect_true(places_end(), "memory outside of a tensor was written");
+    expect_true(!amx_emulated_in_use(), "tiles were not released");
 }
 
 // A read or write past the end of a tensor
@@ -190,6 +191,11 @@ int main(void) {
     }
     kernel_name = "names";
     test_names();
+    const cpu_kernel emulated = {
+        .name = "amx, emulated", .attention = &cpu_f32_portable, .f32 = &cpu_f32_portable,
+        .bf16 = &cpu_bf16_amx_emulated, .quantized = &cpu_quantized_amx_emulated,
+    };
+    test_kernel(&(subject) { .kernel = &emulated, .bf16 = true, .quantized = true });
     printf("%d cases, %d failed\n", n_cases, n_failed);
     return n_failed || n_cases == 0;
 }

@@ -133,7 +133,7 @@ void test_products(const subject * s) {
     static const int64_t sizes[][3] = { // n_in, n_out, columns
         { 256, 1, 1 }, { 256, 1, 2 }, { 512, 5, 1 }, { 1280, 33, 1 }, { 768, 130, 1 }, { 512, 31, 3 }, { 256, 16, 4 },
         { 768, 17, 5 }, { 256, 37, 6 }, { 512, 65, 7 }, { 256, 33, 8 }, { 256, 19, 13 }, { 512, 34, 97 },
-        { 256, 3, 200 },
+        { 256, 3, 200 }, { 256, 33, 271 },
     };
     for (size_t i = 0; s->quantized && i < 2 * sizeof(sizes) / sizeof(sizes[0]); i++) {
         const int64_t * size = sizes[i / 2];
