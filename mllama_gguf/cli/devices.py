@@ -29,6 +29,9 @@ def devices_command(as_json: bool, rpc_servers: tuple[str, ...] | None) -> None:
     from ..backend.isolated import remote_devices
     from ..backend.kernels import describe
     from ..backend.local import devices
+    from .log import show_native_warnings
+
+    show_native_warnings()
 
     names = []
     for device in remote_devices(rpc_servers) if rpc_servers else devices(start=True):

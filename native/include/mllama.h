@@ -49,7 +49,8 @@ const char * mllama_version(void);
 const char * mllama_ggml_version_built(void);  // the ggml that this library was compiled against
 const char * mllama_ggml_version_loaded(void); // the ggml that the process has loaded
 
-// level: ggml_log_level (1 debug, 2 info, 3 warn, 4 error, 5 continued line). text is valid during the call only.
+// level: ggml_log_level (1 debug, 2 info, 3 warn, 4 error, 5 continued line), or 6 for a warning of this library, which
+// a user should see. text is valid during the call only.
 typedef void (*mllama_log_callback)(int32_t level, const char * text, void * user_data);
 void mllama_log_set(mllama_log_callback callback, void * user_data); // NULL: stderr, warnings and errors
 
