@@ -34,6 +34,12 @@ int main(void) { return 0; }" MLLAMA_ARM64)
 int main(void) { return 0; }" MLLAMA_X86_64)
   if(MLLAMA_X86_64)
     kernel_with(${target} avx2 -mavx2 -mfma -mf16c)
+    kernel_with(${target} avx2products -mavx2 -mfma -mf16c)
+    check_c_compiler_flag(-mavxvnni MLLAMA_AVXVNNI) # GCC 11 and later
+    if(MLLAMA_AVXVNNI)
+      kernel_with(${target} avxvnni -mavx2 -mfma -mf16c -mavxvnni)
+      target_compile_definitions(${target} PRIVATE MLLAMA_AVXVNNI)
+    endif()
     kernel_with(${target} avx512 -mavx512f)
     kernel_with(${target} vnni -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
     check_c_compiler_flag(-mavx512bf16 MLLAMA_AVX512BF16) # GCC 10 and later

@@ -16,10 +16,11 @@ typedef struct named {
 static const named NAMED[] = {
     { "amx", "avx512", "amx", "amx" },
     { "avx512bf16", "avx512", "avx512bf16", "vnni" },
-    { "avx512bf16", "avx512", "avx512bf16", "ggml" },
+    { "avx512bf16", "avx512", "avx512bf16", "avx2" },
     { "avx512", "avx512", NULL, "vnni" },
-    { "avx512", "avx512", NULL, "ggml" },
-    { "avx2", "avx2", NULL, "ggml" },
+    { "avx512", "avx512", NULL, "avx2" },
+    { "avx2", "avx2", NULL, "avxvnni" },
+    { "avx2", "avx2", NULL, "avx2" },
     { "neonbf16", "neon", "neonbf16", "neoni8mm" },
     { "neonbf16", "neon", "neonbf16", "neondot" },
     { "neon", "neon", NULL, "neoni8mm" },
@@ -72,12 +73,13 @@ static use find(const char * name, size_t length, const cpu_table * parts[CPU_PA
 // Names that are in this build, each once: "a, b, c"
 static const char * all_names(char * out, size_t size) {
     const cpu_table * parts[CPU_PARTS];
-    int               n = 0;
+    const char *      last = "";
+    int               n    = 0;
     out[0] = '\0';
     for (int i = 0; i < N_NAMED; i++) {
-        const bool again = i > 0 && strcmp(NAMED[i].name, NAMED[i - 1].name) == 0;
-        if (!again && tables_of(&NAMED[i], parts) != NOT_BUILT) {
-            n += snprintf(out + n, size - (size_t) n, "%s%s", n ? ", " : "", NAMED[i].name);
+        if (strcmp(NAMED[i].name, last) != 0 && tables_of(&NAMED[i], parts) != NOT_BUILT) {
+            last = NAMED[i].name;
+            n += snprintf(out + n, size - (size_t) n, "%s%s", n ? ", " : "", last);
         }
     }
     return out;
@@ -133,7 +135,7 @@ static mllama_status keep(const cpu_table * const parts[CPU_PARTS], const cpu_ke
     *made = (cpu_kernel) {
         .attention = parts[CPU_ATTENTION]->f32, .linear = parts[CPU_LINEAR]->f32, .cache = parts[CPU_CACHE]->f32,
         .bf16 = parts[CPU_BF16]->bf16, .bf16_by_ggml = strcmp(parts[CPU_BF16]->name, "ggml") == 0,
-        .quantized = parts[CPU_QUANTIZED]->quantized,
+        .quantized = parts[CPU_QUANTIZED]->quantized, .quantized_32 = parts[CPU_QUANTIZED]->quantized_32,
     };
     memcpy(made->parts, parts, sizeof(made->parts));
     made->f32 = made->linear ? made->linear : made->attention ? made->attention : made->cache;

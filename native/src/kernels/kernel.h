@@ -12,6 +12,7 @@ enum {
     COLUMNS      = 96,  // of x, in one task of a linear layer
     ROWS_GROUP   = 4,   // queries of a head that go over the rows of a cache together
     QUANT_BLOCK  = 256, // weights with a common factor, in Q4_K and Q6_K
+    SMALL_BLOCK  = 32,  // the same in Q8_0 and Q4_0
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
 
@@ -102,8 +103,8 @@ typedef struct cpu_bf16 {
     void (* linear)(const linear_args * args);
 } cpu_bf16;
 
-// Products with Q4_K and Q6_K. A column is rounded to blocks in a form of the table's own.
-typedef struct cpu_quantized {
+// Products with Q4_K and Q6_K, or with Q8_0 and Q4_0. A column is rounded to blocks in a form of the table's own.
+struct cpu_quantized {
     size_t  block_size;   // bytes of QUANT_BLOCK rounded values
     int64_t rows_alone;   // of W, in a task of a single column
     int64_t rows;         // of W, in a task of several columns
@@ -116,7 +117,7 @@ typedef struct cpu_quantized {
     // out [n_columns][n_out]. The rows from `then` on come next.
     void (* multiply_columns)(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                               int64_t then, float * out);
-} cpu_quantized;
+};
 
 // ---- kernels ------------------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ typedef enum cpu_part {
     CPU_PARTS,
 } cpu_part;
 
-// What a part can be computed with. It has one of the three tables, or none: then its name is "ggml", for ggml's own
+// What a part can be computed with. It has tables of one of the three kinds, or none: then its name is "ggml", for ggml's own
 // operations, or "f32", for BF16 weights that are widened.
 typedef struct cpu_table {
     const char *          name;
@@ -138,7 +139,8 @@ typedef struct cpu_table {
     bool                  untried;          // nobody has run it yet: it is used by name, or after a trial
     const cpu_f32 *       f32;
     const cpu_bf16 *      bf16;
-    const cpu_quantized * quantized;
+    const cpu_quantized * quantized;        // of Q4_K and Q6_K
+    const cpu_quantized * quantized_32;     // of Q8_0 and Q4_0; NULL: by ggml
 } cpu_table;
 
 const char *      cpu_part_name(cpu_part part);
@@ -159,7 +161,7 @@ struct cpu_kernel {
     const cpu_f32 *       attention, * linear, * cache;
     const cpu_bf16 *      bf16;         // NULL: see the next one
     bool                  bf16_by_ggml; // linear layers of BF16 weights; else these are widened to F32
-    const cpu_quantized * quantized;
+    const cpu_quantized * quantized, * quantized_32;
     const cpu_f32 *       f32;          // GELU and erf; never NULL
     cpu_kernel *          next;         // of all kernels
 };
@@ -171,6 +173,8 @@ const char * cpu_kernel_at(int32_t index, const cpu_kernel ** kernel);
 extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f32_neon;
 extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_amx, cpu_bf16_neon;
 extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_amx, cpu_quantized_neondot, cpu_quantized_neoni8mm;
+extern const cpu_quantized cpu_quantized_avx2, cpu_quantized_avxvnni;
+extern const cpu_quantized cpu_quantized_avx2_32, cpu_quantized_avxvnni_32;
 
 // Whether this processor has AMX for BF16 and 8 bits, and the system lets this process use it. The first call asks.
 bool amx_supported(void);

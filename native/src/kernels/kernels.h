@@ -121,16 +121,20 @@ struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cac
 
 // ---- products with quantized weights (quantized.c) ----------------------------------------------------------------
 
-// Q4_K and Q6_K in memory, as the file has them. Columns are rounded to 8 bits, 256 values at a time, as ggml does.
+// Q4_K and Q6_K, Q8_0 and Q4_0 in memory, as the file has them. Columns are rounded to 8 bits, as many values at a time
+// as ggml rounds for such weights: 256, or 32.
+typedef struct cpu_quantized cpu_quantized;
+
 typedef struct cpu_product {
-    const cpu_kernel * kernel;
-    tasks              tasks;
+    const cpu_quantized * with;
+    tasks                 tasks;
 } cpu_product;
 
-bool cpu_product_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight);
+// What the kernel multiplies by this weight with; NULL: it does not. Weights that have the same share rounded columns.
+const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight);
 // x [n_in, n] in contiguous rows -> rounded, for cpu_product_node alone
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x);
-// weight [n_in, n_out], x [n_in, n] from cpu_quantize_node -> W x [n_out, n]
+struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_quantized * with, struct ggml_tensor * x);
+// weight [n_in, n_out], x [n_in, n] from cpu_quantize_node, both for a->with -> W x [n_out, n]
 struct ggml_tensor * cpu_product_node(struct ggml_context * ctx, cpu_product * a, struct ggml_tensor * weight,
                                       struct ggml_tensor * quantized, int64_t n);
 

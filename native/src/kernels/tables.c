@@ -28,6 +28,13 @@ static bool has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
+#ifdef MLLAMA_AVXVNNI
+static bool has_avxvnni(void) { // nor does GCC 12 know this one
+    unsigned int eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
+
 static bool has_avx512(void) {
     return __builtin_cpu_supports("avx512f");
 }
@@ -121,6 +128,12 @@ static const cpu_table QUANTIZED_TABLES[] = {
 #endif
 #if defined(__x86_64__)
     { .name = "vnni", .supported = has_avx512vnni, .quantized = &cpu_quantized_vnni },
+#ifdef MLLAMA_AVXVNNI
+    { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni,
+      .quantized_32 = &cpu_quantized_avxvnni_32 },
+#endif
+    { .name = "avx2", .supported = has_avx2, .quantized = &cpu_quantized_avx2,
+      .quantized_32 = &cpu_quantized_avx2_32 },
 #endif
 #ifdef MLLAMA_NEON
     { .name = "neoni8mm", .supported = has_i8mm, .quantized = &cpu_quantized_neoni8mm },

@@ -151,9 +151,9 @@ static void add_products(trial * t, bool own) {
         const bool           alone = i % 2 == 0;
         struct ggml_tensor * w = input(t, QUANTIZED[i / 2], TEXT_EMBD, alone ? ROWS_ALONE : ROWS_TOGETHER);
         struct ggml_tensor * x = input(t, GGML_TYPE_F32, TEXT_EMBD, alone ? 1 : TOGETHER);
-        t->products[i].kernel = &t->kernel;
+        t->products[i].with = t->kernel.quantized;
         if (own) {
-            struct ggml_tensor * rounded = cpu_quantize_node(t->ctx, &t->kernel, x);
+            struct ggml_tensor * rounded = cpu_quantize_node(t->ctx, t->kernel.quantized, x);
             add(t, cpu_product_node(t->ctx, &t->products[i], w, rounded, x->ne[1]), 1, &t->products[i].tasks);
         } else {
             add(t, ggml_mul_mat(t->ctx, w, x), -1, NULL);

@@ -147,13 +147,14 @@ static const struct {
 };
 
 static subject subject_of(int32_t index, const cpu_kernel * kernel) {
-    subject s = { kernel, true, kernel->bf16, kernel->quantized };
+    subject s = { kernel, true, kernel->bf16, kernel->quantized, kernel->quantized_32 };
     for (int32_t i = 0; i < index; i++) {
         const cpu_kernel * before;
         if (cpu_kernel_at(i, &before) && before) {
             s.f32 &= before->f32 != kernel->f32;
             s.bf16 &= before->bf16 != kernel->bf16;
             s.quantized &= before->quantized != kernel->quantized;
+            s.quantized_32 &= before->quantized_32 != kernel->quantized_32;
         }
     }
     return s;
@@ -161,7 +162,8 @@ static subject subject_of(int32_t index, const cpu_kernel * kernel) {
 
 static void test_kernel(const subject * s) {
     kernel_name = cpu_kernel_name(s->kernel);
-    printf("%s:%s%s%s\n", kernel_name, s->f32 ? " F32" : "", s->bf16 ? " BF16" : "", s->quantized ? " quantized" : "");
+    printf("%s:%s%s%s%s\n", kernel_name, s->f32 ? " F32" : "", s->bf16 ? " BF16" : "",
+           s->quantized ? " Q4_K, Q6_K" : "", s->quantized_32 ? " Q8_0, Q4_0" : "");
     for (size_t i = 0; i < sizeof(TESTS) / sizeof(TESTS[0]); i++) {
         const int before = n_cases;
         worst = 0.0;
@@ -171,6 +173,17 @@ static void test_kernel(const subject * s) {
         }
         fflush(stdout);
     }
+}
+
+// Instructions that this processor may lack, by others in their place
+static void test_standins(void) {
+#ifdef MLLAMA_AVXVNNI
+    const cpu_kernel avxvnni = { .name = "AVX-VNNI by other instructions", .quantized = &cpu_quantized_avxvnni_standin,
+                                 .quantized_32 = &cpu_quantized_avxvnni_32_standin };
+    if (cpu_table_named(CPU_QUANTIZED, "avx2", strlen("avx2"))->supported()) {
+        test_kernel(&(subject) { .kernel = &avxvnni, .quantized = true, .quantized_32 = true });
+    }
+#endif
 }
 
 int main(void) {
@@ -185,10 +198,11 @@ int main(void) {
             continue;
         }
         const subject s = subject_of(i, kernel);
-        if (s.f32 || s.bf16 || s.quantized) {
+        if (s.f32 || s.bf16 || s.quantized || s.quantized_32) {
             test_kernel(&s);
         }
     }
+    test_standins();
     kernel_name = "names";
     test_names();
     const cpu_kernel emulated = {

@@ -230,6 +230,8 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) {
         [GGML_TYPE_F16]  = { .blck_size = 1, .type_size = sizeof(ggml_fp16_t), .to_float = f16_row },
         [GGML_TYPE_BF16] = { .blck_size = 1, .type_size = sizeof(ggml_bf16_t), .to_float = bf16_row },
         [GGML_TYPE_I8]   = { .blck_size = 1, .type_size = 1 },
+        [GGML_TYPE_Q8_0] = { .blck_size = 32, .type_size = 34 },
+        [GGML_TYPE_Q4_0] = { .blck_size = 32, .type_size = 18 },
         [GGML_TYPE_Q4_K] = { .blck_size = 256, .type_size = 144 },
         [GGML_TYPE_Q6_K] = { .blck_size = 256, .type_size = 210 },
     };
