@@ -22,22 +22,25 @@ def doctor_command(as_json: bool) -> int:
     """Check this installation: versions, processor, devices, memory, disk, models.
 
     Each device computes a known answer, in its own process. If something does not work, the exit code is 1.
-    You can paste the output into a bug report: your name and your home directory are not in it.
+    You can paste the output into a bug report: your name, the machine's name, your home directory and your
+    keys are not in it.
     """
     from .. import __version__
     from ..inspect.doctor import examine
+    from ..inspect.private import private_log
 
     marks = MARKS if can_show("".join(MARKS.values())) else PLAIN_MARKS
     is_well = True
-    for finding in examine(__version__):
-        is_well = is_well and finding.mark != "problem"
-        if as_json:
-            echo_json(asdict(finding))
-            continue
-        echo_coloured(marks[finding.mark], COLOURS[finding.mark], nl=False)
-        echo(f" {finding.name}: {finding.words}")
-        if finding.advice:
-            echo(f"    {finding.advice}")
+    with private_log():
+        for finding in examine(__version__):
+            is_well = is_well and finding.mark != "problem"
+            if as_json:
+                echo_json(asdict(finding))
+                continue
+            echo_coloured(marks[finding.mark], COLOURS[finding.mark], nl=False)
+            echo(f" {finding.name}: {finding.words}")
+            if finding.advice:
+                echo(f"    {finding.advice}")
     return 0 if is_well else 1
 
 

@@ -3,7 +3,6 @@ that this machine has."""
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Iterable
 from dataclasses import replace
@@ -50,15 +49,13 @@ def tell_of_real_models(choice: ModelChoice) -> None:
 def real_models() -> list[Found]:
     """The models on this machine, but the demo model, that can be used; those of Ollama's store first."""
     from ..inspect.inventory import inventory
+    from ..store.lockfile import without_warning
 
-    lockfile = logging.getLogger("mllama_gguf.store.lockfile")
-    was, lockfile.disabled = lockfile.disabled, True  # a broken one is not the subject here
     try:
-        found = inventory()
+        with without_warning():  # a broken lock file is not the subject here
+            found = inventory()
     except (MllamaError, OSError):
         return []
-    finally:
-        lockfile.disabled = was
     return [one for one in by_use(found) if one.place != "bundled" and not one.problem]
 
 

@@ -1,29 +1,28 @@
 """What a person who wants to help needs to know about an installation, and what is wrong with it.
 
-`examine` looks at one thing after another. What it says holds no name of the user, so that it can be shown to
-others: the home directory is `~`.
+`examine` looks at one thing after another. What it says can be shown to others: see `private`.
 """
 
 from __future__ import annotations
 
-import getpass
+import logging
 import os
 import platform
-import re
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from ..backend.kernels import Kernel, describe, record_path
 from ..backend.repack import offered_layouts, usable_layouts
 from ..cpus import processor_name, usable_cpus
 from ..errors import MllamaError
 from ..words import one_line, show_size
+from .private import private, private_value, variable
 
+logger = logging.getLogger(__name__)
 Mark = Literal["ok", "note", "problem"]
 PACKAGES = ("llama-cpp-python", "gguf", "llguidance", "numpy", "pillow")
 # A note below this: the 11B model as Q4_K_M takes so much.
@@ -49,41 +48,45 @@ class Finding:
 
 
 def examine(own_version: str) -> Iterator[Finding]:
-    """Look at everything, the quick things first. Nothing is written but what trials found."""
+    """Look at everything, the quick things first. Nothing is written but the caches of ggml's trials. What
+    fails in an unexpected way is a finding too."""
+    for finding in _look(own_version):
+        yield replace(
+            finding,
+            name=private(finding.name),
+            words=private(finding.words),
+            advice=private(finding.advice),
+            facts=private_value(finding.facts),
+        )
+
+
+def _look(own_version: str) -> Iterator[Finding]:
     yield _versions(own_version)
     try:
         yield _library()
-    except MllamaError as e:
+    except Exception as e:
         yield _problem("library", e, "pip install --force-reinstall --no-cache-dir mllama_gguf")
         return  # nothing else can be looked at
-    kernel = describe()
-    yield _processor(kernel.name)
-    if kernel.parts:
-        yield _kernel(kernel)
-    yield _memory()
-    yield from _disk()
-    yield from _environment()
-    yield from _models()
-    yield from _devices()
-    yield _caption()
-
-
-def private(words: str) -> str:
-    """Words without the user's name and home directory."""
-    home = str(Path.home())
-    for path in {home, os.path.realpath(home)} - {"/"}:
-        words = re.sub(re.escape(path) + r"(?=$|[/\s'\":,;)])", "~", words)
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):
-        return words
-    if len(name) < 3 or name == "root":
-        return words
-    return re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "USER", words)
+    looks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+        ("processor", _processor),
+        ("memory", _memory),
+        ("disk", _disk),
+        ("variables", _environment),
+        ("models", _models),
+        ("devices", _devices),
+        ("caption", _caption),
+    )
+    for name, look in looks:
+        try:
+            yield from look()
+        except Exception as e:  # in the report, where the user's names are taken out
+            logger.debug("%s", name, exc_info=True)
+            yield _problem(name, e, "please report this")
 
 
 def _problem(name: str, error: BaseException, advice: str = "") -> Finding:
-    return Finding(name, "problem", private(one_line(error)), advice)
+    words = str(error) if isinstance(error, MllamaError) else f"{type(error).__name__}: {error}"
+    return Finding(name, "problem", one_line(private(words)), advice)
 
 
 def _versions(own: str) -> Finding:
@@ -117,7 +120,10 @@ def _library() -> Finding:
     return Finding("library", "ok", words, "", {"ggml": ggml, "backends": backends, "rpc": has_rpc})
 
 
-def _processor(kernel: str) -> Finding:
+def _processor() -> Iterator[Finding]:
+    from ..backend.library import load
+
+    kernel = load().cpu_kernel()
     usable = usable_layouts()
     layouts = {layout: layout in usable for layout in offered_layouts()}
     name, cpus = processor_name(), usable_cpus()
@@ -127,21 +133,12 @@ def _processor(kernel: str) -> Finding:
         words += f", repacked layouts: {', '.join(states)}"
     facts = {"name": name, "cpus": cpus, "kernel": kernel or None, "layouts": layouts}
     if kernel:
-        return Finding("processor", "ok", words, "", facts)
-    return Finding("processor", "note", words, "unset MLLAMA_CPU_KERNEL to use the fast kernels", facts)
+        yield Finding("processor", "ok", words, "", facts)
+        return
+    yield Finding("processor", "note", words, "unset MLLAMA_CPU_KERNEL to use the fast kernels", facts)
 
 
-def _kernel(kernel: Kernel) -> Finding:
-    """What computes each part, and how fast the others are beside the fastest."""
-    failed = [f"{name}: {words}" for part in kernel.parts.values() for name, words in part.failed.items()]
-    words, facts = kernel.in_words(), kernel.facts()
-    if not failed:
-        return Finding("kernel", "ok", words, "", facts)
-    advice = f"{'; '.join(failed)}; the others are used; remove {record_path()} to try again"
-    return Finding("kernel", "note", words, private(one_line(advice)), facts)
-
-
-def _memory() -> Finding:
+def _memory() -> Iterator[Finding]:
     import psutil
 
     memory = psutil.virtual_memory()
@@ -149,9 +146,10 @@ def _memory() -> Finding:
     words = f"{show_size(free)} of {show_size(total)} available"
     facts = {"available": free, "total": total}
     if free >= REAL_MEMORY:
-        return Finding("memory", "ok", words, "", facts)
+        yield Finding("memory", "ok", words, "", facts)
+        return
     advice = f"the 11B model as Q4_K_M takes about {show_size(REAL_MEMORY)}; close other programs"
-    return Finding("memory", "note", words, advice, facts)
+    yield Finding("memory", "note", words, advice, facts)
 
 
 def _disk() -> Iterator[Finding]:
@@ -162,8 +160,8 @@ def _disk() -> Iterator[Finding]:
         info = ImageCache().info()
         used = f"{show_size(info.n_bytes)} of at most {show_size(info.max_bytes)}"
         place = info.directory
-        words = private(f"{used} in {place}, {show_size(_free(place))} free")
-        facts = {"bytes": info.n_bytes, "max_bytes": info.max_bytes, "directory": private(str(place))}
+        words = f"{used} in {place}, {show_size(_free(place))} free"
+        facts = {"bytes": info.n_bytes, "max_bytes": info.max_bytes, "directory": str(place)}
         yield Finding("image cache", "ok", words, "", facts)
     except (OSError, MllamaError) as e:
         yield _problem("image cache", e, "set MLLAMA_IMAGE_CACHE to a folder that you may write to")
@@ -173,8 +171,8 @@ def _disk() -> Iterator[Finding]:
     except OSError as e:
         yield _problem("downloads", e, "set MLLAMA_DOWNLOADS to a folder that you may write to")
         return
-    words = private(f"{show_size(free)} free for models in {place}")
-    facts = {"free": free, "directory": private(str(place))}
+    words = f"{show_size(free)} free for models in {place}"
+    facts = {"free": free, "directory": str(place)}
     if free >= REAL_DISK:
         yield Finding("downloads", "ok", words, "", facts)
     else:
@@ -191,22 +189,29 @@ def _free(folder: Path) -> int:
 
 
 def _environment() -> Iterator[Finding]:
-    found = {name: private(value) for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    chosen = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    found = {name: variable(name, value) for name, value in chosen.items()}
     if found:
         words = ", ".join(f"{name}={one_line(value, 60)}" for name, value in found.items())
         yield Finding("variables", "note", words, "", found)
 
 
 def _models() -> Iterator[Finding]:
+    from ..store.lockfile import locked_models, without_warning
     from .inventory import closed_stores, inventory
 
-    models = inventory()
+    try:
+        locked_models()
+    except MllamaError as e:
+        yield _problem("models.lock", e, "this file is ignored; mend it or move it away")
+    with without_warning():
+        models = inventory()
     for found in models:
-        name, words = f"model {private(found.name)}", f"{found.place}, {show_size(found.size)}"
-        facts = {"name": private(found.name), "place": found.place, "size": found.size}
+        name, words = f"model {found.name}", f"{found.place}, {show_size(found.size)}"
+        facts = {"name": found.name, "place": found.place, "size": found.size}
         facts |= {"memory": found.memory, "fits": found.fits}
         if found.problem:
-            yield Finding(name, "problem", private(one_line(found.problem)), "", facts)
+            yield Finding(name, "problem", one_line(private(found.problem)), "", facts)
         elif found.fits:
             yield Finding(name, "ok", f"{words}, needs {show_size(found.memory or 0)}", "", facts)
         else:
@@ -217,7 +222,7 @@ def _models() -> Iterator[Finding]:
         yield Finding("models", "note", "no model but the bundled demo", advice)
     for store in closed_stores():
         advice = "run as the user that owns it, or make it readable"
-        yield Finding("models", "note", private(f"{store}: this user may not read it"), advice)
+        yield Finding("models", "note", f"{store}: this user may not read it", advice)
 
 
 def _devices() -> Iterator[Finding]:
@@ -227,14 +232,15 @@ def _devices() -> Iterator[Finding]:
 
     for device in devices(start=True):
         name, advice = f"device {device.name}", ""
-        free = f"{show_size(device.memory_free)} of {show_size(device.memory_total)} free"
-        about = f"{private(device.description)}, {free}"
+        about = device.description
+        if device.type != "cpu":  # ggml takes all of the memory for free there; `_memory` knows better
+            about += f", {show_size(device.memory_free)} of {show_size(device.memory_total)} free"
         facts: dict[str, Any] = {"type": device.type, "error": device.error}
         facts |= {"free": device.memory_free, "total": device.memory_total}
         if device.error is not None:
             words = f"{about}, cannot be used: {device.error}"
             advice = "the other devices work; look at its driver"
-            yield Finding(name, "problem", private(one_line(words)), advice, facts)
+            yield Finding(name, "problem", one_line(private(words)), advice, facts)
             continue
         if device.type not in ("cpu", "gpu", "igpu"):
             yield Finding(name, "ok", f"{about}; it helps the CPU", "", facts)
@@ -243,7 +249,8 @@ def _devices() -> Iterator[Finding]:
         try:
             errors = compare(device.name, is_cpu=device.type == "cpu")
         except MllamaError as e:
-            yield Finding(name, "problem", private(f"{about}; {one_line(e)}"), "please report this", facts)
+            words = f"{about}; {one_line(private(str(e)))}"
+            yield Finding(name, "problem", words, "please report this", facts)
             continue
         seconds = time.perf_counter() - start
         is_right, words = verdict(errors)
@@ -255,7 +262,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding(name, "ok" if is_right else "problem", f"{about}; known answer: {words}", advice, facts)
 
 
-def _caption() -> Finding:
+def _caption() -> Iterator[Finding]:
     """The way of an image from end to end, in this process."""
     from ..model import Mllama
     from ..store.resolve import resolve
@@ -267,7 +274,8 @@ def _caption() -> Finding:
             opened = time.perf_counter() - start
             text = model.caption(image(), max_tokens=20)
     except MllamaError as e:
-        return _problem("caption", e, "please report this")
+        yield _problem("caption", e, "please report this")
+        return
     seconds = time.perf_counter() - start
     words = f"{len(text)} characters in {seconds:.2f} s, {opened:.2f} of them to open the demo model"
-    return Finding("caption", "ok", words, "", {"seconds": seconds, "open_seconds": opened})
+    yield Finding("caption", "ok", words, "", {"seconds": seconds, "open_seconds": opened})

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -119,6 +120,16 @@ def usable_locked_models() -> dict[str, LockedModel]:
     except ModelError as e:
         logger.warning("%s (this lock file is ignored; mend it or move it away)", e)
         return read_lock(SHIPPED)
+
+
+@contextmanager
+def without_warning() -> Iterator[None]:
+    """In the block, `usable_locked_models` does not log a lock file that is no good."""
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def find_locked(name: str) -> LockedModel | None:

@@ -154,7 +154,8 @@ def find_stores() -> list[Path]:
     folders = [downloads()]
     if chosen := os.environ.get("OLLAMA_MODELS"):
         folders.append(Path(os.path.expanduser(chosen)))
-    folders += [Path.home() / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+    # Not Path.home(), which fails for a user without a name and $HOME, as in a container.
+    folders += [Path(os.path.expanduser("~/.ollama/models")), Path("/usr/share/ollama/.ollama/models")]
     return list(dict.fromkeys(folders))
 
 

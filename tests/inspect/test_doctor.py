@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from helpers import elsewhere
 
 from mllama_gguf import BackendError, Device
 from mllama_gguf.cli.main import run
-from mllama_gguf.inspect import doctor, selftest
+from mllama_gguf.inspect import selftest
+from mllama_gguf.inspect.private import private
 
 Captured = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
@@ -77,11 +79,71 @@ def test_nothing_private_is_told(place: Path, monkeypatch: pytest.MonkeyPatch, c
         ("{home}/a and {home}/b", "~/a and ~/b"),
         ("{home}x/a", "{home}x/a"),
         ("/mnt/anna/annabel/anna.txt", "/mnt/USER/annabel/USER.txt"),
+        ("/old/anna-backup/x_anna Anna's .anna", "/old/USER-backup/x_USER USER's .USER"),
+        ("annas-laptop.example.org, annas-laptop: NVIDIA H100", "HOST, HOST: NVIDIA H100"),
+        ("https://me:secret@example.org/x", "https://...@example.org/x"),
     ],
 )
 def test_private(words: str, expected: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "anna")
-    assert doctor.private(words.format(home=place)) == expected.format(home=place)
+    monkeypatch.setattr(socket, "gethostname", lambda: "annas-laptop.example.org")
+    assert private(words.format(home=place)) == expected.format(home=place)
+
+
+def test_names_that_are_words_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user called ollama, one of two letters, and a machine called like a device."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "h100")
+    for name, expected in (
+        ("ollama", "ollama:x of /ok/ollama, NVIDIA H100"),
+        ("ok", "ollama:x of /USER/ollama, NVIDIA H100"),
+    ):
+        monkeypatch.setattr(getpass, "getuser", lambda name=name: name)
+        assert private("ollama:x of /ok/ollama, NVIDIA H100") == expected
+
+
+def test_keys_are_not_told(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    for name in ("MLLAMA_API_KEY", "GGML_AUTH_TOKEN", "MLLAMA_SOME_PASSWORD"):
+        monkeypatch.setenv(name, "tuppence")
+    for args in (["doctor"], ["doctor", "--json"]):
+        run(args)
+        shown = capsys.readouterr().out
+        assert "tuppence" not in shown and "MLLAMA_API_KEY" in shown
+
+
+def test_what_fails_is_in_the_report_and_tells_no_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An unexpected error, a broken lock file and the log show no path of the home; the rest is looked at."""
+    monkeypatch.setattr(getpass, "getuser", lambda: "wilhelmine")
+    monkeypatch.setenv("MLLAMA_LOCK", str(place / "broken.lock"))
+    (place / "broken.lock").write_text("]")
+
+    def broken() -> None:
+        raise PermissionError(13, "Permission denied", str(place / "wilhelmine" / "x"))
+
+    monkeypatch.setattr("psutil.virtual_memory", broken)
+    for args in (["doctor", "--json"], ["doctor", "--json", "--verbose"]):
+        assert run(args) == 1
+        told = capfd.readouterr()
+        found = {one["name"]: one for one in map(json.loads, told.out.splitlines())}
+        assert "PermissionError" in found["memory"]["words"] and "~/USER/x" in found["memory"]["words"]
+        assert found["models.lock"]["mark"] == "problem" and "device CPU" in found
+        for text in (told.out, told.err):
+            assert str(place) not in text and "wilhelmine" not in text
+
+
+def test_a_user_without_a_name_and_a_home(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """As in a container that was started with a number."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    code, found = findings(capsys)
+    assert code == 0, found
+    assert private("/home/anna") == "/home/anna"
 
 
 def test_a_device_that_computes_nonsense_or_dies(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
