@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,14 @@ class Attention:
         """
         from PIL import Image
 
-        patches = Image.fromarray(self.patches(weights))
-        scale = patches.height / self.image.canvas_size[1]  # patches a pixel
+        patches = self.patches(weights)
+        scale = patches.shape[0] / self.image.canvas_size[1]  # patches a pixel
         width, height = (length * scale for length in self.image.resized_size)
+        # Without the patches of the padding alone: the values at the image's edge would be mixed with theirs.
+        inside = Image.fromarray(np.ascontiguousarray(patches[: ceil(height - 1e-6), : ceil(width - 1e-6)]))
+        box = (0, 0, min(width, inside.width), min(height, inside.height))
         shape = size or self.image.image_size
-        drawn = patches.resize(shape, Image.Resampling.BILINEAR, box=(0, 0, width, height))
+        drawn = inside.resize(shape, Image.Resampling.BILINEAR, box=box)
         return np.array(drawn, np.float32)
 
     def peak(self, weights: Floats) -> tuple[float, float]:

@@ -135,6 +135,16 @@ def test_words_look_at_their_objects(
         assert left * width <= x <= right * width and top * height <= y <= bottom * height
 
 
+def patches_of(tiled: TiledImage) -> Floats:
+    """How much of each patch is image, float32 [tiles, patches]."""
+    across, down = (
+        np.clip((length - np.arange(0, whole, 16)) / 16, 0, 1)
+        for length, whole in zip(tiled.resized_size, tiled.canvas_size, strict=True)
+    )
+    share = np.outer(down, across).reshape(tiled.rows, 5, tiled.columns, 5)
+    return share.transpose(0, 2, 1, 3).reshape(tiled.n_tiles, 25).astype(np.float32)
+
+
 SIZES = [(80, 80), (640, 400), (400, 640), (1000, 90), (90, 1000), (7, 5), (123, 457), (300, 300)]
 
 
@@ -163,6 +173,10 @@ def test_the_way_back_to_the_image(size: tuple[int, int]) -> None:
     weights = np.zeros((tiled.n_tiles, 26), np.float32)
     weights[:, 0] = 1 / tiled.n_tiles
     assert not found.map(weights).any() and not found.inside(weights).any()
+    # Patches of the padding alone leave no trace at the edge of the image.
+    weights = np.ones((tiled.n_tiles, 26), np.float32)
+    weights[:, 1:][patches_of(tiled) > 0] = 0
+    assert found.map(weights).max() < 1e-6
     weights = np.full((tiled.n_tiles, 26), 1.0, np.float32)
     area = np.prod(tiled.resized_size) / 256
     assert found.inside(weights).sum() == pytest.approx(area, rel=1e-4)
