@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
 from .talk import Attached
 
-WIDTH = 36  # cells
+WIDTH, HEIGHT = 36, 16  # most cells
 
 
 def preview() -> Callable[[Attached], None] | None:
@@ -35,6 +36,15 @@ def preview() -> Callable[[Attached], None] | None:
         from ..vision.loading import load_image
 
         with suppress(Exception):  # a picture less
-            Console().print(Image(load_image(io.BytesIO(image.data)), width=WIDTH))
+            # "auto" keeps the proportions; without it the height would be that of the file.
+            drawn = Image(load_image(io.BytesIO(image.data)), width=width_of(image.size), height="auto")
+            Console().print(drawn)
 
     return show
+
+
+def width_of(size: tuple[int, int]) -> int:
+    """Cells for the width of a picture of this size in pixels, so that it has room. Cells are about twice as
+    high as wide."""
+    room = max(1, min(WIDTH, shutil.get_terminal_size().columns - 2))
+    return max(1, min(room, round(2 * HEIGHT * size[0] / size[1])))
