@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ HELP = {
     "help": ("/help", "Show this list. (/?)"),
     "bye": ("/bye", "Leave. (/exit, /quit, Ctrl-D)"),
 }
-ALIASES = {"?": "help", "exit": "bye", "quit": "bye", "images": "image"}
+ALIASES = {"?": "help", "exit": "bye", "quit": "bye", "images": "image", "show": "info"}
 NAMES = frozenset(HELP) | frozenset(ALIASES)
 # Those that take a file's name.
 TAKES_FILE = frozenset(("image", "json", "save", "load"))
@@ -62,6 +63,8 @@ class Commands:
     def run(self, name: str, rest: str) -> None:
         """Run one. Raises Leave, MllamaError."""
         name = ALIASES.get(name, name)
+        if "/" in name:
+            raise RequestError(f"/{show_name(name)}: there is no such picture")
         if name not in HELP:
             raise RequestError(f"there is no command /{show_name(name, 40)}; /help lists them")
         getattr(self, f"_{name}")(rest)
@@ -71,13 +74,13 @@ class Commands:
         self._added(self._talk.attach(name, data))
 
     def _image(self, rest: str) -> None:
-        from .lines import find_images
+        from .lines import file_names
 
         if not rest:
             raise RequestError("name a file: /image photo.jpg")
-        found = find_images(rest)
-        # What has no picture's suffix, or is not there: its own error says so.
-        for name in found.images or (rest,):
+        for name in file_names(rest):
+            if re.match("https?://", name, re.IGNORECASE):
+                raise RequestError(not_fetched(name))
             self.add(name)
 
     def _paste(self, rest: str) -> None:
@@ -91,9 +94,16 @@ class Commands:
 
     def _set(self, rest: str) -> None:
         name, _, words = rest.partition(" ")
+        name, words = name.lower(), words.strip()
+        if name == "parameter" and words:  # as in Ollama's chat
+            self._set(words)
+            return
+        if name == "system":
+            self._system(_unquoted(words))
+            return
         if name not in SETTABLE:
             raise RequestError(f"there is no option {brief(name)}; there are: {', '.join(SETTABLE)}")
-        value = parse_value(name, words.strip())
+        value = parse_value(name, words)
         self._talk.set(name, value)
         self._show(f"{name} is {'as at first' if value is None else brief(value)}.")
 
@@ -103,14 +113,16 @@ class Commands:
             self._show("Replies are text.")
             return
         from ..text.grammar import grammar_of
+        from .lines import file_name
 
-        shown = show_name(rest)
+        path = file_name(rest)
+        shown = show_name(path)
         try:
-            schema = json.loads(read_text(rest))
+            schema = json.loads(read_text(path))
         except OSError as e:
             raise RequestError(f"{shown}: the schema cannot be read: {os_reason(e)}") from e
         except (ValueError, RecursionError) as e:
-            raise RequestError(f"{shown}: no JSON") from e
+            raise RequestError(f"{shown}: it is no JSON") from e
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
         grammar_of(form, None)
         self._talk.form = form
@@ -132,15 +144,24 @@ class Commands:
     def _save(self, rest: str) -> None:
         if not rest:
             raise RequestError("name a file: /save chat.json")
+        from .lines import file_name
+
+        path = file_name(rest)
         try:
-            self._show(f"Saved to {show_name(self._talk.save(rest))}.")
+            self._show(f"Saved to {show_name(self._talk.save(path))}.")
         except OSError as e:
-            raise RequestError(f"{show_name(rest)}: cannot be written: {os_reason(e)}") from e
+            raise RequestError(f"{show_name(path)}: cannot be written: {os_reason(e)}") from e
 
     def _load(self, rest: str) -> None:
         if not rest:
             raise RequestError("name a file: /load chat.json")
-        self._talk.load(rest)
+        from .lines import file_name
+
+        self._talk.load(file_name(rest))
+        self.show_turns()
+
+    def show_turns(self) -> None:
+        """Show what was said so far."""
         for turn in self._talk.turns:
             images = "".join(f"[{show_name(image.name)}] " for image in turn.images)
             self._show(f">>> {images}{turn.text}")
@@ -148,7 +169,7 @@ class Commands:
 
     def _info(self, rest: str) -> None:
         talk, model = self._talk, self._talk.model
-        self._show(f"model     {show_name(model.model_path)}, {model.n_ctx} tokens of context")
+        self._show(f"model     {show_name(talk.name or model.model_path)}, {model.n_ctx} tokens of context")
         system = model.defaults.system if talk.system is None else talk.system
         if system:
             self._show(f"system    {brief(system)}")
@@ -156,7 +177,8 @@ class Commands:
         if options:
             self._show("options   " + ", ".join(f"{name} {brief(value)}" for name, value in options.items()))
         images = sum(len(turn.images) for turn in talk.turns) + len(talk.images)
-        self._show(f"so far    {len(talk.turns)} questions, {images} pictures")
+        counts = ((len(talk.turns), "question"), (images, "picture"))
+        self._show("so far    " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts))
         if talk.last is not None:
             self._show(f"last      {figures(talk.last.stats)}")
 
@@ -168,6 +190,15 @@ class Commands:
 
     def _bye(self, rest: str) -> None:
         raise Leave
+
+
+def not_fetched(link: str) -> str:
+    """What to say of the address of a picture."""
+    return f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file"
+
+
+def _unquoted(words: str) -> str:
+    return words[1:-1] if len(words) > 1 and words[0] == words[-1] == '"' else words
 
 
 def figures(stats: Any) -> str:
@@ -186,7 +217,7 @@ def parse_value(name: str, words: str) -> Any:
     if not words:
         return None
     if name == "stop":
-        return words[1:-1] if len(words) > 1 and words[0] == words[-1] == '"' else words
+        return _unquoted(words)
     try:
         return int(words) if name in ("top_k", "seed", "max_tokens") else float(words)
     except ValueError:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 # Suffixes of what Pillow and pillow-heif read.
 _SUFFIXES = """
 .apng .avif .avifs .bmp .dib .gif .heic .heif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm
 .ppm .tga .tif .tiff .webp"""
 SUFFIXES = frozenset(_SUFFIXES.split())
-# A name in quotes, or one with backslashes before its blanks: as terminals write it when a file is dropped.
-_WORDS = re.compile(r"'([^']*)'|\"([^\"]*)\"|((?:\\.|[^\s'\"\\])+)")
+# A word as a shell takes it, and as terminals write a file that is dropped: 'it'\''s here.png', my\ cat.png
+_SHELL_WORD = re.compile(r"""(?:'[^'\n]{0,4096}'|"(?:\\.|[^"\\\n]){0,4096}"|\\.|[^\s'"\\]){1,1024}""")
+_QUOTES = re.compile(r"""'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.)""")
+_WORD = re.compile(r"\S+")
+_LINK = re.compile(r"https?://[^?#]*", re.IGNORECASE)
+# The end of a name with blanks that are not marked. Its beginning must look like a path.
+_PATH = re.compile(r"~?\.{0,2}/|file://", re.IGNORECASE)
+_END = re.compile(
+    rf"(?:{'|'.join(map(re.escape, sorted(SUFFIXES, key=len, reverse=True)))})\b", re.IGNORECASE
+)
+_MOST_ENDS = 16  # of one name that are tried
+_BEFORE, _AFTER, _KEPT = "([{<\"'\u201c\u2018\u00ab", ".,;:?!)]}>\"'\u201d\u2019\u00bb", ".,;:?!"
 
 
 @dataclass(frozen=True)
@@ -27,11 +39,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Question:
-    """text: without the names of the pictures; links: addresses of pictures, which are not fetched."""
+    """text:    without the names of the pictures
+    links:   addresses of pictures, which are not fetched
+    missing: names like those of pictures, of which there are no files
+    """
 
     text: str
     images: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def parse(line: str, commands: frozenset[str]) -> Command | Question:
@@ -39,9 +55,9 @@ def parse(line: str, commands: frozenset[str]) -> Command | Question:
     begins with the name of a file."""
     text = line.strip()
     if text.startswith("/") and "\n" not in text:
-        name, _, rest = text[1:].partition(" ")
+        name, *rest = text[1:].split(maxsplit=1) if text[1:2].strip() else ("", text[1:])
         if name.lower() in commands or not _begins_with_a_file(text):
-            return Command(name.lower(), rest.strip())
+            return Command(name.lower(), rest[0].strip() if rest else "")
     return find_images(text)
 
 
@@ -50,31 +66,89 @@ def find_images(text: str) -> Question:
     picture's."""
     if (whole := _image(_unquoted(text))) is not None:  # with blanks in its name
         return Question("", (whole,))
-    images, links = [], []
+    images, links, missing, parts, at = [], [], [], [], 0
+    while match := _WORD.search(text, at):
+        parts.append(text[at : match.start()])
+        found = _image_at(text, match)
+        if found is not None:
+            path, rest, at = found
+            images.append(path)
+            parts.append("\0" + rest)
+            continue
+        word = match[0].lstrip(_BEFORE).rstrip(_AFTER)
+        if link := _LINK.match(word):
+            links += [word] if _is_named_as_image(link[0]) else []
+        elif _is_named_as_image(word) and not re.search(r"[*?\[\]{}<>|\0]", word):
+            missing.append(word)
+        parts.append(match[0].replace("\0", ""))
+        at = match.end()
+    rest = re.sub(r"[ \t]*\0[ \t]*", " ", "".join(parts) + text[at:])
+    rest = re.sub(r" +([.,;:?!)])", r"\1", rest).strip()
+    return Question(rest, tuple(images), tuple(links), tuple(missing))
 
-    def look(match: re.Match[str]) -> str:
-        quoted = match[1] if match[1] is not None else match[2]
-        word = quoted if quoted is not None else re.sub(r"\\(.)", r"\1", match[3])
-        if re.match(r"https?://", word, re.IGNORECASE):
-            if Path(urlsplit(word).path).suffix.lower() in SUFFIXES:
-                links.append(word)
-            return match[0]
-        for name, rest in ((word, ""), (word.rstrip(".,;:?!)"), word[len(word.rstrip(".,;:?!)")) :])):
-            if (found := _image(name)) is not None:
-                images.append(found)
-                return "\0" + (rest if quoted is None else "")
-        return match[0]
 
-    rest = _WORDS.sub(look, text)
-    rest = re.sub(r"[ \t]*\0[ \t]*", " ", rest)
-    return Question(re.sub(r" +([.,;:?!)])", r"\1", rest).strip(), tuple(images), tuple(links))
+def file_names(text: str) -> list[str]:
+    """The files that words name: all words one file, or each word one. Some may be in quotes."""
+    whole = file_name(text)
+    words, at = [], 0
+    while match := _WORD.search(text, at):
+        shell = _SHELL_WORD.match(text, match.start())
+        if shell is not None and not text[shell.end() : shell.end() + 1].strip():
+            match = shell
+        words.append(file_name(match[0]))
+        at = match.end()
+    return [whole] if os.path.lexists(whole) or not any(map(os.path.lexists, words)) else words
+
+
+def file_name(words: str) -> str:
+    """A file's name as it is typed or dropped: quotes, backslashes, file:// and ~ are read as a shell reads
+    them. The name of a file that is there is taken as it is."""
+    if not os.path.lexists(words):
+        if _SHELL_WORD.fullmatch(words):
+            words = _without_quotes(words)
+        words = _local(words) or words
+    return os.path.expanduser(words)
 
 
 def _begins_with_a_file(text: str) -> bool:
-    match = _WORDS.match(text)
-    return _image(_unquoted(text)) is not None or (
-        match is not None and _image(re.sub(r"\\(.)", r"\1", match[0])) is not None
-    )
+    match = _WORD.match(text)
+    return _image(_unquoted(text)) is not None or (match is not None and _image_at(text, match) is not None)
+
+
+def _image_at(text: str, word: re.Match[str]) -> tuple[str, str, int] | None:
+    """The picture whose name begins where a word does: its path, the punctuation after it, and where that
+    ends. None if there is no such file."""
+    for name, end in _names_at(text, word):
+        inner = name.lstrip(_BEFORE)
+        bare = inner.rstrip(_AFTER)
+        for one, rest in ((name, ""), (inner, ""), (bare, inner[len(bare) :])):
+            if (path := _image(one)) is not None:
+                return path, rest if inner == name else "".join(c for c in rest if c in _KEPT), end
+    return None
+
+
+def _names_at(text: str, word: re.Match[str]) -> Iterator[tuple[str, int]]:
+    """What may be the name of a picture, and where it ends: a word as a shell takes it, the word itself, a
+    path with blanks."""
+    shell = _SHELL_WORD.match(text, word.start())
+    if shell is not None and _END.search(shell[0][-24:]):  # few do
+        yield _without_quotes(shell[0]), shell.end()
+    yield word[0], word.end()
+    if _PATH.match(word[0].lstrip(_BEFORE)):
+        line = text.find("\n", word.start())
+        ends = _END.finditer(text, word.end(), len(text) if line < 0 else line)
+        yield from ((text[word.start() : one.end()], one.end()) for one in islice(ends, _MOST_ENDS))
+
+
+def _without_quotes(words: str) -> str:
+    """A word without the quotes and backslashes that a shell takes away."""
+
+    def inside(match: re.Match[str]) -> str:
+        if match[2] is not None:
+            return re.sub(r'\\(["\\$`])', r"\1", match[2])
+        return match[1] if match[1] is not None else match[3]
+
+    return _QUOTES.sub(inside, words)
 
 
 def _unquoted(text: str) -> str:
@@ -83,11 +157,24 @@ def _unquoted(text: str) -> str:
     return text
 
 
+def _local(name: str) -> str | None:
+    """The path of an address file://; None for other names."""
+    if name[:7].lower() != "file://":
+        return None
+    try:
+        return os.fsdecode(unquote_to_bytes(b"/" + os.fsencode(name[7:]).partition(b"/")[2]))
+    except UnicodeError:
+        return None
+
+
+def _is_named_as_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
+
+
 def _image(name: str) -> str | None:
     """The path of a picture file of this name, or None."""
-    if name[:7].lower() == "file://":
-        name = unquote(urlsplit(name).path)
-    if not name or "\0" in name or "\n" in name or Path(name).suffix.lower() not in SUFFIXES:
+    name = _local(name) or name
+    if not name or "\0" in name or "\n" in name or not _is_named_as_image(name):
         return None
     path = os.path.expanduser(name)
     try:

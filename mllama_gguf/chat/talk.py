@@ -49,6 +49,7 @@ class Turn:
 class Talk:
     """A conversation with a model.
 
+    name:     of the model, for people; "": that of its file
     system:   the system message; "": none; None: the model's own, if it brings one
     images:   for the next question
     options:  of `create_chat_completion`, those that were set
@@ -63,6 +64,7 @@ class Talk:
     options: dict[str, Any] = field(default_factory=dict)
     form: Mapping[str, Any] | None = None
     last: Reply | None = None
+    name: str = ""
     _saved: dict[Path, _Stamp | None] = field(default_factory=dict, repr=False)  # its files
 
     def attach(self, name: str, data: bytes | None = None) -> Attached:
@@ -208,9 +210,11 @@ class Talk:
         except OSError as e:
             raise RequestError(f"{shown}: cannot be read: {os_reason(e)}") from e
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            if isinstance(e, (RequestError, ImageError)):
+            if isinstance(e, ImageError):
+                raise ImageError(f"{shown}: a picture in it cannot be read: {e}") from e
+            if isinstance(e, RequestError):
                 raise
-            raise RequestError(f"{shown}: no file of /save") from e
+            raise RequestError(f"{shown}: it is no chat that /save wrote") from e
         form = options.pop("response_format", None)
         ReplyOptions.checked({**options, "response_format": form})
         self.system, self.options, self.form, self.turns = system, options, form, turns

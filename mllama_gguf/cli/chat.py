@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import Aborted, MllamaError, RequestError
-from ..words import show_name
+from ..words import one_line, show_name
 from .first_use import offer_real_models, tell_of_real_models
 from .opening import open_chosen, with_tuned
 from .options import ModelChoice, model_options, no_cache_option, no_tuned_option
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..chat.commands import Commands
     from ..chat.talk import Attached, Talk
 
+logger = logging.getLogger(__name__)
 PROMPT, MORE = ">>> ", "... "
 INSTALL = "pip install 'mllama_gguf[chat]'"
 
@@ -82,7 +85,7 @@ def chat_command(
     with open_chosen(choice, bar=bar, image_cache=not no_cache) as model:
         from ..chat.talk import Talk
 
-        talk = Talk(model, system)
+        talk = Talk(model, system, name=choice.name)
         if saved is not None:
             talk.load(saved)
         if temperature is not None:
@@ -100,6 +103,8 @@ def _answer_one(talk: Talk) -> None:
     """The question is all of standard input; the reply is all of standard output."""
     if sys.stdin is None:
         raise RequestError("standard input is closed, but the question is read from it")
+    if sys.stdin.isatty():  # only the output goes elsewhere
+        echo("Type a question, then Ctrl-D.", err=True)
     text = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
     if not text:
         raise RequestError("standard input is empty, but the question is read from it")
@@ -112,15 +117,15 @@ def _session(history: bool) -> PromptSession[str]:
     """What reads lines, with history and completion."""
     try:
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.history import InMemoryHistory
     except ImportError:
         raise RequestError(f"a chat at the terminal needs prompt_toolkit: {INSTALL}") from None
 
-    from .chat_completion import ChatCompleter
+    from .chat_completion import ChatCompleter, KeptLines
 
     path = _history_file() if history else None
     return PromptSession(
-        history=InMemoryHistory() if path is None else FileHistory(os.fspath(path)),
+        history=InMemoryHistory() if path is None else KeptLines(os.fspath(path)),
         completer=ChatCompleter(),
         complete_while_typing=False,
         enable_open_in_editor=True,
@@ -160,11 +165,12 @@ class _Terminal:
     def run(self) -> None:
         from ..chat.commands import Leave
 
+        self._commands.show_turns()  # of a chat that was loaded
         for image in self._talk.images:
             self._added(image)
         if self._told is not None:
             tell_of_real_models(self._told)
-        echo(f"{show_name(self._talk.model.model_path.name)}. /help lists the commands, Ctrl-D leaves.")
+        echo(f"{show_name(self._talk.name)}. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:
                 line = self._read()
@@ -181,6 +187,9 @@ class _Terminal:
                 echo("(stopped)")
             except MllamaError as e:
                 echo(f"Error: {e}", err=True)
+            except Exception as e:  # a bug must not take the conversation along
+                logger.debug("a line of the chat", exc_info=True)
+                echo(f"Error: unexpected {type(e).__name__}: {one_line(e)} (--verbose shows where)", err=True)
 
     def _read(self) -> str:
         """One line, or several between triple quotes."""
@@ -192,7 +201,7 @@ class _Terminal:
         return str(text)
 
     def _do(self, line: str) -> None:
-        from ..chat.commands import NAMES
+        from ..chat.commands import NAMES, not_fetched
         from ..chat.lines import Command, parse, without_quotes
 
         if not line.strip():
@@ -206,17 +215,25 @@ class _Terminal:
         for name in parsed.images:
             self._commands.add(name)
         for link in parsed.links:
-            echo(f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file")
+            echo(not_fetched(link))
+        for name in parsed.missing:
+            echo(f"{show_name(name)}: there is no such file; the question goes without it")
         if parsed.text:
             self._write(self._talk.ask(parsed.text))
 
     def _write(self, pieces: Iterator[str]) -> None:
+        from prompt_toolkit.utils import get_cwidth
+
+        from ..chat.wrap import Wrapping
+
+        wrapping = Wrapping(lambda: shutil.get_terminal_size().columns, get_cwidth)
         try:
             for piece in pieces:
-                echo(piece, nl=False)
+                # JSON as it is: somebody may copy it.
+                echo(wrapping.add(piece) if self._talk.form is None else piece, nl=False)
         finally:
             self._bar.stop()  # of a question that was stopped while it was read
-            echo()
+            echo(wrapping.rest())
 
     def _added(self, image: Attached) -> None:
         if self._show_image is not None:

@@ -68,9 +68,8 @@ def open_chosen(
     import logging
 
     from ..model import Mllama
-    from .log import show_log, show_native_warnings
+    from .log import show_log
 
-    show_native_warnings()
     show_log("mllama_gguf.loaded")
     show_log("mllama_gguf.backend.opening", logging.INFO)
     files = find_files(choice)

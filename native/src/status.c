@@ -27,8 +27,6 @@ mllama_status fail(mllama_status status, const char * format, ...) {
     return status;
 }
 
-enum { LOG_OWN_WARNING = 6 }; // beside ggml's levels
-
 static void log_emit(int32_t level, const char * text) {
     pthread_mutex_lock(&log_mutex);
     const mllama_log_callback callback  = log_callback;
@@ -36,7 +34,7 @@ static void log_emit(int32_t level, const char * text) {
     pthread_mutex_unlock(&log_mutex);
     if (callback) {
         callback(level, text, user_data);
-    } else if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR || level == LOG_OWN_WARNING) {
+    } else if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
         fputs(text, stderr);
     }
 }
@@ -83,5 +81,5 @@ void log_warn(const char * format, ...) {
     vsnprintf(text, sizeof(text) - 1, format, args);
     va_end(args);
     strcat(text, "\n");
-    log_emit(LOG_OWN_WARNING, text);
+    log_emit(GGML_LOG_LEVEL_WARN, text);
 }

@@ -217,6 +217,52 @@ def test_the_commands(model: Mllama, tmp_path: Path, monkeypatch: pytest.MonkeyP
         run.run("quit", "")
 
 
+def test_names_as_they_are_typed(model: Mllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~, quotes and file:// for every command that takes a file; each name that is wrong is an error."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my apple.png").write_bytes(Path(APPLE).read_bytes())
+    talk = Talk(model, name="ollama:x")
+    run, lines = commands(talk)
+    for typed in ("~/my apple.png", r"~/my\ apple.png", f"file://{tmp_path}/my%20apple.png"):
+        run.run("image", typed)
+    assert {image.name for image in talk.images} == {f"{tmp_path}/my apple.png"}
+    run.run("save", '"~/my chat.json"')
+    run.run("load", r"~/my\ chat.json")
+    with pytest.raises(RequestError, match="it is no JSON"):
+        run.run("json", "'~/my apple.png'")
+    with pytest.raises(ImageError, match=r"none\.png: No such file"):
+        run.run("image", f"{APPLE} none.png")
+    with pytest.raises(RequestError, match=r"not fetched from the web"):
+        run.run("image", "https://example.com/x.png")
+    with pytest.raises(RequestError, match=r"/no/such\.png: there is no such picture"):
+        run.run("no/such.png", "what?")
+    run.run("info", "")
+    assert any(line.startswith("model     ollama:x,") for line in lines)
+
+
+def test_options_as_ollama_has_them(model: Mllama) -> None:
+    talk = Talk(model)
+    run, _ = commands(talk)
+    run.run("set", "parameter temperature 0.5")
+    run.run("set", 'system "Be brief."')
+    assert talk.options == {"temperature": 0.5} and talk.system == "Be brief."
+    run.run("show", "info")
+    for value in ("nan", "inf", "-1", "x", "1e999"):
+        with pytest.raises(RequestError, match="temperature"):
+            run.run("set", f"temperature {value}")
+    for line in (
+        "seed 1.5",
+        "max_tokens 0",
+        "top_k 1.5",
+        "top_p 2",
+        "min_p -1",
+        "Seed x",
+    ):
+        with pytest.raises(RequestError):
+            run.run("set", line)
+    assert talk.options == {"temperature": 0.5}
+
+
 def test_what_a_model_brings(tiny_files: Callable[[str], TinyFiles], tmp_path: Path) -> None:
     """Its system message holds until another one is set, or none; its temperature makes replies differ."""
     brought = Defaults({"temperature": 0.7}, "Mine.")

@@ -18,6 +18,7 @@ import pexpect
 import pyte
 import pytest
 from helpers import elsewhere
+from PIL import Image
 
 from mllama_gguf.chat.talk import Talk
 from mllama_gguf.cli import chat as chat_module
@@ -116,6 +117,26 @@ def test_control_c(chat: Chat, tmp_path: Path) -> None:
     chat.until(r"\(stopped\)\n>>>")
     chat.line("/bye")
     assert chat.leave() == 0
+
+
+def test_pictures_keep_their_proportions(tmp_path: Path) -> None:
+    """A terminal that says it has sixel, and cells of 10 x 20 pixels."""
+    there = elsewhere(HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path), TERM="xterm-256color")
+    child: Any = pexpect.spawn(
+        sys.executable, [*COMMAND, "--no-history", TALL], **there, encoding="latin-1", dimensions=(30, 100)
+    )
+    try:
+        child.expect(r"\x1b\[c", SECONDS)
+        child.send("\x1b[?62;4;22c")
+        child.expect(r"\x1b\[16t", SECONDS)
+        child.send("\x1b[6;20;10t")
+        child.expect(r'\x1bP[^"]*"1;1;(\d+);(\d+)', SECONDS)  # the raster's size
+        width, height = map(int, child.match.groups())
+        size = Image.open(TALL).size
+        assert height / width == pytest.approx(size[1] / size[0], rel=0.1) and height <= 340
+        child.expect("leaves", SECONDS)
+    finally:
+        child.close(force=True)
 
 
 def test_completion(chat: Chat) -> None:
