@@ -1,4 +1,4 @@
-# The CPU kernels: a file for each set of instructions, which choose.c finds out about when it runs; on other processors
+# The CPU kernels: a file for each set of instructions, which tables.c finds out about when it runs; on other processors
 # portable.c alone.
 include(CheckCCompilerFlag)
 include(CheckCSourceCompiles)
@@ -11,7 +11,7 @@ function(kernel_with target name) # and the flags that it may use
 endfunction()
 
 function(add_kernels target)
-  foreach(name choose attention cache_attention linear quantized elementwise portable)
+  foreach(name tables choose attention cache_attention linear quantized elementwise portable)
     target_sources(${target} PRIVATE "${MLLAMA_KERNELS_DIR}/${name}.c")
   endforeach()
   check_c_source_compiles("
@@ -34,12 +34,36 @@ int main(void) { return 0; }" MLLAMA_ARM64)
 int main(void) { return 0; }" MLLAMA_X86_64)
   if(MLLAMA_X86_64)
     kernel_with(${target} avx2 -mavx2 -mfma -mf16c)
+    kernel_with(${target} avx2products -mavx2 -mfma -mf16c)
+    check_c_compiler_flag(-mavxvnni MLLAMA_AVXVNNI) # GCC 11 and later
+    if(MLLAMA_AVXVNNI)
+      kernel_with(${target} avxvnni -mavx2 -mfma -mf16c -mavxvnni)
+      target_compile_definitions(${target} PRIVATE MLLAMA_AVXVNNI)
+    endif()
     kernel_with(${target} avx512 -mavx512f)
     kernel_with(${target} vnni -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
     check_c_compiler_flag(-mavx512bf16 MLLAMA_AVX512BF16) # GCC 10 and later
     if(MLLAMA_AVX512BF16)
       kernel_with(${target} avx512bf16 -mavx512f -mavx512bf16)
       target_compile_definitions(${target} PRIVATE MLLAMA_AVX512BF16)
+      # binutils 2.34 and GCC 12, or Clang; the request for tiles is Linux's
+      check_c_source_compiles("
+#ifndef __linux__
+#error other
+#endif
+typedef int four __attribute__((vector_size(16)));
+int main(void) {
+    four x = { 0 };
+    x = __builtin_shufflevector(x, x, 0, 4, 1, 5);
+    __asm__ volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2; tdpbssd %tmm0, %tmm1, %tmm2\");
+    return x[0];
+}" MLLAMA_AMX)
+      if(MLLAMA_AMX)
+        kernel_with(${target} amx)
+        kernel_with(${target} amxbf16 -mavx512f -mavx512bf16 -mfma)
+        kernel_with(${target} amxint8 -mavx512f -mavx512bw -mfma -mf16c)
+        target_compile_definitions(${target} PRIVATE MLLAMA_AMX)
+      endif()
     endif()
   endif()
 endfunction()

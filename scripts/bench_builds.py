@@ -3,9 +3,11 @@
 
     python scripts/bench_builds.py OLD.so NEW.so --dir DIR [--layers N] [--threads N] [--rounds N]
 
-The weights are random, Q4_K_M (full_shape.py). Each build runs in a process of its own, and all rounds run
-both, with the two in turn first. The table has the medians, and the quotient of the two in a round: its
-median, and how far the middle half of the rounds is apart. Both builds must have the C API of this checkout.
+The weights are random, Q4_K_M (full_shape.py). Each build runs in a process of its own. A round is a prompt
+and 40 tokens with each; the two compute prompt after prompt and token after token in turns, so that what
+disturbs the machine disturbs both. The table has the medians; the median of the quotients of two that were
+neighbours in time; its standard error; and how far the middle half of the quotients is apart. Both builds
+must have the C API of this checkout.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,20 +46,17 @@ class Build:
         self.context: LocalContext = model.open_context(callbacks, n_ctx=1024, n_threads=threads)
 
 
-def measure(build: Build) -> tuple[float, float]:
-    """Seconds of one token, the median, and of a prompt."""
-    context = build.context
-    tokens = np.random.default_rng(0).integers(0, WORDS, N_PROMPT + N_TOKENS).tolist()
-    context.truncate(0)
+def prompt(build: Build, tokens: list[int]) -> float:
+    """Seconds of a prompt."""
+    build.context.truncate(0)
+    return decode(build, tokens)
+
+
+def decode(build: Build, tokens: list[int]) -> float:
+    """Seconds of these tokens, after what is there."""
     start = time.perf_counter()
-    context.decode(tokens[:N_PROMPT], -1, 0, "last")
-    prompt = time.perf_counter() - start
-    times = []
-    for token in tokens[N_PROMPT:]:
-        start = time.perf_counter()
-        context.decode([token], -1, 0, "last")
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), prompt
+    build.context.decode(tokens, -1, 0, "last")
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -72,26 +72,35 @@ def main() -> None:
         path = Path(folder) / "mllama.gguf"
         full_shape.write_mllama(path, args.layers, vision=False)
         builds = [Contestant(Build, library, str(path), args.threads) for library in args.libraries]
-        times: list[list[tuple[float, float]]] = [[], []]
+        prompts: list[list[float]] = [[], []]
+        times: list[list[float]] = [[], []]
+        random = np.random.default_rng(0)
         for round in range(args.rounds + 1):
-            for i in (0, 1) if round % 2 else (1, 0):
-                measured = builds[i].run(measure)
-                if round:  # the first reads the file
-                    times[i].append(measured)
+            words = random.integers(0, WORDS, N_PROMPT + N_TOKENS).tolist()
+            for n in range(N_TOKENS + 1):
+                for i in (0, 1) if (round + n) % 2 else (1, 0):
+                    if n == 0:
+                        took = builds[i].run(prompt, words[:N_PROMPT])
+                    else:
+                        took = builds[i].run(decode, words[N_PROMPT + n - 1 : N_PROMPT + n])
+                    if round:  # the first reads the file
+                        (times if n else prompts)[i].append(took)
+            if round:
+                print(f"round {round} of {args.rounds}", file=sys.stderr)
         for build in builds:
             build.close()
     rows = []
-    for number, name in enumerate(("token", f"prompt of {N_PROMPT}")):
-        old, new = ([row[number] for row in of] for of in times)
-        ratios = sorted(b / a for a, b in zip(old, new, strict=True))
-        quarter = len(ratios) // 4
+    for name, (old, new) in (("token", times), (f"prompt of {N_PROMPT}", prompts)):
+        ratios = np.divide(new, old)
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        error = 1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5  # of a median, if they are bell-shaped
         rows.append(
             (
                 name,
                 f"{1000 * statistics.median(old):.2f} ms",
                 f"{1000 * statistics.median(new):.2f} ms",
-                f"{statistics.median(ratios):.4f}",
-                f"{ratios[quarter]:.4f} to {ratios[-1 - quarter]:.4f}",
+                f"{middle:.4f} \u00b1 {error:.4f}",
+                f"{low:.4f} to {high:.4f}",
             )
         )
     report.show(

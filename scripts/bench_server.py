@@ -76,7 +76,8 @@ class Client:
         body: dict[str, Any] = {"model": "bench", "messages": [message], "stream": True}
         if self.api == "ollama":
             path, body = "/api/chat", body | {"format": FORM}
-            body["options"] = {"temperature": 0, "num_predict": self.n_tokens}
+            # Ollama's own default of 1.1 would be work that the direct call does not have.
+            body["options"] = {"temperature": 0, "num_predict": self.n_tokens, "repeat_penalty": 1}
         else:
             path = "/v1/chat/completions"
             form = {"type": "json_schema", "json_schema": {"schema": FORM}}

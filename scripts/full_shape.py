@@ -28,6 +28,8 @@ D, FF, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
 KV = KV_HEADS * HEAD_DIM
 EXTRA_ROWS = 8  # of the embedding: the image token, and padding
 VISION_D, VISION_FF, POSITIONS = 1280, 5120, 1601
+VISION_LAYERS = (32, 8)  # local, global
+FEW_VISION_LAYERS = (5, 1)  # the fewest: states of five local ones and the last global one are read
 BLOCK = 1 << 20  # values
 Shape = tuple[int, ...]  # slowest first
 Tensor = tuple[str, Shape, str]  # name, shape, ggml type
@@ -83,8 +85,8 @@ def as_llama(tensors: Iterable[Tensor], cross: Collection[int] = CROSS) -> list[
     return out
 
 
-def vision_tensors() -> list[Tensor]:
-    """Vision encoder and projector, the matrices in BF16."""
+def vision_tensors(layers: tuple[int, int] = VISION_LAYERS) -> list[Tensor]:
+    """Vision encoder and projector, the matrices in BF16. layers: local and global ones."""
     w, ff, tiles, ids = VISION_D, VISION_FF, 4, 9
     out: list[Tensor] = [("v.class_embd", (w,), "F32"), ("v.patch_embd.weight", (w, 3, 14, 14), "BF16")]
     out += [("v.position_embd.weight", (POSITIONS, w), "F32")]
@@ -93,7 +95,7 @@ def vision_tensors() -> list[Tensor]:
     tables = ("position_embd", "tile_position_embd", "pre_tile_position_embd", "post_tile_position_embd")
     out += [(f"v.{n}.gate", (1,), "F32") for n in tables]
     out += [(f"v.{n}_ln.{part}", (w,), "F32") for n in ("pre", "post") for part in ("weight", "bias")]
-    for prefix, count in (("v.blk", 32), ("v.global.blk", 8)):
+    for prefix, count in zip(("v.blk", "v.global.blk"), layers, strict=True):
         for i in range(count):
             norms = ("attn_norm.weight", "attn_norm.bias", "ffn_norm.weight", "ffn_norm.bias")
             out += [(f"{prefix}.{i}.{n}", (w,), "F32") for n in norms]
@@ -130,12 +132,15 @@ def text_keys(arch: str, n_layer: int) -> dict[str, Any]:
     return {f"{arch}.{name}": value for name, value in keys.items()}
 
 
-def mllama_keys(n_layer: int = N_LAYER, cross: Collection[int] = CROSS) -> dict[str, Any]:
-    """Tensors of text and vision."""
+def mllama_keys(
+    n_layer: int = N_LAYER, cross: Collection[int] = CROSS, layers: tuple[int, int] = VISION_LAYERS
+) -> dict[str, Any]:
+    """Keys of text and vision. layers: local and global ones of the encoder."""
+    taken = [3, 7, 15, 23, 30] if layers == VISION_LAYERS else list(range(5))
     vision = {
-        "block_count": 32, "global.block_count": 8, "embedding_length": VISION_D,
+        "block_count": layers[0], "global.block_count": layers[1], "embedding_length": VISION_D,
         "feed_forward_length": VISION_FF, "attention.head_count": 16, "image_size": 560, "patch_size": 14,
-        "max_num_tiles": 4, "num_channels": 3, "intermediate_layers_indices": [3, 7, 15, 23, 30],
+        "max_num_tiles": 4, "num_channels": 3, "intermediate_layers_indices": taken,
     }  # fmt: skip
     return {
         **text_keys("mllama", n_layer),
@@ -242,14 +247,16 @@ def fill(file: IO[bytes], size: int, data: bytes) -> None:
         file.write(data[: min(len(data), size - start)])
 
 
-def write_mllama(path: Path, n_layer: int = N_LAYER, *, vision: bool) -> list[Tensor]:
+def write_mllama(
+    path: Path, n_layer: int = N_LAYER, *, vision: bool, vision_layers: tuple[int, int] = VISION_LAYERS
+) -> list[Tensor]:
     """The 11B model, or its first layers, Q4_K_M; returns its text tensors. vision False: holes of zeros in
     place of the vision encoder's weights, for what does not run it."""
     cross = [i for i in CROSS if i < n_layer]
     text = text_tensors(n_layer=n_layer, cross=cross)
-    keys = {**mllama_keys(n_layer, cross), **vocabulary(VOCAB + 1)}
+    keys = {**mllama_keys(n_layer, cross, vision_layers), **vocabulary(VOCAB + 1)}
     data = RandomBlocks(sparse=lambda name: not vision and name.startswith(("v.", "mm.")))
-    write_gguf(path, "mllama", keys, [*text, *vision_tensors()], data)
+    write_gguf(path, "mllama", keys, [*text, *vision_tensors(vision_layers)], data)
     return text
 
 

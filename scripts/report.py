@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllama_gguf import __version__
+from mllama_gguf.backend.kernels import cpu_kernel
 from mllama_gguf.backend.library import load
 from mllama_gguf.cpus import processor_name
 from mllama_gguf.errors import MllamaError, RequestError
@@ -35,7 +36,7 @@ def about(**settings: Any) -> dict[str, Any]:
         "load_average": os.getloadavg()[0], "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(), "mllama_gguf": __version__, "commit": _commit(),
         "ggml": native.text(native.lib.mllama_ggml_version_loaded()),
-        "kernel": native.text(native.lib.mllama_cpu_kernel()),
+        "kernel": cpu_kernel(),
         **{name: _version(name) for name in PACKAGES},
         **settings,
     }  # fmt: skip

@@ -34,6 +34,7 @@ from ..errors import (
 from ..words import one_line
 
 logger = logging.getLogger("mllama_gguf.native")
+warnings = logging.getLogger("mllama_gguf.native.warnings")  # of libmllama itself, for everybody
 # Silent unless the program sets logging up.
 logging.getLogger("mllama_gguf").addHandler(logging.NullHandler())
 
@@ -51,6 +52,7 @@ _ERRORS: dict[int, type[MllamaError]] = {
     -6: Aborted,
 }
 
+_OWN_WARNING = 6
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # ggml_log_level
 
 
@@ -78,9 +80,10 @@ class Native:
         if status != OK:
             raise self.error(status)
 
-    def cpu_kernel(self) -> str:
-        """The kernel for the CPU that $MLLAMA_CPU_KERNEL and the processor give now; "": it names none."""
-        return self.text(self.lib.mllama_cpu_kernel())
+    def cpu_kernel(self, name: str = "") -> str:
+        """The shortest name of this kernel for the CPU. "": the one that $MLLAMA_CPU_KERNEL and the processor
+        give now, without a trial. The result is "" where there is none of that name."""
+        return self.text(self.lib.mllama_cpu_kernel_named(os.fsencode(name) if name else self.ffi.NULL))
 
     def text(self, pointer: Any) -> str:
         """A C string, or "" for NULL."""
@@ -214,6 +217,9 @@ class _Log(threading.local):
 
     def __call__(self, level: int, text: bytes | None) -> None:
         if not text or sys.is_finalizing():
+            return
+        if level == _OWN_WARNING:  # always a whole line
+            warnings.warning("%s", text.decode("utf-8", "replace").rstrip())
             return
         if level in _LOG_LEVELS:  # else a piece that continues the line
             self._level = _LOG_LEVELS[level]

@@ -11,6 +11,7 @@ from ..cpus import default_threads
 from ..settings import DEFAULTS
 from .base import open_encoder
 from .callbacks import Callbacks
+from .kernels import kernel_for
 from .library import load as load_native
 from .local import devices, open_model
 from .supervisor import Supervisor
@@ -18,7 +19,7 @@ from .types import Device, HParams, Memory
 
 # (n_gpu_layers) -> what that takes, and the model's shape
 Measure = Callable[[int], tuple[Memory, HParams]]
-_CONTEXT_SETTINGS = ("n_batch", "n_threads", "type_k", "type_v", "flash_attn", "offload_kqv")
+_CONTEXT_SETTINGS = ("n_batch", "n_threads", "type_k", "type_v", "flash_attn", "offload_kqv", "cpu_kernel")
 
 
 def measure(
@@ -64,6 +65,7 @@ def measure(
                 callbacks,
                 n_threads=context_settings["n_threads"],
                 flash_attn=context_settings.get("flash_attn", DEFAULTS["flash_attn"]),
+                cpu_kernel=context_settings.get("cpu_kernel", ""),
             )
             try:
                 return context.memory().with_encoder(encoder.memory()), h
@@ -88,6 +90,7 @@ def measuring(
     """A function that measures one n_gpu_layers, and the devices; with workers in a child process, which can
     be lost. settings: those of `measure`."""
     callbacks = Callbacks(load_native())
+    settings["cpu_kernel"] = kernel_for(settings.get("flash_attn", DEFAULTS["flash_attn"]))
     if not workers and not isolate:
         yield (
             lambda n: measure(model_path, mmproj_path, callbacks=callbacks, n_gpu_layers=n, **settings),

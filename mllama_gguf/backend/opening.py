@@ -14,7 +14,7 @@ from ..settings import Settings
 from .base import Context, Model, SharedContext, open_encoder
 from .callbacks import Callbacks
 from .isolated import IsolatedModel
-from .library import load
+from .kernels import kernel_for
 from .local import devices, open_model
 from .measure import measuring
 from .plan import device_limits, largest_fitting, offload_devices
@@ -33,7 +33,7 @@ class Backend:
     settings:     as given, but without GPUs n_gpu_layers is 0 in place of "auto"
     n_gpu_layers: as found, if the settings say "auto"
     n_threads:    CPU threads of a context that asks for no other number
-    cpu_kernel:   of all contexts: what the environment gave when the model was opened
+    cpu_kernel:   of all contexts: what the environment or a trial gave when the model was opened
     """
 
     model: Model
@@ -96,7 +96,7 @@ def open_backend(
         model = _open_model(model_path, mmproj_path, settings, layers, callbacks)
         try:
             n_threads = settings.n_threads or cpus.default_threads(model.size)
-            backend = Backend(model, settings, layers, n_threads, load().cpu_kernel())
+            backend = Backend(model, settings, layers, n_threads, kernel_for(settings.flash_attn))
             if settings.n_gpu_layers == "auto":
                 backend.open_context(callbacks).close()  # a trial
             return backend

@@ -3,19 +3,14 @@
 ggml offers each layout that the processor has instructions for. That is not enough: ggml's AMX products end
 the process with SIGILL where the compiler has left out their set-up, as GCC 12 does. So a layout is used only
 if it is in `TRUSTED`, or if a trial in a process of its own has multiplied with it and got what the plain
-layout gets. The result of a trial is kept for this build of ggml and this processor.
+layout gets.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import platform
-import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,10 +21,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import RequestError
-from ..files import write_whole
-from ..reading import read_text
-from ..words import one_line, os_reason
+from ..words import one_line
 from .library import Native, load
+from .trials import Record, cache_file, run
 from .types import Floats
 
 logger = logging.getLogger(__name__)
@@ -68,8 +62,7 @@ def usable_layouts() -> tuple[str, ...]:
     names = offered_layouts()
     if set(names) <= set(TRUSTED):
         return names
-    record = _Record()
-    return tuple(name for name in names if name in TRUSTED or record.trial(name).works)
+    return tuple(name for name in names if name in TRUSTED or _trial(name).works)
 
 
 def offered_layouts() -> tuple[str, ...]:
@@ -85,82 +78,33 @@ def offered_layouts() -> tuple[str, ...]:
 
 
 def record_path() -> Path:
-    """Where the results of trials are kept: in the user's cache directory. Without the file, or with a
-    damaged one, trials are made again."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("mllama_gguf") / "layouts.json"
+    """Where the results of trials are kept."""
+    return cache_file("layouts.json")
 
 
-class _Record:
-    """The trials of this build of ggml on this processor."""
-
-    def __init__(self) -> None:
-        self._path = record_path()
-        self._key = _build_and_processor()
-
-    def trial(self, layout: str) -> Trial:
-        """The trial of a layout: the one that is kept, or else a new one."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            trial = Trial(**self._read()[self._key][layout])
-            if type(trial.works) is bool:
-                return trial
-        trial = run_trial(layout)
-        if not trial.works:
-            logger.warning(
-                "repack: ggml's layout %s is not used, because its trial failed: %s; remove %s to try again",
-                layout, trial.words, self._path,
-            )  # fmt: skip
-        self._keep(layout, trial)
-        return trial
-
-    def _read(self) -> dict[str, Any]:
-        content = json.loads(read_text(self._path))
-        if content["version"] != VERSION:
-            return {}
-        trials = content["trials"]
-        if not isinstance(trials, dict):
-            raise ValueError("trials are not an object")
-        return trials
-
-    def _keep(self, layout: str, trial: Trial) -> None:
-        try:
-            trials = self._read()
-        except (OSError, ValueError, TypeError, KeyError):
-            trials = {}
-        of_this = trials.get(self._key)
-        trials[self._key] = {**(of_this if isinstance(of_this, dict) else {}), layout: asdict(trial)}
-        try:
-            write_whole(self._path, json.dumps({"version": VERSION, "trials": trials}, indent=1) + "\n")
-        except OSError as e:  # a read-only home: the next process tries again
-            logger.info("%s: cannot be written: %s", self._path, os_reason(e))
+def _trial(layout: str) -> Trial:
+    """The trial of a layout: the one that is kept, or else a new one."""
+    record = Record(record_path(), VERSION)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        kept = record.get(layout)
+        if _is_trial(kept):
+            return Trial(**kept)
+    trial = run_trial(layout)
+    if not trial.works:
+        logger.warning(
+            "repack: ggml's layout %s is not used, because its trial failed: %s; remove %s to try again",
+            layout, trial.words, record.path,
+        )  # fmt: skip
+    return Trial(**record.keep(layout, asdict(trial), _is_trial))
 
 
-def _build_and_processor() -> str:
-    """Another text for every build of ggml and libmllama, and every processor as the system shows it."""
-    import llama_cpp
-
-    native = load()
-    ggml = native.text(native.lib.mllama_ggml_version_loaded())
-    libraries = sorted((Path(llama_cpp.__file__).parent / "lib").glob("*ggml*"))
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (native.path, *libraries)]
-    return hashlib.sha256(repr((ggml, digests, processor())).encode()).hexdigest()
-
-
-_PROCESSOR_LINES = re.compile(
-    r"(vendor_id|cpu family|model|model name|stepping|microcode|flags|features|isa|uarch|"
-    r"cpu (implementer|architecture|variant|part|revision))\s*:.*",
-    re.IGNORECASE,
-)
-
-
-def processor() -> str:
-    """The processor: what distinguishes it from others, as far as the system tells."""
-    words = [platform.machine(), platform.processor()]
-    with suppress(OSError, ValueError):
-        first, *_ = read_text("/proc/cpuinfo").split("\n\n", 1)
-        words += [line for line in first.splitlines() if _PROCESSOR_LINES.fullmatch(line)]
-    return "\n".join(words)
+def _is_trial(kept: Any) -> bool:
+    return (
+        isinstance(kept, dict)
+        and kept.keys() == {"works", "words"}
+        and type(kept["works"]) is bool
+        and isinstance(kept["words"], str)
+    )
 
 
 # ---- the trial ---------------------------------------------------------------------------------------------
@@ -174,34 +118,16 @@ def command(layout: str) -> list[str]:
 
 def run_trial(layout: str) -> Trial:
     """Try a layout in a process of its own. Its death, its silence and wrong products all mean no."""
+    done = run(command(layout), TRIAL_SECONDS)
+    if done.code is None:
+        return Trial(False, done.words)
     try:
-        done = subprocess.run(
-            command(layout),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=TRIAL_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return Trial(False, f"no result after {TRIAL_SECONDS:g} s")
-    except OSError as e:
-        return Trial(False, f"its process cannot be started: {os_reason(e)}")
-    if done.returncode < 0:
-        return Trial(False, f"its process ended with {_signal_name(-done.returncode)}")
-    try:
-        trial = Trial(**json.loads(done.stdout))
-        if done.returncode == 0 and type(trial.works) is bool and isinstance(trial.words, str):
+        trial = Trial(**json.loads(done.output))
+        if done.code == 0 and type(trial.works) is bool and isinstance(trial.words, str):
             return trial
     except (ValueError, TypeError):
         pass
-    return Trial(False, f"its process ended with exit code {done.returncode} and no result")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return Trial(False, f"{done.words} and no result")
 
 
 def compare(layout: str, product: Product) -> Trial:

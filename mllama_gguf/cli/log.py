@@ -16,6 +16,11 @@ class _OnStderr(logging.Handler):
         echo(f"Warning: {words}" if record.levelno >= logging.WARNING else words, err=True)
 
 
+def show_native_warnings() -> None:
+    """Show on stderr what libmllama itself warns of: devices that cannot be used, and the like."""
+    show_log("mllama_gguf.native.warnings")
+
+
 def show_log(name: str, level: int = logging.WARNING) -> None:
     """Show on stderr what a part of the package logs from this level on. With --verbose the whole log is
     shown already."""

@@ -68,8 +68,9 @@ def open_chosen(
     import logging
 
     from ..model import Mllama
-    from .log import show_log
+    from .log import show_log, show_native_warnings
 
+    show_native_warnings()
     show_log("mllama_gguf.loaded")
     show_log("mllama_gguf.backend.opening", logging.INFO)
     files = find_files(choice)

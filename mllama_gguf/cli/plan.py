@@ -59,6 +59,9 @@ def plan_command(
     shown. Settings that `mllama tune` found are used, except the number of layers.
     """
     from ..backend.plan import make_plan
+    from .log import show_native_warnings
+
+    show_native_warnings()
 
     if model_argument is not None:
         choice = replace(choice, name=model_argument)

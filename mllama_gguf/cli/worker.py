@@ -46,6 +46,9 @@ def worker_command(
 
     from ..backend.rpc import find_address, is_loopback, serve
     from ..cpus import usable_cpus
+    from .log import show_native_warnings
+
+    show_native_warnings()
 
     address = find_address(host)
     if not is_loopback(address):

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ..backend.kernels import Kernel, describe, record_path
 from ..backend.repack import offered_layouts, usable_layouts
 from ..cpus import processor_name, usable_cpus
 from ..errors import MllamaError
@@ -48,8 +49,8 @@ class Finding:
 
 
 def examine(own_version: str) -> Iterator[Finding]:
-    """Look at everything, the quick things first. Nothing is written but the caches of ggml's trials. What
-    fails in an unexpected way is a finding too."""
+    """Look at everything, the quick things first. Nothing is written but what trials found. What fails in
+    an unexpected way is a finding too."""
     for finding in _look(own_version):
         yield replace(
             finding,
@@ -121,9 +122,8 @@ def _library() -> Finding:
 
 
 def _processor() -> Iterator[Finding]:
-    from ..backend.library import load
-
-    kernel = load().cpu_kernel()
+    chosen = describe()
+    kernel = chosen.name
     usable = usable_layouts()
     layouts = {layout: layout in usable for layout in offered_layouts()}
     name, cpus = processor_name(), usable_cpus()
@@ -132,10 +132,20 @@ def _processor() -> Iterator[Finding]:
         states = (f"{layout} {'works' if works else 'fails'}" for layout, works in layouts.items())
         words += f", repacked layouts: {', '.join(states)}"
     facts = {"name": name, "cpus": cpus, "kernel": kernel or None, "layouts": layouts}
-    if kernel:
-        yield Finding("processor", "ok", words, "", facts)
-        return
-    yield Finding("processor", "note", words, "unset MLLAMA_CPU_KERNEL to use the fast kernels", facts)
+    advice = "" if kernel else "unset MLLAMA_CPU_KERNEL to use the fast kernels"
+    yield Finding("processor", "ok" if kernel else "note", words, advice, facts)
+    if chosen.parts:
+        yield _kernel(chosen)
+
+
+def _kernel(kernel: Kernel) -> Finding:
+    """What computes each part, and how fast the others are beside the fastest."""
+    failed = [f"{name}: {words}" for part in kernel.parts.values() for name, words in part.failed.items()]
+    words, facts = kernel.in_words(), kernel.facts()
+    if not failed:
+        return Finding("kernel", "ok", words, "", facts)
+    advice = f"{'; '.join(failed)}; the others are used; remove {record_path()} to try again"
+    return Finding("kernel", "note", words, one_line(private(advice)), facts)
 
 
 def _memory() -> Iterator[Finding]:

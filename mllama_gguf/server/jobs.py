@@ -65,16 +65,28 @@ class Mailbox:
         self._whole = whole
         self._items: deque[Event] = deque()
         self._ready = asyncio.Event()
+        self._ended = asyncio.Event()
         self._woken = False
 
     def put(self, item: Event) -> None:
         """From the thread that computes."""
         self._items.append(item)
-        if self._woken or (self._whole and isinstance(item, (Piece, Ended))):
+        is_end = isinstance(item, (Done, Refused))
+        if not is_end and (self._woken or self._whole):
             return
         self._woken = True
         with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._ready.set)
+            self._loop.call_soon_threadsafe(self._wake, is_end)
+
+    def _wake(self, is_end: bool) -> None:
+        self._ready.set()
+        if is_end:
+            self._ended.set()
+
+    async def gather(self, seconds: float) -> None:
+        """Let things come for so long, or up to the end."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), seconds)
 
     async def take(self, seconds: float | None) -> list[Event]:
         """What has come, at least one thing; [] if nothing came for so long."""

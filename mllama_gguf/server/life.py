@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ def listen(settings: ServerSettings) -> socket.socket:
                 f"{where}: another program listens there already (Ollama?); end it, or give --port N"
             ) from e
         raise MllamaError(f"{where}: cannot listen there: {os_reason(e)}") from e
+
+
+# How long a thread of Python waits for another one. The default of 5 ms is the time of many tokens of a small
+# model, which would wait while requests are read.
+SWITCH_SECONDS = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -107,6 +113,7 @@ class Server(uvicorn.Server):
 
 def serve(service: Service, app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends it immediately. ready: called once it answers."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     service.engine.start()
     try:
         asyncio.run(Server(service, app, ready).serve([listener]))

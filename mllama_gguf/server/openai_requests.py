@@ -47,6 +47,7 @@ class Wish:
 def chat(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> Wish:
     """A request of /v1/chat/completions. Raises Refused, RequestError."""
     model = model_of(body)
+    refuse_images(body, "images")
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise Refused(400, "messages must be a list with at least one message", "invalid_value", "messages")
@@ -69,6 +70,7 @@ def chat(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> W
 def completion(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> Wish:
     """A request of /v1/completions: the prompt goes to the model as it is. Raises Refused, RequestError."""
     model = model_of(body)
+    refuse_images(body, "images")
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -91,6 +93,18 @@ def model_of(body: Mapping[str, Any]) -> str:
     if not model.strip():
         raise Refused(400, "model is required", "missing_required_parameter", "model")
     return model
+
+
+def refuse_images(value: Mapping[str, Any], where: str) -> None:
+    """Fields that are not known have no effect, but a picture must not be lost. Raises Refused."""
+    if value.get("images"):
+        raise Refused(
+            400,
+            f"{where} is a field of Ollama's API and is not read here; pictures are parts of messages: "
+            '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}',
+            "invalid_value",
+            where,
+        )
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
@@ -138,6 +152,7 @@ def _message(index: int, message: Any, limits: ImageLimits, counted: list[int]) 
         raise fields.wrong(f"{where}.role", "a string", role)
     if role not in ROLES:
         raise Refused(400, f"{where}.role {brief(role)} is not known", "invalid_value", f"{where}.role")
+    refuse_images(message, f"{where}.images")
     given = {name: message[name] for name in _OF_MESSAGES if message.get(name) is not None}
     content = message.get("content")
     if content is None:

@@ -17,7 +17,7 @@ from . import fields
 from .images import ImageLimits
 from .jobs import Done, Ended, Event, Piece
 from .openai_replies import PING, Held
-from .openai_requests import Wish, chat, model_of
+from .openai_requests import Wish, chat, model_of, refuse_images
 from .problems import Refused
 from .replies import openai_error, to_bytes
 
@@ -46,7 +46,7 @@ def request(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -
     else:
         raise fields.wrong("input", "a string or a list of items", given)
     asked: dict[str, Any] = {"model": model_of(body), "messages": messages, "stream": body.get("stream")}
-    for name in ("temperature", "top_p", "seed", "stop"):
+    for name in ("temperature", "top_p", "seed", "stop", "images"):
         asked[name] = body.get(name)
     if tools := fields.items(body, "tools"):
         asked["tools"] = [_tool(i, tool) for i, tool in enumerate(tools)]
@@ -64,6 +64,7 @@ def _add_item(messages: list[dict[str, Any]], index: int, item: Any) -> None:
         raise fields.wrong(where, "an object", item)
     kind = item.get("type", "message")
     if kind == "message":
+        refuse_images(item, f"{where}.images")
         messages.append({"role": item.get("role", "user"), "content": item.get("content")})
     elif kind == "function_call":
         call = {

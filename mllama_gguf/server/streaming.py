@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..text.logprobs import TokenLogprob
 from .engine import Engine
-from .jobs import Done, Event, Job
+from .jobs import Done, Event, Job, Piece
 from .problems import Refused
 from .replies import error_reply, to_bytes
 
-# A reader who is told every token of a fast model costs more than the model: what comes within this time is
-# sent together.
-GATHER_SECONDS = 0.004
+# A reader who is told every token of a fast model costs more than the model: what comes within this time, a
+# frame of a screen, is sent together, and after so many tokens as one chunk.
+GATHER_SECONDS = 0.016
+TOLD_ALONE = 32
 
 
 class Writer(Protocol):
@@ -98,6 +100,7 @@ class Computed(Response):
 
     async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        n_events = 0
         begun = time.monotonic()
         while True:
             wait = max(0.0, self._ping_seconds - (time.monotonic() - begun))
@@ -111,18 +114,38 @@ class Computed(Response):
                 started = True
                 await _start(send, 200, self._writer.media_type, _UNBUFFERED)
             parts: list[bytes] = []
-            for event in events:
+            for event in events if n_events < TOLD_ALONE else joined(events):
                 if isinstance(event, Refused):
                     parts.append(self._writer.failure(event))
                     break
                 parts += self._writer.frames(event)
             last = bool(events) and isinstance(events[-1], (Done, Refused))
             body = b"".join(parts) if events else self._writer.ping()
+            n_events += len(events)
             await send({"type": "http.response.body", "body": body, "more_body": not last})
             if last:
                 return
             if events:
-                await asyncio.sleep(GATHER_SECONDS)
+                await self._job.mailbox.gather(GATHER_SECONDS)
+
+
+def joined(events: Iterable[Event]) -> Iterator[Event]:
+    """The same events; pieces of a reply that follow each other are one."""
+    texts: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    choice = 0
+    for event in events:
+        if texts and not (isinstance(event, Piece) and event.choice == choice):
+            yield Piece("".join(texts), choice, tuple(logprobs))
+            texts, logprobs = [], []
+        if isinstance(event, Piece):
+            choice = event.choice
+            texts.append(event.text)
+            logprobs += event.logprobs
+        else:
+            yield event
+    if texts:
+        yield Piece("".join(texts), choice, tuple(logprobs))
 
 
 _UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -67,9 +67,9 @@ def resolve(
         files = _from_ollama(words)
     elif words.startswith("hf:"):
         files = _from_hub(words)
-    elif words in BUNDLED and not Path(words).exists():
+    elif words in BUNDLED and not _is_no_folder(words):
         files = _bundled(words)
-    elif Path(words).exists():
+    elif _is_no_folder(words) or (Path(words).is_dir() and not _is_locked(words)):
         files = _from_path(Path(words))
     else:
         files = _from_lock(words)
@@ -77,6 +77,17 @@ def resolve(
         return files
     other = _from_hub(os.fspath(mmproj)) if os.fspath(mmproj).startswith("hf:") else _from_path(Path(mmproj))
     return replace(files, mmproj=other.text, sha256={**files.sha256, **other.sha256})
+
+
+def _is_no_folder(words: str) -> bool:
+    """Whether there is something at a path that may be a model. A folder that has a model's name is none."""
+    return Path(words).exists() and not Path(words).is_dir()
+
+
+def _is_locked(words: str) -> bool:
+    from .lockfile import find_locked
+
+    return find_locked(words) is not None
 
 
 def _from_path(path: Path) -> ModelFiles:

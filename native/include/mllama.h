@@ -49,7 +49,8 @@ const char * mllama_version(void);
 const char * mllama_ggml_version_built(void);  // the ggml that this library was compiled against
 const char * mllama_ggml_version_loaded(void); // the ggml that the process has loaded
 
-// level: ggml_log_level (1 debug, 2 info, 3 warn, 4 error, 5 continued line). text is valid during the call only.
+// level: ggml_log_level (1 debug, 2 info, 3 warn, 4 error, 5 continued line), or 6 for a warning of this library, which
+// a user should see. text is valid during the call only.
 typedef void (*mllama_log_callback)(int32_t level, const char * text, void * user_data);
 void mllama_log_set(mllama_log_callback callback, void * user_data); // NULL: stderr, warnings and errors
 
@@ -362,12 +363,44 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
 // ---- kernels of the CPU -------------------------------------------------------------------------------------------
 
 // This library has its own CPU kernels for the vision encoder (attention, linear layers, GELU) and for the text
-// (attention over F32 and F16 caches, products with Q4_K and Q6_K weights). They need flash_attn. mllama_context_new
+// (attention over F32 and F16 caches, products with quantized weights). They need flash_attn. mllama_context_new
 // chooses one for the life of the context: from mllama_context_params.cpu_kernel, else from the environment variable
-// MLLAMA_CPU_KERNEL, else the best of the processor. Names: "avx512bf16", "avx512", "avx2"; on ARM "neonbf16", "neon";
-// everywhere "portable", and "off" for ggml's operations alone.
+// MLLAMA_CPU_KERNEL, else the best of the processor, as far as known without a trial. Names: "amx" (which needs its
+// name or a trial), "avx512bf16", "avx512", "avx2"; on ARM "neonbf16", "neon"; everywhere "portable", and "off" for
+// ggml's operations alone.
+//
+// A kernel is put together of parts, each with a table of functions. A name may change some of them:
+// "avx2,quantized=ggml". Without a name before them they change the best kernel.
+//     attention  of the encoder, in F32
+//     linear     layers of the encoder, with factors in F32
+//     bf16       both of these for BF16 weights; "f32" widens the weights instead
+//     cache      the text's attention
+//     quantized  products with quantized weights
+// "ggml" stands for ggml's own operations.
+//
 // The kernel that the environment chooses now; NULL: no such kernel.
 const char *  mllama_cpu_kernel(void);
+// The shortest name of the kernel with this name; NULL: no such kernel, see mllama_last_error.
+const char *  mllama_cpu_kernel_named(const char * name);
+// The table of that kernel's part; NULL: no such kernel or part.
+const char *  mllama_cpu_kernel_uses(const char * name, int32_t part);
+// The names of all parts, by index from 0. NULL beyond the last.
+const char *  mllama_cpu_part(int32_t part);
+// The tables that this processor can use for a part, the best first, as far as known without a trial. NULL beyond the
+// last.
+const char *  mllama_cpu_table(int32_t part, int32_t index);
+
+typedef struct mllama_cpu_trial {
+    double seconds; // that a fixed piece of work takes, at least
+    double error;   // the largest of a value, beside the usual size of the results
+    bool   right;   // whether rounding explains it
+} mllama_cpu_trial;
+
+// Tries a part of a kernel on shapes of the 11B model, for about so many seconds. check: find the error too, which
+// takes some milliseconds. MLLAMA_ERR_ARGUMENT: no such kernel or part, or attention of ggml. A table that does not
+// work here may end the process: try each in another process.
+mllama_status mllama_cpu_try(const char * kernel, int32_t part, int32_t n_threads, double seconds, bool check,
+                             mllama_cpu_trial * result);
 mllama_status mllama_erf(const float * x, float * y, int64_t n);           // as in GELU, for tests
 
 #pragma GCC visibility pop

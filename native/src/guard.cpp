@@ -54,6 +54,28 @@ static mllama_status count_all_devices(int32_t * n) {
     return status;
 }
 
+// A backend that was built in, but finds no device: its driver is missing, or the machine has no such device. RPC has
+// none before a worker is added.
+static void tell_idle_backends() {
+    static bool told;
+    if (told) {
+        return;
+    }
+    told = true;
+    (void) in_registry([&] {
+        for (size_t i = 0; i < ggml_backend_reg_count(); i++) {
+            const ggml_backend_reg_t registry = ggml_backend_reg_get(i);
+            if (ggml_backend_reg_dev_count(registry) > 0) {
+                continue;
+            }
+            const char * name = ggml_backend_reg_name(registry);
+            if (std::strcmp(name, "RPC") != 0) {
+                log_warn("ggml's %s backend finds no device here, so nothing runs on it; is its driver installed?", name);
+            }
+        }
+    });
+}
+
 void mllama_fatal_set(mllama_fatal_callback callback) {
     fatal_callback = callback;
     ggml_set_abort_callback(on_fatal);
@@ -63,6 +85,7 @@ mllama_status guard_count_devices(int32_t * n) {
     ggml_set_abort_callback(on_fatal);
     TRY(count_all_devices(n));
     load_named_backend(n);
+    tell_idle_backends();
     return MLLAMA_OK;
 }
 

@@ -27,6 +27,8 @@ mllama_status fail(mllama_status status, const char * format, ...) {
     return status;
 }
 
+enum { LOG_OWN_WARNING = 6 }; // beside ggml's levels
+
 static void log_emit(int32_t level, const char * text) {
     pthread_mutex_lock(&log_mutex);
     const mllama_log_callback callback  = log_callback;
@@ -34,7 +36,7 @@ static void log_emit(int32_t level, const char * text) {
     pthread_mutex_unlock(&log_mutex);
     if (callback) {
         callback(level, text, user_data);
-    } else if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
+    } else if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR || level == LOG_OWN_WARNING) {
         fputs(text, stderr);
     }
 }
@@ -81,5 +83,5 @@ void log_warn(const char * format, ...) {
     vsnprintf(text, sizeof(text) - 1, format, args);
     va_end(args);
     strcat(text, "\n");
-    log_emit(GGML_LOG_LEVEL_WARN, text);
+    log_emit(LOG_OWN_WARNING, text);
 }

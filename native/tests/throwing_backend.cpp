@@ -220,12 +220,14 @@ __attribute__((visibility("default"))) const char * standin_register(int n) {
     return nullptr;
 }
 
-// ggml's name for this: two devices where the environment variable GGML_BACKEND_PATH names this library.
+// ggml's name for this: two devices, or STANDIN_DEVICES, where the environment variable GGML_BACKEND_PATH names this
+// library.
 __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init(void) {
     if (!abi::fits() || n_devices > 0) {
         return nullptr;
     }
-    prepare(2);
+    const char * n = std::getenv("STANDIN_DEVICES");
+    prepare(n ? std::atoi(n) : 2);
     return reinterpret_cast<ggml_backend_reg_t>(&the_registry);
 }
 

@@ -40,6 +40,18 @@ def test_layers_run_there(library: Path, tiny_files: Files) -> None:
     assert "Standin0" in done.stdout
 
 
+def test_a_backend_without_devices_is_one_warning(library: Path) -> None:
+    env = {"GGML_BACKEND_PATH": str(library), "STANDIN_DEVICES": "0"}
+    idle = "ggml's Standin backend finds no device here, so nothing runs on it; is its driver installed?"
+    idle = f"Warning: {idle}"
+    done = mllama("devices", "--json", **env)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stderr == f"{idle}\n"
+    image = str(Path(__file__).parents[2] / "examples" / "apple.png")
+    done = mllama("caption", image, "-m", "demo", "-ngl", "2", **env)
+    none = "Warning: n_gpu_layers is 2, but ggml has no usable GPU device here: everything runs on the CPU"
+    assert done.returncode == 0 and done.stdout and done.stderr.splitlines() == [idle, none]
+
+
 @pytest.mark.parametrize("name", ["missing.so", "text.so", "other.so"])
 def test_a_wrong_name_is_one_warning(name: str, tmp_path: Path) -> None:
     import _ctypes
@@ -64,6 +76,8 @@ def test_a_wrong_name_is_one_warning(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0 and "CPU" in done.stdout
     ours = [line for line in done.stderr.splitlines() if line.startswith("GGML_BACKEND_PATH")]
     assert len(ours) == 1 and str(path) in ours[0] and not ours[0].rstrip().endswith(":")
+    shown = mllama("devices", GGML_BACKEND_PATH=str(path)).stderr
+    assert shown == f"Warning: {ours[0]}\n"
 
 
 def test_an_empty_name_is_none() -> None:

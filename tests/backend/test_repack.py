@@ -20,7 +20,7 @@ import pytest
 from helpers import TinyFiles
 
 from mllama_gguf import Mllama, RequestError
-from mllama_gguf.backend import repack
+from mllama_gguf.backend import repack, trials
 from mllama_gguf.backend.library import load
 from mllama_gguf.backend.repack import TYPES, Product, Trial
 from mllama_gguf.backend.types import Floats
@@ -144,7 +144,7 @@ def test_a_process_that_cannot_be_started(stand_in: StandIn, monkeypatch: pytest
 )
 def test_a_wrong_record_costs_a_trial(stand_in: StandIn, content: bytes) -> None:
     stand_in.record.parent.mkdir()
-    stand_in.record.write_bytes(content.replace(b"KEY", repack._build_and_processor().encode()))
+    stand_in.record.write_bytes(content.replace(b"KEY", trials.build_and_processor().encode()))
     for _ in range(2):
         assert repack.usable_layouts() == ("AMX", "CPU_REPACK")
     assert stand_in.trials == ["AMX"]
@@ -158,7 +158,7 @@ def test_another_processor_or_build_is_tried_again(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repack.usable_layouts()
-    monkeypatch.setattr(repack, "processor", lambda: "another one")
+    monkeypatch.setattr(trials, "processor", lambda: "another one")
     stand_in.code = DIES
     assert repack.usable_layouts() == ("CPU_REPACK",)
     monkeypatch.undo()

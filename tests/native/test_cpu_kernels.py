@@ -31,7 +31,7 @@ Files = Callable[[str], TinyFiles]
 Floats = npt.NDArray[np.float32]
 
 VARIABLE = "MLLAMA_CPU_KERNEL"
-NAMES = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
+NAMES = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable", "amx")
 
 
 def runs_here(name: str) -> bool:
@@ -108,7 +108,7 @@ def test_linear_layers(kernel: str, type: str, tmp_path: Path, monkeypatch: pyte
             error = relative_error(model.encode_image(tiled(arch, image)).states, expected)
         # BF16 instructions (our own or, for the lesser kernels, ggml's), and ggml where vectors are short,
         # round what goes into a product to the type of the weights.
-        has_bf16 = {"avx512bf16", "neonbf16"} & set(KERNELS)
+        has_bf16 = {"avx512bf16", "neonbf16", "amx"} & set(KERNELS)
         rounds = (type == "bf16" and has_bf16) or (type != "f32" and kernel == "portable")
         assert error <= (1e-2 if rounds else 1e-5)
 
@@ -232,18 +232,23 @@ def quantized(tiny_files: Files, folder: Path, type: str, **changes: Any) -> Pat
 
 
 @pytest.mark.parametrize("changes", [{}, {"heads": 16, "kv_heads": 1, "vocab_size": 389}])
-@pytest.mark.parametrize(("target", "type"), [("q4_k_m", "q4_K"), ("q6_k", "q6_K")])
+@pytest.mark.parametrize(
+    ("target", "type", "tolerance"),
+    # ggml rounds the factors of columns for the last two to F16.
+    [("q4_k_m", "q4_K", 1e-5), ("q6_k", "q6_K", 1e-5), ("q8_0", "q8_0", 5e-4), ("q4_0", "q4_0", 5e-4)],
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_products_of_quantized_weights(
     kernel: str,
     target: str,
     type: str,
+    tolerance: float,
     changes: dict[str, int],
     tiny_files: Files,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Any number of columns, rows that fill no block (16 and 389), both types: of the same input ggml's but
+    """Any number of columns, rows that fill no block (16 and 389), all types: of the same input ggml's but
     for the order of sums, and the same bits whatever the number of threads."""
     path = quantized(tiny_files, tmp_path, target, **changes)
     seen: list[Floats] = []
@@ -269,7 +274,7 @@ def test_products_of_quantized_weights(
     n_seen = len(seen) // 3
     plain, ours, again = (seen[i : i + n_seen] for i in range(0, 3 * n_seen, n_seen))
     for a, b, c in zip(plain, ours, again, strict=True):
-        assert relative_error(b, a) <= 1e-5
+        assert relative_error(b, a) <= tolerance
         np.testing.assert_array_equal(b, c)
     np.testing.assert_array_equal(logits[kernel, 1], logits[kernel, 3])
     # Activations are rounded to 8 bits, and another last bit before that may round one differently.
@@ -350,6 +355,59 @@ def test_which_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> Non
         assert made_for(path, None) == made_for(path, "") == KERNELS[0]
     with pytest.raises(RequestError, match="cpu_kernel is 'abacus'; it can be "):
         made_for(path, "abacus")
+
+
+def mixed_kernels() -> list[tuple[str, str]]:
+    """The best kernel here with one other table, of every part, and the part."""
+    native, found = load(), []
+    text, lib = native.text, native.lib
+    for index in range(5):
+        part = text(lib.mllama_cpu_part(index))
+        tables = [text(lib.mllama_cpu_table(index, i)) for i in range(10)]
+        used = text(lib.mllama_cpu_kernel_uses(KERNELS[0].encode(), index))
+        found += [(f"{KERNELS[0]},{part}={table}", part) for table in tables if table not in ("", used)]
+    return found
+
+
+def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another table for a part computes the same but for rounding, and only that part changes."""
+    arch, text, mmproj = make(tmp_path, 40, type="bf16", image_size=42, patch_size=7)
+    f32_text, f32_mmproj = (path.with_suffix(".f32.gguf") for path in (text, mmproj))
+    convert(tmp_path / "checkpoint", f32_text, mmproj=f32_mmproj, type="f32")
+    q4 = quantized(tiny_files, tmp_path, "q4_k_m")
+    image = tiled(arch, GoldenImage(6))
+
+    def results(kernel: str) -> dict[str, Floats]:
+        monkeypatch.setenv(VARIABLE, kernel)
+        with (
+            Mllama(text, mmproj, n_ctx=64, image_cache=False) as bf16,
+            Mllama(f32_text, f32_mmproj, n_ctx=64, image_cache=False, type_k="f32", type_v="f32") as f32,
+            Mllama(q4, n_ctx=64) as small,
+        ):
+            return {
+                "bf16": bf16.encode_image(image).states,
+                "f32": f32.encode_image(image).states,
+                "text": f32.logits(list(range(2, 40))),
+                "quantized": small.logits(list(range(2, 40))),
+            }
+
+    # Which results depend on a part
+    reached = {
+        "attention": {"f32", "bf16"},
+        "linear": {"f32", "bf16"},
+        "bf16": {"bf16"},
+        "cache": {"text", "quantized"},
+        "quantized": {"quantized"},
+    }
+    best = results(KERNELS[0])
+    mixed = mixed_kernels()
+    assert {part for _, part in mixed} >= {"attention", "cache"}
+    for kernel, part in mixed:
+        found = results(kernel)
+        for name, values in found.items():
+            error = relative_error(values, best[name])
+            assert error <= {"bf16": 1e-2, "f32": 1e-5, "text": 2e-3, "quantized": 3e-2}[name], (kernel, name)
+            assert error == 0 or name in reached[part], (kernel, name)
 
 
 def test_unknown_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,28 @@ def test_other_addresses_are_no_pictures(served: Running, url: str) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x", "images": [image64()]}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "images": [image64()]}),
+        ("/v1/completions", {"prompt": "x", "images": [image64()]}),
+        ("/v1/responses", {"input": "x", "images": [image64()]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "x", "images": [image64()]}]}),
+    ],
+)
+def test_images_of_ollamas_shape_are_not_lost(served: Running, path: str, body: dict[str, Any]) -> None:
+    answer = served.post(path, {"model": "demo", **body})
+    assert answer.status_code == 400
+    assert "images" in answer.json()["error"]["param"] and "image_url" in answer.json()["error"]["message"]
+
+
+def test_no_images_of_ollamas_shape_are_no_error(served: Running) -> None:
+    message = {"role": "user", "content": "x", "images": []}
+    body = ask(messages=[message], images=None, max_tokens=1)
+    assert served.post(CHAT, body).is_success
+
+
 def test_response_formats(served: Running) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
     wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}

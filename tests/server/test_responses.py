@@ -59,6 +59,14 @@ def test_a_response_as_a_stream(served: Running, expected: Callable[..., str]) -
     assert "".join(one.get("delta", "") for one in events) == expected("apple.png", QUESTION)
 
 
+def test_a_long_response_comes_in_pieces(served: Running) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 900}}, "required": ["a"]}
+    form = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
+    events = events_of(served, respond(text=form, max_output_tokens=300))
+    pieces = [one["delta"] for one in events if one["type"] == "response.output_text.delta"]
+    assert 1 < len(pieces) < 300  # 16 ms of tokens each
+
+
 def test_a_response_in_a_form(served: Running) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
     form = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}

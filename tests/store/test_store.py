@@ -133,6 +133,19 @@ def test_the_default_model(monkeypatch: pytest.MonkeyPatch, tiny_files: Callable
         assert model.model_path == tiny_files("gqa").one
 
 
+def test_a_folder_is_not_taken_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "llama3.2-vision-11b", "other"):
+        (tmp_path / name).mkdir()
+    assert resolve("demo").text == DEMO
+    with pytest.raises(ModelError, match="is not on this machine; fetch it"):
+        resolve("llama3.2-vision-11b")
+    assert resolve("other").text == Path("other")  # opening it says what is wrong
+    (tmp_path / "other").rmdir()
+    (tmp_path / "other").write_bytes(b"GGUF")
+    assert resolve("other").text == Path("other")
+
+
 @pytest.mark.parametrize("name", ["ollama:nothing", "hf:a/b/c.gguf", "llama3.2-vision-11b"])
 def test_a_model_that_is_not_here(name: str, capsys: Captured) -> None:
     assert run(["caption", EXAMPLE, "-m", name]) == 1

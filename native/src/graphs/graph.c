@@ -28,6 +28,7 @@ mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env, s
     g->products   = NULL;
     g->n_products = g->max_products = 0;
     g->x          = NULL;
+    g->with       = NULL;
     g->not_finite = NULL;
     g->n_watched  = 0;
     return MLLAMA_OK;
@@ -39,9 +40,6 @@ mllama_status graph_use_products(graph * g, size_t max_products) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     g->max_products = max_products;
-    for (size_t i = 0; i < max_products; i++) {
-        g->products[i].kernel = g->env.kernel;
-    }
     return MLLAMA_OK;
 }
 
@@ -176,12 +174,15 @@ struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return mul_mat(g, x, w);
     }
-    if (g->n_products < g->max_products && cpu_product_supported(g->env.kernel, w)) {
-        if (g->x != x) { // else another weight of the same input
-            g->x         = x;
-            g->quantized = cpu_quantize_node(g->ctx, g->env.kernel, x);
-        }
+    const cpu_quantized * with = g->n_products < g->max_products ? cpu_product_with(g->env.kernel, w) : NULL;
+    if (with) {
         cpu_product * product = &g->products[g->n_products++];
+        if (g->x != x || g->with != with) { // else another weight of the same input
+            g->x         = x;
+            g->with      = with;
+            g->quantized = cpu_quantize_node(g->ctx, with, x);
+        }
+        product->with = with;
         graph_add_tasks(g, &product->tasks);
         return cpu_product_node(g->ctx, product, w, g->quantized, x->ne[1]);
     }

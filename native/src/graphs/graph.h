@@ -14,6 +14,7 @@ typedef struct graph {
     cpu_product *         products;       // with quantized weights
     size_t                n_products, max_products;
     struct ggml_tensor *  x, * quantized; // of the last of them
+    const cpu_quantized * with;
     atomic_bool *         not_finite;     // [n_watched], for each column: seen by graph_watch
     size_t                n_watched;
     struct ggml_tensor *  beside;         // a weight in the CPU's own memory, or NULL

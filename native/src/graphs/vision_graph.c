@@ -46,8 +46,9 @@ void vision_patches(const mllama_hparams * p, const float * pixels, int32_t n_us
     memset(out, 0, (size_t) ((n_tiles - n_used) * side * side * patch * patch * 3) * sizeof(float));
 }
 
-static cpu_attention * new_attention(encoder * e) {
+static cpu_attention * new_attention(encoder * e, bool bf16) {
     graph_add_tasks(e->g, &e->next_attention->tasks);
+    e->next_attention->bf16 = bf16;
     return e->next_attention++;
 }
 
@@ -197,8 +198,10 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
         x    = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
     }
     struct ggml_tensor * q    = project(e, l->q, NULL, norm);
-    struct ggml_tensor * attn = e->env.kernel ? cpu_attention_node(ctx, new_attention(e), q, k, v)
-                                              : plain_attention(e, q, k, v);
+    const bool           bf16 = cpu_attention_in_bf16(e->env.kernel, l->q->type);
+    struct ggml_tensor * attn = cpu_attention_supported(e->env.kernel, bf16)
+                                    ? cpu_attention_node(ctx, new_attention(e, bf16), q, k, v)
+                                    : plain_attention(e, q, k, v);
     attn = graph_named(project(e, l->o, NULL, attn), prefix, il, "attn_out");
     x    = graph_named(add_gated(g, x, attn, l->attn_gate), prefix, il, "attn_residual");
 
@@ -292,11 +295,6 @@ static void build(encoder * e, vision_graph * vg, struct ggml_tensor ** inputs) 
     ggml_build_forward_expand(e->g->gf, vg->states);
 }
 
-static const vision_layer * layer_of(const encoder * e, size_t i) {
-    const size_t n_local = (size_t) e->p->n_vision_layer;
-    return i < n_local ? &e->model->vision.local[i] : &e->model->vision.global[i - n_local];
-}
-
 static mllama_status init_kernels(encoder * e, vision_graph * vg) {
     const mllama_hparams * p       = e->p;
     const size_t           n       = (size_t) p->n_vision_layer + (size_t) p->n_vision_global_layer;
@@ -314,8 +312,6 @@ static mllama_status init_kernels(encoder * e, vision_graph * vg) {
         a->n_real    = e->n_real;
         a->n_all     = p->n_positions_padded * e->tiles;
         a->repeats   = (float) (1 + p->max_tiles - e->tiles);
-        // Where the weights are BF16 all other products round their factors too.
-        a->bf16      = cpu_kernel_has_bf16(e->env.kernel) && layer_of(e, i)->q->type == GGML_TYPE_BF16;
         repeated_rows(e, a->repeated);
     }
     for (size_t i = 0; i < linears; i++) {

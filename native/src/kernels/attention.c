@@ -4,8 +4,16 @@
 #include <math.h>
 #include <string.h>
 
+bool cpu_attention_in_bf16(const cpu_kernel * kernel, enum ggml_type weights) {
+    return kernel && kernel->bf16 && weights == GGML_TYPE_BF16;
+}
+
+bool cpu_attention_supported(const cpu_kernel * kernel, bool bf16) {
+    return kernel && (bf16 || kernel->attention);
+}
+
 static int64_t panel_width(const cpu_attention * a) {
-    return a->bf16 ? a->kernel->bf16->width : a->kernel->f32->width;
+    return a->bf16 ? a->kernel->bf16->width : a->kernel->attention->width;
 }
 
 // Real keys fill their panels first, so that a query can stop after them.
@@ -15,7 +23,7 @@ static int64_t padded_keys(const cpu_attention * a, bool only_real) {
 }
 
 static int64_t value_size(const cpu_attention * a) {
-    return round_up(a->head_dim, a->bf16 ? a->kernel->bf16->lanes : a->kernel->f32->lanes);
+    return round_up(a->head_dim, a->bf16 ? a->kernel->bf16->lanes : a->kernel->attention->lanes);
 }
 
 // Values in the place of one float
@@ -113,7 +121,7 @@ static void attend_block(const cpu_attention * a, struct ggml_tensor * dst, int6
         .n_keys     = padded_keys(a, only_real),
         .out        = (float *) ((char *) dst->data + (size_t) first * dst->nb[1]) + head * a->head_dim,
     };
-    (a->bf16 ? a->kernel->bf16->attend : a->kernel->f32->attend)(&args);
+    (a->bf16 ? a->kernel->bf16->attend : a->kernel->attention->attend)(&args);
 }
 
 // Blocks of real queries, then of the others, of each head

@@ -28,8 +28,9 @@ INLINE vf multiply_add(vf sum, factor a, const factor * p) {
 #include "kernels/simd_block.h"
 
 const cpu_bf16 cpu_bf16_avx512bf16 = {
-    .lanes  = LANES,
-    .width  = WIDTH,
-    .attend = attend,
-    .linear = linear,
+    .lanes   = LANES,
+    .width   = WIDTH,
+    .columns = COLUMNS,
+    .attend  = attend,
+    .linear  = linear,
 };

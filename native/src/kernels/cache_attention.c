@@ -26,7 +26,8 @@ static int64_t group_size(const cpu_cache_attention * a) {
 }
 
 bool cpu_cache_attention_has(const cpu_cache_attention * a, enum ggml_type k, enum ggml_type v) {
-    return a->kernel && cpu_kernel_has_head_dim(a->head_dim) && group_size(a) <= QUERIES && is_float(k) && is_float(v);
+    return a->kernel && a->kernel->cache && cpu_kernel_has_head_dim(a->head_dim) && group_size(a) <= QUERIES &&
+           is_float(k) && is_float(v);
 }
 
 bool cpu_cache_attention_fits(const cpu_cache_attention * a) {
@@ -133,7 +134,7 @@ static void attend_task(const cpu_cache_attention * a, struct ggml_tensor * dst,
         .out         = (float *) ((char *) dst->data + (size_t) column * dst->nb[1] + at),
         .out_stride  = dst->nb[1],
     };
-    a->kernel->f32->attend_rows(&args);
+    a->kernel->cache->attend_rows(&args);
 }
 
 // dst: as q, or parts [part_size, n]

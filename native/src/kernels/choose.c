@@ -1,169 +1,243 @@
-// Which kernel a context uses. This file is compiled for every processor of the architecture: it finds out which
-// instructions there are.
+// Which kernel a context uses: by its name, or part by part.
 #include "kernels/kernel.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-static bool always(void) {
-    return true;
-}
-
-#if defined(__x86_64__)
-// Clang's __builtin_cpu_supports does not know it. With "avx2" the system saves the registers that it uses.
-static bool has_f16c(void) {
-    unsigned int eax, ebx, ecx, edx;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-}
-
-static bool has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-}
-
-static bool has_avx512(void) {
-    return __builtin_cpu_supports("avx512f");
-}
-
-static bool has_avx512vnni(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-}
-
-#ifdef MLLAMA_AVX512BF16
-static bool has_avx512bf16(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16");
-}
-
-static bool has_avx512bf16vnni(void) {
-    return has_avx512bf16() && has_avx512vnni();
-}
-#endif
-#endif
-
-#ifdef MLLAMA_NEON
-// Instructions beyond those that every such processor has: by the bit of the kernel's words about it, or Apple's name.
-typedef enum extension { SDOT, SMMLA, BFMMLA } extension;
-
-static bool has(extension e) {
-#if defined(__linux__)
-    static const struct {
-        unsigned long type, bit;
-    } bits[] = { [SDOT] = { AT_HWCAP, 20 }, [SMMLA] = { AT_HWCAP2, 13 }, [BFMMLA] = { AT_HWCAP2, 14 } };
-    return getauxval(bits[e].type) >> bits[e].bit & 1;
-#elif defined(__APPLE__)
-    static const char * const names[] = {
-        [SDOT] = "hw.optional.arm.FEAT_DotProd", [SMMLA] = "hw.optional.arm.FEAT_I8MM",
-        [BFMMLA] = "hw.optional.arm.FEAT_BF16",
-    };
-    int    value = 0;
-    size_t size  = sizeof(value);
-    return sysctlbyname(names[e], &value, &size, NULL, 0) == 0 && value;
-#else
-    (void) e;
-    return false;
-#endif
-}
-
-static bool has_dot(void) {
-    return has(SDOT);
-}
-
-static bool has_i8mm(void) {
-    return has(SDOT) && has(SMMLA);
-}
-
-static bool has_bf16(void) {
-    return has(BFMMLA);
-}
-
-static bool has_bf16_dot(void) {
-    return has_bf16() && has_dot();
-}
-
-static bool has_bf16_i8mm(void) {
-    return has_bf16() && has_i8mm();
-}
-#endif
+// The tables of a kernel by their names. NULL of bf16: ggml's where it has instructions for BF16, else F32 factors.
+// Those that are not in this build do not count.
+typedef struct named {
+    const char * name, * f32, * bf16, * quantized;
+} named;
 
 // The best first. Several may have the same name: the first of them that is supported counts.
-static const cpu_kernel KERNELS[] = {
-#if defined(__x86_64__)
-#ifdef MLLAMA_AVX512BF16
-    { .name = "avx512bf16", .supported = has_avx512bf16vnni, .f32 = &cpu_f32_avx512, .bf16 = &cpu_bf16_avx512bf16,
-      .quantized = &cpu_quantized_vnni },
-    { .name = "avx512bf16", .supported = has_avx512bf16, .f32 = &cpu_f32_avx512, .bf16 = &cpu_bf16_avx512bf16 },
-#endif
-    { .name = "avx512", .supported = has_avx512vnni, .f32 = &cpu_f32_avx512, .quantized = &cpu_quantized_vnni },
-    { .name = "avx512", .supported = has_avx512, .f32 = &cpu_f32_avx512 },
-    { .name = "avx2", .supported = has_avx2, .f32 = &cpu_f32_avx2 },
-#endif
-#ifdef MLLAMA_NEON
-    { .name = "neonbf16", .supported = has_bf16_i8mm, .f32 = &cpu_f32_neon, .bf16 = &cpu_bf16_neon,
-      .quantized = &cpu_quantized_neoni8mm },
-    { .name = "neonbf16", .supported = has_bf16_dot, .f32 = &cpu_f32_neon, .bf16 = &cpu_bf16_neon,
-      .quantized = &cpu_quantized_neondot },
-    { .name = "neon", .supported = has_i8mm, .f32 = &cpu_f32_neon, .quantized = &cpu_quantized_neoni8mm },
-    { .name = "neon", .supported = has_dot, .f32 = &cpu_f32_neon, .quantized = &cpu_quantized_neondot },
-    { .name = "neon", .supported = always, .f32 = &cpu_f32_neon },
-#endif
-    { .name = "portable", .supported = always, .f32 = &cpu_f32_portable },
+static const named NAMED[] = {
+    { "amx", "avx512", "amx", "amx" },
+    { "avx512bf16", "avx512", "avx512bf16", "vnni" },
+    { "avx512bf16", "avx512", "avx512bf16", "avx2" },
+    { "avx512", "avx512", NULL, "vnni" },
+    { "avx512", "avx512", NULL, "avx2" },
+    { "avx2", "avx2", NULL, "avxvnni" },
+    { "avx2", "avx2", NULL, "avx2" },
+    { "neonbf16", "neon", "neonbf16", "neoni8mm" },
+    { "neonbf16", "neon", "neonbf16", "neondot" },
+    { "neon", "neon", NULL, "neoni8mm" },
+    { "neon", "neon", NULL, "neondot" },
+    { "neon", "neon", NULL, "ggml" },
+    { "portable", "portable", NULL, "ggml" },
 };
-enum { N_KERNELS = sizeof(KERNELS) / sizeof(KERNELS[0]) };
+enum { N_NAMED = sizeof(NAMED) / sizeof(NAMED[0]) };
 
-// Separated by commas, each once
+// ---- kernels by name ----------------------------------------------------------------------------------------------
+
+// What the tables of an entry can be used for
+typedef enum use { NOT_BUILT, NOT_HERE, AFTER_TRIAL, USABLE } use;
+
+static use tables_of(const named * entry, const cpu_table * parts[CPU_PARTS]) {
+    use found = USABLE;
+    for (cpu_part part = 0; part < CPU_PARTS; part++) {
+        const char * name = part == CPU_BF16 ? entry->bf16 : part == CPU_QUANTIZED ? entry->quantized : entry->f32;
+        if (!name) {
+            name = cpu_ggml_has_bf16() ? "ggml" : "f32";
+        }
+        if (part == CPU_LINEAR && strcmp(name, "portable") == 0) {
+            name = "ggml"; // is faster
+        }
+        parts[part] = cpu_table_named(part, name, strlen(name));
+        const use it = !parts[part]                ? NOT_BUILT
+                       : !parts[part]->supported() ? NOT_HERE
+                       : parts[part]->untried      ? AFTER_TRIAL
+                                                   : USABLE;
+        found = it < found ? it : found;
+    }
+    return found;
+}
+
+// The first entry of this name that the processor supports; NULL: the first of any name that needs no trial
+static use find(const char * name, size_t length, const cpu_table * parts[CPU_PARTS]) {
+    use best = NOT_BUILT;
+    for (int i = 0; i < N_NAMED; i++) {
+        if (!name || (strlen(NAMED[i].name) == length && strncmp(NAMED[i].name, name, length) == 0)) {
+            const use found = tables_of(&NAMED[i], parts);
+            best = found > best ? found : best;
+            if (found == USABLE || (name && found == AFTER_TRIAL)) {
+                return found;
+            }
+        }
+    }
+    return best;
+}
+
+// Names that are in this build, each once: "a, b, c"
 static const char * all_names(char * out, size_t size) {
-    int n = 0;
-    for (int i = 0; i < N_KERNELS; i++) {
-        if (i == 0 || strcmp(KERNELS[i].name, KERNELS[i - 1].name) != 0) {
-            n += snprintf(out + n, size - (size_t) n, "%s%s", i ? ", " : "", KERNELS[i].name);
+    const cpu_table * parts[CPU_PARTS];
+    const char *      last = "";
+    int               n    = 0;
+    out[0] = '\0';
+    for (int i = 0; i < N_NAMED; i++) {
+        if (strcmp(NAMED[i].name, last) != 0 && tables_of(&NAMED[i], parts) != NOT_BUILT) {
+            last = NAMED[i].name;
+            n += snprintf(out + n, size - (size_t) n, "%s%s", n ? ", " : "", last);
         }
     }
     return out;
 }
 
-mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel) {
-    const bool   given  = name && *name;
-    const char * wanted = given ? name : getenv("MLLAMA_CPU_KERNEL");
-    const char * by     = given ? "cpu_kernel" : "MLLAMA_CPU_KERNEL";
-    const bool   any    = !wanted || !*wanted;
-    bool         known  = false;
-    *kernel = NULL;
-    if (!any && strcmp(wanted, "off") == 0) {
-        return MLLAMA_OK;
+// ---- kernels that exist -------------------------------------------------------------------------------------------
+
+static _Atomic(cpu_kernel *) first; // all kernels so far; they live as long as the process
+
+static int n_different(const cpu_table * const a[CPU_PARTS], const cpu_table * const b[CPU_PARTS]) {
+    int n = 0;
+    for (cpu_part part = 0; part < CPU_PARTS; part++) {
+        n += a[part] != b[part];
     }
-    for (int i = 0; i < N_KERNELS; i++) {
-        if (any || strcmp(wanted, KERNELS[i].name) == 0) {
-            known = true;
-            if (KERNELS[i].supported()) {
-                *kernel = &KERNELS[i];
-                return MLLAMA_OK;
+    return n;
+}
+
+// The nearest name of the list, then the parts that are different
+static void set_name(cpu_kernel * kernel) {
+    const cpu_table * parts[CPU_PARTS], * nearest[CPU_PARTS];
+    const char *      name = NULL;
+    int               least = CPU_PARTS + 1;
+    for (int i = 0; i < N_NAMED; i++) {
+        if (find(NAMED[i].name, strlen(NAMED[i].name), parts) >= AFTER_TRIAL) {
+            const int n = n_different(parts, kernel->parts);
+            if (n < least) {
+                least = n;
+                name  = NAMED[i].name;
+                memcpy(nearest, parts, sizeof(nearest));
             }
         }
     }
-    char names[100];
-    if (known) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%s is %s, which this processor does not have; unset it", by, wanted);
+    int n = snprintf(kernel->name, sizeof(kernel->name), "%s", name); // "portable" is supported everywhere
+    for (cpu_part part = 0; part < CPU_PARTS; part++) {
+        if (nearest[part] != kernel->parts[part]) {
+            n += snprintf(kernel->name + n, sizeof(kernel->name) - (size_t) n, ",%s=%s", cpu_part_name(part),
+                          kernel->parts[part]->name);
+        }
     }
-    return fail(MLLAMA_ERR_ARGUMENT, "%s is '%s'; it can be %s or off", by, wanted, all_names(names, sizeof(names)));
 }
 
-const cpu_kernel * cpu_kernel_at(int32_t index) {
-    return index >= 0 && index < N_KERNELS ? &KERNELS[index] : NULL;
+static mllama_status keep(const cpu_table * const parts[CPU_PARTS], const cpu_kernel ** kernel) {
+    for (const cpu_kernel * k = atomic_load(&first); k; k = k->next) {
+        if (n_different(k->parts, parts) == 0) {
+            *kernel = k;
+            return MLLAMA_OK;
+        }
+    }
+    cpu_kernel * made = malloc(sizeof(*made));
+    if (!made) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    *made = (cpu_kernel) {
+        .attention = parts[CPU_ATTENTION]->f32, .linear = parts[CPU_LINEAR]->f32, .cache = parts[CPU_CACHE]->f32,
+        .bf16 = parts[CPU_BF16]->bf16, .bf16_by_ggml = strcmp(parts[CPU_BF16]->name, "ggml") == 0,
+        .quantized = parts[CPU_QUANTIZED]->quantized, .quantized_32 = parts[CPU_QUANTIZED]->quantized_32,
+    };
+    memcpy(made->parts, parts, sizeof(made->parts));
+    made->f32 = made->linear ? made->linear : made->attention ? made->attention : made->cache;
+    made->f32 = made->f32 ? made->f32 : &cpu_f32_portable;
+    set_name(made);
+    made->next = atomic_load(&first);
+    while (!atomic_compare_exchange_weak(&first, &made->next, made)) {}
+    *kernel = made;
+    return MLLAMA_OK;
+}
+
+// ---- choosing -----------------------------------------------------------------------------------------------------
+
+enum { NAMES_SIZE = 200 };
+
+// "part=table"; the words are not ended by a 0 byte. by: where they are from
+static mllama_status change_part(const char * word, size_t length, const char * by,
+                                 const cpu_table * parts[CPU_PARTS]) {
+    const char * equals = memchr(word, '=', length);
+    const size_t n      = (size_t) (equals - word);
+    cpu_part     part   = 0;
+    while (part < CPU_PARTS && (strlen(cpu_part_name(part)) != n || strncmp(cpu_part_name(part), word, n) != 0)) {
+        part++;
+    }
+    if (part == CPU_PARTS) {
+        return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s': the parts are attention, linear, bf16, cache and quantized",
+                    by, (int) length, word);
+    }
+    const cpu_table * table = cpu_table_named(part, equals + 1, length - n - 1);
+    if (table && table->supported()) {
+        parts[part] = table;
+        return MLLAMA_OK;
+    }
+    char names[NAMES_SIZE];
+    int  at = 0;
+    for (int32_t i = 0; (table = cpu_table_at(part, i)) != NULL; i++) {
+        at += snprintf(names + at, sizeof(names) - (size_t) at, "%s%s", i ? ", " : "", table->name);
+    }
+    return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s': here the part %s can be %s", by, (int) length, word,
+                cpu_part_name(part), names);
+}
+
+// All words after the first are parts, and the first may be one.
+static mllama_status read_words(const char * words, const char * by, const cpu_table * parts[CPU_PARTS]) {
+    size_t length = strcspn(words, ",");
+    if (memchr(words, '=', length)) {
+        find(NULL, 0, parts);
+        length = 0;
+    } else {
+        const use found = find(words, length, parts);
+        char      names[NAMES_SIZE];
+        if (found == NOT_HERE) {
+            return fail(MLLAMA_ERR_ARGUMENT, "%s is %.*s, which this processor does not have; unset it", by,
+                        (int) length, words);
+        }
+        if (found == NOT_BUILT) {
+            return fail(MLLAMA_ERR_ARGUMENT, "%s is '%s'; it can be %s or off, or have parts as in "
+                        "'portable,quantized=ggml'", by, words, all_names(names, sizeof(names)));
+        }
+        words += length + (words[length] == ',');
+    }
+    for (; *words; words += length + (words[length] == ',')) {
+        length = strcspn(words, ",");
+        if (!memchr(words, '=', length)) {
+            return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s' after the first word; it must be a part, as in "
+                        "'quantized=ggml'", by, (int) length, words);
+        }
+        TRY(change_part(words, length, by, parts));
+    }
+    return MLLAMA_OK;
+}
+
+mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel) {
+    const bool        given  = name && *name;
+    const char *      wanted = given ? name : getenv("MLLAMA_CPU_KERNEL");
+    const cpu_table * parts[CPU_PARTS];
+    *kernel = NULL;
+    if (wanted && strcmp(wanted, "off") == 0) {
+        return MLLAMA_OK;
+    }
+    if (wanted && *wanted) {
+        TRY(read_words(wanted, given ? "cpu_kernel" : "MLLAMA_CPU_KERNEL", parts));
+    } else {
+        find(NULL, 0, parts);
+    }
+    return keep(parts, kernel);
+}
+
+const char * cpu_kernel_at(int32_t index, const cpu_kernel ** kernel) {
+    const cpu_table * parts[CPU_PARTS];
+    *kernel = NULL;
+    for (int i = 0; i < N_NAMED; i++) {
+        const use found = tables_of(&NAMED[i], parts);
+        if (found != NOT_BUILT && index-- == 0) {
+            return found == NOT_HERE || keep(parts, kernel) == MLLAMA_OK ? NAMED[i].name : NULL;
+        }
+    }
+    return NULL;
 }
 
 const char * cpu_kernel_name(const cpu_kernel * kernel) {
     return kernel ? kernel->name : "off";
-}
-
-bool cpu_kernel_has_bf16(const cpu_kernel * kernel) {
-    return kernel && kernel->bf16;
 }
 
 bool cpu_kernel_has_head_dim(int64_t head_dim) {
@@ -173,8 +247,29 @@ bool cpu_kernel_has_head_dim(int64_t head_dim) {
 // ---- public -------------------------------------------------------------------------------------------------------
 
 const char * mllama_cpu_kernel(void) {
+    return mllama_cpu_kernel_named(NULL);
+}
+
+const char * mllama_cpu_kernel_named(const char * name) {
     const cpu_kernel * kernel = NULL;
-    return cpu_kernel_choose(NULL, &kernel) == MLLAMA_OK ? cpu_kernel_name(kernel) : NULL;
+    return cpu_kernel_choose(name, &kernel) == MLLAMA_OK ? cpu_kernel_name(kernel) : NULL;
+}
+
+const char * mllama_cpu_part(int32_t part) {
+    return part >= 0 && part < CPU_PARTS ? cpu_part_name((cpu_part) part) : NULL;
+}
+
+const char * mllama_cpu_table(int32_t part, int32_t index) {
+    const cpu_table * table = part >= 0 && part < CPU_PARTS ? cpu_table_at((cpu_part) part, index) : NULL;
+    return table ? table->name : NULL;
+}
+
+const char * mllama_cpu_kernel_uses(const char * name, int32_t part) {
+    const cpu_kernel * kernel = NULL;
+    if (part < 0 || part >= CPU_PARTS || cpu_kernel_choose(name, &kernel) != MLLAMA_OK) {
+        return NULL;
+    }
+    return kernel ? kernel->parts[part]->name : "ggml";
 }
 
 mllama_status mllama_erf(const float * x, float * y, int64_t n) {

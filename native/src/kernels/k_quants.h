@@ -1,7 +1,9 @@
-// Q4_K and Q6_K as ggml lays them out.
+// Quantized weights as ggml lays them out.
 #pragma once
 
 #include "kernels/kernel.h"
+
+#include <string.h>
 
 // Weight 32 s + i is d * scale[s] * q - dmin * min[s]
 typedef struct q4_k_block {
@@ -17,3 +19,25 @@ typedef struct q6_k_block {
     int8_t      scales[16];
     ggml_fp16_t d;
 } q6_k_block;
+
+// Weight i is d * q[i]
+typedef struct q8_0_block {
+    ggml_fp16_t d;
+    int8_t      q[SMALL_BLOCK];
+} q8_0_block;
+
+// Weight i is d * (q - 8)
+typedef struct q4_0_block {
+    ggml_fp16_t d;
+    uint8_t     q[SMALL_BLOCK / 2]; // low halves: weights i, high halves: 16 + i
+} q4_0_block;
+
+// The eight scales and eight mins of a block of Q4_K, a byte each
+static inline void q4_k_scales(const q4_k_block * b, uint64_t * scales, uint64_t * mins) {
+    uint32_t u[3];
+    memcpy(u, b->scales, sizeof(u));
+    const uint64_t above = (u[2] & 0x0f0f0f0f) | (u[0] >> 6 & 0x03030303) << 4;
+    const uint64_t less  = (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4;
+    *scales = (u[0] & 0x3f3f3f3f) | above << 32;
+    *mins   = (u[1] & 0x3f3f3f3f) | less << 32;
+}

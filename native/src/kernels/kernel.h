@@ -1,5 +1,5 @@
-// What an instruction set gives: a table of functions in a file of its own. A kernel puts such tables together for a
-// kind of processor, see choose.c.
+// What an instruction set gives: a table of functions in a file of its own, see tables.c. A kernel puts such tables
+// together, see choose.c.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -12,6 +12,7 @@ enum {
     COLUMNS      = 96,  // of x, in one task of a linear layer
     ROWS_GROUP   = 4,   // queries of a head that go over the rows of a cache together
     QUANT_BLOCK  = 256, // weights with a common factor, in Q4_K and Q6_K
+    SMALL_BLOCK  = 32,  // the same in Q8_0 and Q4_0
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
 
@@ -48,7 +49,7 @@ typedef struct attend_args {
     float *       out;
 } attend_args;
 
-// At most COLUMNS rows of x
+// At most COLUMNS rows of x, or as many as the table says
 typedef struct linear_args {
     const float * x;                    // [n][n_in] in rows of x_stride bytes
     size_t        x_stride;
@@ -97,12 +98,13 @@ typedef struct cpu_f32 {
 typedef struct cpu_bf16 {
     int64_t lanes;      // as in cpu_f32
     int64_t width;
+    int64_t columns;    // of x, most of them in a call of `linear`
     void (* attend)(const attend_args * args);
     void (* linear)(const linear_args * args);
 } cpu_bf16;
 
-// Products with Q4_K and Q6_K. A column is rounded to blocks in a form of the table's own.
-typedef struct cpu_quantized {
+// Products with Q4_K and Q6_K, or with Q8_0 and Q4_0. A column is rounded to blocks in a form of the table's own.
+struct cpu_quantized {
     size_t  block_size;   // bytes of QUANT_BLOCK rounded values
     int64_t rows_alone;   // of W, in a task of a single column
     int64_t rows;         // of W, in a task of several columns
@@ -115,19 +117,64 @@ typedef struct cpu_quantized {
     // out [n_columns][n_out]. The rows from `then` on come next.
     void (* multiply_columns)(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                               int64_t then, float * out);
-} cpu_quantized;
-
-struct cpu_kernel {
-    const char *          name;
-    bool               (* supported)(void); // by this processor
-    const cpu_f32 *       f32;
-    const cpu_bf16 *      bf16;             // NULL: none
-    const cpu_quantized * quantized;        // NULL: none
 };
 
-// All that this library has for the architecture, the best first; NULL: no more of them
-const cpu_kernel * cpu_kernel_at(int32_t index);
+// ---- kernels ------------------------------------------------------------------------------------------------------
+
+// What a kernel is put together of
+typedef enum cpu_part {
+    CPU_ATTENTION, // the encoder's, in F32
+    CPU_LINEAR,    // the encoder's linear layers, with factors in F32
+    CPU_BF16,      // both of these for BF16 weights
+    CPU_CACHE,     // the text's attention to rows of a cache
+    CPU_QUANTIZED, // the text's products with quantized weights
+    CPU_PARTS,
+} cpu_part;
+
+// What a part can be computed with. It has tables of one of the three kinds, or none: then its name is "ggml", for ggml's own
+// operations, or "f32", for BF16 weights that are widened.
+typedef struct cpu_table {
+    const char *          name;
+    bool               (* supported)(void); // by this processor
+    bool                  untried;          // nobody has run it yet: it is used by name, or after a trial
+    const cpu_f32 *       f32;
+    const cpu_bf16 *      bf16;
+    const cpu_quantized * quantized;        // of Q4_K and Q6_K
+    const cpu_quantized * quantized_32;     // of Q8_0 and Q4_0; NULL: by ggml
+} cpu_table;
+
+const char *      cpu_part_name(cpu_part part);
+// Those of this build for a part, the best first; the last has no name.
+const cpu_table * cpu_tables(cpu_part part);
+// Of them those that this processor supports; NULL: no more of them
+const cpu_table * cpu_table_at(cpu_part part, int32_t index);
+// The one with a name of `length` characters, or NULL
+const cpu_table * cpu_table_named(cpu_part part, const char * name, size_t length);
+bool              cpu_ggml_has_bf16(void); // ggml's CPU backend uses this processor's instructions for BF16
+
+enum { CPU_KERNEL_NAME = 200 };
+
+struct cpu_kernel {
+    char                  name[CPU_KERNEL_NAME];
+    const cpu_table *     parts[CPU_PARTS];
+    // of the parts; NULL: ggml's operations
+    const cpu_f32 *       attention, * linear, * cache;
+    const cpu_bf16 *      bf16;         // NULL: see the next one
+    bool                  bf16_by_ggml; // linear layers of BF16 weights; else these are widened to F32
+    const cpu_quantized * quantized, * quantized_32;
+    const cpu_f32 *       f32;          // GELU and erf; never NULL
+    cpu_kernel *          next;         // of all kernels
+};
+
+// Entry `index` of the list of kernels of this build, the best first: its name, or NULL beyond the last. *kernel: NULL
+// where this processor does not have it.
+const char * cpu_kernel_at(int32_t index, const cpu_kernel ** kernel);
 
 extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f32_neon;
-extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_neon;
-extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_neondot, cpu_quantized_neoni8mm;
+extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_amx, cpu_bf16_neon;
+extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_amx, cpu_quantized_neondot, cpu_quantized_neoni8mm;
+extern const cpu_quantized cpu_quantized_avx2, cpu_quantized_avxvnni;
+extern const cpu_quantized cpu_quantized_avx2_32, cpu_quantized_avxvnni_32;
+
+// Whether this processor has AMX for BF16 and 8 bits, and the system lets this process use it. The first call asks.
+bool amx_supported(void);

@@ -25,12 +25,11 @@ typedef struct compute_env {
     void *             stop_data;
 } compute_env;
 
-// The kernel of this name (see choose.c), or NULL for "off". name NULL or empty: the one that the environment variable
-// MLLAMA_CPU_KERNEL names, else the best of this processor.
+// The kernel of this name, or NULL for "off"; see "kernels of the CPU" in mllama.h. name NULL or empty: the one that
+// the environment variable MLLAMA_CPU_KERNEL names, else the best of this processor, as far as known without a trial.
 mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel);
-const char *  cpu_kernel_name(const cpu_kernel * kernel);     // "off" for NULL
+const char *  cpu_kernel_name(const cpu_kernel * kernel); // "off" for NULL
 bool          cpu_kernel_has_head_dim(int64_t head_dim);
-bool          cpu_kernel_has_bf16(const cpu_kernel * kernel); // instructions for products of BF16
 
 // ---- the encoder's attention (attention.c) ------------------------------------------------------------------------
 
@@ -46,6 +45,11 @@ typedef struct cpu_attention {
     bool               bf16;           // round Q, K, V and the weights of values to BF16: sums stay F32
     tasks              tasks;          // blocks of queries
 } cpu_attention;
+
+// Whether the kernel attends itself. bf16: as in cpu_attention
+bool cpu_attention_supported(const cpu_kernel * kernel, bool bf16);
+// Whether factors are rounded to BF16 beside weights of this type: all other products with them are, too.
+bool cpu_attention_in_bf16(const cpu_kernel * kernel, enum ggml_type weights);
 
 // q [n_embd, n_all or n_real], k and v [n_embd, n_all], rows contiguous -> as q. The first n_real queries see all keys,
 // the others the first n_real keys.
@@ -67,7 +71,7 @@ typedef struct cpu_linear {
 bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight);
 
 // weight [n_in, n_out], bias [n_out] or NULL, x [n_in, n] in contiguous rows -> W x + bias [n_out, n]. F32 throughout:
-// weights of 16 bits are widened. With BF16 weights and instructions, x is rounded to BF16.
+// weights of 16 bits are widened. With BF16 weights and a table for them, x is rounded to BF16.
 struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight,
                                      struct ggml_tensor * bias, struct ggml_tensor * x);
 
@@ -117,16 +121,20 @@ struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cac
 
 // ---- products with quantized weights (quantized.c) ----------------------------------------------------------------
 
-// Q4_K and Q6_K in memory, as the file has them. Columns are rounded to 8 bits, 256 values at a time, as ggml does.
+// Q4_K and Q6_K, Q8_0 and Q4_0 in memory, as the file has them. Columns are rounded to 8 bits, as many values at a time
+// as ggml rounds for such weights: 256, or 32.
+typedef struct cpu_quantized cpu_quantized;
+
 typedef struct cpu_product {
-    const cpu_kernel * kernel;
-    tasks              tasks;
+    const cpu_quantized * with;
+    tasks                 tasks;
 } cpu_product;
 
-bool cpu_product_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight);
+// What the kernel multiplies by this weight with; NULL: it does not. Weights that have the same share rounded columns.
+const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight);
 // x [n_in, n] in contiguous rows -> rounded, for cpu_product_node alone
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x);
-// weight [n_in, n_out], x [n_in, n] from cpu_quantize_node -> W x [n_out, n]
+struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_quantized * with, struct ggml_tensor * x);
+// weight [n_in, n_out], x [n_in, n] from cpu_quantize_node, both for a->with -> W x [n_out, n]
 struct ggml_tensor * cpu_product_node(struct ggml_context * ctx, cpu_product * a, struct ggml_tensor * weight,
                                       struct ggml_tensor * quantized, int64_t n);
 

@@ -1,28 +1,10 @@
 // Linear layers of the encoder, see kernels.h
-#include "devices.h"
 #include "guard.h"
 #include "kernels/kernel.h"
 
 #include <string.h>
 
 enum { PIECE = 64 }; // values of a row that are widened at a time
-
-// Whether ggml's CPU backend was built with these instructions, and the processor has them
-static bool ggml_has(const char * name) {
-    const ggml_backend_dev_t cpu = devices_cpu();
-    void *                   get = NULL;
-    if (!cpu || guard_function(cpu, "ggml_backend_get_features", &get) != MLLAMA_OK || !get) {
-        return false;
-    }
-    const ggml_backend_reg_t      reg = ggml_backend_dev_backend_reg(cpu);
-    struct ggml_backend_feature * f   = ((ggml_backend_get_features_t) get)(reg);
-    for (; f && f->name; f++) {
-        if (strcmp(f->name, name) == 0) {
-            return strcmp(f->value, "1") == 0;
-        }
-    }
-    return false;
-}
 
 // Whether factors are rounded to BF16, as the weights are already
 static bool in_bf16(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
@@ -31,20 +13,26 @@ static bool in_bf16(const cpu_kernel * kernel, const struct ggml_tensor * weight
 
 bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
     const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
-    if (!kernel || !kernel->f32->multiplies || !buffer || !guard_is_host(buffer)) {
+    if (!kernel || !buffer || !guard_is_host(buffer)) {
         return false;
     }
     switch (weight->type) {
-        case GGML_TYPE_BF16: return in_bf16(kernel, weight) || !ggml_has("AVX512_BF16");
+        case GGML_TYPE_BF16: return in_bf16(kernel, weight) || (kernel->linear && !kernel->bf16_by_ggml);
         case GGML_TYPE_F16:
-        case GGML_TYPE_F32:  return true;
+        case GGML_TYPE_F32:  return kernel->linear;
         default:             return false;
     }
 }
 
 // Outputs in a panel
 static int64_t panel_width(const cpu_linear * a) {
-    return a->bf16 ? a->kernel->bf16->width : a->kernel->f32->width;
+    return a->bf16 ? a->kernel->bf16->width : a->kernel->linear->width;
+}
+
+// Most of x in a task: what both layers of an MLP can do
+static int64_t most_columns(const cpu_linear * a) {
+    const int64_t own = a->bf16 ? a->kernel->bf16->columns : COLUMNS, then = a->then ? most_columns(a->then) : own;
+    return own < then ? own : then;
 }
 
 // out [n_in][width] from `width` rows of the weight, from row `first` on; those that do not exist are 0
@@ -123,7 +111,7 @@ static void multiply_rows(const cpu_linear * a, const float * x, size_t x_stride
         .x = x, .x_stride = x_stride, .n = n, .n_in = a->n_in, .n_out = a->n_out, .w = packed->data, .out = out,
         .out_stride = a->n_out,
     };
-    (a->bf16 ? a->kernel->bf16->linear : a->kernel->f32->linear)(&args);
+    (a->bf16 ? a->kernel->bf16->linear : a->kernel->linear->linear)(&args);
     for (int64_t i = 0; a->gelu && i < n; i++) {
         a->kernel->f32->bias_gelu(out + i * a->n_out, NULL, a->n_out);
     }
@@ -134,7 +122,7 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
     cpu_linear *               a     = userdata;
     const struct ggml_tensor * x     = dst->src[0];
     const int64_t              n     = x->ne[1], share = n / (4 * nth); // small enough that all threads end together
-    const int64_t              whole = share > COLUMNS ? COLUMNS : share / QUERIES * QUERIES;
+    const int64_t              most  = most_columns(a), whole = share > most ? most : share / QUERIES * QUERIES;
     const int64_t              step  = share < QUERIES ? QUERIES : whole;
     if (a->then && ith >= dst->src[3]->ne[1]) {
         return;
@@ -168,8 +156,9 @@ struct ggml_tensor * cpu_mlp_node(struct ggml_context * ctx, cpu_linear * a, str
                                   struct ggml_tensor * fc2_b, struct ggml_tensor * x, int64_t n_threads) {
     a->gelu = true;
     a->then = b;
-    struct ggml_tensor * between = ggml_custom_4d(ctx, GGML_TYPE_F32, COLUMNS * fc1->ne[1], n_threads, 1, 1, NULL, 0,
-                                                  nothing, 1, NULL);
-    struct ggml_tensor * src[]   = { x, pack_node(ctx, a, fc1, fc1_b), pack_node(ctx, b, fc2, fc2_b), between };
+    struct ggml_tensor * first  = pack_node(ctx, a, fc1, fc1_b), * second = pack_node(ctx, b, fc2, fc2_b);
+    struct ggml_tensor * between = ggml_custom_4d(ctx, GGML_TYPE_F32, most_columns(a) * fc1->ne[1], n_threads, 1, 1,
+                                                  NULL, 0, nothing, 1, NULL);
+    struct ggml_tensor * src[]   = { x, first, second, between };
     return ggml_custom_4d(ctx, GGML_TYPE_F32, b->n_out, x->ne[1], 1, 1, src, 4, multiply, GGML_N_TASKS_MAX, a);
 }

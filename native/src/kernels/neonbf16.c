@@ -122,8 +122,9 @@ INLINE void accumulate(const factor * a, const factor * b, int64_t n, int64_t st
 #include "kernels/simd_block.h"
 
 const cpu_bf16 cpu_bf16_neon = {
-    .lanes  = LANES,
-    .width  = WIDTH,
-    .attend = attend,
-    .linear = linear,
+    .lanes   = LANES,
+    .width   = WIDTH,
+    .columns = COLUMNS,
+    .attend  = attend,
+    .linear  = linear,
 };

@@ -1,13 +1,20 @@
-// Products of the text's Q4_K and Q6_K weights, see kernels.h
+// Products of the text's quantized weights, see kernels.h
 #include "guard.h"
 #include "kernels/kernel.h"
 
-
 enum { ALIGNMENT = 64 }; // of columns; ggml aligns tensors to less
 
-bool cpu_product_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
-    return kernel && kernel->quantized && (weight->type == GGML_TYPE_Q4_K || weight->type == GGML_TYPE_Q6_K) &&
-           weight->buffer && guard_is_host(weight->buffer);
+const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
+    if (!kernel || !weight->buffer || weight->ne[0] % QUANT_BLOCK != 0 || !guard_is_host(weight->buffer)) {
+        return NULL;
+    }
+    switch (weight->type) {
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q6_K: return kernel->quantized;
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q4_0: return kernel->quantized_32;
+        default:             return NULL;
+    }
 }
 
 // Where the columns begin in a tensor for them
@@ -16,30 +23,30 @@ static char * columns_of(const struct ggml_tensor * t) {
 }
 
 // Bytes of a rounded column
-static size_t column_size(const cpu_kernel * kernel, int64_t n_in) {
-    return (size_t) (n_in / QUANT_BLOCK) * kernel->quantized->block_size;
+static size_t column_size(const cpu_quantized * with, int64_t n_in) {
+    return (size_t) (n_in / QUANT_BLOCK) * with->block_size;
 }
 
 static void quantize_columns(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const cpu_kernel *         kernel = userdata;
-    const struct ggml_tensor * x      = dst->src[0];
-    const size_t               size   = column_size(kernel, x->ne[0]);
+    const cpu_quantized *      with = userdata;
+    const struct ggml_tensor * x    = dst->src[0];
+    const size_t               size = column_size(with, x->ne[0]);
     for (int64_t i = ith; i < x->ne[1]; i += nth) {
         const float * in = (const float *) ((const char *) x->data + (size_t) i * x->nb[1]);
-        kernel->quantized->quantize(in, x->ne[0], columns_of(dst) + (size_t) i * size);
+        with->quantize(in, x->ne[0], columns_of(dst) + (size_t) i * size);
     }
 }
 
-struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_kernel * kernel, struct ggml_tensor * x) {
-    const int64_t size = (int64_t) column_size(kernel, x->ne[0]) * x->ne[1] + ALIGNMENT;
+struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_quantized * with, struct ggml_tensor * x) {
+    const int64_t size = (int64_t) column_size(with, x->ne[0]) * x->ne[1] + ALIGNMENT;
     return ggml_custom_4d(ctx, GGML_TYPE_I8, size, 1, 1, 1, (struct ggml_tensor *[]) { x }, 1, quantize_columns,
-                          GGML_N_TASKS_MAX, (void *) (uintptr_t) kernel);
+                          GGML_N_TASKS_MAX, (void *) (uintptr_t) with);
 }
 
 // A task: some rows of W times the single column, or times some of the columns
 static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     cpu_product *              a     = userdata;
-    const cpu_quantized *      with  = a->kernel->quantized;
+    const cpu_quantized *      with  = a->with;
     const struct ggml_tensor * w     = dst->src[0];
     const char *               x     = columns_of(dst->src[1]);
     const int64_t              n     = dst->ne[1], n_out = dst->ne[0];
@@ -54,7 +61,7 @@ static void multiply(struct ggml_tensor * dst, int ith, int nth, void * userdata
             continue;
         }
         const int64_t column = i / parts * most, n_columns = n - column < most ? n - column : most;
-        with->multiply_columns(w, x + (size_t) column * column_size(a->kernel, w->ne[0]), n_columns, first, next,
+        with->multiply_columns(w, x + (size_t) column * column_size(with, w->ne[0]), n_columns, first, next,
                                (float *) dst->data + column * n_out);
     }
 }

@@ -1,5 +1,5 @@
 // Products with Q4_K and Q6_K by AVX512-VNNI, with AVX-512BW, FMA and F16C
-#include "kernels/k_quants.h"
+#include "kernels/q8_column.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -13,17 +13,6 @@ enum {
     LINE         = 64,   // bytes
     AHEAD        = 8192, // bytes of rows that are on their way from memory while one is multiplied by a single column
 };
-
-// 256 values of a column. Groups of 32 are in the order 0, 2, 1, 3, 4, 6, 5, 7, as the halves of weights come.
-typedef struct q8_column {
-    int8_t  q[QUANT_BLOCK];
-    int32_t offsets[16]; // -32 times the sum of each 16 values, in this order
-    int16_t sums16[16];  // of each 16 values, from the first to the last
-    int16_t sums32[8];
-    float   d;
-} __attribute__((aligned(64))) q8_column;
-
-static const int PLACE[8] = { 0, 2, 1, 3, 4, 6, 5, 7 };
 
 // ---- columns ------------------------------------------------------------------------------------------------------
 
@@ -61,16 +50,6 @@ INLINE void fetch(const char * p, int64_t n) {
 
 // ---- a single column: each row in place ---------------------------------------------------------------------------
 
-// scales and mins, eight of 16 bits
-INLINE void unpack_scales(const uint8_t * packed, __m128i * scales, __m128i * mins) {
-    uint32_t u[3];
-    memcpy(u, packed, sizeof(u));
-    const uint64_t a = u[0] & 0x3f3f3f3f, b = (u[2] & 0x0f0f0f0f) | (u[0] >> 6 & 0x03030303) << 4;
-    const uint64_t c = u[1] & 0x3f3f3f3f, d = (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4;
-    *scales = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) (a | b << 32)));
-    *mins   = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) (c | d << 32)));
-}
-
 // A row of n blocks times a column, while the row at `ahead` is fetched
 INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n, const char * ahead) {
     const q4_k_block * w   = row;
@@ -84,8 +63,10 @@ INLINE float dot_q4_k(const void * row, const q8_column * x, int64_t n, const ch
     __m128 taken = _mm_setzero_ps();
     for (int64_t i = 0; i < n; i++) {
         fetch(ahead + (size_t) i * sizeof(*w), sizeof(*w));
-        __m128i scales, mins;
-        unpack_scales(w[i].scales, &scales, &mins);
+        uint64_t packed_scales, packed_mins;
+        q4_k_scales(&w[i], &packed_scales, &packed_mins);
+        const __m128i scales = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) packed_scales));
+        const __m128i mins   = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) packed_mins));
         const __m512i a = _mm512_loadu_si512(w[i].q), b = _mm512_loadu_si512(w[i].q + 64);
         const __m512i q[4] = {
             _mm512_and_si512(a, low), _mm512_and_si512(_mm512_srli_epi16(a, 4), low),

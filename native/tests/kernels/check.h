@@ -41,11 +41,20 @@ void case_end(void);
 // What is tested of a kernel: those tables of it that no kernel before it has
 typedef struct subject {
     const cpu_kernel * kernel;
-    bool               f32, bf16, quantized;
+    bool               f32, bf16, quantized, quantized_32;
 } subject;
+
+// The tables of AMX over tiles in plain C, on every processor: see amx_emulated.h.
+extern const cpu_bf16      cpu_bf16_amx_emulated;
+extern const cpu_quantized cpu_quantized_amx_emulated;
+bool amx_emulated_in_use(void);
+#ifdef MLLAMA_AVXVNNI
+extern const cpu_quantized cpu_quantized_avxvnni_standin, cpu_quantized_avxvnni_32_standin; // avxvnni_standin.c
+#endif
 
 void test_attention(const subject * s);
 void test_cache_attention(const subject * s);
 void test_linear(const subject * s);
 void test_products(const subject * s);
 void test_elementwise(const subject * s);
+void test_names(void); // of kernels, by parts

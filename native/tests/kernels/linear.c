@@ -60,13 +60,14 @@ static void check_linear(const cpu_kernel * kernel, const shape * c) {
     run(out, c->n_threads, c->n_threads > 2);
     // The same with space between the rows of the result, which a node has not
     struct ggml_tensor * apart = tensor_new(GGML_TYPE_F32, c->n_out, c->n, 4 * 3, 4 * c->shift);
-    for (int64_t row = 0; row < c->n; row += COLUMNS) {
+    const int64_t        most  = a.bf16 ? kernel->bf16->columns : COLUMNS;
+    for (int64_t row = 0; row < c->n; row += most) {
         const linear_args args = {
-            .x = tensor_row(x, row), .x_stride = x->nb[1], .n = c->n - row < COLUMNS ? c->n - row : COLUMNS,
+            .x = tensor_row(x, row), .x_stride = x->nb[1], .n = c->n - row < most ? c->n - row : most,
             .n_in = c->n_in, .n_out = c->n_out, .w = out->src[1]->data, .out = tensor_row(apart, row),
             .out_stride = c->n_out + 3,
         };
-        (a.bf16 ? kernel->bf16->linear : kernel->f32->linear)(&args);
+        (a.bf16 ? kernel->bf16->linear : kernel->linear->linear)(&args);
     }
     double * exact[] = { doubles_of(w), bias ? doubles_of(bias) : NULL, doubles_of(x) };
     double * y       = doubles_new(2 * c->n_out);
@@ -140,7 +141,8 @@ static void check_type(const cpu_kernel * kernel, enum ggml_type type) {
 void test_linear(const subject * s) {
     if (s->f32) {
         cpu_kernel f32 = *s->kernel;
-        f32.bf16 = NULL; // so that BF16 weights are widened
+        f32.linear = f32.f32;   // of "portable" too, which leaves linear layers to ggml
+        f32.bf16   = NULL;      // so that BF16 weights are widened
         check_type(&f32, GGML_TYPE_F32);
         check_type(&f32, GGML_TYPE_F16);
         check_type(&f32, GGML_TYPE_BF16);

@@ -119,6 +119,7 @@ void expect_true(bool ok, const char * what) {
 
 void case_end(void) {
     expect_true(places_end(), "memory outside of a tensor was written");
+    expect_true(!amx_emulated_in_use(), "tiles were not released");
 }
 
 // A read or write past the end of a tensor
@@ -145,15 +146,15 @@ static const struct {
     { "GELU and erf", test_elementwise },
 };
 
-static subject subject_of(int32_t index) {
-    const cpu_kernel * kernel = cpu_kernel_at(index);
-    subject            s      = { kernel, true, kernel->bf16, kernel->quantized };
+static subject subject_of(int32_t index, const cpu_kernel * kernel) {
+    subject s = { kernel, true, kernel->bf16, kernel->quantized, kernel->quantized_32 };
     for (int32_t i = 0; i < index; i++) {
-        const cpu_kernel * before = cpu_kernel_at(i);
-        if (before->supported()) {
+        const cpu_kernel * before;
+        if (cpu_kernel_at(i, &before) && before) {
             s.f32 &= before->f32 != kernel->f32;
             s.bf16 &= before->bf16 != kernel->bf16;
             s.quantized &= before->quantized != kernel->quantized;
+            s.quantized_32 &= before->quantized_32 != kernel->quantized_32;
         }
     }
     return s;
@@ -161,7 +162,8 @@ static subject subject_of(int32_t index) {
 
 static void test_kernel(const subject * s) {
     kernel_name = cpu_kernel_name(s->kernel);
-    printf("%s:%s%s%s\n", kernel_name, s->f32 ? " F32" : "", s->bf16 ? " BF16" : "", s->quantized ? " quantized" : "");
+    printf("%s:%s%s%s%s\n", kernel_name, s->f32 ? " F32" : "", s->bf16 ? " BF16" : "",
+           s->quantized ? " Q4_K, Q6_K" : "", s->quantized_32 ? " Q8_0, Q4_0" : "");
     for (size_t i = 0; i < sizeof(TESTS) / sizeof(TESTS[0]); i++) {
         const int before = n_cases;
         worst = 0.0;
@@ -173,18 +175,41 @@ static void test_kernel(const subject * s) {
     }
 }
 
+// Instructions that this processor may lack, by others in their place
+static void test_standins(void) {
+#ifdef MLLAMA_AVXVNNI
+    const cpu_kernel avxvnni = { .name = "AVX-VNNI by other instructions", .quantized = &cpu_quantized_avxvnni_standin,
+                                 .quantized_32 = &cpu_quantized_avxvnni_32_standin };
+    if (cpu_table_named(CPU_QUANTIZED, "avx2", strlen("avx2"))->supported()) {
+        test_kernel(&(subject) { .kernel = &avxvnni, .quantized = true, .quantized_32 = true });
+    }
+#endif
+}
+
 int main(void) {
     signal(SIGSEGV, on_signal);
     signal(SIGBUS, on_signal);
     signal(SIGILL, on_signal);
-    for (int32_t i = 0; cpu_kernel_at(i); i++) {
-        const subject s = subject_of(i);
-        if (!s.kernel->supported()) {
-            printf("%s: not on this processor\n", cpu_kernel_name(s.kernel));
-        } else if (s.f32 || s.bf16 || s.quantized) {
+    const cpu_kernel * kernel;
+    const char *       name;
+    for (int32_t i = 0; (name = cpu_kernel_at(i, &kernel)) != NULL; i++) {
+        if (!kernel) {
+            printf("%s: not on this processor\n", name);
+            continue;
+        }
+        const subject s = subject_of(i, kernel);
+        if (s.f32 || s.bf16 || s.quantized || s.quantized_32) {
             test_kernel(&s);
         }
     }
+    test_standins();
+    kernel_name = "names";
+    test_names();
+    const cpu_kernel emulated = {
+        .name = "amx, emulated", .attention = &cpu_f32_portable, .f32 = &cpu_f32_portable,
+        .bf16 = &cpu_bf16_amx_emulated, .quantized = &cpu_quantized_amx_emulated,
+    };
+    test_kernel(&(subject) { .kernel = &emulated, .bf16 = true, .quantized = true });
     printf("%d cases, %d failed\n", n_cases, n_failed);
     return n_failed || n_cases == 0;
 }

@@ -230,6 +230,8 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) {
         [GGML_TYPE_F16]  = { .blck_size = 1, .type_size = sizeof(ggml_fp16_t), .to_float = f16_row },
         [GGML_TYPE_BF16] = { .blck_size = 1, .type_size = sizeof(ggml_bf16_t), .to_float = bf16_row },
         [GGML_TYPE_I8]   = { .blck_size = 1, .type_size = 1 },
+        [GGML_TYPE_Q8_0] = { .blck_size = 32, .type_size = 34 },
+        [GGML_TYPE_Q4_0] = { .blck_size = 32, .type_size = 18 },
         [GGML_TYPE_Q4_K] = { .blck_size = 256, .type_size = 144 },
         [GGML_TYPE_Q6_K] = { .blck_size = 256, .type_size = 210 },
     };
@@ -260,15 +262,24 @@ mllama_status guard_function(ggml_backend_dev_t device, const char * name, void 
     return MLLAMA_OK;
 }
 
+mllama_status devices_init(void) {
+    return MLLAMA_OK;
+}
+
 ggml_backend_dev_t devices_cpu(void) {
     return NULL;
 }
 
+static char last_error[1000];
+
 mllama_status fail(mllama_status status, const char * format, ...) {
     va_list args;
     va_start(args, format);
-    vfprintf(stderr, format, args);
+    vsnprintf(last_error, sizeof(last_error), format, args);
     va_end(args);
-    fputc('\n', stderr);
     return status;
+}
+
+const char * mllama_last_error(void) {
+    return last_error;
 }

@@ -1,0 +1,302 @@
+// Products with Q4_K and Q6_K for several columns by AMX; a single column by AVX512-VNNI, see vnni.c.
+//
+// Each 32 (Q4_K) or 16 (Q6_K) weights have a scale of their own, 6 or 8 bits, so that a sum of 64 products, as a tile
+// gives it, is worth nothing. Sums of 32 or 16 would leave half or three quarters of each instruction unused, and
+// would all be fetched from tiles and scaled. Instead weights are multiplied by their scales when they are unpacked:
+// at most 13 bits with the sign, in two planes of 8 bits, 64 high + low. Then a block of 256 weights needs as many
+// instructions as sums of 32, and only two sums are fetched. Whole numbers are exact throughout.
+#include "kernels/amx.h"
+#include "kernels/q8_column.h"
+
+enum {
+    PANELS       = 2,               // of 16 rows, that are multiplied together
+    STEPS        = QUANT_BLOCK / 4, // fours of weights
+    TILE_STEPS   = TILE,            // in a tile
+    HIGH         = 64,              // what the high plane counts
+    TASK_COLUMNS = 256,
+    FEW          = 8,               // columns for which unpacking to planes is not worth it
+    ROW          = 64,              // bytes of a tile's row
+    LINE         = 64,
+};
+_Static_assert(ROW == 4 * TILE, "a row of a tile is four weights of each row of a panel");
+
+typedef int16_t  vs __attribute__((vector_size(64)));
+typedef uint32_t tile_sums[TILE][TILE];
+
+// ---- weights to planes --------------------------------------------------------------------------------------------
+
+// A block of each of 16 rows
+typedef struct panel {
+    uint32_t planes[2][STEPS][TILE]; // high, low; four weights of each row, as the columns' values come
+    float    d[TILE];
+    float    mins[8][TILE];          // Q4_K: of 32 weights each, from the first to the last; times dmin
+} __attribute__((aligned(64))) panel;
+
+INLINE v4i four_dwords(const char * p) {
+    v4i x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+// out[i] = dword i of the 16 bytes at `at` of each row's block
+INLINE void transpose(const char * const * rows, size_t at, vw * out) {
+    union { v4i part[4]; vw whole; } v[4];
+    UNROLL for (int i = 0; i < 4; i++) { // rows i, 4 + i, 8 + i, 12 + i
+        UNROLL for (int j = 0; j < 4; j++) {
+            v[i].part[j] = four_dwords(rows[4 * j + i] + at);
+        }
+    }
+#define LOW_OF(a, b) \
+    __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH_OF(a, b) \
+    __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW_PAIRS_OF(a, b) \
+    __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH_PAIRS_OF(a, b) \
+    __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+    const vw a = LOW_OF(v[0].whole, v[1].whole), b = HIGH_OF(v[0].whole, v[1].whole);
+    const vw c = LOW_OF(v[2].whole, v[3].whole), d = HIGH_OF(v[2].whole, v[3].whole);
+    out[0] = LOW_PAIRS_OF(a, c);
+    out[1] = HIGH_PAIRS_OF(a, c);
+    out[2] = LOW_PAIRS_OF(b, d);
+    out[3] = HIGH_PAIRS_OF(b, d);
+#undef LOW_OF
+#undef HIGH_OF
+#undef LOW_PAIRS_OF
+#undef HIGH_PAIRS_OF
+}
+
+// Four weights less `zero` times the scale of each row, which is in both halves of its 32 bits
+INLINE void store_step(panel * p, int step, vw w, int16_t zero, vs scale) {
+    const vs even = ((vs) (w & 0x00ff00ff) - zero) * scale, odd = ((vs) (w >> 8 & 0x00ff00ff) - zero) * scale;
+    const vw low  = (vw) (even & (HIGH - 1)) | (vw) (odd & (HIGH - 1)) << 8;
+    const vw high = ((vw) (even >> 6) & 0x00ff00ff) | ((vw) (odd >> 6) & 0x00ff00ff) << 8; // rounded down
+    memcpy(p->planes[0][step], &high, sizeof(high));
+    memcpy(p->planes[1][step], &low, sizeof(low));
+}
+
+// A scale of each row to both halves of its 32 bits
+INLINE vs twice(vw scale) {
+    return (vs) (scale | scale << 16);
+}
+
+static void unpack_q4_k(const char * const * rows, panel * p) {
+    ggml_fp16_t d[TILE], dmin[TILE];
+    for (int i = 0; i < TILE; i++) {
+        const q4_k_block * block = (const void *) rows[i];
+        d[i]    = block->d;
+        dmin[i] = block->dmin;
+    }
+    STORE(p->d, widen(d));
+    const vf least = widen(dmin);
+    vw       head[4]; // d and dmin, scales
+    transpose(rows, 0, head);
+    const vw low = (vw) { 0 } + 0x0f0f0f0f, six = (vw) { 0 } + 0x3f3f3f3f, top = (vw) { 0 } + 0x30303030;
+    const vw scales[2] = { head[1] & six, (head[3] & low) | (head[1] >> 2 & top) }; // 0 to 3 and 4 to 7, bytes
+    const vw mins[2]   = { head[2] & six, (head[3] >> 4 & low) | (head[2] >> 2 & top) };
+    UNROLL for (int j = 0; j < 8; j++) {
+        STORE(p->mins[j], least * __builtin_convertvector((vi) (mins[j / 4] >> (8 * (j % 4)) & 0xff), vf));
+    }
+    UNROLL for (int j = 0; j < 4; j++) { // 32 bytes: low halves for one scale, high halves for the next
+        const vs first = twice(scales[j / 2] >> (16 * (j % 2)) & 0xff);
+        const vs then  = twice(scales[j / 2] >> (16 * (j % 2) + 8) & 0xff);
+        UNROLL for (int i = 0; i < 2; i++) {
+            vw w[4];
+            transpose(rows, offsetof(q4_k_block, q) + (size_t) (32 * j + 16 * i), w);
+            UNROLL for (int k = 0; k < 4; k++) {
+                store_step(p, 8 * PLACE[2 * j] + 4 * i + k, w[k] & low, 0, first);
+                store_step(p, 8 * PLACE[2 * j + 1] + 4 * i + k, w[k] >> 4 & low, 0, then);
+            }
+        }
+    }
+}
+
+static void unpack_q6_k(const char * const * rows, panel * p) {
+    ggml_fp16_t d[TILE];
+    for (int i = 0; i < TILE; i++) {
+        d[i] = ((const q6_k_block *) (const void *) rows[i])->d;
+    }
+    STORE(p->d, widen(d));
+    vw bytes[4];
+    transpose(rows, offsetof(q6_k_block, scales), bytes);
+    const vw low = (vw) { 0 } + 0x0f0f0f0f, top = (vw) { 0 } + 0x30303030;
+    UNROLL for (int half = 0; half < 2; half++) {
+        UNROLL for (int j = 0; j < 2; j++) { // 16 weights of each of four groups
+            const size_t at = (size_t) (64 * half + 16 * j);
+            vw           a[4], b[4], high[4];
+            vs           scales[4];
+            transpose(rows, offsetof(q6_k_block, low) + at, a);
+            transpose(rows, offsetof(q6_k_block, low) + at + 32, b);
+            transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
+            UNROLL for (int k = 0; k < 4; k++) {
+                const int scale = 8 * half + 2 * k + j;
+                const vi  one   = (vi) (bytes[scale / 4] << (24 - 8 * (scale % 4))) >> 24;
+                scales[k] = twice((vw) one & 0xffff);
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                const vw lower[4] = { a[i], b[i], a[i] >> 4, b[i] >> 4 };
+                const vw upper[4] = { high[i] << 4, high[i] << 2, high[i], high[i] >> 2 };
+                UNROLL for (int k = 0; k < 4; k++) {
+                    const vw w = (lower[k] & low) | (upper[k] & top);
+                    store_step(p, 8 * PLACE[4 * half + k] + 4 * j + i, w, 32, scales[k]);
+                }
+            }
+        }
+    }
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+// Sums in 0 to 3 for `n` columns; columns in 4, weights in 5 to 7
+#define COLUMN_TILES(n)                                     \
+    { .palette   = 1,                                       \
+      .row_bytes = { ROW, ROW, ROW, ROW, ROW, ROW, ROW, ROW }, \
+      .rows      = { (n), (n), (n), (n), (n), TILE, TILE, TILE } }
+static const amx_tiles column_tiles[TILE] = { // for that many columns plus one
+    COLUMN_TILES(1),  COLUMN_TILES(2),  COLUMN_TILES(3),  COLUMN_TILES(4),  COLUMN_TILES(5),  COLUMN_TILES(6),
+    COLUMN_TILES(7),  COLUMN_TILES(8),  COLUMN_TILES(9),  COLUMN_TILES(10), COLUMN_TILES(11), COLUMN_TILES(12),
+    COLUMN_TILES(13), COLUMN_TILES(14), COLUMN_TILES(15), COLUMN_TILES(16),
+};
+
+// sums[2 k + plane] of a tile of columns, which lie n blocks apart, and a block of panel k
+static void multiply_tile(const panel * p, const q8_column * x, int64_t n, tile_sums * sums) {
+    AMX_ZERO(0);
+    AMX_ZERO(1);
+    AMX_ZERO(2);
+    AMX_ZERO(3);
+    for (int i = 0; i < STEPS; i += TILE_STEPS) {
+        AMX_LOAD(4, x->q + 4 * i, n * (int64_t) sizeof(q8_column));
+        AMX_LOAD(5, p[0].planes[0][i], ROW);
+        AMX_MULTIPLY_INT8(0, 4, 5);
+        AMX_LOAD(6, p[0].planes[1][i], ROW);
+        AMX_MULTIPLY_INT8(1, 4, 6);
+        AMX_LOAD(7, p[1].planes[0][i], ROW);
+        AMX_MULTIPLY_INT8(2, 4, 7);
+        AMX_LOAD(5, p[1].planes[1][i], ROW);
+        AMX_MULTIPLY_INT8(3, 4, 5);
+    }
+    AMX_STORE(0, sums[0], ROW);
+    AMX_STORE(1, sums[1], ROW);
+    AMX_STORE(2, sums[2], ROW);
+    AMX_STORE(3, sums[3], ROW);
+}
+
+// out[c] += what the sums of column c, first <= c < end, are worth
+INLINE void add_tile(const panel * p, const bool q4, const q8_column * x, int64_t n, const tile_sums * sums,
+                     int64_t first, int64_t end, float (*out)[PANELS * TILE]) {
+    for (int64_t c = first; c < end; c++) {
+        const q8_column * column = x + c * n;
+        float             values[8];
+        for (int j = 0; q4 && j < 8; j++) {
+            values[j] = column->sums32[j];
+        }
+        UNROLL for (int k = 0; k < PANELS; k++) {
+            vi high, low;
+            memcpy(&high, sums[2 * k][c], sizeof(high));
+            memcpy(&low, sums[2 * k + 1][c], sizeof(low));
+            vf block = __builtin_convertvector(HIGH * high + low, vf) * LOAD(p[k].d);
+            UNROLL for (int j = 0; q4 && j < 8; j++) {
+                block -= values[j] * LOAD(p[k].mins[j]);
+            }
+            float * to = out[c] + TILE * k;
+            STORE(to, LOAD(to) + block * column->d);
+        }
+    }
+}
+
+static void fetch(const char * p, int64_t n) {
+    for (int64_t i = 0; i < n; i += LINE) {
+        __builtin_prefetch(p + i, 0, 2);
+    }
+}
+
+// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
+static void multiply_columns(const struct ggml_tensor * w, const void * columns, int64_t n_columns, int64_t first,
+                             int64_t then, float * out) {
+    const q8_column * x = columns;
+    const int64_t     n = w->ne[0] / QUANT_BLOCK, n_tiles = (n_columns + TILE - 1) / TILE;
+    const int64_t     full = n_columns < TILE ? n_columns : TILE;
+    const bool        q4   = w->type == GGML_TYPE_Q4_K;
+    panel             panels[PANELS];
+    tile_sums         sums[2][2 * PANELS] __attribute__((aligned(64)));
+    float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
+    const char *      rows[PANELS * TILE];
+    for (int64_t i = 0; i < PANELS * TILE; i++) { // the last row for those that do not exist
+        rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
+    }
+    memset(totals, 0, sizeof(totals[0]) * (size_t) n_columns);
+    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
+    const int64_t piece   = round_up(PANELS * TILE * (int64_t) w->nb[1] / n / (PANELS + n_tiles), LINE);
+    AMX_CONFIGURE(&column_tiles[full - 1]);
+    for (int64_t block = 0; block < n; block++) {
+        for (int k = 0; k < PANELS; k++, fetched += piece) {
+            fetch(fetched, piece);
+            (q4 ? unpack_q4_k : unpack_q6_k)(rows + TILE * k, &panels[k]);
+        }
+        // While a tile is multiplied, the sums of the one before it are added. The last tile begins among the columns
+        // of the one before it.
+        for (int64_t t = 0; t <= n_tiles; t++) {
+            if (t < n_tiles) {
+                const int64_t begin = t * TILE + full > n_columns ? n_columns - full : t * TILE;
+                fetch(fetched, piece);
+                fetched += piece;
+                multiply_tile(panels, x + begin * n + block, n, sums[t % 2]);
+            }
+            if (t > 0) {
+                const int64_t column = (t - 1) * TILE, begin = column + full > n_columns ? n_columns - full : column;
+                const tile_sums * of = (const tile_sums *) sums[(t - 1) % 2];
+                const q8_column * at = x + begin * n + block;
+                if (q4) {
+                    add_tile(panels, true, at, n, of, column - begin, full, totals + begin);
+                } else {
+                    add_tile(panels, false, at, n, of, column - begin, full, totals + begin);
+                }
+            }
+        }
+        for (int i = 0; i < PANELS * TILE; i++) {
+            rows[i] += q4 ? sizeof(q4_k_block) : sizeof(q6_k_block);
+        }
+    }
+    AMX_RELEASE();
+    const int64_t left = w->ne[1] - first < PANELS * TILE ? w->ne[1] - first : PANELS * TILE;
+    for (int64_t c = 0; c < n_columns; c++) {
+        memcpy(out + c * w->ne[1] + first, totals[c], (size_t) left * sizeof(float));
+    }
+}
+
+// ---- few columns --------------------------------------------------------------------------------------------------
+
+#ifdef MLLAMA_AMX_EMULATED
+const cpu_quantized cpu_quantized_amx = {
+    .quantize         = amx_emulated_quantize,
+    .multiply_column  = amx_emulated_multiply_column,
+    .multiply_columns = multiply_columns,
+#else
+static void quantize(const float * x, int64_t n, void * out) {
+    cpu_quantized_vnni.quantize(x, n, out);
+}
+
+static void multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
+                            float * out) {
+    cpu_quantized_vnni.multiply_column(w, x, first, end, then, out);
+}
+
+static void multiply(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first, int64_t then,
+                     float * out) {
+    if (n_columns < FEW) {
+        cpu_quantized_vnni.multiply_columns(w, x, n_columns, first, then, out);
+    } else {
+        multiply_columns(w, x, n_columns, first, then, out);
+    }
+}
+
+const cpu_quantized cpu_quantized_amx = {
+    .quantize         = quantize,
+    .multiply_column  = multiply_column,
+    .multiply_columns = multiply,
+#endif
+    .block_size       = sizeof(q8_column),
+    .rows_alone       = 64,
+    .rows             = PANELS * TILE,
+    .columns          = TASK_COLUMNS,
+};

@@ -1,0 +1,352 @@
+// Products of several columns with rows unpacked to lanes, for avx2_products.h
+#pragma once
+
+#include "kernels/avx2_columns.h"
+
+enum {
+    PANEL        = 8,  // rows, one for each 32-bit lane
+    PANELS       = 2,  // that are multiplied together
+    COLUMN_GROUP = 4,  // columns whose sums are in registers
+    TASK_PANELS  = 4,
+    TASK_ROWS    = TASK_PANELS * PANEL,
+    TASK_COLUMNS = 96,
+    STEPS        = QUANT_BLOCK / 4,
+    GROUP_STEPS  = SMALL_BLOCK / 4,
+};
+
+// 256 weights of each of eight rows. Weight i of a row is
+//     Q4_K, Q6_K    d * scales[s] * w[i] - less_d * less, with the scale of each 32 or 16 weights, and less that of
+//                   each 32, or, of 16, 32 times the scale
+//     Q8_0, Q4_0    factors[i / 32] * (w[i] - 128, or 8)
+typedef struct panel {
+    uint8_t w[Q8_0_PLANES][STEPS][PANEL][4]; // four weights of each row, as the columns' values come
+    int32_t scales[QUANT_BLOCK / 16][PANEL]; // as as_scale makes them
+    int16_t less[GROUPS][PANEL][2];          // pairs, Q4_K: four of them
+    float   d[PANEL], less_d[PANEL];
+    float   factors[GROUPS][PANEL];
+} __attribute__((aligned(64))) panel;
+
+INLINE void store(void * p, __m256i x) {
+    _mm256_store_si256((__m256i *) p, x);
+}
+
+// Of these low halves of 32-bit lanes
+INLINE __m256 floats_of(__m256i halves) {
+    const __m256i packed = _mm256_packus_epi32(halves, halves);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+// out[i] = dword i of the 16 bytes at `at` of each row's block
+INLINE void transpose(const char * const * rows, size_t at, __m256i * out) {
+    __m256i v[4];
+    UNROLL for (int i = 0; i < 4; i++) { // rows i and 4 + i
+        const __m128i row = _mm_loadu_si128((const __m128i *) (rows[i] + at));
+        v[i] = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) (rows[4 + i] + at)), row);
+    }
+    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
+    const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    out[0] = _mm256_unpacklo_epi64(a, c);
+    out[1] = _mm256_unpackhi_epi64(a, c);
+    out[2] = _mm256_unpacklo_epi64(b, d);
+    out[3] = _mm256_unpackhi_epi64(b, d);
+}
+
+static void unpack_q4_k(const char * const * rows, panel * p) {
+    const __m256i low = _mm256_set1_epi8(0x0f), byte = _mm256_set1_epi32(0xff);
+    UNROLL for (int j = 0; j < 8; j++) { // 16 bytes each
+        __m256i w[4];
+        transpose(rows, offsetof(q4_k_block, q) + (size_t) (16 * j), w);
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int step = j / 2 * 2 * GROUP_STEPS + j % 2 * 4 + i;
+            store(p->w[0][step], _mm256_and_si256(w[i], low));
+            store(p->w[0][step + GROUP_STEPS], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
+        }
+    }
+    __m256i head[4]; // d and dmin, scales
+    transpose(rows, 0, head);
+    _mm256_store_ps(p->d, floats_of(_mm256_and_si256(head[0], _mm256_set1_epi32(0xffff))));
+    _mm256_store_ps(p->less_d, floats_of(_mm256_srli_epi32(head[0], 16)));
+    const __m256i six = _mm256_set1_epi8(0x3f), top = _mm256_set1_epi8(0x30);
+    const __m256i high = _mm256_srli_epi16(head[3], 4);
+    const __m256i scales[2] = { // 0 to 3 and 4 to 7, bytes
+        _mm256_and_si256(head[1], six),
+        _mm256_or_si256(_mm256_and_si256(head[3], low), _mm256_and_si256(_mm256_srli_epi16(head[1], 2), top)),
+    };
+    const __m256i mins[2] = {
+        _mm256_and_si256(head[2], six),
+        _mm256_or_si256(_mm256_and_si256(high, low), _mm256_and_si256(_mm256_srli_epi16(head[2], 2), top)),
+    };
+    UNROLL for (int j = 0; j < 8; j++) {
+        store(p->scales[j], as_scale(_mm256_and_si256(_mm256_srli_epi32(scales[j / 4], 8 * (j % 4)), byte)));
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        const __m256i two  = _mm256_srli_epi32(mins[j / 2], 16 * (j % 2));
+        const __m256i then = _mm256_and_si256(_mm256_slli_epi32(two, 8), _mm256_set1_epi32(0xff0000));
+        store(p->less[j], _mm256_or_si256(_mm256_and_si256(two, byte), then));
+    }
+}
+
+static void unpack_q6_k(const char * const * rows, panel * p) {
+    const __m256i low = _mm256_set1_epi8(0x0f), top = _mm256_set1_epi8(0x30);
+    for (int half = 0; half < 2; half++) {
+        UNROLL for (int j = 0; j < 2; j++) { // 16 bytes each
+            const size_t at = (size_t) (64 * half + 16 * j);
+            __m256i      a[4], b[4], high[4];
+            transpose(rows, offsetof(q6_k_block, low) + at, a);
+            transpose(rows, offsetof(q6_k_block, low) + at + 32, b);
+            transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
+            UNROLL for (int i = 0; i < 4; i++) {
+                const __m256i lower[4] = { a[i], b[i], _mm256_srli_epi16(a[i], 4), _mm256_srli_epi16(b[i], 4) };
+                const __m256i upper[4] = {
+                    _mm256_slli_epi16(high[i], 4), _mm256_slli_epi16(high[i], 2), high[i],
+                    _mm256_srli_epi16(high[i], 2),
+                };
+                UNROLL for (int k = 0; k < 4; k++) {
+                    const __m256i w = _mm256_or_si256(_mm256_and_si256(lower[k], low), _mm256_and_si256(upper[k], top));
+                    store(p->w[0][(4 * half + k) * GROUP_STEPS + 4 * j + i], w);
+                }
+            }
+        }
+    }
+    __m256i scales[4], d;
+    transpose(rows, offsetof(q6_k_block, scales), scales);
+    UNROLL for (int j = 0; j < 4; j++) { // four bytes
+        __m256i s[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            s[i] = _mm256_srai_epi32(_mm256_slli_epi32(scales[j], 24 - 8 * i), 24);
+            store(p->scales[4 * j + i], as_scale(s[i]));
+        }
+        store(p->less[2 * j], _mm256_blend_epi16(s[0], _mm256_slli_epi32(s[1], 16), 0xaa));
+        store(p->less[2 * j + 1], _mm256_blend_epi16(s[2], _mm256_slli_epi32(s[3], 16), 0xaa));
+    }
+    ggml_fp16_t factors[PANEL];
+    for (int i = 0; i < PANEL; i++) {
+        factors[i] = ((const q6_k_block *) rows[i])->d;
+    }
+    memcpy(&d, factors, sizeof(factors));
+    const __m256 wide = _mm256_cvtph_ps(_mm256_castsi256_si128(d));
+    _mm256_store_ps(p->d, wide);
+    _mm256_store_ps(p->less_d, _mm256_mul_ps(_mm256_set1_ps(32.0f), wide));
+}
+
+// The factors of eight blocks of each row, `size` bytes apart
+INLINE void unpack_factors(const char * const * rows, size_t size, panel * p) {
+    ggml_fp16_t d[GROUPS][PANEL];
+    UNROLL for (int row = 0; row < PANEL; row++) {
+        UNROLL for (int i = 0; i < GROUPS; i++) {
+            memcpy(&d[i][row], rows[row] + (size_t) i * size, sizeof(ggml_fp16_t));
+        }
+    }
+    UNROLL for (int i = 0; i < GROUPS; i++) {
+        _mm256_store_ps(p->factors[i], _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) d[i])));
+    }
+}
+
+static void unpack_q8_0(const char * const * rows, panel * p) {
+    const __m256i middle = _mm256_set1_epi8((char) 0x80), low = _mm256_set1_epi8(0x0f);
+    unpack_factors(rows, sizeof(q8_0_block), p);
+    UNROLL for (int j = 0; j < 2 * GROUPS; j++) { // 16 bytes each
+        __m256i w[4];
+        transpose(rows, (size_t) (j / 2) * sizeof(q8_0_block) + offsetof(q8_0_block, q) + (size_t) (16 * (j % 2)), w);
+        UNROLL for (int i = 0; i < 4; i++) {
+            const __m256i above = _mm256_xor_si256(w[i], middle); // 128 more
+            if (Q8_0_PLANES == 1) {
+                store(p->w[0][4 * j + i], above);
+                continue;
+            }
+            store(p->w[0][4 * j + i], _mm256_and_si256(above, low));
+            store(p->w[Q8_0_PLANES - 1][4 * j + i], _mm256_and_si256(_mm256_srli_epi16(above, 4), low));
+        }
+    }
+}
+
+static void unpack_q4_0(const char * const * rows, panel * p) {
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    unpack_factors(rows, sizeof(q4_0_block), p);
+    UNROLL for (int j = 0; j < GROUPS; j++) { // 16 bytes each
+        __m256i w[4];
+        transpose(rows, (size_t) j * sizeof(q4_0_block) + offsetof(q4_0_block, q), w);
+        UNROLL for (int i = 0; i < 4; i++) {
+            store(p->w[0][GROUP_STEPS * j + i], _mm256_and_si256(w[i], low));
+            store(p->w[0][GROUP_STEPS * j + 4 + i], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
+        }
+    }
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+// The 32 bits at p, of a column's values or two sums, for all rows
+INLINE __m256i spread(const void * p) {
+    int32_t x;
+    memcpy(&x, p, sizeof(x));
+    return _mm256_set1_epi32(x);
+}
+
+// dots = the panels' weights from step `first` on times those values of the columns, which lie n blocks apart
+INLINE void multiply_steps(const panel * p, const int plane, int first, const int steps, const q8_column * x,
+                           int64_t n, const int columns, __m256i (*dots)[PANELS]) {
+    UNROLL for (int c = 0; c < columns; c++) {
+        UNROLL for (int k = 0; k < PANELS; k++) {
+            dots[c][k] = _mm256_setzero_si256();
+        }
+    }
+    UNROLL for (int i = 0; i < steps; i++) {
+        __m256i w[PANELS];
+        UNROLL for (int k = 0; k < PANELS; k++) {
+            w[k] = _mm256_load_si256((const __m256i *) p[k].w[plane][first + i]);
+        }
+        UNROLL for (int c = 0; c < columns; c++) {
+            const __m256i four = spread(x[c * n].q + 4 * (first + i));
+            UNROLL for (int k = 0; k < PANELS; k++) {
+                dots[c][k] = add_step(dots[c][k], w[k], four);
+            }
+        }
+    }
+}
+
+// sums[c] += the panels' block times that of column c, Q4_K or Q6_K
+INLINE void multiply_256(const panel * p, const bool q4, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS],
+                         const int columns) {
+    const int steps = q4 ? GROUP_STEPS : Q6_K_STEPS, scaled = q4 ? GROUP_STEPS : 4; // with the same scale
+    __m256i   block[COLUMN_GROUP][PANELS], dots[COLUMN_GROUP][PANELS];
+    UNROLL for (int c = 0; c < columns; c++) {
+        UNROLL for (int k = 0; k < PANELS; k++) {
+            block[c][k] = _mm256_setzero_si256();
+        }
+    }
+    for (int s = 0; s < STEPS / scaled; s++) {
+        UNROLL for (int part = 0; part < scaled; part += steps) {
+            multiply_steps(p, 0, scaled * s + part, steps, x, n, columns, dots);
+            UNROLL for (int k = 0; k < PANELS; k++) {
+                const __m256i scale = _mm256_load_si256((const __m256i *) p[k].scales[s]);
+                UNROLL for (int c = 0; c < columns; c++) {
+                    block[c][k] = add_scaled(block[c][k], dots[c][k], scale);
+                }
+            }
+        }
+    }
+    const int pairs = q4 ? GROUPS / 2 : GROUPS;
+    UNROLL for (int c = 0; c < columns; c++) {
+        const q8_column * column = &x[c * n];
+        UNROLL for (int k = 0; k < PANELS; k++) {
+            __m256i less = _mm256_setzero_si256();
+            UNROLL for (int j = 0; j < pairs; j++) {
+                const __m256i two = _mm256_load_si256((const __m256i *) p[k].less[j]);
+                less = add_pairs(less, two, spread((q4 ? column->sums32 : column->sums16) + 2 * j));
+            }
+            const __m256 all   = _mm256_mul_ps(_mm256_cvtepi32_ps(block[c][k]), _mm256_load_ps(p[k].d));
+            const __m256 taken = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(less), _mm256_load_ps(p[k].less_d), all);
+            float *      sum   = sums[c] + PANEL * k;
+            _mm256_store_ps(sum, _mm256_fmadd_ps(taken, _mm256_set1_ps(column->d[0]), _mm256_load_ps(sum)));
+        }
+    }
+}
+
+// The same with Q8_0 or Q4_0
+INLINE void multiply_32(const panel * p, const bool q4, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS],
+                        const int columns) {
+    const int planes = q4 ? 1 : Q8_0_PLANES, middle = q4 ? -8 : -128;
+    __m256i   dots[COLUMN_GROUP][PANELS], whole[COLUMN_GROUP][PANELS];
+    for (int s = 0; s < GROUPS; s++) {
+        const __m256i taken = _mm256_set1_epi32(s % 2 ? (int32_t) ((uint32_t) middle << 16) : middle & 0xffff);
+        UNROLL for (int c = 0; c < columns; c++) { // the middle times the sum of the column's values
+            const __m256i less = _mm256_madd_epi16(taken, spread(x[c * n].sums32 + s / 2 * 2));
+            UNROLL for (int k = 0; k < PANELS; k++) {
+                whole[c][k] = less;
+            }
+        }
+        UNROLL for (int plane = 0; plane < planes; plane++) {
+            multiply_steps(p, plane, GROUP_STEPS * s, GROUP_STEPS, x, n, columns, dots);
+            UNROLL for (int c = 0; c < columns; c++) {
+                UNROLL for (int k = 0; k < PANELS; k++) {
+                    const __m256i scale = as_scale(_mm256_set1_epi32(plane ? 16 : 1));
+                    whole[c][k] = add_scaled(whole[c][k], dots[c][k], scale);
+                }
+            }
+        }
+        UNROLL for (int c = 0; c < columns; c++) {
+            const __m256 d = _mm256_broadcast_ss(&x[c * n].d[s]);
+            UNROLL for (int k = 0; k < PANELS; k++) {
+                const __m256 both = _mm256_mul_ps(d, _mm256_load_ps(p[k].factors[s]));
+                float *      sum  = sums[c] + PANEL * k;
+                _mm256_store_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[c][k]), both, _mm256_load_ps(sum)));
+            }
+        }
+    }
+}
+
+// A form of weights: how a block of a panel's rows is unpacked, and multiplied by at most COLUMN_GROUP columns
+typedef struct form {
+    size_t size; // bytes of 256 weights
+    void (* unpack)(const char * const * rows, panel * p);
+    void (* multiply)(const panel * p, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS], int64_t columns);
+} form;
+
+#define MULTIPLY(name, with, q4)                                                                             \
+    static void name(const panel * p, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS], int64_t columns) { \
+        switch (columns) {                                                                                   \
+            case 1: with(p, q4, x, n, sums, 1); break;                                                       \
+            case 2: with(p, q4, x, n, sums, 2); break;                                                       \
+            case 3: with(p, q4, x, n, sums, 3); break;                                                       \
+            case 4: with(p, q4, x, n, sums, 4); break;                                                       \
+        }                                                                                                    \
+    }
+MULTIPLY(multiply_q4_k, multiply_256, true)
+MULTIPLY(multiply_q6_k, multiply_256, false)
+MULTIPLY(multiply_q4_0, multiply_32, true)
+MULTIPLY(multiply_q8_0, multiply_32, false)
+#undef MULTIPLY
+
+static const form Q4_K = { sizeof(q4_k_block), unpack_q4_k, multiply_q4_k };
+static const form Q6_K = { sizeof(q6_k_block), unpack_q6_k, multiply_q6_k };
+static const form Q4_0 = { GROUPS * sizeof(q4_0_block), unpack_q4_0, multiply_q4_0 };
+static const form Q8_0 = { GROUPS * sizeof(q8_0_block), unpack_q8_0, multiply_q8_0 };
+
+// All panels of a task. Meanwhile the rows from `then` on are fetched from memory.
+static void multiply_columns(const form * f, const struct ggml_tensor * w, const q8_column * x, int64_t n_columns,
+                             int64_t first, int64_t then, float * out) {
+    const int64_t n = w->ne[0] / QUANT_BLOCK, n_groups = (n_columns + COLUMN_GROUP - 1) / COLUMN_GROUP;
+    const int64_t left = w->ne[1] - first < TASK_ROWS ? w->ne[1] - first : TASK_ROWS;
+    const int64_t used = (left + PANELS * PANEL - 1) / (PANELS * PANEL) * PANELS; // panels
+    panel         panels[TASK_PANELS];
+    float         sums[TASK_COLUMNS][TASK_ROWS] __attribute__((aligned(64)));
+    const char *  rows[TASK_ROWS];
+    for (int64_t i = 0; i < TASK_ROWS; i++) { // the last row for those that do not exist
+        rows[i] = (const char *) w->data + (size_t) (first + (i < left ? i : left - 1)) * w->nb[1];
+    }
+    memset(sums, 0, sizeof(sums[0]) * (size_t) n_columns);
+    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
+    const int64_t piece   = round_up(TASK_ROWS * (int64_t) f->size / (used + n_groups), LINE);
+    for (int64_t block = 0; block < n; block++) {
+        for (int64_t k = 0; k < used; k++, fetched += piece) {
+            fetch(fetched, piece);
+            f->unpack(rows + PANEL * k, &panels[k]);
+        }
+        for (int64_t i = 0; i < n_groups; i++, fetched += piece) {
+            fetch(fetched, piece);
+            const int64_t c = n_columns * i / n_groups, end = n_columns * (i + 1) / n_groups;
+            for (int64_t k = 0; k < used; k += PANELS) {
+                float (*to)[TASK_ROWS] = (float (*)[TASK_ROWS]) (sums[c] + PANEL * k);
+                f->multiply(panels + k, x + c * n + block, n, to, end - c);
+            }
+        }
+        for (int64_t i = 0; i < TASK_ROWS; i++) {
+            rows[i] += f->size;
+        }
+    }
+    for (int64_t c = 0; c < n_columns; c++) {
+        memcpy(out + c * w->ne[1] + first, sums[c], (size_t) left * sizeof(float));
+    }
+}
+
+static void multiply_columns_256(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
+                                 int64_t then, float * out) {
+    multiply_columns(w->type == GGML_TYPE_Q4_K ? &Q4_K : &Q6_K, w, x, n_columns, first, then, out);
+}
+
+static void multiply_columns_32(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
+                                int64_t then, float * out) {
+    multiply_columns(w->type == GGML_TYPE_Q4_0 ? &Q4_0 : &Q8_0, w, x, n_columns, first, then, out);
+}

@@ -1,0 +1,44 @@
+// The tiles of AMX in plain C, for kernels that are built with MLLAMA_AMX_EMULATED, see kernels/amx.h. An operation
+// that the processor would refuse ends the test.
+#pragma once
+
+#define AMX_CONFIGURE(tiles) amx_emulated_configure(tiles)
+#define AMX_RELEASE() amx_emulated_release()
+#define AMX_ZERO(t) amx_emulated_zero(t)
+#define AMX_LOAD(t, from, stride) amx_emulated_load(t, from, stride)
+#define AMX_STORE(t, to, stride) amx_emulated_store(t, to, stride)
+#define AMX_MULTIPLY_BF16(sums, rows, columns) amx_emulated_multiply_bf16(sums, rows, columns)
+#define AMX_MULTIPLY_INT8(sums, rows, columns) amx_emulated_multiply_int8(sums, rows, columns)
+
+void amx_emulated_configure(const amx_tiles * tiles);
+void amx_emulated_release(void);
+void amx_emulated_zero(int t);
+void amx_emulated_load(int t, const void * from, int64_t stride);
+void amx_emulated_store(int t, void * to, int64_t stride);
+void amx_emulated_multiply_bf16(int sums, int rows, int columns);
+void amx_emulated_multiply_int8(int sums, int rows, int columns);
+
+// What AVX-512 gives beside them
+void amx_emulated_widen(const ggml_fp16_t * from, float * to); // 16 values
+void amx_emulated_narrow(const float * from, bf16_pair * to);  // 32 values
+void amx_emulated_quantize(const float * x, int64_t n, void * out);
+void amx_emulated_multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end,
+                                  int64_t then, float * out);
+
+INLINE vf vmax(vf a, vf b) {
+    const vi mask = a > b;
+    return (vf) (((vi) a & mask) | ((vi) b & ~mask));
+}
+
+INLINE vf widen(const ggml_fp16_t * p) {
+    vf x;
+    amx_emulated_widen(p, (float *) &x);
+    return x;
+}
+
+INLINE void narrow_two(vf a, vf b, bf16_pair * to) {
+    float both[2 * LANES];
+    STORE(both, a);
+    STORE(both + LANES, b);
+    amx_emulated_narrow(both, to);
+}
