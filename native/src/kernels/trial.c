@@ -1,5 +1,6 @@
 // Trials: how fast a part of a kernel is on this processor, and whether it is right. Shapes are those of the 11B model,
-// with fewer columns, rows or heads, so that one computation takes a millisecond or two.
+// with fewer outputs, rows or heads, so that one computation takes a few milliseconds. There are as many columns as the
+// tasks of all tables take.
 #include "devices.h"
 #include "guard.h"
 #include "kernels/kernel.h"
@@ -10,10 +11,10 @@
 #include <time.h>
 
 enum {
-    EMBD = 1280, LINEAR_OUT = 192, LINEAR_COLUMNS = 4 * COLUMNS,              // a linear layer of the encoder
+    EMBD = 1280, LINEAR_OUT = 128, LINEAR_COLUMNS = 8 * COLUMNS,              // a linear layer of the encoder
     VISION_HEAD = 80, IMAGE_ROWS = 1601, IMAGE_KEYS = 1608,                   // a tile, and with its pads
     HEADS = 16, KV_HEADS = 4, TEXT_HEAD = 128, CACHE_ROWS = 500, PROMPT = 12, // the text's attention
-    TEXT_EMBD = 4096, ROWS_ALONE = 1024, ROWS_TOGETHER = 256, TOGETHER = 32,  // products, of one column and several
+    TEXT_EMBD = 4096, ROWS_ALONE = 1024, ROWS_TOGETHER = 64, TOGETHER = 128,  // products, of one column and several
     DISTINCT = 17,                                                            // rows of quantized weights
     MOST = 8,                                                                 // results of one trial
     RUNS = 2,                                                                 // at least
