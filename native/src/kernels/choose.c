@@ -12,7 +12,7 @@ typedef struct named {
     const char * name, * f32, * bf16, * quantized;
 } named;
 
-// The best first. Several may have the same name: the first of them that is supported counts.
+// The best first. Several may have the same name: the first of them that is supported, and needs no trial, counts.
 static const named NAMED[] = {
     { "amx", "avx512", "amx", "amx" },
     { "avx512bf16", "avx512", "avx512bf16", "vnni" },
@@ -55,15 +55,16 @@ static use tables_of(const named * entry, const cpu_table * parts[CPU_PARTS]) {
     return found;
 }
 
-// The first entry of this name that the processor supports; NULL: the first of any name that needs no trial
+// The first entry of this name that needs no trial, else the first one that the processor supports. name NULL: of any.
 static use find(const char * name, size_t length, const cpu_table * parts[CPU_PARTS]) {
     use best = NOT_BUILT;
-    for (int i = 0; i < N_NAMED; i++) {
+    for (int i = 0; i < N_NAMED && best < USABLE; i++) {
         if (!name || (strlen(NAMED[i].name) == length && strncmp(NAMED[i].name, name, length) == 0)) {
-            const use found = tables_of(&NAMED[i], parts);
-            best = found > best ? found : best;
-            if (found == USABLE || (name && found == AFTER_TRIAL)) {
-                return found;
+            const cpu_table * tables[CPU_PARTS];
+            const use         found = tables_of(&NAMED[i], tables);
+            if (found > best) {
+                best = found;
+                memcpy(parts, tables, sizeof(tables));
             }
         }
     }

@@ -131,8 +131,8 @@ typedef enum cpu_part {
     CPU_PARTS,
 } cpu_part;
 
-// What a part can be computed with. It has tables of one of the three kinds, or none: then its name is "ggml", for ggml's own
-// operations, or "f32", for BF16 weights that are widened.
+// What a part can be computed with. It has tables of one of the three kinds, or none: then its name is "ggml", for
+// ggml's own operations, or "f32", for BF16 weights that are widened.
 typedef struct cpu_table {
     const char *          name;
     bool               (* supported)(void); // by this processor
@@ -165,6 +165,9 @@ struct cpu_kernel {
     const cpu_f32 *       f32;          // GELU and erf; never NULL
     cpu_kernel *          next;         // of all kernels
 };
+
+// The table for products with weights of this type, or NULL
+const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights);
 
 // Entry `index` of the list of kernels of this build, the best first: its name, or NULL beyond the last. *kernel: NULL
 // where this processor does not have it.

@@ -5,10 +5,12 @@
 enum { ALIGNMENT = 64 }; // of columns; ggml aligns tensors to less
 
 const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
-    if (!kernel || !weight->buffer || weight->ne[0] % QUANT_BLOCK != 0 || !guard_is_host(weight->buffer)) {
-        return NULL;
-    }
-    switch (weight->type) {
+    const bool here = weight->buffer && weight->ne[0] % QUANT_BLOCK == 0 && guard_is_host(weight->buffer);
+    return kernel && here ? cpu_quantized_of(kernel, weight->type) : NULL;
+}
+
+const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights) {
+    switch (weights) {
         case GGML_TYPE_Q4_K:
         case GGML_TYPE_Q6_K: return kernel->quantized;
         case GGML_TYPE_Q8_0:

@@ -14,7 +14,7 @@ enum {
     EMBD = 1280, LINEAR_OUT = 128, LINEAR_COLUMNS = 8 * COLUMNS,              // a linear layer of the encoder
     VISION_HEAD = 80, IMAGE_ROWS = 1601, IMAGE_KEYS = 1608,                   // a tile, and with its pads
     HEADS = 16, KV_HEADS = 4, TEXT_HEAD = 128, CACHE_ROWS = 500, PROMPT = 12, // the text's attention
-    TEXT_EMBD = 4096, ROWS_ALONE = 1024, ROWS_TOGETHER = 64, TOGETHER = 128,  // products, of one column and several
+    TEXT_EMBD = 4096, TOGETHER = 128,                                         // products, of one column and several
     DISTINCT = 17,                                                            // rows of quantized weights
     MOST = 8,                                                                 // results of one trial
     RUNS = 2,                                                                 // at least
@@ -28,7 +28,7 @@ typedef struct trial {
     ggml_backend_t        backend;
     ggml_backend_buffer_t buffer;
     struct ggml_cgraph *  before, * timed; // what is packed or rounded once for many computations; the rest
-    struct ggml_tensor *  inputs[MOST], * results[MOST];
+    struct ggml_tensor *  inputs[2 * MOST], * results[MOST];
     int                   n_inputs, n_results;
     tasks *               tasks[MOST];
     int                   n_tasks;
@@ -36,7 +36,7 @@ typedef struct trial {
     cpu_attention         attention;
     cpu_cache_attention   caches[2];
     cpu_cache_item        items[2];
-    cpu_product           products[4];
+    cpu_product           products[MOST];
 } trial;
 
 // ---- input --------------------------------------------------------------------------------------------------------
@@ -144,17 +144,25 @@ static void add_cache_attention(trial * t) {
     }
 }
 
-static const enum ggml_type QUANTIZED[] = { GGML_TYPE_Q4_K, GGML_TYPE_Q6_K };
+// Types of weights, with the rows that are multiplied by a single column and by several: most files are Q4_K_M, of Q4_K
+// and some Q6_K. The others count little.
+static const struct {
+    enum ggml_type type;
+    int64_t        alone, together;
+} QUANTIZED[] = {
+    { GGML_TYPE_Q4_K, 1024, 64 }, { GGML_TYPE_Q6_K, 512, 32 }, { GGML_TYPE_Q8_0, 128, 20 }, { GGML_TYPE_Q4_0, 128, 20 },
+};
 
-// Of a single column and of several, with each type
-static void add_products(trial * t, bool own) {
-    for (int i = 0; i < 4; i++) {
-        const bool           alone = i % 2 == 0;
-        struct ggml_tensor * w = input(t, QUANTIZED[i / 2], TEXT_EMBD, alone ? ROWS_ALONE : ROWS_TOGETHER);
+static void add_products(trial * t) {
+    for (int i = 0; i < MOST; i++) {
+        const bool            alone = i % 2 == 0;
+        const enum ggml_type  type  = QUANTIZED[i / 2].type;
+        const cpu_quantized * with  = cpu_quantized_of(&t->kernel, type);
+        struct ggml_tensor * w = input(t, type, TEXT_EMBD, alone ? QUANTIZED[i / 2].alone : QUANTIZED[i / 2].together);
         struct ggml_tensor * x = input(t, GGML_TYPE_F32, TEXT_EMBD, alone ? 1 : TOGETHER);
-        t->products[i].with = t->kernel.quantized;
-        if (own) {
-            struct ggml_tensor * rounded = cpu_quantize_node(t->ctx, t->kernel.quantized, x);
+        t->products[i].with = with;
+        if (with) {
+            struct ggml_tensor * rounded = cpu_quantize_node(t->ctx, with, x);
             add(t, cpu_product_node(t->ctx, &t->products[i], w, rounded, x->ne[1]), 1, &t->products[i].tasks);
         } else {
             add(t, ggml_mul_mat(t->ctx, w, x), -1, NULL);
@@ -172,7 +180,7 @@ static void add_work(trial * t) {
             add_attention(t, kernel->bf16);
             break;
         case CPU_CACHE:     add_cache_attention(t); break;
-        default:            add_products(t, kernel->quantized); break;
+        default:            add_products(t); break;
     }
 }
 
