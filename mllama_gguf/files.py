@@ -61,7 +61,7 @@ class Kind:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             try:
                 return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and self.is_one(file)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return False
 
 
@@ -236,6 +236,7 @@ def replacing(
     *,
     durable: bool = False,
     overwrite: bool = True,
+    kind: Kind | None = None,
     wait: float = 30.0,
     mode: int = 0o666,
 ) -> Iterator[BinaryIO]:
@@ -244,6 +245,8 @@ def replacing(
     durable:   it survives a crash of the machine once the block has ended. In any case an old content goes
                only when the new one is on the disk
     overwrite: replace a file that exists by then; if not, only an empty one
+    kind:      of the file that may be replaced: what `check_output` found may be another file by then. None:
+               any
     wait:      seconds to wait for another process that writes the same file; two processes that read the old
                content in the block and write the new one do so one after the other
     mode:      permissions of a new file, less the umask
@@ -263,6 +266,7 @@ def replacing(
                 if not is_at(file.fileno(), temporary):
                     raise FileNotFoundError(errno.ENOENT, "it was removed while it was written")
                 if overwrite:
+                    _check_kind(target, kind)
                     os.replace(temporary, target)
                 else:
                     _publish(temporary, target)
@@ -280,12 +284,14 @@ def replacing(
         raise OSError(e.errno, os_reason(e), os.fspath(path)) from e
 
 
-def write_whole(path: AnyPath, content: str | bytes, *, durable: bool = False) -> None:
+def write_whole(
+    path: AnyPath, content: str | bytes, *, durable: bool = False, kind: Kind | None = None
+) -> None:
     """Write a file that is always the old or the new one; its folder is made if missing. Text becomes UTF-8.
-    Raises OSError."""
+    kind: as in `replacing`. Raises OSError."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, durable=durable) as file:
+    with replacing(path, durable=durable, kind=kind) as file:
         file.write(data)
 
 
@@ -300,6 +306,15 @@ def keep_attributes(target: Path, fd: int) -> bool:
             os.fchown(fd, info.st_uid, info.st_gid)
         os.fchmod(fd, stat.S_IMODE(info.st_mode) & 0o777)
     return info.st_size > 0
+
+
+def _check_kind(target: Path, kind: Kind | None) -> None:
+    """Raise OSError if a file with content is not of this kind by now."""
+    info = quiet_stat(target)
+    if kind is None or info is None or (stat.S_ISREG(info.st_mode) and not info.st_size):
+        return
+    if not stat.S_ISREG(info.st_mode) or not kind.fits(target):
+        raise FileExistsError(errno.EEXIST, f"it has become another file, which is no {kind.name}; it stays")
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import stat
+from typing import Any
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # A file may become a pipe between the look at it and its opening: that does not wait either.
@@ -49,6 +50,16 @@ def decode_text(data: bytes) -> str:
     """UTF-8, or UTF-16 that begins with a byte order mark, as editors on Windows write it. The mark of either
     is dropped. Raises UnicodeDecodeError."""
     return data.decode("utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, also for one that is nested too much for Python."""
+    import json  # not for every start of the command line
+
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise ValueError("it is nested too much") from e
 
 
 def can_be_file(path: str | os.PathLike[str]) -> bool:

@@ -68,6 +68,16 @@ def os_reason(error: OSError) -> str:
     return one_line(error.strerror or error)
 
 
+def signal_name(number: int) -> str:
+    """A signal in words: "SIGKILL", or "signal 37" for one that has no name."""
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def parse_size(words: str, what: str) -> int:
     """Bytes of "500 MB" (powers of 1000), "8GiB" or "8G" (powers of 1024), or a number.
 

@@ -289,6 +289,40 @@ def test_a_file_that_came_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(os, "link", no_links)
 
 
+def test_what_became_another_file_meanwhile_stays(tmp_path: Path) -> None:
+    """The work may have taken hours since `check_output` allowed the output."""
+    kind, path = Kind.begins_with("thing", b"THING"), tmp_path / "x"
+    others: list[Callable[[], object]] = [
+        lambda: path.write_bytes(b"notes"),
+        lambda: (path.unlink(), path.mkdir()),
+        lambda: (path.unlink(), os.mkfifo(path)),
+        lambda: (path.unlink(), path.symlink_to(tmp_path / "notes")),
+    ]
+    (tmp_path / "notes").write_bytes(b"notes")
+    for other in others:
+        path.write_bytes(b"THING old")
+        check_output(path, kind, overwrite=True)
+        with (
+            pytest.raises(FileExistsError, match="has become another file, which is no thing; it stays"),
+            replacing(path, kind=kind) as file,
+        ):
+            file.write(b"THING new")
+            other()
+        assert not list(tmp_path.glob(".mllama*"))
+        if path.is_dir():
+            path.rmdir()
+        else:
+            assert not path.is_file() or path.read_bytes() == b"notes"
+            path.unlink()
+    assert (tmp_path / "notes").read_bytes() == b"notes"
+    for fine in (b"THING other", b""):
+        path.write_bytes(b"THING old")
+        with replacing(path, kind=kind) as file:
+            file.write(b"THING new")
+            path.write_bytes(fine)
+        assert path.read_bytes() == b"THING new"
+
+
 # ---- temporary files ---------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import Aborted
 from ..waiting import POLL_SECONDS
+from ..words import signal_name
 from .base import RELEASES
 from .callbacks import Callbacks
 from .types import Tap
@@ -171,7 +171,7 @@ class Process:
             case ("end",):
                 self.kill()
                 code = self._child.returncode
-                how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                how = signal_name(-code) if code < 0 else f"exit code {code}"
                 raise ProcessLost(self._dying or f"the child process ended with {how}")
 
     def _send(self, message: tuple[Any, ...]) -> None:

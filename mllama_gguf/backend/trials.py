@@ -12,7 +12,6 @@ import json
 import logging
 import platform
 import re
-import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from ..reading import read_text
-from ..words import os_reason
+from ..reading import parse_json, read_text
+from ..words import os_reason, signal_name
 from .library import load
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Record:
         return value
 
     def _read(self) -> dict[str, Any]:
-        content = json.loads(read_text(self.path))
+        content = parse_json(read_text(self.path))
         if content["version"] != self._version:
             return {}
         trials = content["trials"]
@@ -154,12 +153,5 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
         reason = os_reason(e) if isinstance(e, OSError) else str(e)
         return Ended(b"", None, f"its process cannot be started: {reason}")
     if done.returncode < 0:
-        return Ended(done.stdout, None, f"its process ended with {_signal_name(-done.returncode)}")
+        return Ended(done.stdout, None, f"its process ended with {signal_name(-done.returncode)}")
     return Ended(done.stdout, done.returncode, f"its process ended with exit code {done.returncode}")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

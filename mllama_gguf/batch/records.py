@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, BinaryIO
 
 from ..errors import RequestError
-from ..reading import open_regular
+from ..reading import open_regular, parse_json
 from ..words import as_json, one_line, os_reason, show_name
 from .choices import Existing
 
@@ -72,7 +71,7 @@ class Jsonl:
         """Whether this is a whole record; the line end may be missing."""
         try:
             return bool(self.read(line.decode("utf-8", "surrogateescape")))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError):
             return False
 
     def line(self, record: Record) -> bytes:
@@ -84,8 +83,8 @@ class Jsonl:
         return as_json(values).encode() + b"\n"
 
     def read(self, text: str) -> list[Record]:
-        """The records of whole lines. Raises ValueError, TypeError, RecursionError."""
-        return [_record(json.loads(line)) for line in text.split("\n") if line]
+        """The records of whole lines. Raises ValueError, TypeError."""
+        return [_record(parse_json(line)) for line in text.split("\n") if line]
 
 
 class Csv:
@@ -141,7 +140,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
         whole = len(data)
     try:
         return last_of_each(form.read(data[:whole].decode("utf-8", "surrogateescape")))
-    except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as e:
+    except (ValueError, TypeError, KeyError, csv.Error) as e:
         raise RequestError(f"{show_name(path)}: is no file of captions ({one_line(e)})") from e
 
 
@@ -149,7 +148,7 @@ def _begins(file: BinaryIO, form: Jsonl | Csv) -> bool:
     file.seek(0)
     try:
         return form.is_one(file)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         return False
 
 
@@ -165,8 +164,8 @@ def _record(values: Any) -> Record:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return False
     return True
 

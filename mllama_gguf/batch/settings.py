@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import MllamaError, RequestError
 from ..files import write_whole
-from ..reading import open_regular
+from ..reading import open_regular, parse_json
 from ..store.resolve import ModelFiles
 from ..words import as_json, brief, os_reason, show_name
 from .captions import CaptionOptions
@@ -114,7 +114,7 @@ class SettingsFile:
         """What an earlier run left; None if there is nothing. Raises RequestError for a file of others."""
         try:
             with open_regular(self.path) as file:
-                words = json.loads(file.read(_LARGEST))
+                words = parse_json(file.read(_LARGEST))
             if words["is"] != _MARK:
                 raise ValueError
             kept = KeptSettings(dict(words["settings"]), float(words["looked"]))
@@ -122,7 +122,7 @@ class SettingsFile:
             return None
         except OSError as e:
             raise RequestError(f"{show_name(self.path)}: {os_reason(e)}") from e
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
+        except (ValueError, TypeError, KeyError, OverflowError) as e:
             raise RequestError(
                 f"{show_name(self.path)}: the settings of the run are kept in a file of this name, which "
                 "is something else; move it away"

@@ -187,7 +187,7 @@ class Talk:
                 for turn in self.turns
             ],
         }
-        with replacing(target, overwrite=is_own) as file:
+        with replacing(target, overwrite=is_own, kind=SAVED) as file:
             file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
         self._saved[target] = _stamp(target)
         return target

@@ -101,7 +101,7 @@ def attend_command(
         about = PngInfo()
         about.add_text("Software", PROGRAM)
         drawing = draw(found, whole, words, prompt)
-        write_output(output, partial(drawing.save, format="PNG", pnginfo=about), overwrite)
+        write_output(output, partial(drawing.save, format="PNG", pnginfo=about), overwrite, MAP)
     if as_json:
         echo_json(as_dict(found, words))
     else:

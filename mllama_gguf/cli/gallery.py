@@ -84,7 +84,7 @@ def gallery_command(
                 bar.advance(failed=failed)
 
         try:
-            with replacing(output, overwrite=overwrite) as file:
+            with replacing(output, overwrite=overwrite, kind=KIND) as file:
                 beside = target.parent if links else None
                 write_page(file, entries, title=title, side=side, beside=beside, progress=progress)
         except OSError as e:

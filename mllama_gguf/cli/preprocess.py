@@ -119,7 +119,7 @@ def _run(
             **limits,
         )
         if out is not None:
-            write_output(out, partial(save_npy, values=tiled.pixels), overwrite)
+            write_output(out, partial(save_npy, values=tiled.pixels), overwrite, PIXELS)
         if folder is not None:
             _write_tiles(folder, _unused_stem(image, used_names), tiled, inputs, overwrite)
         shown = _shortened(image)
@@ -165,10 +165,11 @@ def save_npy(file: BinaryIO, values: npt.NDArray[np.float32]) -> None:
     file.write(values.data)
 
 
-def write_output(path: str | Path, write: Callable[[BinaryIO], object], overwrite: bool) -> None:
-    """Call `write` with a file that becomes `path` only when it is complete. Raises MllamaError."""
+def write_output(path: str | Path, write: Callable[[BinaryIO], object], overwrite: bool, kind: Kind) -> None:
+    """Call `write` with a file that becomes `path` only when it is complete. overwrite, kind: as in
+    `check_output`. Raises MllamaError."""
     try:
-        with replacing(path, overwrite=overwrite) as file:
+        with replacing(path, overwrite=overwrite, kind=kind) as file:
             write(file)
     except OSError as e:
         raise cannot_write(path, e) from e
@@ -188,9 +189,9 @@ def _write_tiles(folder: Path, stem: str, tiled: TiledImage, inputs: Sequence[st
     about.add_text("Software", PROGRAM)
     for index, path in enumerate(paths):
         tile = tiled.tile_picture(index)
-        write_output(path, partial(tile.save, format="PNG", pnginfo=about), overwrite)
+        write_output(path, partial(tile.save, format="PNG", pnginfo=about), overwrite, TILE)
     whole = TileDrawing(tiled).image
-    write_output(drawing, partial(whole.save, format="PNG", pnginfo=about), overwrite)
+    write_output(drawing, partial(whole.save, format="PNG", pnginfo=about), overwrite, TILE)
 
 
 def _unused_stem(image: str, used: set[str]) -> str:

@@ -88,7 +88,7 @@ def trace_command(
             stem = re.sub(r"[^\w.-]", "_", tensor.name)
             path = folder / f"{stem}.{tensor.number}.npy"
             check_output(path, kind, inputs=inputs, overwrite=overwrite)
-            write_output(path, lambda file: save_npy(file, tensor.values), overwrite)
+            write_output(path, lambda file: save_npy(file, tensor.values), overwrite, kind)
 
     with open_chosen(choice) as model:
         trace(model, image, show, prompt=prompt, pattern=tensors)

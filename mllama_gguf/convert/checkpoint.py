@@ -8,7 +8,6 @@ Format: https://github.com/huggingface/safetensors (README, "Format")
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -20,8 +19,8 @@ import numpy as np
 
 from ..errors import ModelError
 from ..gguf.writer import GGUF
-from ..reading import open_regular, read_text
-from ..words import os_reason
+from ..reading import open_regular, parse_json, read_text
+from ..words import one_line, os_reason
 from .others import check_folder_kind, check_not_quantized
 
 SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
@@ -44,11 +43,11 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ModelError(f"{path}: cannot be read as JSON: {e}") from e
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: cannot be read as JSON: {one_line(e)}") from e
     if not isinstance(value, dict):
         raise ModelError(f"{path}: a JSON object is expected, not {type(value).__name__}")
     return value
@@ -63,7 +62,7 @@ def _read_safetensors_header(path: Path) -> dict[str, Source]:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
                 raise ModelError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            header = json.loads(f.read(length))
+            header = parse_json(f.read(length))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except OSError as e:

@@ -104,12 +104,12 @@ def _in_order(jobs: Iterator[Job], n_threads: int) -> Generator[Array]:
 def new_gguf(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """A file to write a GGUF to, which appears under its name when it is whole; see `files.replacing`.
 
-    Raises MllamaError if it cannot be written, if another process is writing it, and without `overwrite` also
-    if a file came into being there after `files.check_output` allowed it.
+    Raises MllamaError if it cannot be written, if another process is writing it, and and if another
+    file came into being there after `files.check_output` allowed it.
     """
     remove_leftovers(Path(os.path.realpath(path)).parent)  # of another output, tens of gigabytes perhaps
     try:
-        with replacing(path, overwrite=overwrite, wait=0) as out:
+        with replacing(path, overwrite=overwrite, kind=GGUF, wait=0) as out:
             yield out
     except OSError as e:
         raise cannot_write(path, e) from e

@@ -82,7 +82,7 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     target = check_output(path, _MANIFEST, overwrite=True)
     blobs = (*manifest.small, *manifest.blobs)
     _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
-    with _writing(path), replacing(target) as file:  # last: it says that its blobs are there
+    with _writing(path), replacing(target, kind=_MANIFEST) as file:  # last: it says that its blobs are there
         file.write(words)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import MllamaError
+from ..words import signal_name
 
 
 class PointFailed(MllamaError):
@@ -43,8 +43,7 @@ def run_point(function: str, request: Mapping[str, Any], timeout: float) -> Any:
             process.kill()
             raise
     if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        raise PointFailed(f"killed by {name}{_last_words(err)}")
+        raise PointFailed(f"killed by {signal_name(-process.returncode)}{_last_words(err)}")
     try:
         reply = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from ..cpus import usable_cpus
 from ..files import Kind, check_folder, check_output, replacing
-from ..reading import open_regular, read_text
+from ..reading import open_regular, parse_json, read_text
 from ..settings import Settings
 from ..words import one_line
 
@@ -80,7 +80,7 @@ def check_tuned() -> None:
 
 
 def _is_tuned(file: BinaryIO) -> bool:
-    content = json.load(file)
+    content = parse_json(file.read())
     return isinstance(content, dict) and {"version", "tuned"} <= set(content)
 
 
@@ -103,7 +103,7 @@ def write_tuned(key: str, settings: Mapping[str, Any], about: Mapping[str, Any])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(read_text(path))
+    content = parse_json(read_text(path))
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"not a file of version {VERSION}")
     tuned = content.get("tuned")

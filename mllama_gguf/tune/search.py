@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from ..errors import MllamaError, RequestError
 from ..files import AnyPath, Kind, cannot_write, check_folder, check_output, replacing, write_whole
-from ..reading import read_regular, read_text
+from ..reading import parse_json, read_regular, read_text
 from .process import PointFailed, run_point
 from .saved import TUNED, head_sha256
 
@@ -170,7 +170,7 @@ class Results:
     def _read(self) -> None:
         another = f"give another folder, or --fresh to measure again ({self.json_path})"
         try:
-            content = json.loads(read_text(self.json_path))
+            content = parse_json(read_text(self.json_path))
             points = [Point(**point) for point in content["points"]]
             same = (content["version"], content["key"]) == (VERSION, self._key)
         except (ValueError, KeyError, TypeError) as e:
@@ -198,9 +198,9 @@ class Results:
             "points": [asdict(point) for point in self.points],
         }
         text = json.dumps(content, indent=1) + "\n"
-        for path, words in ((self.json_path, text), (self.csv_path, self._csv())):
+        for path, words, kind in ((self.json_path, text, _JSON), (self.csv_path, self._csv(), _CSV)):
             try:
-                write_whole(path, words)
+                write_whole(path, words, kind=kind)
             except OSError as e:
                 raise cannot_write(path, e) from e
 
@@ -324,10 +324,7 @@ def _layer_counts(choice: Range, results: Results, current: Mapping[str, Any]) -
 
 def _is_json(file: BinaryIO) -> bool:
     """Whether a file is the tune.json of a run of tune."""
-    try:
-        content = json.load(file)
-    except RecursionError:
-        return False
+    content = parse_json(file.read())
     return isinstance(content, dict) and {"version", "key", "points"} <= set(content)
 
 
@@ -372,7 +369,7 @@ def draw_plot(points: Sequence[Point], path: Path, title: str) -> None:
     if good:
         memory.legend()
     try:
-        with replacing(path) as file:
+        with replacing(path, kind=PLOT) as file:
             canvas.print_figure(file, dpi=120, format="png", metadata={"Software": PROGRAM})
     except OSError as e:
         raise cannot_write(path, e) from e

@@ -27,7 +27,7 @@ def test_a_file_that_becomes_shorter(path: Path, size: int) -> None:
     with Mllama(path, n_ctx=64, isolate=True) as model:
         expected = model.logits([1, 2])
         os.truncate(path, size)
-        with pytest.raises(BackendError, match="signal SIGBUS; the next call starts a new process"):
+        with pytest.raises(BackendError, match="SIGBUS; the next call starts a new process"):
             model.logits([1, 2])
         with pytest.raises(ModelError, match=r"model\.gguf: "):
             model.logits([1, 2])
