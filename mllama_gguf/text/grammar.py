@@ -107,7 +107,11 @@ def json_schema(schema: Any) -> Grammar:
 
     Raises RequestError for a schema that cannot be obeyed.
     """
+    from .validation import check_schema
+
     obeyed = {**readable(schema), "x-guidance": _JSON_OPTIONS}
+    if schema is not True:
+        check_schema(schema)
     return Grammar("json", json.dumps({"grammars": [{"json_schema": obeyed}]}), schema)
 
 

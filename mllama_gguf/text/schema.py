@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import RequestError
 from ..words import brief
@@ -76,8 +77,7 @@ class _Reader:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._weight = self._text = 0
-        name = root.get("$schema")
-        self._draft = _DRAFTS.get(name.rstrip("#"), _LATEST) if isinstance(name, str) else _LATEST
+        self._draft = _draft(root, _LATEST)
         self._id_keyword = "id" if self._draft == 4 else "$id"
         address = root.get(self._id_keyword)
         self._pointers = Pointers(root, address.rstrip("#") if isinstance(address, str) else "")
@@ -139,6 +139,8 @@ class _Reader:
                 raise RequestError(f"{name!r} cannot be obeyed")
             if name in _TEXTS and not isinstance(value, str):
                 raise RequestError(f"{name!r} must be a text, not {brief(value)}")
+        if node is not self._root and _draft(node, self._draft) != self._draft:
+            raise RequestError("'$schema' of another draft than the whole schema's cannot be obeyed")
         address = node.get(self._id_keyword)
         if isinstance(address, str) and not address.startswith("#") and node is not self._root:
             self._has_inner_address = True
@@ -326,6 +328,17 @@ class _Reader:
         self._weight += weight
         if self._weight > MAX_WEIGHT:
             raise RequestError("too many schemas and values")
+
+
+def _draft(schema: Mapping[str, Any], default: int) -> int:
+    """The draft that a schema names, read as jsonschema reads it; else the default."""
+    name = schema.get("$schema")
+    if not isinstance(name, str):
+        return default
+    try:
+        return _DRAFTS.get(urlsplit(name).geturl(), default)
+    except ValueError as e:
+        raise RequestError(f"'$schema' {brief(name)} is no address") from e
 
 
 def _counted(name: str) -> Callable[[_Reader, Mapping[str, Any], dict[str, Any]], None]:

@@ -8,15 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..errors import RequestError
 from ..words import brief
 
+MAX_STOPS_TEXT = 10_000  # characters of all stop strings together: each token is compared with all of them
+
 
 def stop_list(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The stop strings of an option. Raises RequestError for empty ones and for other types."""
+    """The stop strings of an option. Raises RequestError for empty ones, other types, and too much text."""
     if stop is None:
         return ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (None,)
     if isinstance(stop, (bytes, Mapping)) or any(not isinstance(s, str) or not s for s in stops):
         raise RequestError(
             f"stop must be a string or a list of strings, none of them empty; not {brief(stop)}"
+        )
+    n_characters = sum(map(len, stops))
+    if n_characters > MAX_STOPS_TEXT:
+        raise RequestError(
+            f"stop has {n_characters} characters in all its strings; {MAX_STOPS_TEXT} are allowed"
         )
     return tuple(str(s) for s in stops)
 
@@ -62,6 +69,7 @@ class TextStream:
         """Length of the longest end of the text that is the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for n in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-n:]) for stop in self._stops):
+            end = self._held[-n:]
+            if any(len(stop) > n and stop.startswith(end) for stop in self._stops):
                 return n
         return 0

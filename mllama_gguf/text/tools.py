@@ -16,6 +16,7 @@ from ..checks import Switch, checked
 from ..errors import RequestError
 from ..words import brief
 from .grammar import Grammar, json_schema
+from .pointers import is_list
 
 MAX_TOOLS = 128
 _CHOICES = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
@@ -57,9 +58,7 @@ class Tools:
                         "type": "object",
                         "properties": {
                             "name": {"const": function["name"]},
-                            "parameters": _moved(
-                                _parameters(function), f"#/anyOf/{index}/properties/parameters"
-                            ),
+                            "parameters": _inner(function, f"#/anyOf/{index}/properties/parameters"),
                         },
                         "required": ["name", "parameters"],
                         "additionalProperties": False,
@@ -176,9 +175,25 @@ def _tool(where: str, tool: Any) -> dict[str, Any]:
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object."""
+    """The schema of a tool's arguments, which are an object. Raises RequestError for another."""
     given = function.get("parameters")
-    return {"type": "object", **given} if given else {"type": "object", "additionalProperties": False}
+    if not given:
+        return {"type": "object", "additionalProperties": False}
+    types = given.get("type", "object")
+    if types != "object" and not (is_list(types) and "object" in types):
+        raise RequestError(f"'type' must be 'object', not {brief(types)}")
+    return {**given, "type": "object"}
+
+
+def _inner(function: Mapping[str, Any], place: str) -> Any:
+    """The schema of a tool's arguments, for that place of a larger one, which has the latest draft."""
+    schema = _moved(_parameters(function), place)
+    return {name: value for name, value in schema.items() if name != "$schema"}
+
+
+# Keywords that hold values, and those that hold schemas by names, of which "$ref" may be one.
+_VALUES = frozenset(("const", "enum", "default", "example", "examples"))
+_NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -187,9 +202,12 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    return {
-        name: f"{place}{value[1:]}"
-        if name == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, place)
-        for name, value in schema.items()
-    }
+    moved: dict[Any, Any] = {}
+    for name, value in schema.items():
+        if name == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[name] = f"{place}{value[1:]}"
+        elif name in _NAMED and isinstance(value, Mapping):
+            moved[name] = {key: _moved(one, place) for key, one in value.items()}
+        else:
+            moved[name] = value if name in _VALUES else _moved(value, place)
+    return moved

@@ -1,13 +1,58 @@
-"""Whether a reply is JSON of a schema."""
+"""Whether a schema is one, and whether a reply is JSON of it: by jsonschema."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import RequestError
-from ..words import one_line
+from ..words import brief, one_line
+from .pointers import is_list
+
+MAX_CHECKED = 1000  # values in a schema; jsonschema takes 0.1 ms for each
+_DEEPEST = 60
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Raise RequestError for a schema that its draft does not allow, as `jsonschema.validate` does before it
+    looks at anything: also for keywords without effect on a reply. Of a large one, which takes jsonschema
+    seconds, nothing is said.
+
+    schema: lists may be tuples
+    """
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    try:
+        plain = _plain(schema, [MAX_CHECKED], 0)
+    except OverflowError:
+        return
+    try:
+        # A default of its own: else a draft that is not known is a warning.
+        kind = validator_for(plain, default=Draft202012Validator)
+        kind.check_schema(plain)
+        for _ in kind(plain).iter_errors(None):  # addresses that cannot be read
+            break
+    except SchemaError as e:
+        where = "/".join(["#", *map(str, e.absolute_path)])
+        raise RequestError(f"JSON schema at {brief(where, 120)}: is not valid: {one_line(e.message)}") from e
+    except RecursionError:
+        return
+    except Exception as e:  # of no common class
+        raise RequestError(f"JSON schema: cannot be used by jsonschema: {one_line(e)}") from e
+
+
+def _plain(value: Any, rest: list[int], depth: int) -> Any:
+    """A copy of dicts and lists. rest: how many values it may have, counted down. Raises OverflowError."""
+    rest[0] -= 1
+    if rest[0] < 0 or depth > _DEEPEST:
+        raise OverflowError
+    if isinstance(value, Mapping):
+        return {name: _plain(item, rest, depth + 1) for name, item in value.items()}
+    if is_list(value):
+        return [_plain(item, rest, depth + 1) for item in value]
+    return value
 
 
 def check(text: str, schema: Any) -> None:
@@ -29,9 +74,9 @@ def check(text: str, schema: Any) -> None:
 
 
 def _errors(value: Any, schema: dict[str, Any]) -> Iterator[Any]:
-    from jsonschema.validators import extend, validator_for
+    from jsonschema.validators import Draft202012Validator, extend, validator_for
 
-    kind = validator_for(schema)
+    kind = validator_for(schema, default=Draft202012Validator)
     without = {"pattern": _nothing, "patternProperties": _nothing}
     additional = kind.VALIDATORS["additionalProperties"]
 

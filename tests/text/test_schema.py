@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,11 @@ OBEYED: list[dict[str, Any]] = [
     {"type": "object", "required": ["x", "y"], "additionalProperties": {"type": "boolean"}},
     {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"const": 1}], "additionalItems": False},
     {"$schema": "http://json-schema.org/draft-04/schema", "minimum": 0, "exclusiveMinimum": True},
+    {"$schema": "HTTP://json-schema.org/draft-07/schema#", "type": "array", "items": {"const": 1},
+     "prefixItems": [{"const": 2}], "minItems": 1, "maxItems": 2},
+    {"$schema": "http://json-schema.org/draft-07/schema##", "$ref": "#/definitions/a", "type": "null",
+     "definitions": {"a": {"type": ["string", "null"]}}},
+    {"items": {"$schema": "https://json-schema.org/draft/2020-12/schema", "const": 1}, "maxItems": 2},
     {"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "#/definitions/a", "type": "null",
      "definitions": {"a": {"type": "boolean"}}},
     {"$id": "https://host/s", "$ref": "https://host/s#/$defs/a~1b", "$defs": {"a/b": {"const": 3}}},
@@ -167,6 +173,20 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "const": 5}, "Unsatisfiable"),
     ({"type": "string", "pattern": "^ab$", "maxLength": 1}, "no text has its pattern"),
     ({"type": "object", "required": ["a"], "additionalProperties": False}, "property 'a' is unsatisfiable"),
+    ({"type": "null", "examples": 5}, "#/examples.*is not valid"),
+    ({"type": "null", "readOnly": "x"}, "#/readOnly.*is not valid"),
+    ({"type": "null", "$defs": {"never": {"type": 5}}}, "#/\\$defs/never/type.*is not valid"),
+    ({"type": "null", "uniqueItems": 0}, "is not valid"),
+    ({"type": "null", "then": 5}, "is not valid"),
+    ({"type": "null", "$anchor": "1 2"}, "is not valid"),
+    ({"type": "null", "$id": "#x"}, "is not valid"),
+    ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, "#/exclusiveMinimum.*is not valid"),
+    ({"$schema": "http://json-schema.org/draft-04/schema#", "enum": [1, 1]}, "non-unique"),
+    ({"$schema": "http://json-schema.org/draft-04/schema#", "required": []}, "non-empty"),
+    ({"$schema": "http://json-schema.org/draft-04/schema#", "properties": {"a": True}}, "is not valid"),
+    ({"$schema": "http://[", "type": "null"}, "is no address"),
+    ({"items": {"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{"const": 1}]}},
+     "#/items.*of another draft"),
     ([], "a JSON schema is an object"),
     (False, "a JSON schema is an object"),
     ("{}", "a JSON schema is an object"),
@@ -199,6 +219,20 @@ def test_too_large_schemas_are_refused() -> None:
     ):
         with pytest.raises(RequestError, match=words):
             readable(schema)
+
+
+def test_large_and_circular_schemas_are_not_checked_for_ever() -> None:
+    """jsonschema would go through the same definition again and again."""
+    twice: Any = {"type": "null"}
+    for _ in range(40):
+        twice = {"anyOf": [twice, twice]}
+    circular: dict[str, Any] = {"type": "null"}
+    circular["not"] = circular
+    begin = time.process_time()
+    json_schema({"type": "null", "$defs": {"a": twice, "b": circular}, "default": circular})
+    json_schema({"type": "null", "$defs": {f"d{i}": {"type": "null"} for i in range(5000)}})
+    assert time.process_time() - begin < 2.0
+    assert json_schema({"anyOf": ({"const": 1}, {"enum": (2, 3)})}).is_json  # tuples are lists
 
 
 def test_numbers_are_narrowed_inwards_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -64,3 +65,17 @@ def test_stop_list() -> None:
     for wrong in ("", ["a", ""], [1]):
         with pytest.raises(RequestError, match="stop"):
             stop_list(wrong)  # type: ignore[arg-type]
+
+
+def test_stop_strings_are_bounded() -> None:
+    """Each token is compared with all of them: a request with a million would stop everybody else's."""
+    assert len(stop_list(["ab"] * 5000)) == 5000
+    for much in (["ab"] * 5001, "x" * 10_001, [f"{i:06}" for i in range(100_000)]):
+        with pytest.raises(RequestError, match=r"stop has .* 10000 are allowed"):
+            stop_list(much)
+    stream = TextStream(["a" * 9000 + "b", *("c" for _ in range(999))])
+    begin = time.process_time()
+    for _ in range(60):
+        assert stream.feed(b"a" * 100) == ""
+    assert time.process_time() - begin < 3.0
+    assert stream.finish() == "a" * 6000

@@ -91,6 +91,36 @@ def test_a_schema_that_cannot_be_obeyed_is_named() -> None:
         read_tools([tool("f", unique)], "required").grammar()
 
 
+@pytest.mark.parametrize("kind", ["string", ["string", "null"], "nothing"])
+def test_arguments_that_are_no_object_cannot_be_required(kind: Any) -> None:
+    with pytest.raises(RequestError, match=r"tool 'f': its parameters: 'type' must be 'object'"):
+        read_tools([tool("f", {"type": kind})], "required").grammar()
+
+
+def test_a_schema_keeps_its_values_where_it_is_moved(tiny_files: Callable[[str], TinyFiles]) -> None:
+    """What only looks like a reference is none; a draft of its own has no effect elsewhere."""
+    vocab = Vocab(tiny_files("gqa").text)
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": ["object", "null"],
+        "properties": {
+            "a": {"const": {"$ref": "#/b"}},
+            "$ref": {"enum": ["#/c"]},
+            "d": {"$ref": "#/definitions/const"},
+        },
+        "required": ["a", "$ref", "d"],
+        "additionalProperties": False,
+        "definitions": {"const": {"const": 5, "default": {"$ref": "#"}}},
+    }
+    tools = read_tools([tool("f", schema)], "required")
+    grammar = tools.grammar()
+    assert grammar is not None
+    text = draw(vocab, grammar, random.Random(1), closing_tokens(vocab))
+    assert text is not None
+    assert find_calls(text, tools.names) == [("f", {"a": {"$ref": "#/b"}, "$ref": "#/c", "d": 5})]
+    jsonschema.validate(find_calls(text, tools.names)[0][1], schema)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_calls_that_are_required_fit_the_schemas(tiny_files: Callable[[str], TinyFiles], seed: int) -> None:
     vocab = Vocab(tiny_files("gqa").text)
