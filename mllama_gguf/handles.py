@@ -44,6 +44,24 @@ class FoundOnce(Generic[R]):
         return one.__dict__.setdefault(self._name, self._find(one))  # type: ignore[no-any-return]
 
 
+class ModuleLock:
+    """A lock of a module, which lives as long as Python. A forked process has it free: the thread that held
+    it is not there, and would be waited for without an end."""
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class OneProcess:
     """Base of objects that are used only in the process that made them, and never copied."""
 

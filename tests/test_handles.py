@@ -6,18 +6,21 @@ import copy
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import TinyFiles, elsewhere, noisy_image
 
+import mllama_gguf
 from mllama_gguf import Mllama, MllamaError, RequestError
 from mllama_gguf.errors import CopyError
 from mllama_gguf.handles import FoundOnce, Handle, OneProcess, finalize
@@ -434,3 +437,52 @@ def test_what_is_found_once_needs_no_lock() -> None:
         go.set()
         thread.join()
     assert shared.value == 5 and shared.found == 1
+
+
+def test_a_lock_of_a_module_is_free_in_a_child() -> None:
+    """Whoever held it is not there."""
+    from mllama_gguf.backend import library, precision
+    from mllama_gguf.batch import xmp
+    from mllama_gguf.text import aside
+    from mllama_gguf.vision import decoding
+
+    locks = [
+        library._loading,
+        precision._lock,
+        xmp._registry,
+        aside._starting,
+        decoding._quiet._lock,
+        decoding._unlimited._lock,
+    ]
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            go.wait(FORK_SECONDS)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(FORK_SECONDS)
+
+        def child() -> None:
+            for lock in locks:
+                with lock:
+                    pass
+            assert aside.aside(lambda: 5, name="five") == 5
+
+        assert in_fork(child) == 0
+    finally:
+        go.set()
+        thread.join()
+
+
+def test_every_lock_of_a_module_is_such_a_one() -> None:
+    """But for the server's: it is never forked."""
+    package = Path(mllama_gguf.__file__).parent
+    for path in sorted(set(package.rglob("*.py")) - set((package / "server").iterdir())):
+        for line in path.read_text("utf-8").splitlines():
+            assert not re.match(r"_?\w+ = threading\.(R?Lock|Condition)\(", line), f"{path}: {line}"

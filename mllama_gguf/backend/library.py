@@ -31,6 +31,7 @@ from ..errors import (
     OutOfMemoryError,
     RequestError,
 )
+from ..handles import ModuleLock
 from ..words import one_line
 
 logger = logging.getLogger("mllama_gguf.native")
@@ -91,15 +92,7 @@ class Native:
 
 
 _loaded: Native | None = None
-_loading = threading.Lock()
-
-
-def _unlock_in_child() -> None:
-    global _loading
-    _loading = threading.Lock()  # the thread that held it is not in the forked process
-
-
-os.register_at_fork(after_in_child=_unlock_in_child)
+_loading = ModuleLock()
 
 
 def load() -> Native:

@@ -7,10 +7,10 @@ F32 are asked for in the graphs, by libmllama.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 
 from ..errors import RequestError
+from ..handles import ModuleLock
 from ..settings import Precision
 
 # Vulkan: no arithmetic in F16, no matrix units, no products of bytes, which all round. cuBLAS: no TF32.
@@ -21,7 +21,7 @@ _EXACT = {
     "GGML_VK_DISABLE_INTEGER_DOT_PRODUCT": "1",
     "NVIDIA_TF32_OVERRIDE": "0",
 }
-_lock = threading.Lock()
+_lock = ModuleLock()
 _begun: Precision | None = None
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from ..handles import ModuleLock
 from ..reading import decode_text
 
 _X = "adobe:ns:meta/"
@@ -31,7 +31,7 @@ _NO_XML = re.compile("[^\t\n\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TEXTS = ("description", "caption", "summary", "text", "title")
 _TAGS = ("tags", "keywords")
 
-_registry = threading.Lock()  # of prefixes, which ElementTree keeps for the whole process
+_registry = ModuleLock()  # of prefixes, which ElementTree keeps for the whole process
 
 
 class XmpError(ValueError):

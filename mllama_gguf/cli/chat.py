@@ -111,6 +111,15 @@ def _answer_one(talk: Talk) -> None:
     for piece in talk.ask(text):
         echo(piece, nl=False)
     echo()
+    _tell_of_cut(talk)
+
+
+def _tell_of_cut(talk: Talk) -> None:
+    """Say that the last reply has not the form that was asked for: it was cut."""
+    reply = talk.last
+    if reply is not None and reply.finish_reason == "length" and talk.form is not None:
+        n = reply.stats.completion_tokens
+        echo(f"(cut off after {n} tokens, before its form was complete)", err=True)
 
 
 def _session(history: bool) -> PromptSession[str]:
@@ -234,6 +243,7 @@ class _Terminal:
         finally:
             self._bar.stop()  # of a question that was stopped while it was read
             echo(wrapping.rest())
+        _tell_of_cut(self._talk)
 
     def _added(self, image: Attached) -> None:
         if self._show_image is not None:

@@ -15,6 +15,7 @@ from ..words import brief
 from . import completions
 from .openai import MAX_REPLIES, ChatRequest, Messages, plain_options
 from .options import ReplyOptions
+from .pieces import Pieces
 from .reply import Reply
 
 CAPTION_TOKENS = 256
@@ -179,7 +180,9 @@ class Answers(ABC):
         replies = self.replies(request.messages, n=request.n, options=request.options)
         tools = request.options.prompt.tools
         if request.stream:
-            return completions.chunks(
-                replies, self._model_name, tools=tools, include_usage=request.include_usage
+            return Pieces(
+                completions.chunks(
+                    replies, self._model_name, tools=tools, include_usage=request.include_usage
+                )
             )
         return completions.completion(replies, self._model_name, tools=tools)

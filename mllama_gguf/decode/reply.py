@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-from ..handles import OneProcess
 from ..text.logprobs import TokenLogprob
 from ..vision.notebook import card
+from .pieces import Pieces
 from .writer import FinishReason, Stats
 
 
-class Reply(OneProcess):
-    """One reply: an iterator of pieces of text, which are computed as they are asked for.
+class Reply(Pieces[str]):
+    """One reply: an iterator of pieces of text, which are computed as they are asked for. One thread reads it
+    at a time; a second one gets BusyError.
 
         reply = model.reply(image="apple.png")
         for piece in reply:
@@ -32,17 +33,14 @@ class Reply(OneProcess):
         logprobs: Sequence[TokenLogprob] = (),
     ) -> None:
         """For whoever writes it. pieces: a generator that looks at `cancelled`."""
+        super().__init__(pieces)
         self.stats = stats
         self.logprobs = logprobs
-        self._pieces = pieces
         self._cancelled = cancelled
         self._said: list[str] = []
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        piece = super().__next__()
         self._said.append(piece)
         return piece
 
@@ -68,9 +66,3 @@ class Reply(OneProcess):
         """From any thread: stop what is computed for the reply within a fraction of a second. Its reader gets
         Aborted."""
         self._cancelled.set()
-
-    def close(self) -> None:
-        """For the reader: end the reply here. Nothing follows."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()

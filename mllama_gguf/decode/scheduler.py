@@ -21,7 +21,7 @@ from ..backend.library import load
 from ..backend.opening import Backend
 from ..backend.types import Floats, Memory
 from ..cache.disk import ImageCache
-from ..errors import Aborted, BackendError, MllamaError
+from ..errors import Aborted, BackendError, BusyError, MllamaError
 from ..handles import OneProcess
 from ..settings import MAX_PARALLEL
 from ..waiting import POLL_SECONDS, acquire
@@ -78,12 +78,14 @@ class Scheduler(OneProcess):
         self._n_batch = backend.settings.n_batch
         self._changed = threading.Condition()
         self._leading = False
+        self._leader = 0  # the thread
         self._urgent = 0  # threads that want the context for themselves
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
         self._expected: set[int] = set()  # sequences that were in the last step, and have not come again
         self._seconds = 0.0  # of the last step
         self._encoding = threading.Lock()
+        self._encodes_in = 0  # the thread
         self._encoder: Context | None = None
         self._encoder_stop: Stop = bool
         self._closed = False
@@ -133,16 +135,25 @@ class Scheduler(OneProcess):
             self._follow()
 
     def _lead(self, stop: Stop) -> None:
+        self._check_callback()
         while True:
             with self._changed:
                 if self._closed:
                     raise MllamaError("the model is closed")
                 if not self._leading:
-                    self._leading = True
+                    self._begin_leading()
                     return
                 self._changed.wait(POLL_SECONDS)
             if stop():
                 raise Aborted("waiting for other conversations was stopped")
+
+    def _check_callback(self) -> None:
+        """Raise BusyError in a callback of what this thread computes: it would wait for itself."""
+        if self._leading and self._leader == threading.get_ident():
+            raise BusyError("this scheduler is computing; a callback cannot use its conversations")
+
+    def _begin_leading(self) -> None:
+        self._leading, self._leader = True, threading.get_ident()
 
     def _follow(self) -> None:
         with self._changed:
@@ -156,6 +167,7 @@ class Scheduler(OneProcess):
     ) -> Floats:
         """Append tokens to a sequence, as `Context.decode`, in steps with others. Raises what that raises."""
         self.check_process()
+        self._check_callback()
         if stop():
             raise Aborted("the computation was stopped")
         job = _Job(sequence, tokens, slot, n_visible, logits, stop, [])
@@ -170,7 +182,7 @@ class Scheduler(OneProcess):
                         raise MllamaError("the model is closed")
                     mine = not job.ended and not self._leading and not self._urgent
                     if mine:
-                        self._leading = True
+                        self._begin_leading()
                     elif not job.ended:
                         self._changed.wait(POLL_SECONDS)
                 if mine:
@@ -271,8 +283,11 @@ class Scheduler(OneProcess):
     def encode(self, pixels: Floats, aspect_ratio_id: int, stop: Stop) -> Floats:
         """As `Context.encode`, one image at a time. Replies go on meanwhile: the encoder has a context of its
         own."""
+        if self._encodes_in == threading.get_ident():
+            raise BusyError("this scheduler is encoding an image; a callback cannot use its encoder")
         acquire(self._encoding, stop, "waiting for the vision encoder was stopped")
         try:
+            self._encodes_in = threading.get_ident()
             self._encoder_stop = stop
             if self._encoder is None:
                 callbacks = Callbacks(load(), None, lambda: self._encoder_stop())
@@ -280,6 +295,7 @@ class Scheduler(OneProcess):
             return self._encoder.encode(pixels, aspect_ratio_id)
         finally:
             self._encoder_stop = bool
+            self._encodes_in = 0
             self._encoding.release()
 
     # ---- its own life --------------------------------------------------------------------------------------
@@ -288,6 +304,8 @@ class Scheduler(OneProcess):
         """Free the context once nobody uses it. Twice is fine."""
         if self._closed or self.is_inherited:
             return
+        if self._encodes_in == threading.get_ident():
+            raise BusyError("this scheduler is encoding an image; a callback cannot close it")
         with self.exclusive(bool) as context:
             self._closed = True
             context.close()

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import Aborted, OutOfMemoryError
+from ..handles import ModuleLock
 from ..waiting import POLL_SECONDS
 from ..words import one_line
 
 T = TypeVar("T")
 
-_starting = threading.Lock()
+_starting = ModuleLock()
 
 
 def aside(

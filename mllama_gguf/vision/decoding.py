@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -15,6 +14,7 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from ..checks import Whole, checked
 from ..errors import ImageError, RequestError
+from ..handles import ModuleLock
 from ..words import one_line
 from .colour import describe_compression, describe_tiff, mend_tiff, to_rgb
 from .jpeg2000 import mend_jpeg2000
@@ -63,7 +63,7 @@ class _Shared:
     last one undoes it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ModuleLock()
         self._users = 0
 
     def __enter__(self) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from ..backend.callbacks import Callbacks
 from ..backend.library import load
 from ..backend.opening import Backend
-from ..errors import Aborted
+from ..errors import Aborted, BusyError
 from ..handles import OneProcess
 from .embedding import ImageEmbedding, ImageInput
 from .images import Images
@@ -40,6 +40,7 @@ class ImageEncoder(OneProcess):
         self.n_threads = n_threads
         self._stopped = threading.Event()
         self._lock = threading.Lock()
+        self._encodes_in = 0  # the thread
         self._images = images
         self._is_enough: Callable[[], bool] = lambda: False  # of the image that is encoded now
         callbacks = self._callbacks = Callbacks(
@@ -56,18 +57,26 @@ class ImageEncoder(OneProcess):
         stop:      asked now and then; True: stop this image with Aborted
         max_tiles: most tiles of the image; None: as the setting says
 
-        Raises what `Mllama.encode_image` raises; Aborted after `stop` too.
+        Raises what `Mllama.encode_image` raises; Aborted after `stop` too; BusyError in its own callbacks.
         """
         self.check_process()
+        self._check_callback()
         with self._lock:
             if self.stopped:
                 raise Aborted("this image encoder was stopped")
             prepared = self._images.prepare(image, max_tiles)
             self._is_enough = stop
             try:
+                self._encodes_in = threading.get_ident()
                 return self._images.embed(prepared, self._context, self._callbacks.on_abort)
             finally:
+                self._encodes_in = 0
                 self._is_enough = lambda: False
+
+    def _check_callback(self) -> None:
+        """Raise BusyError in a callback of what this thread encodes: it would wait for itself."""
+        if self._encodes_in == threading.get_ident():
+            raise BusyError("this image encoder is encoding; a callback cannot use or close it")
 
     def needs(self, image: TiledImage) -> bool:
         """Whether an answer about the image takes its states: not if its image_kv is on disk."""
@@ -84,10 +93,13 @@ class ImageEncoder(OneProcess):
         self._stopped.set()
 
     def close(self) -> None:
-        """Stop, wait for what runs, and free the context. Closing twice is fine."""
-        self.stop()
+        """Stop, wait for what runs, and free the context. Closing twice is fine. Raises BusyError in a
+        callback of what runs."""
         if self.is_inherited:
+            self.stop()
             return
+        self._check_callback()
+        self.stop()
         with self._lock:
             self._context.close()
 

@@ -191,3 +191,20 @@ def test_a_question_that_is_stopped_takes_its_bar_along(monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         terminal._write(pieces())
     assert not bar.is_shown
+
+
+def test_a_reply_whose_form_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = {"type": "array", "items": {"enum": ["apple"]}, "minItems": 900}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    cut = "(cut off after 2 tokens, before its form was complete)\n"
+    for options, words in (
+        ({"max_tokens": 2, "response_format": form}, cut),
+        ({"max_tokens": 2}, ""),
+    ):
+        saved = {"format": "mllama chat", "version": 1, "system": None, "options": options, "turns": []}
+        (tmp_path / "saved.json").write_text(json.dumps(saved))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
+        assert run(["chat", "--no-cache", "-m", "demo", "--load", str(tmp_path / "saved.json")]) == 0
+        assert capsys.readouterr().err == words

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import STOP_SECONDS, TinyFiles, noisy_image
 
-from mllama_gguf import Aborted, LoadedModel, Mllama, MllamaError, Reply, RequestError, Stats
+from mllama_gguf import Aborted, BusyError, LoadedModel, Mllama, MllamaError, Reply, RequestError, Stats
 from mllama_gguf.decode.options import ReplyOptions
 
 Files = Callable[[str], TinyFiles]
@@ -59,6 +59,39 @@ def test_a_closed_reply_has_no_more(model: Mllama) -> None:
     assert unread.read() == ""
     stream = model.caption(noisy_image(1), stream=True)
     assert isinstance(stream, Reply)
+
+
+def test_two_threads_read_one_reply(model: Mllama) -> None:
+    """The second one gets an error in words; the first one goes on. A stream of chunks is the same."""
+    inside, go = threading.Event(), threading.Event()
+    original = model._conversation.session.feed
+
+    def slow(*args: Any, **more: Any) -> Any:
+        inside.set()
+        go.wait(20)
+        return original(*args, **more)
+
+    for make in (
+        lambda: model.reply(QUESTION, max_tokens=4),
+        lambda: model.create_chat_completion(QUESTION, max_tokens=4, stream=True),
+    ):
+        expected, stream = len(list(make())), make()
+        inside.clear()
+        go.clear()
+        read: list[Any] = []
+        thread = threading.Thread(target=lambda stream=stream, read=read: read.extend(stream))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(model._conversation.session, "feed", slow)
+            thread.start()
+            assert inside.wait(20)
+            try:
+                for use in (stream.__next__, stream.close, lambda stream=stream: list(stream)):
+                    with pytest.raises(BusyError, match="is being read"):
+                        use()
+            finally:
+                go.set()
+                thread.join()
+        assert len(read) == expected
 
 
 @pytest.mark.parametrize("when", ["before", "between"])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mllama_gguf import (
@@ -247,3 +248,32 @@ def test_a_lost_process_is_never_another_s_sequence(captions: dict[str, str]) ->
             with pytest.raises(BackendError, match="lost"):
                 run.read()
         assert in_threads(lambda i: talks[i].caption(IMAGES[i]), 3) == [captions[i] for i in IMAGES[:3]]
+
+
+def test_a_callback_never_waits_for_itself(model: LoadedModel, scheduler: Scheduler) -> None:
+    """What a thread computes calls back in that thread."""
+    other = model.conversation(scheduler=scheduler)
+    uses: list[Callable[[], object]] = [
+        scheduler.memory,
+        scheduler.close,
+        lambda: other.create_chat_completion([{"role": "user", "content": "x"}], max_tokens=1),
+        lambda: model.conversation(scheduler=scheduler),
+    ]
+    with scheduler.exclusive(bool):
+        for use in uses:
+            with pytest.raises(BusyError, match="a callback cannot"):
+                use()
+
+    class Encoder:
+        def encode(self, pixels: Any, aspect_ratio_id: int) -> Any:
+            for use in (lambda: scheduler.encode(pixels, 1, bool), scheduler.close):
+                with pytest.raises(BusyError, match="a callback cannot"):
+                    use()
+            return pixels
+
+        def close(self) -> None:
+            pass
+
+    scheduler._encoder = Encoder()  # type: ignore[assignment]
+    assert scheduler.encode(np.zeros(3, np.float32), 1, bool).shape == (3,)
+    assert other.create_chat_completion([{"role": "user", "content": "x"}], max_tokens=1)

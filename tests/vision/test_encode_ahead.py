@@ -22,6 +22,7 @@ from PIL import Image
 from mllama_gguf import (
     Aborted,
     BackendError,
+    BusyError,
     ImageEmbedding,
     ImageError,
     Mllama,
@@ -197,6 +198,25 @@ def test_an_encode_is_stopped(slow: Path, how: str) -> None:
             encoder.encode(noisy_image(2))
         encoder.close()
         encoder.close()
+
+
+def test_a_callback_of_an_encoder_never_waits_for_itself(slow: Path) -> None:
+    with Mllama(slow, n_ctx=512) as model:
+        encoder = model.image_encoder(1)
+        raised: list[Exception] = []
+
+        def stop() -> bool:
+            for use in (lambda: encoder.encode(noisy_image(2)), encoder.close, model.close):
+                try:
+                    use()
+                except BusyError as e:
+                    raised.append(e)
+            return True
+
+        with pytest.raises(Aborted):
+            encoder.encode(noisy_image(1, 900, 900), stop)
+        assert len(raised) >= 3 and len(raised) % 3 == 0
+        assert not encoder.stopped
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
