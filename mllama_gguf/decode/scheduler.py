@@ -89,11 +89,11 @@ class Scheduler(OneProcess):
         self._encoder: Context | None = None
         self._encoder_stop: Stop = bool
         self._closed = False
+        self._owner_stop: Stop = bool  # of who has the sole use
         callbacks = Callbacks(load(), None, self._should_stop)
         # Its own sequence is not used, and takes as little as can be.
         self._context = backend.open_context(callbacks, n_ctx=1, n_threads=self._n_threads)
         self.n_steps = 0
-        self._owner_stop: Stop = bool  # of who has the sole use
         self.slots = Slots(Exclusive(self, lambda: self.slots.should_stop()), callbacks, disk, shared=True)
         self.slots.forget(self._context.epoch)
 

@@ -277,3 +277,17 @@ def test_a_callback_never_waits_for_itself(model: LoadedModel, scheduler: Schedu
     scheduler._encoder = Encoder()  # type: ignore[assignment]
     assert scheduler.encode(np.zeros(3, np.float32), 1, bool).shape == (3,)
     assert other.create_chat_completion([{"role": "user", "content": "x"}], max_tokens=1)
+
+
+def test_a_context_that_takes_long_to_open(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks meanwhile whether to stop."""
+    opened = model._backend.open_context
+
+    def slowly(callbacks: Any, **more: Any) -> Any:
+        assert not callbacks.on_abort()
+        return opened(callbacks, **more)
+
+    monkeypatch.setattr(
+        type(model._backend), "open_context", lambda self, *args, **more: slowly(*args, **more)
+    )
+    model.scheduler().close()
