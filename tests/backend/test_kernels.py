@@ -363,9 +363,7 @@ def test_a_model_is_opened_with_what_was_chosen(
             Mllama(path, n_ctx=64)
 
 
-def test_the_trial_of_this_processor(
-    real: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: LogText
-) -> None:
+def test_the_trial_of_this_processor(real: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: LogText) -> None:
     """Everything that runs here computes rightly."""
     monkeypatch.setattr(kernels, "command", real.real_command)
     caplog.set_level(logging.INFO)
