@@ -7,14 +7,19 @@ devices and child processes are the parent's. So it says that it must be opened 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, NoReturn, SupportsIndex, TypeVar, overload
 
 from .errors import CopyError, MllamaError
+
+END_SECONDS = 5.0  # for daemon threads to leave C when Python ends
 
 T = TypeVar("T", bound="OneProcess")
 R = TypeVar("R")
@@ -101,6 +106,41 @@ class OneProcess:
         )
 
 
+# ---- the end of Python -------------------------------------------------------------------------------------
+
+_handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+_ending = False
+
+
+def is_ending() -> bool:
+    """Whether Python ends. What C computes for a daemon thread is to stop then: the memory will be gone."""
+    return _ending
+
+
+def _end() -> None:
+    """Let daemon threads leave C before anything is freed."""
+    global _ending
+    _ending = True
+    mine = [handle for handle in _handles if not handle.is_inherited]
+    until = time.monotonic() + END_SECONDS
+    while any(handle.is_used for handle in mine) and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+def _freeze_at_end() -> None:
+    """Python waits for all threads but daemons before it ends, and then stops these wherever they are. A
+    daemon that is stopped here is not in C, and shows no error to anybody. Raises MllamaError if that does
+    not happen: the program waits for this thread."""
+    if _ending and threading.current_thread() is not threading.main_thread():
+        time.sleep(2 * END_SECONDS)
+        raise MllamaError("Python ends")
+
+
+# What is registered last runs first: before the functions of weakref, which free what is left.
+weakref.finalize(_end, bool)
+atexit.register(_end)
+
+
 class Handle(OneProcess):
     """A C object: used in a with block, freed once and by its last user, never in a forked process.
 
@@ -118,27 +158,43 @@ class Handle(OneProcess):
         self._what = what
         self._pointer = pointer
         self._lock = threading.RLock()  # the garbage collector may free another one meanwhile
-        self._users = 0
+        self._users = _Users()
         self._closed = False
+        self._inside = 0  # threads
         if needs is not None:
-            needs.__enter__()
+            needs.check_process()
+            needs._hold()
         # Runs at exit too, before Python takes the callbacks away.
-        self._free = finalize(self, _free, free, pointer, needs)
+        self._free = finalize(self, _free, free, pointer, needs, self._users)
+        _handles.add(self)
 
     def __enter__(self) -> Any:
         self.check_process()
+        _freeze_at_end()
         with self._lock:
-            if self._closed:
-                raise MllamaError(f"{self._what} is closed")
-            self._users += 1
+            self._hold()
+            self._inside += 1
         return self._pointer
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            self._users -= 1
-            is_last = self._closed and self._users == 0
+            self._inside -= 1
+        self._let_go()
+        _freeze_at_end()
+
+    def _hold(self) -> None:
+        """One user more: a thread, or another C object. Raises MllamaError if it is closed."""
+        with self._lock:
+            if self._closed:
+                raise MllamaError(f"{self._what} is closed")
+            self._users.number += 1
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._users.number -= 1
+            is_last = self._closed and self._users.number == 0
         if is_last:
             self._free()
 
@@ -148,6 +204,11 @@ class Handle(OneProcess):
                 f"{self._what} was opened in process {self._made_in}, from which this process "
                 f"({os.getpid()}) was forked; open it in the child, after the fork"
             )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a thread uses it now."""
+        return self._inside > 0
 
     @property
     def closed(self) -> bool:
@@ -160,7 +221,7 @@ class Handle(OneProcess):
             return
         with self._lock:
             is_first, self._closed = not self._closed, True
-            is_unused = self._users == 0
+            is_unused = self._users.number == 0
         if is_first and is_unused:
             self._free()
 
@@ -175,10 +236,19 @@ def _release(process: int, release: Callable[..., object], args: tuple[Any, ...]
         release(*args)
 
 
-def _free(free: Callable[[Any], object], pointer: Any, needs: Handle | None) -> None:
+@dataclass(eq=False)
+class _Users:
+    """How many use a C object now."""
+
+    number: int = 0
+
+
+def _free(free: Callable[[Any], object], pointer: Any, needs: Handle | None, users: _Users) -> None:
+    if users.number:  # Python ends, and a daemon thread is still in there
+        return
     free(pointer)
     if needs is not None:
-        needs.__exit__(None, None, None)
+        needs._let_go()
 
 
 def _article(name: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ import pytest
 from helpers import TinyFiles, elsewhere, noisy_image
 
 import mllama_gguf
-from mllama_gguf import Mllama, MllamaError, RequestError
+from mllama_gguf import Mllama, MllamaError, RequestError, handles
 from mllama_gguf.errors import CopyError
 from mllama_gguf.handles import FoundOnce, Handle, OneProcess, finalize
 
@@ -486,3 +487,73 @@ def test_every_lock_of_a_module_is_such_a_one() -> None:
     for path in sorted(set(package.rglob("*.py")) - set((package / "server").iterdir())):
         for line in path.read_text("utf-8").splitlines():
             assert not re.match(r"_?\w+ = threading\.(R?Lock|Condition)\(", line), f"{path}: {line}"
+
+
+# ---- the end of Python -------------------------------------------------------------------------------------
+
+DAEMONS = """
+import sys, threading, time
+import numpy as np
+from mllama_gguf import Mllama
+
+def forever(work):
+    while True:
+        work()
+
+image = np.zeros((40, 40, 3), np.uint8)
+models = [Mllama(sys.argv[1], n_ctx=256, n_threads=2) for _ in range(2)]
+scheduler = models[0].scheduler()
+talk = models[0].conversation(scheduler=scheduler)
+for work in (
+    lambda: models[0].caption(image, max_tokens=50),
+    lambda: models[1].caption(image, max_tokens=50, temperature=1.0, grammar="root ::= [a-z]*"),
+    lambda: talk.caption(image, max_tokens=50),
+    lambda: models[0].tokenize("word " * 200_000),
+):
+    threading.Thread(target=forever, args=[work], daemon=True).start()
+time.sleep(0.7)
+print("well", flush=True)
+"""
+
+
+def test_python_ends_while_daemons_compute(tiny_files: Files) -> None:
+    """Nothing is freed under their hands, and nobody sees an error of theirs."""
+    command = [sys.executable, "-c", DAEMONS, str(tiny_files("square").one)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=FORK_SECONDS, **elsewhere())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
+
+
+def test_python_waits_for_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for threads that are inside: not for what is open, nor for the copies in a forked process."""
+    memory = Memory()
+    model = memory.handle("model")
+    context = memory.handle("context", needs=model)
+    monkeypatch.setattr(handles, "_handles", {model, context})
+
+    def end() -> float:
+        begin = time.monotonic()
+        handles._end()
+        monkeypatch.setattr(handles, "_ending", False)
+        return time.monotonic() - begin
+
+    monkeypatch.setattr(handles, "END_SECONDS", 2.0)
+    assert end() < 1.5
+    with context:
+        assert end() >= 2.0
+        assert in_fork(lambda: end() < 1.5 or os._exit(3)) == 0
+    inside, go = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with model:
+            inside.set()
+            go.wait(FORK_SECONDS)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert inside.wait(FORK_SECONDS)
+    threading.Timer(0.1, go.set).start()
+    assert 0.05 < end() < 2.0
+    thread.join()
+    context.close()
+    model.close()
+    assert memory.freed == ["context", "model"]

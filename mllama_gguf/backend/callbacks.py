@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from ..handles import is_ending
 from .library import OK, Native
 
 # "load", "encode" or "prompt", how much is done, and of how much
@@ -34,7 +35,7 @@ class Callbacks:
         self.prompt_total = 0  # 0: no progress for the prompt (single tokens of a reply)
         make = native.ffi.callback
         self.c_progress = make("mllama_progress_callback", self.on_progress, onerror=self.on_error)
-        self.c_abort = make("mllama_abort_callback", self.on_abort, error=True, onerror=self.on_error)
+        self.c_abort = make("mllama_abort_callback", self._in_c, error=True, onerror=self.on_error)
 
     def on_progress(self, phase: int, done: int, total: int, _: Any = None) -> None:
         """Progress as C tells it: mllama_phase, how much, of how much."""
@@ -50,6 +51,9 @@ class Callbacks:
         """Whether the computation is to stop."""
         # Running Python at all is what lets a pending Ctrl-C strike, here, inside the callback.
         return self._pending is not None or (self._abort is not None and bool(self._abort()))
+
+    def _in_c(self, _: Any = None) -> bool:
+        return is_ending() or self.on_abort()
 
     def on_error(self, _: type[BaseException], error: BaseException, __: TracebackType) -> None:
         """Remember an exception for `check`; the first one counts. In the form of cffi's onerror."""

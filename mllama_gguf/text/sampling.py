@@ -155,7 +155,8 @@ class Sampler(OneProcess):
 
         self._is_greedy = options.temperature == 0 and math.isclose(options.repeat_penalty, 1.0)
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        finalize(self, llama.llama_sampler_free, self._chain)
+        freed = finalize(self, llama.llama_sampler_free, self._chain)
+        freed.atexit = False  # a daemon thread may be in there
         for part in self._parts(vocab_size):
             llama.llama_sampler_chain_add(self._chain, part)
         for token in prompt[-REPEAT_WINDOW:]:
