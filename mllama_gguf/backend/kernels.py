@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..handles import ModuleLock
 from . import kernel_trial
 from .library import Native, load
 from .trials import Record, cache_file, run
@@ -198,15 +198,7 @@ def record_path() -> Path:
 
 
 _found: dict[str, Trials] = {}  # of this process, by the candidates
-_finding = threading.Lock()  # of a trial: two at the same time would disturb each other
-
-
-def _unlock_in_child() -> None:
-    global _finding
-    _finding = threading.Lock()  # the thread that held it is not in the forked process
-
-
-os.register_at_fork(after_in_child=_unlock_in_child)
+_finding = ModuleLock()  # of a trial: two at the same time would disturb each other
 
 
 def _measured(native: Native) -> Trials:
