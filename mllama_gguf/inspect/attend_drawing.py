@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageOps
 
-from ..vision.drawing import DIM, INK, LINE, PAPER, Font, font
+from ..vision.drawing import DIM, INK, LINE, PAPER, Font, font, readable
 from ..words import printable
 from .attend import Attention, Look
 
@@ -36,11 +36,13 @@ def draw(attention: Attention, image: Image.Image, words: Sequence[Look], prompt
     wide = max(size[0], 110)  # a word needs room too
     columns = min(COLUMNS, len(panels) + 1) if len(panels) > 1 else 1
     width = max(2 * MARGIN + columns * (wide + GAP) - GAP, 560)
-    lines = [(line, DIM, TEXT) for line in wrap(prompt, font(TEXT), width - 2 * MARGIN)]
-    lines += [(line, INK, TEXT + 5) for line in wrap(attention.text, font(TEXT + 5), width - 2 * MARGIN)]
+    lines: list[tuple[str, str, int, Font]] = []
+    for text, colour, pixels in ((prompt, DIM, TEXT), (attention.text, INK, TEXT + 5)):
+        text, letters = readable(printable(text), pixels)
+        lines += [(line, colour, pixels, letters) for line in wrap(text, letters, width - 2 * MARGIN)]
     if len(words) > len(shown):
-        lines.append((f"{len(words) - len(shown)} more words are not shown", DIM, TEXT))
-    top = MARGIN + sum(round(size * 1.5) for _, _, size in lines) + GAP
+        lines.append((f"{len(words) - len(shown)} more words are not shown", DIM, TEXT, font(TEXT)))
+    top = MARGIN + sum(round(pixels * 1.5) for _, _, pixels, _ in lines) + GAP
     below = round(TEXT * 2.8)  # of a panel
     cells = len(panels) + (columns > 1)  # the image itself stands first
     n_rows = -(-cells // columns)
@@ -48,8 +50,8 @@ def draw(attention: Attention, image: Image.Image, words: Sequence[Look], prompt
     page = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(page)
     y = MARGIN
-    for line, colour, pixels in lines:
-        pen.text((MARGIN, y), line, fill=colour, font=font(pixels))
+    for line, colour, pixels, letters in lines:
+        pen.text((MARGIN, y), line, fill=colour, font=letters)
         y += round(pixels * 1.5)
     first = [(None, small)] if columns > 1 else []
     for number, (look, panel) in enumerate((*first, *panels)):
@@ -59,8 +61,8 @@ def draw(attention: Attention, image: Image.Image, words: Sequence[Look], prompt
         pen.rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline=LINE if look is None else DIM)
         if look is not None:
             most = f"most: {attention.inside(look.weights).max():.1%} in one patch"
-            text = fit(printable(look.text, keep=""), font(TEXT), wide)
-            pen.text((x, y + size[1] + 5), text, fill=INK, font=font(TEXT))
+            text, letters = readable(printable(look.text[:1000], keep=""), TEXT)
+            pen.text((x, y + size[1] + 5), fit(text, letters, wide), fill=INK, font=letters)
             pen.text((x, y + size[1] + 8 + TEXT), fit(most, font(12), wide), fill=DIM, font=font(12))
     _legend(pen, height - MARGIN - 30, attention)
     return page
@@ -114,4 +116,6 @@ def _legend(pen: ImageDraw.ImageDraw, y: int, attention: Attention) -> None:
     pen.text((MARGIN, y), "none", fill=DIM, font=font(14))
     n = len(attention.layers)
     layers = f"layer {attention.layers[0]}" if n == 1 else f"mean of {n} layers"
-    pen.text((MARGIN + 214, y), f"most of the word; {layers}, all heads", fill=DIM, font=font(14))
+    pen.text(
+        (MARGIN + 214, y), f"most; each word has its own scale; {layers}, all heads", fill=DIM, font=font(14)
+    )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import unicodedata
+from functools import lru_cache
+
 from PIL import Image, ImageDraw, ImageFont
 
 from .preprocess import TiledImage
 
 PAPER, INK, DIM, LINE = "#fbf9f6", "#221e1a", "#675e55", "#b3472e"
 LARGEST = 4480  # pixels of a side; more are reduced
+ROOM = 240  # pixels that the words above a tile need; smaller tiles are enlarged
 MARGIN, GAP = 12, 6  # pixels
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -20,19 +24,81 @@ def font(size: int) -> Font:
         return ImageFont.load_default()
 
 
+# Of the system, for what Pillow's own font has not: all but ASCII. Where one of them is, Pillow finds it.
+SYSTEM_FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf"),
+    *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "Arial.ttf"),
+)
+
+
+def readable(text: str, size: int) -> tuple[str, Font]:
+    """A text and a font that has its characters. What no font has loses its accents, or becomes an escape:
+    there is never an empty box."""
+    own = font(size)
+    if text.isascii():
+        return text, own
+    characters = sorted({c for c in text if not c.isspace()})
+    least, best = [c for c in characters if not c.isascii()], own
+    for name in SYSTEM_FONTS:
+        found = _system_font(name, size) if least else None
+        if found is not None:
+            missing = [c for c in characters if not _has(name, size, c)]
+            if len(missing) < len(least):
+                least, best = missing, found
+    return text.translate({ord(c): _plain(c) for c in least}), best
+
+
+@lru_cache(64)
+def _system_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except (ImportError, OSError):
+        return None
+
+
+@lru_cache(4096)
+def _has(name: str, size: int, c: str) -> bool:
+    """Whether a font of the system has a character: its box for missing ones looks the same each time."""
+    letters = _system_font(name, size)
+    assert letters is not None
+    drawn, box = letters.getmask(c), letters.getmask("\uffff")
+    return drawn.size != box.size or bytes(drawn) != bytes(box)
+
+
+_SIGNS = {
+    "\u2013": "-",
+    "\u2014": "-",
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u2022": "*",
+}
+
+
+def _plain(c: str) -> str:
+    """A character in ASCII: without its accents, or as an escape."""
+    parts = unicodedata.normalize("NFKD", _SIGNS.get(c, c)).replace("\u2044", "/")
+    plain = "".join(part for part in parts if not unicodedata.combining(part))
+    return plain if plain.isascii() else ascii(c)[1:-1]
+
+
 class TileDrawing:
     """The tiles of an image apart from each other, each in a frame and with a line of words above it.
 
     image: RGB. The pixels of a tile are as the encoder gets them, before normalisation; black parts that are
            no part of the image are hatched
     step:  pixels of a tile that are one of the drawing, in either direction
+    zoom:  pixels of the drawing that are one of a small tile
     """
 
     def __init__(self, tiled: TiledImage) -> None:
         self._tiled = tiled
         self.step = -(-max(tiled.canvas_size) // LARGEST)
-        self.side = -(-tiled.tile_size // self.step)
-        size = max(11, self.side // 28)
+        most = LARGEST // max(tiled.canvas_size)
+        self.zoom = max(1, min(-(-ROOM // tiled.tile_size), most)) if self.step == 1 else 1
+        self.side = -(-tiled.tile_size // self.step) * self.zoom
+        size = max(12, self.side // 28)
         self._font, self._row = font(size), 2 * size
         (width, height), (new_width, new_height) = tiled.image_size, tiled.resized_size
         words = (
@@ -63,8 +129,8 @@ class TileDrawing:
         row, column = divmod(index, tiled.columns)
         x, y = self.position(row, column)
         tile = tiled.tile_picture(index)
-        if self.step > 1:
-            tile = tile.resize((side, side), Image.Resampling.BOX)
+        if self.side != tiled.tile_size:
+            tile = tile.resize((side, side), Image.Resampling.BOX)  # enlarged: each pixel a square
         used = [
             min(max(whole - place * tiled.tile_size, 0), tiled.tile_size)
             for whole, place in zip(tiled.resized_size, (column, row), strict=True)
@@ -72,11 +138,11 @@ class TileDrawing:
         self._hatch(tile, used)
         self.image.paste(tile, (x, y))
         self._draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=LINE, width=2)
-        words = f"tile {index}: row {row}, column {column}"
+        place = f"tile {index}: row {row}, column {column}"
+        choices = [place, f"tile {index}", str(index), ""]
         if used != [tiled.tile_size] * 2:
-            words += f", {used[0]} x {used[1]} used"
-        while words and self._font.getlength(words) > side:
-            words = words.rpartition(",")[0] if "," in words else words[:-1]
+            choices.insert(0, f"{place}, {used[0]} x {used[1]} used")
+        words = next(one for one in choices if self._font.getlength(one) <= side)
         self._draw.text((x, y - 4), words, fill=DIM, font=self._font, anchor=self._anchor())
 
     def _anchor(self) -> str | None:
@@ -85,7 +151,7 @@ class TileDrawing:
 
     def _hatch(self, tile: Image.Image, used: list[int]) -> None:
         """Lines over the part of a tile that is no part of the image."""
-        width, height = (-(-length // self.step) for length in used)
+        width, height = (-(-length * self.zoom // self.step) for length in used)
         if width >= self.side and height >= self.side:
             return
         lines = Image.new("1", tile.size)

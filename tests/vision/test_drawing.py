@@ -7,7 +7,7 @@ import pytest
 from helpers import noisy_image
 
 from mllama_gguf.vision import drawing
-from mllama_gguf.vision.drawing import LINE, PAPER, TileDrawing
+from mllama_gguf.vision.drawing import LINE, PAPER, TileDrawing, readable
 from mllama_gguf.vision.preprocess import TiledImage, preprocess_image
 
 SIZES = [(40, 40), (300, 100), (90, 400), (97, 203), (1, 500), (250, 240)]
@@ -22,6 +22,8 @@ def test_pixels_of_tiles(size: tuple[int, int]) -> None:
     tiled = preprocess_image(noisy_image(1, *size), tile_size=80)
     drawn = TileDrawing(tiled)
     image = np.asarray(drawn.image)
+    zoom, side = drawn.zoom, drawn.side
+    assert zoom == 3 and side == 240  # small tiles are enlarged: each pixel is a square
     assert (image[0, 0] == colour(PAPER)).all() and (image[-1, -1] == colour(PAPER)).all()
     for index in range(tiled.n_tiles):
         row, column = divmod(index, tiled.columns)
@@ -29,19 +31,25 @@ def test_pixels_of_tiles(size: tuple[int, int]) -> None:
         tile = np.asarray(tiled.tile_picture(index))
         width = min(max(tiled.resized_size[0] - column * 80, 0), 80)
         height = min(max(tiled.resized_size[1] - row * 80, 0), 80)
-        shown = image[y : y + 80, x : x + 80]
-        np.testing.assert_array_equal(shown[:height, :width], tile[:height, :width])
-        outside = np.ones((80, 80), bool)
-        outside[:height, :width] = False
-        assert not tile[outside].any()
+        for inner in range(zoom):
+            shown = image[y + inner : y + side : zoom, x + inner : x + side : zoom]
+            np.testing.assert_array_equal(shown[:height, :width], tile[:height, :width])
+        shown = image[y : y + side, x : x + side]
+        outside = np.ones((side, side), bool)
+        outside[: height * zoom, : width * zoom] = False
+        assert not tile[outside[::zoom, ::zoom]].any()
         assert outside.sum() < 200 or 0.02 < shown[outside].any(-1).mean() < 0.5
-        for edge in (image[y - 1, x : x + 80], image[y + 80, x : x + 80], image[y : y + 80, x + 80]):
+        for edge in (
+            image[y - 1, x : x + side],
+            image[y + side, x : x + side],
+            image[y : y + side, x + side],
+        ):
             assert (edge == colour(LINE)).all()
     # No two tiles overlap, and the words above stand between frames.
     places = [drawn.position(*divmod(index, tiled.columns)) for index in range(tiled.n_tiles)]
     for a in range(len(places)):
         for b in range(a):
-            assert max(abs(p - q) for p, q in zip(places[a], places[b], strict=True)) >= 80 + 4
+            assert max(abs(p - q) for p, q in zip(places[a], places[b], strict=True)) >= side + 4
 
 
 def test_large_tiles_are_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +76,17 @@ def test_words_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = drawing.ImageFont.load_default_imagefont()
     monkeypatch.setattr(drawing.ImageFont, "load_default", missing)
     assert TileDrawing(preprocess_image(noisy_image(4), tile_size=80)).image.width > 80
+
+
+def test_every_text_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own font has ASCII alone. Others are the system's; what no font has is written in ASCII."""
+    assert readable("plain", 19)[0] == "plain"
+    text = "\u201cCaf\u00e9\u201d, na\u00efve \u2014 \u00bd \u732b e\u0301"
+    for name in ("none.ttf", *drawing.SYSTEM_FONTS):
+        monkeypatch.setattr(drawing, "SYSTEM_FONTS", (name,))
+        words, letters = readable(text, 19)
+        box = bytes(letters.getmask("\uffff"))
+        for c in set(words) - {" ", "\u0301"}:
+            assert bytes(letters.getmask(c)) != box
+    monkeypatch.setattr(drawing, "SYSTEM_FONTS", ())
+    assert readable(text, 19)[0] == '"Cafe", naive - 1/2 \\u732b e'
