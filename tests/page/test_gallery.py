@@ -24,7 +24,7 @@ def page(tmp_path: Path) -> Path:
     for number in range(300):
         image = tmp_path / f"{number}.png"
         if number != 4:
-            Image.fromarray(noisy_image(number, 30, 40)).save(image)
+            Image.fromarray(noisy_image(number, 160 if number == 0 else 30, 40)).save(image)
         caption = {1: HOSTILE, 4: "it is missing", 3: '{"colour": "red", "tags": ["apple", "leaf"]}'}.get(
             number, f"image {number} here"
         )
@@ -54,6 +54,11 @@ def test_a_page_of_a_batch(opening: Callable[..., Any], page: Path, artefacts: P
     assert one.title() == "A & <b>"
     one.wait_for_function("document.querySelector('.card img').naturalWidth === 40")
     assert one.locator(".card img").count() < 200  # the rest waits until it is near
+    # A tall image is whole, and none is higher than its frame.
+    heights = """[...document.querySelectorAll(".frame img")].map(
+        (image) => image.clientHeight - image.parentElement.clientHeight)"""
+    assert set(one.evaluate(heights)) == {0}
+    expect(one.locator(".card img").first).to_have_class("whole")
     one.screenshot(path=artefacts / f"gallery-{scheme}.png")
 
     one.get_by_role("button", name="Failed 1").click()

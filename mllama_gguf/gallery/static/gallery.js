@@ -44,7 +44,7 @@
     image.alt = alt;
     image.addEventListener("load", () => {
       const ratio = image.naturalWidth / image.naturalHeight;
-      image.classList.toggle("whole", ratio < 1.1 || ratio > 1.8); // too much would be cut off
+      image.classList.toggle("whole", ratio < 1.2 || ratio > 1.51); // too much would be cut off
     });
     image.src = address(number);
     return image;
