@@ -10,11 +10,13 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import RequestError
 from .words import brief
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_WORKERS = 16
 _LARGEST_WHOLE = 2**31 - 1  # what C's int32_t holds
@@ -271,6 +273,8 @@ class Folder:
             return bool(value)
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
             raise ValueError
+        from pathlib import Path
+
         return Path(os.fsdecode(value))
 
     def parse(self, words: str) -> str:

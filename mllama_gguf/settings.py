@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .checks import (
     Check,
@@ -27,6 +26,9 @@ from .checks import (
 )
 from .cpus import MAX_THREADS
 from .errors import RequestError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KvType = Literal["f32", "f16", "q8_0"]
 Precision = Literal["fast", "exact"]

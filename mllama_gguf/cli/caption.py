@@ -13,7 +13,6 @@ import click
 
 from ..errors import ImageError, TimeLimitError
 from ..words import os_reason, show_size
-from .batch import run_batch
 from .batch_options import BatchSettings, batch_options
 from .first_use import tell_of_real_models
 from .opening import open_chosen, with_tuned
@@ -75,6 +74,8 @@ def caption_command(
         choice = with_tuned(choice)
     options = asked.caption_options(batch.prefix, batch.suffix)
     if batch.wanted:
+        from .batch import run_batch
+
         return run_batch(images, batch, options, as_json, choice, (*asked.inputs, *choice.inputs))
     if images.count("-") > 1:
         raise click.UsageError("standard input (-) holds one image")

@@ -18,7 +18,6 @@ from .terminal import echo
 if TYPE_CHECKING:
     from ..inspect.inventory import Found
 
-ARGUMENTS = "mllama_gguf.arguments"  # of the running command line, in the context's `meta`
 _LONGEST = 100  # characters of a command line that is repeated whole
 
 
@@ -48,6 +47,8 @@ def tell_of_real_models(choice: ModelChoice) -> None:
 
 def real_models() -> list[Found]:
     """The models on this machine, but the demo model, that can be used; those of Ollama's store first."""
+    import logging
+
     from ..inspect.inventory import inventory
     from ..store.lockfile import without_warning
 
@@ -97,7 +98,9 @@ def offer_real_models(choice: ModelChoice) -> ModelChoice:
 
 def _again(model: str) -> str:
     """The running command line with another model."""
-    args = click.get_current_context().meta.get(ARGUMENTS, ())
+    import shlex
+
+    args = click.get_current_context().obj or ()
     words = shlex.join(["mllama", *args, "-m", model])
     if not args or len(words) > _LONGEST or "--" in args:
         return f"mllama {click.get_current_context().info_name} ... -m {model}"

@@ -18,7 +18,6 @@ import click
 from .. import __version__
 from ..errors import Aborted, MllamaError
 from ..words import one_line, os_reason
-from .first_use import ARGUMENTS
 from .terminal import NO_ROOM, discard, echo, fit_streams
 from .verbose import is_verbose, verbose_option
 
@@ -118,8 +117,7 @@ def run(args: Sequence[str]) -> int:
     fit_streams()
     try:
         # Not cli.main(), which handles Ctrl-C and broken pipes in its own way.
-        context = cli.make_context("mllama", list(args))
-        context.meta[ARGUMENTS] = tuple(args)
+        context = cli.make_context("mllama", list(args), obj=tuple(args))
         with context:
             code = cli.invoke(context)
         sys.stdout.flush()

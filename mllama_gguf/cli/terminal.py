@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import errno
 import os
-import shutil
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
@@ -119,4 +118,6 @@ def table_width(wanted: int) -> int:
     pipe has no width; what is cut off there helps nobody."""
     if not is_terminal(sys.stdout):
         return wanted
+    import shutil
+
     return max(shutil.get_terminal_size().columns, min(wanted, 110))
