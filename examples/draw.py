@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the example pictures beside this file: our own drawings, which the demo model was never trained on.
+"""Draw the example images beside this file: our own drawings, which the demo model was never trained on.
 
 python examples/draw.py
 """
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 
 class Pen:
-    """Shapes in the units of the final picture."""
+    """Shapes in the units of the final image."""
 
     def __init__(self, width: int, height: int, ground: tuple[int, int, int]) -> None:
         self.size = (width, height)
@@ -180,7 +180,7 @@ def balloon(pen: Pen, x: float, y: float, r: float) -> None:
 
 
 def main() -> None:
-    """All pictures."""
+    """All images."""
     here = Path(__file__).parent
     pen = Pen(480, 480, (255, 255, 255))
     apple(pen, 240, 262, 170)

@@ -35,7 +35,7 @@ def processor_name() -> str:
 
 
 def check_threads(number: object, name: str = "n_threads") -> None:
-    """Raise RequestError unless so many threads can compute."""
+    """Raise RequestError for a number of threads that cannot compute."""
     if (
         isinstance(number, bool)
         or not isinstance(number, SupportsIndex)
@@ -45,5 +45,5 @@ def check_threads(number: object, name: str = "n_threads") -> None:
 
 
 def default_threads(n_bytes: int) -> int:
-    """CPU threads for a model with weights of so many bytes."""
+    """CPU threads for a model with weights of n_bytes bytes."""
     return min(usable_cpus(), 1 + n_bytes // WEIGHTS_PER_THREAD)

@@ -95,7 +95,7 @@ def check_output(
     except ValueError as e:  # a NUL
         raise refuse("the name cannot be used") from e
     if not stat.S_ISDIR(folder.st_mode):
-        raise refuse(f"{show_name(target.parent)} is no folder")
+        raise refuse(f"{show_name(target.parent)} is not a folder")
     if info is not None:
         if not stat.S_ISREG(info.st_mode):
             raise refuse(f"it is {kind_of_file(info.st_mode)}, no regular file; give the name of a file")
@@ -110,7 +110,7 @@ def check_output(
             except OSError as e:
                 raise refuse(f"it exists and cannot be read ({os_reason(e)}); give another name") from e
             if not same_kind:
-                raise refuse(f"it exists and is no {kind.name}; give another name, or move it away")
+                raise refuse(f"it exists and is not a {kind.name}; give another name, or move it away")
             if not overwrite:
                 raise refuse("it exists; --overwrite replaces it")
     if words := why_protected(name):
@@ -157,8 +157,8 @@ def why_protected(path: AnyPath) -> str:
 
 
 def check_distinct(first: AnyPath, second: AnyPath) -> None:
-    """That two outputs are two files: names that differ only in case or in the form of accents count as the
-    same, because they are on some disks. Raises RequestError."""
+    """Check that two outputs are two files. Names that differ only in case or in the form of accents count as
+    the same, because on some disks they are. Raises RequestError."""
     try:
         paths = [os.path.realpath(path) for path in (first, second)]
     except ValueError:  # a NUL, for which `check_output` has words
@@ -332,5 +332,5 @@ def _publish(temporary: Path, target: Path) -> None:
         return
     info = quiet_stat(target)
     if info is not None and (info.st_size or not stat.S_ISREG(info.st_mode)):
-        raise FileExistsError(errno.EEXIST, "it came into being meanwhile; --overwrite replaces it")
+        raise FileExistsError(errno.EEXIST, "another program made it meanwhile; --overwrite replaces it")
     os.replace(temporary, target)

@@ -1,8 +1,8 @@
 """Objects that belong to one process, and the C objects that they hold.
 
 Such an object cannot be copied: both copies would free the same memory. After `os.fork()` the child process
-has a copy all the same. There it can neither compute, for the threads stay in the parent, nor be freed, for
-devices and child processes are the parent's. So it says that it must be opened in the child.
+has a copy anyway. There it can neither compute, because the threads stay in the parent, nor be freed, because
+devices and child processes belong to the parent. So it says that it must be opened in the child.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Mllama(LoadedModel, Answers):
                         has some for this processor: a slower load, more memory, and perhaps faster text; see
                         docs/performance-log.md
         max_tiles:      most tiles of an image; None: as many as the model knows (4). Every tile costs the
-                        same time; with fewer of them small text and details of large pictures get lost
+                        same time; with fewer of them small text and details of large images get lost
         allow_quantized_vision: take a projector with quantized matrices, which ruin the captions
         chat_template:  Jinja source in place of the file's
         image_cache:    keep the results of images on disk, where the environment says or the platform
@@ -184,7 +184,7 @@ class Mllama(LoadedModel, Answers):
         return self._conversation.logits(token_ids, images)
 
     def reset(self) -> None:
-        """Forget the conversation and the states of all images, except those on disk."""
+        """Clear the conversation and the states of all images, except those on disk."""
         self._conversation.reset()
         self._shared.images.clear()
 

@@ -10,7 +10,7 @@
     )
     ds.select_columns(["path", "caption", "error"]).write_json("captions")
 
-`read_images` works too; pictures of bytes keep their EXIF orientation, though, and one that cannot be decoded
+`read_images` works too; images of bytes keep their EXIF orientation, though, and one that cannot be decoded
 is an error in its row and not the end of the job. The weights are mapped into memory: the actors of one
 machine share them. Ray starts a new actor in place of one that died, and gives it the rows that have no
 result yet.
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class MllamaCaptioner:
-    """Captions a column of pictures, batch by batch."""
+    """Captions a column of images, batch by batch."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class MllamaCaptioner:
         """Open the model.
 
         model, mmproj: of `Mllama.from_pretrained`; every machine must have the files
-        image_column:  pictures: paths, bytes of picture files, or uint8 arrays [height, width, 1, 3 or 4 or
+        image_column:  images: paths, bytes of image files, or uint8 arrays [height, width, 1, 3 or 4 or
                        nothing]
         caption_column: gets the captions; "" where there is none
-        error_column:  gets "" or what went wrong with the picture, one line
+        error_column:  gets "" or what went wrong with the image, one line
         options:       of `CaptionOptions`: prompt, max_tokens, schema and so on
         model_options: of `Mllama`: n_gpu_layers, n_threads and so on. n_threads is the CPUs that Ray gave the
                        actor (num_cpus), if nothing is said.
@@ -68,7 +68,7 @@ class MllamaCaptioner:
         self._options = CaptionOptions(**(options or {}))
         files = resolve(model, mmproj)
         self._paths = (files.text, files.mmproj)
-        # A job sees each picture once: kept on disk, they would only push out those that are asked about.
+        # A job sees each image once: kept on disk, they would only push out those that are asked about.
         self._settings = {
             "n_threads": ray_threads(),
             "image_cache": False,
@@ -117,9 +117,9 @@ def ray_threads() -> int | None:
 
 
 def _source(image: Any) -> Any:
-    """A row's value as `Mllama` takes pictures."""
+    """A row's value as `Mllama` takes images."""
     if image is None:
-        raise ImageError("no picture: the row is empty")
+        raise ImageError("no image: the row is empty")
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         from PIL import Image
 

@@ -51,7 +51,7 @@ class Option(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What is known of a setting beside its name and default.
+    """The facts about a setting besides its name and default.
 
     none:         what None stands for, if it may stand in place of a value
     zero_is_none: 0 stands for the same
@@ -268,7 +268,7 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
     def context_length(self, n_ctx_train: int) -> int:
-        """n_ctx for a model that was trained with so many tokens."""
+        """n_ctx for a model that was trained with n_ctx_train tokens."""
         return min(self.n_ctx or n_ctx_train, n_ctx_train)
 
 
@@ -292,8 +292,8 @@ _OFFLOAD = (
 
 
 def offload_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some settings, other than at first, for which tuned ones hold, in a fixed order. Not n_ctx:
-    what is tuned at one length is used at all."""
+    """The settings, other than the defaults, that tuned ones depend on, in a fixed order. Not n_ctx: what is
+    tuned at one length is used at every length."""
     return {name: settings[name] for name in _OFFLOAD if settings.get(name, DEFAULTS[name]) != DEFAULTS[name]}
 
 

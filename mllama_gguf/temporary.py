@@ -64,7 +64,7 @@ def open_locked(path: Path, wait: float = 0.0, *, create: bool = True) -> tuple[
         file = io.FileIO(os.open(path, flags, 0o666), "r+")
         try:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileExistsError(errno.EEXIST, "it is no regular file", os.fspath(path))
+                raise FileExistsError(errno.EEXIST, "it is not a regular file", os.fspath(path))
             locks = lock(file.fileno(), wait)
             if is_at(file.fileno(), path):  # it may have been renamed before we had the lock
                 return file, locks
@@ -93,8 +93,8 @@ def remove_unlocked(path: Path, wait: float = 0.0, *, unsure: bool = False) -> N
 
     unsure: delete it also on a file system without locks
 
-    Raises BlockingIOError if it is locked for longer than `wait` seconds, FileExistsError for what is no file
-    of ours.
+    Raises BlockingIOError if it is locked for longer than `wait` seconds, FileExistsError if it
+    is not a file of ours.
     """
     words = f"{show_name(path)} is in the way; move it away"
     in_the_way = FileExistsError(errno.EEXIST, words, os.fspath(path))

@@ -94,7 +94,7 @@ def parse_size(words: str, what: str) -> int:
         n_bytes = int(Fraction(number) * base ** " kmgt".index(unit or " "))
         if n_bytes < _MOST_BYTES:
             return n_bytes
-    raise RequestError(f"{what}: {show_name(words)!r} is no size; write bytes, or a size like 500MB or 8GiB")
+    raise RequestError(f"{what}: {show_name(words)!r} is not a size; write bytes, or as in 500MB or 8GiB")
 
 
 def show_size(n_bytes: float) -> str:

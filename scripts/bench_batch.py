@@ -2,7 +2,7 @@
 """Batch captions against the same calls in a plain loop, with and without encoding ahead: images a minute,
 and how busy the model is.
 
-    python scripts/bench_batch.py [--pictures 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
+    python scripts/bench_batch.py [--images 200] [--model NAME|PATH] [--mmproj PATH] [--repeat 3]
                                   [--set web] [--encode-ahead auto|on|off|both] [--json FILE]
     python scripts/bench_batch.py --parallel 4 [--set small]      # several captions together, see below
     python scripts/bench_batch.py --parallel 4 --set small --layers 5 --tokens 12 --dir DIR --repeat 1
@@ -133,7 +133,7 @@ def compare_parallel(args: argparse.Namespace) -> None:
             few = full_shape.FEW_VISION_LAYERS
             full_shape.write_mllama(Path(model), args.layers, vision=True, vision_layers=few)
         open_model = partial(Mllama.from_pretrained, model, args.mmproj, image_cache=False)
-        images = draw_set(folder, name, args.pictures)
+        images = draw_set(folder, name, args.images)
         rates: dict[int, list[float]] = {1: [], args.parallel: []}
         for turn in range(args.repeat):
             for parallel in list(rates) if turn % 2 == 0 else list(rates)[::-1]:
@@ -142,22 +142,22 @@ def compare_parallel(args: argparse.Namespace) -> None:
                 print(f"{parallel} together: {rates[parallel][-1]:.1f} a minute", file=sys.stderr)
     one, many = (statistics.median(rates[n]) for n in (1, args.parallel))
     report.show(
-        f"{args.model if not args.layers else f'{args.layers} layers'}, {args.pictures} pictures, {name}",
+        f"{args.model if not args.layers else f'{args.layers} layers'}, {args.images} images, {name}",
         ("together", "a minute", "ratio"),
         ((1, f"{one:.1f}", "1"), (args.parallel, f"{many:.1f}", f"{many / one:.2f}")),
     )
-    settings = {key: getattr(args, key) for key in ("model", "layers", "pictures", "repeat", "tokens", "set")}
+    settings = {key: getattr(args, key) for key in ("model", "layers", "images", "repeat", "tokens", "set")}
     rows = [{"together": n, "per_minute": statistics.median(rates[n])} for n in rates]
     report.write_json(args.json, {"about": report.about(**settings), "rows": rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--mmproj")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--set", choices=SETS, help="only these pictures")
+    parser.add_argument("--set", choices=SETS, help="only these images")
     parser.add_argument("--encode-ahead", choices=AHEAD, default="both")
     parser.add_argument("--parallel", type=int, help="compare one caption after the other with N together")
     parser.add_argument("--layers", type=int, help="with --parallel: the shape of the 11B model")
@@ -177,7 +177,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as root:
             folder = Path(root)
-            images = draw_set(folder, name, args.pictures)
+            images = draw_set(folder, name, args.images)
             for processes in (1, 2):
                 # In turn, so that both meet the same machine.
                 loops: list[float] = []
@@ -191,21 +191,21 @@ def main() -> None:
                 for ahead in modes:
                     best = max(batches[ahead], key=lambda r: r["rate"])
                     rows.append({
-                        "pictures": name, "processes": processes, "loop_per_minute": loop,
+                        "images": name, "processes": processes, "loop_per_minute": loop,
                         "encode_ahead": ahead, "batch_per_minute": best["rate"],
                         "ratio": best["rate"] / loop, "busy": best["busy"],
                     })  # fmt: skip
     report.show(
-        f"{args.model}, {args.pictures} pictures, {os.cpu_count()} CPUs; pictures a minute",
-        ("pictures", "processes", "plain loop", "batch", "a minute", "ratio", "model busy"),
+        f"{args.model}, {args.images} images, {os.cpu_count()} CPUs; images a minute",
+        ("images", "processes", "plain loop", "batch", "a minute", "ratio", "model busy"),
         (
-            (r["pictures"], r["processes"], f"{r['loop_per_minute']:.0f}", NAMES[r["encode_ahead"]],
+            (r["images"], r["processes"], f"{r['loop_per_minute']:.0f}", NAMES[r["encode_ahead"]],
              f"{r['batch_per_minute']:.0f}", f"{r['ratio']:.2f}", f"{r['busy']:.1%}")
             for r in rows
         ),
     )  # fmt: skip
     settings = {
-        name: getattr(args, name) for name in ("model", "mmproj", "pictures", "repeat", "encode_ahead")
+        name: getattr(args, name) for name in ("model", "mmproj", "images", "repeat", "encode_ahead")
     }
     report.write_json(args.json, {"about": report.about(**settings), "rows": rows})
 

@@ -91,7 +91,7 @@ class Ours:
         return int(self.logits(tokens).argmax())
 
     def fill(self, tiles: int) -> tuple[int, float]:
-        """A slot with an image of so many tiles, and the seconds that filling its cache took."""
+        """A slot with an image of `tiles` tiles, and the seconds that filling its cache took."""
         h = self.model.hparams
         states = np.random.default_rng(tiles).standard_normal((tiles, h.n_positions, h.n_embd), np.float32)
         start = time.perf_counter()
@@ -266,7 +266,7 @@ def time_chat(ours: Ours, n: int, options: dict[str, Any]) -> tuple[float, float
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read together from memory: the sum of a large array, best of
+    """Bytes a second that `threads` threads read together from memory: the sum of a large array, best of
     three."""
     parts = np.array_split(np.ones(BANDWIDTH_BYTES // 8, np.uint64), threads)
     best = 0.0

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--mmproj")
     parser.add_argument("--full", action="store_true", help="random weights of the 11B shape")
     parser.add_argument("--dir", type=report.folder, help="where they go (default: a temporary folder)")
-    parser.add_argument("--tiles", default="1,4", help="of the pictures, as in 1,2,4")
+    parser.add_argument("--tiles", default="1,4", help="of the images, as in 1,2,4")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)

@@ -126,7 +126,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--layers", type=int, help="the shape of the 11B model, its first so many layers")
+    parser.add_argument("--layers", type=int, help="the shape of the 11B model, its first LAYERS layers")
     parser.add_argument("--dir", type=report.folder, help="where the file of --layers is made")
     parser.add_argument("--clients", default="1,8")
     parser.add_argument("--tokens", type=int, default=200)

@@ -58,7 +58,7 @@ def main() -> int:
     captions = captions.materialize()  # the writer below and the count read it
     captions.write_json(args.out)
     total, failed = captions.count(), captions.filter(lambda row: row["error"] != "").count()
-    print(f"{total} pictures, {failed} failed", file=sys.stderr)
+    print(f"{total} images, {failed} failed", file=sys.stderr)
     return 3 if failed else 0
 
 

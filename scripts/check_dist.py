@@ -5,7 +5,7 @@
 
 The wheel must hold the files of the package, the C library and its header, and the licences; the sdist must
 hold every file that git tracks. Then each is installed into an environment of its own, which captions a
-picture and writes a model file, outside the source tree. `--contents` leaves the installing out.
+image and writes a model file, outside the source tree. `--contents` leaves the installing out.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def mllama_keys(
 
 
 def vocabulary(n_tokens: int) -> dict[str, Any]:
-    """Keys of a vocabulary of so many tokens, at least VOCAB: bytes, the words of the tiny models, the
+    """Keys of a vocabulary of n_tokens tokens, at least VOCAB: bytes, the words of the tiny models, the
     special tokens last, the image token after them."""
     arch = replace(tiny.ARCHS["gqa"], vocab_size=VOCAB)
     model = tiny.make_tokenizer(arch)["tokenizer.json"]["model"]
@@ -242,7 +242,7 @@ def write_gguf(
 
 
 def fill(file: IO[bytes], size: int, data: bytes) -> None:
-    """Write the same again and again until there are so many bytes."""
+    """Write the same again and again until the bytes are written."""
     for start in range(0, size, len(data)):
         file.write(data[: min(len(data), size - start)])
 

@@ -6,7 +6,7 @@ Pillow's resize is not the same in all versions, so run it once for each that ma
 the installed one: `pip install --target DIR --no-deps pillow==VERSION`, then with PYTHONPATH=DIR). A run adds
 its Pillow's hashes to those in the file; delete the file to start again.
 
-The pictures are formulas (tests/preprocess_cases.py), so the file holds sizes and hashes only. Nothing of
+The images are formulas (tests/preprocess_cases.py), so the file holds sizes and hashes only. Nothing of
 this package's own preprocessing is used.
 """
 

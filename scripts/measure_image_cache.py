@@ -140,7 +140,7 @@ def measure(model: Path, args: argparse.Namespace, images: Path) -> None:
     states, image_kv, prefix_kv = (sizes[f".{kind}"] / 1e6 for kind in ("states", "image_kv", "prefix_kv"))
     kept = f"states {states:.0f} MB, image_kv {image_kv:.0f}, prefix_kv {prefix_kv:.1f}"
     print(f"{args.tiles} tiles; {kept}; seconds:")
-    print(f"{'':24}   total picture  encode    fill  prompt (tokens)  first / total")
+    print(f"{'':24}   total image  encode    fill  prompt (tokens)  first / total")
     for name, rows in (
         ("first", [first]), ("same process", again), ("other process", other),
         ("from disk", disk), ("other process, as first", same),

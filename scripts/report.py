@@ -125,7 +125,7 @@ def folder(words: str) -> Path:
 
 
 def check_replaced(path: Path, name: str, content: dict[str, Any]) -> None:
-    """That a folder of outputs may be replaced: there is none, it is empty, or it has a JSON file of this
+    """Check that a folder of outputs may be replaced: it does not exist, is empty, or has a JSON file of this
     name and content, as an earlier run wrote it. Raises MllamaError."""
     check_folder(path)
     if path.is_dir() and any(path.iterdir()):

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Hostile schemas and grammars against child processes of 2 GiB of memory: nothing may die, hang or be deaf.
+"""Hostile schemas and grammars against child processes of 2 GiB of memory: none may die, hang or ignore Ctrl-C.
 
     python scripts/trial_grammars.py [--cases N] [--seed TEXT] [--tokens N] [--reply N] [--only CASE ...]
 
 Each case (tests/text/hostile.py) is a request for a form. Within 5 seconds it must either work, which is a
 mask for the first token and some tokens drawn under it, or be refused with one line of bounded length. Then
-Ctrl-C is sent into the middle of the slowest cases, and must be heard within a second. A child serves many
+Ctrl-C is sent into the middle of the slowest cases, and must work within a second. A child serves many
 cases; one that dies or is late is a failure, and is replaced.
 
-The vocabulary is the bundled model's, or with --tokens one of so many tokens (tests/vocabulary.py); 128256
+The vocabulary is the bundled model's, or with --tokens N one of N tokens (tests/vocabulary.py); 128256
 are Llama 3.2's. The exit code is 1 if anything failed.
 """
 

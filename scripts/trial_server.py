@@ -52,7 +52,7 @@ class Serving:
         self.client = httpx.Client(base_url=url, timeout=LATE)
 
     def caption(self) -> str:
-        """What the model says about a picture, always the same."""
+        """What the model says about an image, always the same."""
         body = {"model": "demo", "messages": [_question()], "stream": False, "options": {"temperature": 0}}
         answer = self.client.post("/api/chat", json=body)
         assert answer.status_code == 200, answer.text

@@ -20,7 +20,7 @@ from mllama_gguf.cache.disk import DIRECTORY_VARIABLE, SIZE_VARIABLE
 from mllama_gguf.cache.folder import NAME
 from mllama_gguf.convert.huggingface import convert
 
-# Tests, and the processes that they start, neither find nor leave pictures on disk; those of the image cache
+# Tests, and the processes that they start, neither find nor leave images on disk; those of the image cache
 # turn it on.
 os.environ[SIZE_VARIABLE] = "0"
 

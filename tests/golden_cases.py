@@ -50,7 +50,7 @@ F16_CACHE_TOLERANCE = 2e-3
 
 @dataclass(frozen=True)
 class GoldenImage:
-    """Random pixels; the same key gives the same picture."""
+    """Random pixels; the same key gives the same image."""
 
     aspect_ratio_id: int
     key: int = 0
@@ -66,7 +66,7 @@ class GoldenImage:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and the pictures of its image tokens in order."""
+    """A prompt, and the images of its image tokens in order."""
 
     name: str
     tokens: tuple[int, ...]
@@ -74,7 +74,7 @@ class Case:
 
 
 def grid_images(arch: Arch) -> list[GoldenImage]:
-    """One picture for every tile grid."""
+    """One image for every tile grid."""
     return [GoldenImage(i + 1) for i in range(len(arch.grids))]
 
 
@@ -113,7 +113,7 @@ def cases(arch: Arch) -> tuple[Case, ...]:
             if isinstance(part, int):
                 tokens += stream.integers(arch.vocab_size, part)
             elif part == "image":
-                # A run through all grids; a picture of a grid differs from prompt to prompt.
+                # A run through all grids; an image of a grid differs from prompt to prompt.
                 grid = (5 * number + 3 * len(images)) % len(arch.grids) + 1
                 tokens.append(arch.image_token)
                 images.append(GoldenImage(grid, key=number * 10 + len(images)))
@@ -159,7 +159,7 @@ def tolerances(n_tokens: int) -> npt.NDArray[np.float64]:
 
 
 def tiled(arch: Arch, image: GoldenImage) -> TiledImage:
-    """The picture as the preprocessor would hand it over."""
+    """The image as the preprocessor would hand it over."""
     rows, columns = arch.grids[image.aspect_ratio_id - 1]
     size = (columns * arch.image_size, rows * arch.image_size)
     return TiledImage(

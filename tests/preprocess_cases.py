@@ -1,4 +1,4 @@
-"""The pictures of the preprocessing tests, made from formulas so that every machine gets the same bytes."""
+"""The images of the preprocessing tests, made from formulas so that every machine gets the same bytes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pattern(width: int, height: int, channels: int, seed: int = 0) -> npt.NDArra
 
 
 def make_image(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
-    """A PIL picture in one of MODES."""
+    """A PIL image in one of MODES."""
     base, _, variant = mode.partition("+")
     size = (width, height)
     one = pattern(width, height, 1, seed)[..., 0]

@@ -115,7 +115,7 @@ def running(
 
 
 def image64(name: str = "apple.png") -> str:
-    """A picture of examples/ in base64."""
+    """An image of examples/ in base64."""
     return base64.b64encode((EXAMPLES / name).read_bytes()).decode()
 
 
@@ -130,7 +130,7 @@ def endless(model: str = "demo", **more: Any) -> dict[str, Any]:
 
 
 def slow_image(stream: bool) -> dict[str, Any]:
-    """A request whose picture is encoded for seconds."""
+    """A request whose image is encoded for seconds."""
     message = {"role": "user", "content": "x", "images": [image64("apple-and-cat.png")]}
     return {"model": "slow", "messages": [message], "stream": stream}
 

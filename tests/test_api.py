@@ -162,7 +162,7 @@ def test_closing(tiny_files: Files) -> None:
 # ---- replies -----------------------------------------------------------------------------------------------
 
 
-def test_a_caption_is_the_same_however_the_picture_comes(model: Mllama, tmp_path: Path) -> None:
+def test_a_caption_is_the_same_however_the_image_comes(model: Mllama, tmp_path: Path) -> None:
     array = noisy_image(1, 50, 30)
     data = png(array)
     path = tmp_path / "a.png"
@@ -311,7 +311,7 @@ def test_a_prompt_that_is_too_long(model: Mllama) -> None:
     assert model.caption(noisy_image(1), max_tokens=5)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------
 
 
 def test_encode_image(model: Mllama) -> None:
@@ -399,7 +399,7 @@ def test_a_conversation_is_not_computed_again(model: Mllama, tiny_files: Files) 
     )  # whether the reply too depends on how its text is cut into tokens
 
 
-def test_a_second_question_about_a_picture_encodes_nothing(tiny_files: Files) -> None:
+def test_a_second_question_about_an_image_encodes_nothing(tiny_files: Files) -> None:
     seen: list[str] = []
     with Mllama(tiny_files("gqa").one, progress=lambda phase, done, total: seen.append(phase)) as model:
         first = model.create_chat_completion(ask(noisy_image(1), "what is it?"), max_tokens=3)

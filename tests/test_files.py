@@ -60,7 +60,7 @@ def test_files_of_others(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "link").symlink_to(other)
     os.link(other, tmp_path / "hard")
     for name in ("other", "link", "hard"):
-        with pytest.raises(RequestError, match=r"it exists and is no file of ours; give another name"):
+        with pytest.raises(RequestError, match=r"it exists and is not a file of ours; give another name"):
             check_output(tmp_path / name, OURS, overwrite=overwrite)
 
 
@@ -118,7 +118,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
         ("/dev/null", "is a device, no regular file"),
         ("to-null", "is a device, no regular file"),
         ("none/new", "there is no folder"),
-        ("file/new", "file is no folder"),
+        ("file/new", "file is not a folder"),
         ("x" * 256, "File name too long"),
         ("a\0b", "the name cannot be used"),
         ("protected", "write-protected"),
@@ -156,7 +156,7 @@ def test_a_kind_that_stumbles(tmp_path: Path) -> None:
         raise ValueError("no such header")
 
     (tmp_path / "x").write_bytes(b"x")
-    with pytest.raises(RequestError, match="is no thing"):
+    with pytest.raises(RequestError, match="is not a thing"):
         check_output(tmp_path / "x", Kind("thing", stumbles), overwrite=True)
 
 
@@ -283,7 +283,7 @@ def test_a_file_that_came_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.Mo
                     if content is not None:
                         path.write_bytes(content)
             except FileExistsError as e:
-                assert "came into being meanwhile" in str(e)
+                assert "was made meanwhile" in str(e)
             assert path.read_bytes() == kept
             assert names(tmp_path) == ["x"]
         monkeypatch.setattr(os, "link", no_links)

@@ -127,7 +127,7 @@ def test_batches_and_kinds_of_attention(
         assert (errors <= tolerances(len(errors))).all(), f"{name}: {errors.max():.1e} at {errors.argmax()}"
 
 
-def test_embeddings_stand_for_pictures(open_model: Open, arch: tiny.Arch, golden: Any) -> None:
+def test_embeddings_stand_for_images(open_model: Open, arch: tiny.Arch, golden: Any) -> None:
     model, prompt = open_model(arch.name), case(arch, "adjacent_then_one")
     tiles = [tiled(arch, p) for p in prompt.images]
     embeddings = [model.encode_image(p) for p in tiles]

@@ -231,7 +231,7 @@ def test_a_forked_process_is_told(model: Mllama) -> None:
         model.close()
 
     assert in_fork(child) == 0
-    assert isinstance(next(stream), str)  # the parent's goes on
+    assert isinstance(next(stream), str)  # the parent's continues
     assert encoder.encode(noisy_image(2)).n_tiles > 1
     encoder.close()
 

@@ -92,7 +92,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, checkpoint: Path, tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a checkpoint, a model, a picture and prompts."""
+    """The current folder, with a checkpoint, a model, an image and prompts."""
     folder = tmp_path / "here"
     shutil.copytree(checkpoint, folder / "hf")
     shutil.copy(tiny_files("gqa").one, folder / "one.gguf")
@@ -232,8 +232,8 @@ def test_files_of_others_in_a_folder_stay(here: Path, name: str, overwrite: bool
 
 
 @pytest.mark.parametrize("name", ["preprocess", "tune png"])
-def test_a_picture_in_the_folder_stays(here: Path, name: str, capsys: Captured) -> None:
-    """The folder of the pictures is the folder of the outputs, and an input has the name of an output."""
+def test_an_image_in_the_folder_stays(here: Path, name: str, capsys: Captured) -> None:
+    """The folder of the images is the folder of the outputs, and an input has the name of an output."""
     args, file = FOLDERS[name]
     source = "photo.png" if name == "preprocess" else "tune.png"
     os.rename("photo.png", source)
@@ -245,7 +245,7 @@ def test_a_picture_in_the_folder_stays(here: Path, name: str, capsys: Captured) 
         refused(command(args, ".", overwrite), words, here, capsys)
 
 
-# ---- what is no file ---------------------------------------------------------------------------------------
+# ---- no files ----------------------------------------------------------------------------------------------
 
 NO_FILES = {
     "": "",
@@ -332,7 +332,7 @@ def test_an_existing_lock_file_must_be_one(here: Path, capsys: Captured) -> None
     Path("other.lock").write_text('version = 4\n[[package]]\nname = "cargo"\n')
     args = ["lock", "ollama:127.0.0.1:9/library/none", "--file"]
     refused([*args, "broken.lock"], "broken.lock: models.x", here, capsys)
-    refused([*args, "other.lock"], "is no lock file of models", here, capsys)
+    refused([*args, "other.lock"], "is not a lock file of models", here, capsys)
 
 
 def test_a_name_for_quantize(here: Path, capsys: Captured) -> None:

@@ -49,7 +49,7 @@ def within(seconds: int = SECONDS) -> Iterator[None]:
 
 
 def make(kind: str, path: Path) -> Path:
-    """Something of that kind that is no file, under this name or, for a device, another one."""
+    """Something of that kind that is not a file, under this name or, for a device, another one."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
@@ -169,10 +169,10 @@ def test_commands(
         code = run([str(thing) if word == str(name) else word for word in line])
     err = capsys.readouterr().err
     if (place, kind) == ("image of a batch", "folder"):
-        assert code == 0 and os.path.exists("out.jsonl")  # a folder without pictures beside a picture
+        assert code == 0 and os.path.exists("out.jsonl")  # a folder without images beside an image
         return
     assert code in (1, 2, 3) and "unexpected" not in err and "Traceback" not in err
-    if place == "image of a batch" or (place == "list" and thing != name):  # a device is taken for a picture
+    if place == "image of a batch" or (place == "list" and thing != name):  # a device is taken for an image
         assert code == 3 and (tmp_path / "errors.jsonl").read_text().count("\n") == 1
         return
     assert err.count("\n") == 1, err

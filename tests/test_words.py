@@ -35,7 +35,7 @@ def test_sizes(words: str, n_bytes: int) -> None:
     ["", "GiB", "-1", "8 Gigs", "1e9", "8GiB8", "5 parsecs", "inf", "٣", "9" * 5000, str(1 << 63), "."],
 )
 def test_words_that_are_no_size(words: str) -> None:
-    with pytest.raises(RequestError, match=r"^--budget: .* is no size") as error:
+    with pytest.raises(RequestError, match=r"^--budget: .* is not a size") as error:
         parse_size(words, "--budget")
     assert len(str(error.value)) < 500
 

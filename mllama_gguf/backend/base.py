@@ -17,11 +17,11 @@ from .types import Bytes, Device, Floats, HParams, Memory, Tap, TensorInfo
 Logits: TypeAlias = Literal["none", "last", "all"]
 
 # The calls that return a handle, and the call that gives it back: for a caller that is interrupted before it
-# hears of the handle.
+# gets the handle.
 RELEASES = {"image_fill": "image_free", "image_map": "image_free", "sequence_new": "sequence_free"}
 
 
-# Most tokens of prompts in a step with others, so that a running reply never waits longer than for so many.
+# Most tokens of prompts in a step with others, so that a running reply never waits for more than these.
 CHUNK = 64
 
 
@@ -93,7 +93,7 @@ class ImageSlots(Protocol):
         n_embd], or n_tiles: `image_set` brings the image."""
 
     def image_mapped_size(self, n_tiles: int) -> int:
-        """How many bytes `image_map` wants of an image with so many tiles; 0: it cannot be mapped."""
+        """How many bytes `image_map` needs for an image with n_tiles tiles; 0: it cannot be mapped."""
 
     def image_map(self, n_tiles: int, path: Path, offset: int) -> int:
         """Put one image into a new slot that has the bytes of a file, as `image_get` gives them, from there
@@ -129,7 +129,7 @@ class Context(ImageSlots, Protocol):
 
     @property
     def epoch(self) -> int:
-        """Another number once the caches were lost with their process."""
+        """Changes when the caches were lost with their process."""
 
     def memory(self) -> Memory:
         """Bytes in use now."""
@@ -161,7 +161,7 @@ class Context(ImageSlots, Protocol):
         """Let the self-attention cache hold these tokens, and no others."""
 
     def clear(self) -> None:
-        """Forget tokens and images."""
+        """Drop all tokens and images."""
 
     def tap(self, callback: Tap) -> AbstractContextManager[None]:
         """Inside the block callback(name, None) is asked for every intermediate tensor whether its values are
@@ -207,7 +207,7 @@ def open_encoder(
     model: Model, callbacks: Callbacks, *, n_threads: int, flash_attn: bool, cpu_kernel: str = ""
 ) -> Context:
     """A context that only encodes images. Raises BackendError."""
-    # A cache of tokens cannot be left out, but be as small as can be.
+    # A context always has a cache of tokens; here it is as small as possible.
     return model.open_context(
         callbacks, n_ctx=1, n_batch=1, n_threads=n_threads, flash_attn=flash_attn, cpu_kernel=cpu_kernel
     )

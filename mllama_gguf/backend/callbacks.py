@@ -62,7 +62,7 @@ class Callbacks:
 
     def check(self, status: int) -> None:
         """Raise the exception for the status of a C function that could call back. What a callback raised
-        comes first, for that is why the status is what it is."""
+        comes first, because it is the reason for the status."""
         error = self._native.error(status) if status != OK else None
         pending, self._pending = self._pending, None
         if pending is not None:

@@ -129,7 +129,7 @@ class Child:
         self._objects["model"] = local.open_model(*args, callbacks=self._callbacks, **settings)
 
     def facts(self) -> ModelFacts:
-        """What is known of the model."""
+        """The facts about the model."""
         model: LocalModel = self._objects["model"]
         return ModelFacts(model.hparams, model.layout, model.repairs, model.size)
 

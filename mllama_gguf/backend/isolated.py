@@ -1,4 +1,4 @@
-"""A model and its contexts in a child process, with the faces of those in this one.
+"""A model and its contexts in a child process, with the same methods as those in this process.
 
 `base` says what each method does.
 """

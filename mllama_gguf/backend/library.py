@@ -67,7 +67,7 @@ class Native:
     keep: tuple[Any, ...]  # callbacks that C holds pointers to
 
     def error(self, status: int) -> MllamaError:
-        """The exception for a status, with the library's words. Must be asked for on the thread of the
+        """The exception for a status, with the library's words. To be called on the thread of the
         failure."""
         words = self.last_error() or f"libmllama: error {status}"
         return _ERRORS.get(status, BackendError)(words)

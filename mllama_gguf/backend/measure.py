@@ -35,9 +35,9 @@ def measure(
 ) -> tuple[Memory, HParams]:
     """What a model with a full context takes, in this process.
 
-    n_tiles:  of each picture in the cache; None: one picture with all its tiles
-    max_tiles: most tiles of that picture; None: as many as the model knows
-    parallel: full conversations that compute together, each with such pictures of its own
+    n_tiles:  of each image in the cache; None: one image with all its tiles
+    max_tiles: most tiles of that image; None: as many as the model knows
+    parallel: full conversations that compute together, each with such images of its own
     settings: those of `local.open_model` and `Model.open_context`; without n_threads, as many as `Mllama`
     takes
 

@@ -140,7 +140,7 @@ def open_backend(
 
 
 def choice_in_words(layers: int, of: int, targets: Sequence[Device]) -> str:
-    """What "auto" has chosen, as a line: so many of all layers, on these devices."""
+    """The choice of "auto" as a line: how many of all layers, on which devices."""
     names = ", ".join(f"{device.name} ({device.description})" for device in targets)
     if layers == 0:
         return f"GPU: no layer fits on {names}; all of them run on the CPU"
@@ -162,7 +162,7 @@ def _open_model(
 
 
 def step_down(open_with: Callable[[int], T], layers: int) -> T:
-    """Open with so many layers, or with fewer where a device has less room than it said: 1 less, 3 less, 7
+    """Open with this many layers, or with fewer where a device has less room than it said: 1 less, 3 less, 7
     less, ... Raises OutOfMemoryError if 0 layers are too many, and what else `open_with` raises."""
     step = 1
     while True:

@@ -38,7 +38,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """All settings, from no layer to all. n_tiles: of each picture; limits: most bytes on a device; parallel:
+    """All settings, from no layer to all. n_tiles: of each image; limits: most bytes on a device; parallel:
     conversations, each with all that."""
 
     n_layer: int
@@ -180,5 +180,5 @@ def device_limits(
 
 
 def with_tiles(memory: DeviceMemory, from_tiles: int, to_tiles: int) -> DeviceMemory:
-    """The same for pictures of another number of tiles in all: their cache is one row a position."""
+    """The same for images of another number of tiles in all: their cache is one row a position."""
     return replace(memory, cross_kv=memory.cross_kv * to_tiles // from_tiles if from_tiles else 0)

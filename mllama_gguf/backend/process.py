@@ -102,7 +102,7 @@ class Process:
             reply = self._stop()
             target, name, *_ = request
             if reply and reply[0] == "done" and name in RELEASES:
-                # Nobody will hear of the handle.
+                # Nobody will get the handle.
                 self._send(("call", target, RELEASES[name], (reply[1],), {}, False))
                 self._stop()
             raise

@@ -83,7 +83,7 @@ def serve(
         )
         failed.append(native.error(status))
 
-    # In a thread, so that Ctrl-C is heard.
+    # In a thread, so that Ctrl-C works.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():

@@ -95,7 +95,7 @@ class DeviceMemory:
     mapped:   weights read in place from the file's pages, which the system may drop and read again
     weights:  weights copied into the device's memory
     self_kv:  the self-attention cache
-    cross_kv: of all pictures in the cache
+    cross_kv: of all images in the cache
     compute:  the text compute buffers, which stay
     vision:   the most that encoding an image, or computing its image_kv, takes while it runs
     staging:  this machine's memory while weights are copied, before any cache exists

@@ -1,1 +1,1 @@
-"""Thousands of pictures: list them, prepare them ahead, caption them, keep the results."""
+"""Thousands of images: list them, prepare them ahead, caption them, keep the results."""

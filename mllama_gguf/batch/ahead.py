@@ -1,5 +1,5 @@
-"""Pictures on their way to the loop that captions them: read and cut into tiles by threads, then encoded by
-another, each a few pictures ahead of the loop."""
+"""Images on their way to the loop that captions them: read and cut into tiles by threads, then encoded by
+another, each a few images ahead of the loop."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ R = TypeVar("R")
 
 THREADS = min(4, usable_cpus())
 NICE = 10
-# Pictures that wait decoded: enough that one large picture among small ones is not waited for. One takes up
-# to 15 MB.
+# Images that wait decoded: enough that the loop need not wait for one large image among small ones. One takes
+# up to 15 MB.
 AHEAD = 8
-# Pictures that wait encoded. One takes up to 105 MB with the 11B model.
+# Images that wait encoded. One takes up to 105 MB with the 11B model.
 ENCODED_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture for the loop.
+    """An image for the loop.
 
     image:   None: its content has a caption already
     encoded: when its states were computed ahead, from and to, as `time.perf_counter` counts
@@ -58,8 +58,8 @@ Coming: TypeAlias = "tuple[str, Future[Prepared]]"
 def images_ahead(
     paths: Iterable[str], prepare: Callable[[str], Prepared], encode: Callable[[Coming], Prepared] | None
 ) -> Generator[Coming, None, None]:
-    """The pictures in order, each with what becomes of it: `prepare` works in several threads, `encode` in
-    one, in order (None: the loop encodes)."""
+    """The images in order, each with the future of its result: `prepare` works in several threads, `encode`
+    in one, in order (None: the loop encodes)."""
     with closing(prefetch(paths, prepare, "mllama-decode", THREADS, AHEAD, NICE)) as prepared:
         if encode is None:
             yield from prepared
@@ -70,10 +70,10 @@ def images_ahead(
 
 
 class EncodeAhead:
-    """What encodes pictures ahead, in a thread: each content once. What it leaves as tiles, the loop encodes.
+    """Encodes images ahead, in a thread: each content once. The loop encodes those that it leaves as tiles.
 
     captioned: contents, as sha256, that need no states any more; may grow meanwhile
-    time_limit: most seconds for one picture
+    time_limit: most seconds for one image
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class EncodeAhead:
         self._begun: set[str] = set()
 
     def __call__(self, coming: Coming) -> Prepared:
-        """A prepared picture, encoded. Raises what its preparation raises, and the encoding."""
+        """A prepared image, encoded. Raises what its preparation raises, and the encoding."""
         prepared = coming[1].result()
         encoder, tiles, sha256 = self.encoder, prepared.image, prepared.sha256
         if not isinstance(tiles, TiledImage) or sha256 in self._captioned or sha256 in self._begun:
@@ -138,7 +138,7 @@ def prefetch(
 
     name, nice: of the threads, and how much lower their priority is
 
-    The threads are daemons: nobody waits for them at exit, however large the picture that they decode.
+    The threads are daemons: nobody waits for them at exit, however large the image that they decode.
     """
     jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
 
@@ -148,7 +148,7 @@ def prefetch(
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         while (job := jobs.get()) is not None:
             job.do(work)
-            del job  # and the picture in it, while the next one is waited for
+            del job  # and the image in it, while the next one is waited for
 
     for _ in range(threads):
         threading.Thread(target=serve, name=name, daemon=True).start()

@@ -1,4 +1,4 @@
-"""One picture of many: its caption, as a batch or a cluster's worker asks for it."""
+"""One image of many: its caption, as a batch or a cluster's worker asks for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..words import one_line, os_reason
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """How every picture is captioned.
+    """How every image is captioned.
 
     max_tokens:     most tokens of a caption; None: the model's own, or 256
     temperature, seed: as in `create_chat_completion`; None: the model's own, or 0 and a fresh one
@@ -98,7 +98,7 @@ class CaptionOptions:
         return self._checked[1]
 
     def prepare(self, image: ImageSource, shape: HParams, max_tiles: int) -> TiledImage:
-        """An image cut into at most so many tiles for a model of that shape. Raises ImageError,
+        """An image cut into at most max_tiles tiles for a model of that shape. Raises ImageError,
         RequestError."""
         tiled = preprocess_image(
             image,
@@ -219,7 +219,7 @@ def caption_image(
 
 
 def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON schema from a file. Raises RequestError for a file that is none, and for a schema that cannot be
+    """A JSON schema from a file. Raises RequestError for a file without one, and for a schema that cannot be
     obeyed."""
     name = os.fspath(path)
     try:

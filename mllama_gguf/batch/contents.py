@@ -1,4 +1,4 @@
-"""Which captions that are there are of the content that a picture has now."""
+"""Which existing captions belong to the present content of their image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOCK_SECONDS = 2.0
 
 
 def is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | None) -> bool:
-    """Whether a caption that is there is to be made once more."""
+    """Whether an existing caption is to be made again."""
     if "length" in redo and record.finish_reason == "length":
         return True
     if "empty" in redo and not record.caption.strip():
@@ -35,8 +35,8 @@ def is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | No
 
 
 def known_contents(known: Collection[Record], pending: Iterable[str]) -> Iterator[tuple[str, Record]]:
-    """What is captioned already, by content. Caption files beside their pictures do not tell the content;
-    only a picture as large as one to come is worth reading for it."""
+    """The existing captions, by content. Caption files beside their images do not tell the content: an image
+    is read for it only if it is as large as one that is still to be captioned."""
     sizes: set[int | None] = set()
     if any(not record.sha256 for record in known):
         sizes = {_size(path) for path in pending} - {None}

@@ -1,6 +1,6 @@
-"""errors.jsonl: the pictures that have no caption, and why. Several runs may share it.
+"""errors.jsonl: the images that have no caption, and why. Several runs may share it.
 
-Each line names the output that has no caption of the picture, so that the runs of one output leave the lines
+Each line names the output that has no caption of the image, so that the runs of one output leave the lines
 of others alone. Only lines of ours are ever removed. A file of this name that holds anything else is left
 alone, and the failures go to mllama-errors.jsonl.
 """
@@ -59,7 +59,7 @@ def read_failures(folder: Path, output: str) -> dict[str, str]:
 
 
 class ErrorLog:
-    """One line for each picture that failed for an output."""
+    """One line for each image that failed for an output."""
 
     def __init__(self, path: Path, output: str = "") -> None:
         """path:   see `error_log`; touches no file
@@ -84,7 +84,7 @@ class ErrorLog:
                 raise OSError(e.errno, e.strerror, os.fspath(self.path)) from e
 
     def tidy(self, captioned: Container[str]) -> None:
-        """Keep the last failure of each picture, and none of pictures that have a caption now. Lines of other
+        """Keep the last failure of each image, and none of images that have a caption now. Lines of other
         outputs and of other programs stay. Lines that name no output, of earlier versions, count as ours.
         Raises OSError."""
         with suppress(FileNotFoundError), self._locked(create=False) as file:
@@ -107,7 +107,7 @@ class ErrorLog:
                 write_whole(self.path, kept, durable=True)
 
     def _image_of(self, line: bytes) -> str | None:
-        """The picture of a line that this output may remove."""
+        """The image of a line that this output may remove."""
         entry = _entry_of(line)
         return entry["image"] if entry and entry.get("output", "") in ("", self._output) else None
 

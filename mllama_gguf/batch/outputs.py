@@ -1,8 +1,8 @@
 """Files of captions that survive a kill at any moment: what a batch has done is what its output holds.
 
-A record is appended in one write and synced before the next picture begins; a failed write is taken back. A
+A record is appended in one write and synced before the next image begins; a failed write is taken back. A
 kill can cut only the last line, and only if it strikes inside that write; opening the file again cuts such a
-line off. Captions beside their pictures appear by rename, whole or not at all. No picture, no other input and
+line off. Captions beside their images appear by rename, whole or not at all. No image, no other input and
 no file of another kind is ever written to.
 """
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Output(Protocol):
     """Where captions go.
 
-    refused: pictures that can have no caption there, and why
+    refused: images that can have no caption there, and why
     """
 
     @property
@@ -43,20 +43,19 @@ class Output(Protocol):
         before anything is computed. The reason is the same for the same folder."""
 
     def records(self) -> Iterable[Record]:
-        """What is there already; a sha256 of "" is not known. Of several records of a picture the last
-        counts."""
+        """The records that exist; a sha256 of "" is unknown. If an image has several, the last one counts."""
 
     def again(self, images: Collection[str]) -> None:
-        """Captions of these, which `records` gave, are made once more; `write` replaces them."""
+        """The captions of these images, which `records` gave, will be made again; `write` replaces them."""
 
     def write(self, record: Record) -> None:
-        """Keep a record, for good once this returns. Raises OSError; nothing of the record is there then."""
+        """Keep a record: it is on the disk when this returns. Raises OSError; the record is then not kept."""
 
     def finish(self) -> None:
         """Everything was tried: put the new file in the place of the old one."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Let go of the files. failed: the run ended early; a new file that no record came to goes."""
+        """Close the files. failed: the run ended early; a new file without a record is then deleted."""
 
 
 # ---- one file ----------------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ class RecordFile:
         is_new = not os.path.lexists(self._path)
         self._file = _open(self._path)
         self._is_new = is_new
-        self._replaces = False  # some records have a later one of the same picture, or will have
+        self._replaces = False  # some records have a later one of the same image, or will have
         try:
             self._records = self._recover()
         except OSError as e:
@@ -123,7 +122,7 @@ class RecordFile:
                 self._drop_replaced()
             return
         if self._target.exists() and self._target.stat().st_size and not self._kind.fits(self._target):
-            words = "it exists by now and is no file of captions; move it away"
+            words = "it exists by now and is not a file of captions; move it away"
             raise FileExistsError(errno.EEXIST, words, os.fspath(self._target))
         keep_attributes(self._target, self._file.fileno())
         os.replace(self._path, self._target)
@@ -136,7 +135,7 @@ class RecordFile:
         self._file.close()
 
     def _drop_replaced(self) -> None:
-        """Leave out records of pictures that have a later one."""
+        """Leave out records of images that have a later one."""
         self._file.seek(0)
         data = self._file.readall()
         ends = line_ends(data, quotes=self._format.quotes)
@@ -171,7 +170,7 @@ class RecordFile:
         except (ValueError, TypeError, KeyError, csv.Error) as e:
             reason = one_line(e)
             raise RequestError(
-                f"{show_name(self._path)}: is no file of captions ({reason}); give another --out"
+                f"{show_name(self._path)}: is not a file of captions ({reason}); give another --out"
             ) from e
         if whole < len(data):
             self._file.truncate(whole)
@@ -182,7 +181,7 @@ class RecordFile:
 
 
 class Journal(RecordFile):
-    """What is done of captions that go elsewhere: a file of our own, removed in the end."""
+    """The records of captions that go to other files: a file of our own, removed at the end."""
 
     def __init__(self, path: Path) -> None:
         """path: opened or made; called *.jsonl. Raises RequestError if it is in use."""
@@ -285,7 +284,7 @@ def append(file: io.FileIO, line: bytes) -> None:
 
 
 def remove_empty(file: io.FileIO, path: Path, n_bytes: int = 0) -> None:
-    """Delete a file of ours, open and locked, that has no more than so many bytes."""
+    """Delete a file of ours, open and locked, if it has at most n_bytes bytes."""
     with suppress(OSError):
         if os.fstat(file.fileno()).st_size <= n_bytes and is_at(file.fileno(), path):
             os.unlink(path)

@@ -24,8 +24,8 @@ class Record:
     image:         path, as the batch was told
     finish_reason: "stop", or "length" for a caption that max_tokens or n_ctx cut
     tokens:        tokens of the caption
-    sha256:        of the picture's file; "": not known
-    duplicate_of:  path of the picture with the same content whose caption this is, or ""
+    sha256:        of the image's file; "": not known
+    duplicate_of:  path of the image with the same content whose caption this is, or ""
     existing:      the older caption that it was put after or before, in files of our own; else ""
     """
 
@@ -48,7 +48,7 @@ def combine(existing: str, caption: str, how: Existing, separator: str) -> str:
 
 
 def last_of_each(records: Iterable[Record]) -> dict[str, Record]:
-    """The last record of each picture, in the order of the first ones."""
+    """The last record of each image, in the order of the first ones."""
     return {record.image: record for record in records}
 
 
@@ -121,7 +121,7 @@ FORMATS: dict[str, type[Jsonl | Csv]] = {".jsonl": Jsonl, ".csv": Csv}
 def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
     """The captions of a file that a batch wrote, or writes now: the last of each image.
 
-    Raises RequestError for a file that cannot be read, or that is no file of captions.
+    Raises RequestError for a file that cannot be read, or that is not a file of captions.
     """
     try:
         with open_regular(path) as file:
@@ -133,7 +133,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
         raise RequestError(f"{show_name(path)}: {reason}") from e
     if form is None:
         raise RequestError(
-            f"{show_name(path)}: is no file of captions, as `mllama caption --out` writes them"
+            f"{show_name(path)}: is not a file of captions, as `mllama caption --out` writes them"
         )
     whole = whole_lines(data, quotes=form.quotes)
     if form.is_record(data[whole:]):  # the last line end is missing

@@ -1,8 +1,8 @@
-"""Captions for thousands of pictures: pictures are decoded, and perhaps encoded, ahead (see ahead.py),
+"""Captions for thousands of images: images are decoded, and perhaps encoded, ahead (see ahead.py),
 captioned one after the other, and kept.
 
-What is done is what the output holds, so that the same call goes on wherever the last one ended. What fails
-for one picture is noted and the run goes on; it is tried again next time.
+The output says what is done, so the same call continues where the last one ended. An image that fails is
+noted, and the run continues; the next run tries it again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Report: TypeAlias = Callable[[dict[str, Any]], None]
 
 # A device that fails this often without a caption between is not opened once more.
 MAX_LOSSES = 3
-# Errors of writing that the next picture would meet as well.
+# Errors of writing that the next image would meet as well.
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE))
 
 
@@ -53,22 +53,22 @@ def caption_images(
     redo: Collection[Redo] = (),
     unchanged_since: float | None = None,
 ) -> Summary:
-    """Caption pictures that the output does not hold yet, and keep each caption while the next is made.
+    """Caption images that the output does not hold yet, and keep each caption while the next is made.
 
     images:     paths, each once, in the order to go
     open_model: opens the model; called only if there is something to do, and again when a device was lost
     errors:     keeps what failed
     report:     called with what happened, a dict whose "event" is "start", "caption", "error" or "summary"
-    encode_ahead: encode the next pictures in another thread while a caption is written; None: if the model
+    encode_ahead: encode the next images in another thread while a caption is written; None: if the model
                 leaves CPUs free for that (`Mllama.encoder_threads`). The captions are the same.
-    parallel:   caption so many pictures together. The captions come in the order of the pictures. They are
+    parallel:   how many images are captioned together. The captions come in the order of the images. They are
                 the same unless two tokens are equally likely but for rounding.
     redo:       captions that are made once more: "length": those that were cut, "empty"; "failed" ones are
                 always tried again
-    unchanged_since: pictures that changed later (seconds, as `time.time` counts) are looked at: one with
+    unchanged_since: images that changed later (seconds, as `time.time` counts) are looked at: one with
                 another content than when it was captioned is captioned again. None: none is looked at
 
-    Ctrl-C drops the picture at hand; the summary tells. A full disk, or a device that cannot be opened again,
+    Ctrl-C drops the image at hand; the summary tells. A full disk, or a device that cannot be opened again,
     stops the run; the summary tells why. Raises RequestError for an output that cannot be used, MllamaError
     for a disk that is full, and what open_model raises the first time.
     """
@@ -120,7 +120,7 @@ def caption_images(
 
 
 class _Stop(Exception):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class _Writing:
 
 @dataclass
 class _Coming:
-    """A picture whose caption is not kept yet. made: by a thread; None: it is still to be made, or its
+    """An image whose caption is not kept yet. made: by a thread; None: it is still to be made, or its
     content has a caption."""
 
     path: str
@@ -144,7 +144,7 @@ class _Coming:
 
 @dataclass
 class _Run:
-    """The loop over the pictures."""
+    """The loop over the images."""
 
     _known: dict[str, Record]
     _output: Output
@@ -234,7 +234,7 @@ class _Run:
         return 1 if self._together is None else self._parallel + min(self._parallel, 4)
 
     def _begin(self, path: str, future: Future[Prepared]) -> None:
-        """Let a picture be captioned, if threads do that."""
+        """Let an image be captioned, if threads do that."""
         try:
             prepared = self._wait_for(future)
         except Aborted:
@@ -256,7 +256,7 @@ class _Run:
         self._coming.append(_Coming(path, prepared, made))
 
     def _end_first(self) -> None:
-        """Keep the caption of the first picture of all that are coming."""
+        """Keep the caption of the first image of all that are coming."""
         first = self._coming.popleft()
         try:
             record, caption = self._make_record(first)
@@ -273,7 +273,7 @@ class _Run:
         self._writing = _Writing(record, caption, self._writer.submit(self._write, record, caption is None))
 
     def _lose(self, first: _Coming, error: BackendError) -> None:
-        """The device failed while it captioned a picture, and perhaps others: which of them is at fault is
+        """The device failed while it captioned an image, and perhaps others: which of them is at fault is
         seen when each is captioned alone."""
         others = [one for one in self._coming if one.made is not None]
         if first.made is None or not others:
@@ -321,7 +321,7 @@ class _Run:
             self._report({**event, "seconds": dict(caption.seconds)})
 
     def _wait_for(self, future: Future[Prepared]) -> Prepared:
-        """The picture, once it is there."""
+        """The image, once it is there."""
         start, encoded = time.perf_counter(), (0.0, 0.0)
         try:
             prepared = future.result()
@@ -357,7 +357,7 @@ class _Run:
         return Record(one.path, caption.text, caption.finish_reason, caption.tokens, prepared.sha256), caption
 
     def fail(self, path: str, error: Exception) -> None:
-        """Note that a picture has no caption. Raises _Stop if the disk is too full for the note."""
+        """Note that an image has no caption. Raises _Stop if the disk is too full for the note."""
         self._summary.failed += 1
         message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         entry = {"image": path, "error": type(error).__name__, "message": one_line(message, 2000)}

@@ -1,4 +1,4 @@
-"""The settings of a run, kept beside its output, so that a later run notices that its own are others."""
+"""The settings of a run, kept beside its output, so that a later run notices when its own differ."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SAME = {
     "prefix": "prefix",
     "suffix": "suffix",
 }
-# Those that may differ, which is only said.
+# Those that may differ; one line says that they do.
 _MAY_DIFFER = {
     "max_tokens": "--max-tokens",
     "temperature": "temperature",
@@ -88,7 +88,7 @@ def _digest(data: bytes) -> str:
 class KeptSettings:
     """Settings as an earlier run left them.
 
-    looked: when all pictures that have a caption were last known to be unchanged, as `time.time` counts
+    looked: when all images that have a caption were last known to be unchanged, as `time.time` counts
     """
 
     settings: Mapping[str, Any]
@@ -135,8 +135,12 @@ class SettingsFile:
 
 
 def check_same(output: str, kept: KeptSettings, settings: Mapping[str, Any]) -> list[str]:
-    """That the captions of an output were made with these settings. Returns the names of smaller ones that
-    differ. Raises RequestError that says what is another, and the ways out. output: for people"""
+    """Check that the captions of an output were made with these settings.
+
+    output: its name, for the error
+
+    Returns the names of settings that differ and may differ. Raises RequestError that names another one.
+    """
     for key, name in _SAME.items():
         old, new = kept.settings.get(key), settings.get(key)
         if key in kept.settings and old != new:

@@ -1,7 +1,7 @@
-"""Captions beside their pictures: photos/a.png has its caption in photos/a.txt or photos/a.xmp.
+"""Captions beside their images: photos/a.png has its caption in photos/a.txt or photos/a.xmp.
 
 A file that is there is replaced or added to only if the run was asked to, and only if it is a caption file.
-What this program wrote is noted in a hidden file of the folder, so that a later run knows a changed picture,
+What this program wrote is noted in a hidden file of the folder, so that a later run knows a changed image,
 a caption that was cut, and a caption that somebody has edited, which stays.
 """
 
@@ -70,7 +70,9 @@ class XmpForm:
     """An XMP sidecar; see `xmp`."""
 
     def __init__(self) -> None:
-        self.kind = Kind("XMP file", lambda file: read_description(file.read(LARGEST + 1)) is not None)
+        self.kind = Kind(
+            "caption file in XMP", lambda file: read_description(file.read(LARGEST + 1)) is not None
+        )
 
     def shown(self, caption: str) -> str:
         """See Form."""
@@ -86,7 +88,7 @@ class XmpForm:
 
 
 class Sidecars:
-    """Captions beside their pictures."""
+    """Captions beside their images."""
 
     def __init__(
         self,
@@ -102,15 +104,15 @@ class Sidecars:
     ) -> None:
         """suffix:  of the caption files; .xmp: XMP sidecars
         images:  what the batch is about
-        journal: a file of our own that keeps what is done of captions that exist (see Journal); None: they
-                 stay
+        journal: a file of our own that keeps new captions of images that have one (see Journal); None: the
+                 old ones stay
         how:     what happens to captions that exist; None: "skip", with a journal "overwrite"
         separator: between an old caption and a new one
         full_name: a.png.txt instead of a.txt
         log:     a file of our own that keeps what was written; None: there is none
         inputs:  other files that the run reads or writes, none of which may be a caption file
 
-        Raises RequestError for a suffix that is none or belongs to pictures, and for a caption file that is
+        Raises RequestError for a text that is not a suffix or is one of images, and for a caption file that is
         an input.
         """
         check_suffix(suffix)
@@ -133,15 +135,15 @@ class Sidecars:
         self._log = SidecarLog(log) if log is not None else None
 
     def path(self, image: str) -> Path:
-        """The caption file of a picture."""
+        """The caption file of an image."""
         return Path((image if self._full_name else os.path.splitext(image)[0]) + self._suffix)
 
     def caption(self, image: str) -> str:
-        """What the caption file of a picture has; "" if there is none."""
+        """What the caption file of an image has; "" if there is none."""
         return self._read(self.path(image))
 
     def _find_shared(self) -> dict[str, str]:
-        """Pictures that would have one caption file together."""
+        """Images that would have one caption file together."""
         owners: dict[Path, list[str]] = {}
         for image in self._images:
             owners.setdefault(self.path(image), []).append(image)
@@ -259,23 +261,23 @@ class Sidecars:
                 file.write(data)
 
     def _check(self, path: Path, record: Record, old: bytes) -> None:
-        """That a file may be replaced or added to. Raises OSError."""
+        """Check that a file may be replaced or added to. Raises OSError."""
         try:
             text = self._form.read(old)
             fits = self._form.kind.fits(path)
         except ValueError as e:
             text, fits = str(e), False
         if not fits:
-            words = f"it exists and is no {self._form.kind.name}; move it away"
+            words = f"it exists and is not a {self._form.kind.name}; move it away"
         elif self._journal is not None or not text.strip() or self._expected.get(record.image) == text:
             return
         else:
-            words = "it came into being meanwhile, or was edited; it stays"
+            words = "it was made or edited meanwhile; it stays"
         raise FileExistsError(errno.EEXIST, words, os.fspath(path))
 
 
 class SidecarLog:
-    """Which captions this program wrote beside pictures, a line each. Several runs may add to it."""
+    """Which captions this program wrote beside images, a line each. Several runs may add to it."""
 
     def __init__(self, path: Path) -> None:
         """path: touched when there is something to note"""
@@ -283,7 +285,7 @@ class SidecarLog:
         self._format = Jsonl()
 
     def read(self) -> dict[str, Record]:
-        """The last record of each picture, by its path without links. A file that cannot be read has none."""
+        """The last record of each image, by its path without links. A file that cannot be read has none."""
         found: dict[str, Record] = {}
         with suppress(OSError), open_regular(self._path) as file:
             for line in file:
@@ -293,7 +295,7 @@ class SidecarLog:
         return found
 
     def add(self, record: Record) -> None:
-        """Note a caption. That it cannot be noted is no error: a later run then knows less."""
+        """Note a caption. That it cannot be noted is not error: a later run then knows less."""
         image = os.path.relpath(os.path.realpath(record.image), os.path.realpath(self._path.parent))
         with suppress(OSError):
             file, _ = open_locked(self._path, _WAIT)
@@ -307,7 +309,7 @@ class SidecarLog:
                     remove_empty(file, self._path)
 
     def tidy(self) -> None:
-        """Keep the last line of each picture."""
+        """Keep the last line of each image."""
         with suppress(OSError):
             file, _ = open_locked(self._path, _WAIT, create=False)
             with file:
@@ -323,19 +325,19 @@ class SidecarLog:
 
 def read_sidecars(images: Iterable[str], suffix: str, full_name: bool = False) -> dict[str, str]:
     """The captions that files beside images hold; images without one are left out. Raises RequestError for a
-    suffix that is none."""
+    text that is not a suffix."""
     found = Sidecars(suffix, (), full_name=full_name)
     captions = {image: found.caption(image) for image in images}
     return {image: caption for image, caption in captions.items() if caption.strip()}
 
 
 def check_suffix(suffix: str) -> None:
-    """That caption files may have this suffix. Raises RequestError."""
+    """Check that caption files may have this suffix. Raises RequestError."""
     if not suffix.startswith(".") or not suffix.strip(".") or set(suffix) & {"/", os.sep, "\0"}:
         raise RequestError(f"--sidecar takes a suffix like .txt, not {suffix!r}")
     if os.path.splitext(f"x{suffix}")[1].strip().lower() in MEDIA_SUFFIXES:
         raise RequestError(
-            f"--sidecar {suffix}: this suffix belongs to pictures or films, which captions would replace; "
+            f"--sidecar {suffix}: this suffix belongs to images or films, which captions would replace; "
             "give another, as in .txt"
         )
 

@@ -1,4 +1,4 @@
-"""Which pictures a batch is about: files, folders, patterns and lists to paths, in order."""
+"""Which images a batch is about: files, folders, patterns and lists to paths, in order."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def list_images(
     exclude: Iterable[str] = (),
     stdin: bytes = b"",
 ) -> list[str]:
-    """The paths of the pictures that sources name, each once.
+    """The paths of the images that sources name, each once.
 
-    sources:   files; folders (their pictures, hidden files left out); patterns for `glob`, `**` included;
+    sources:   files; folders (their images, hidden files left out); patterns for `glob`, `**` included;
                lists, which are files called *.txt; "-", a list on standard input. Lists have a path a line,
                or separated by NUL, relative to the current folder.
     recursive: search the folders in the folders too; links to folders are not followed
-    sidecar:   suffix of caption files: photos/a.txt is no list if photos/a.png is named beside it
+    sidecar:   suffix of caption files: photos/a.txt is not a list if photos/a.png is named beside it
     full_name: caption files are called photos/a.png.txt
-    exclude:   files that are no pictures, the batch's own outputs
+    exclude:   files that are not images, the batch's own outputs
 
     Natural order (2.png before 10.png), except that what lists hold follows in the lists' own order.
-    Raises RequestError for a list that cannot be read, a pattern that fits nothing, and no picture at all.
+    Raises RequestError for a list that cannot be read, a pattern that fits nothing, and no image at all.
     """
     from natsort import natsorted, ns
 
@@ -80,7 +80,7 @@ def list_images(
     ]
     if not images:
         hint = "" if recursive else "; --recursive looks in the folders below too"
-        raise RequestError(f"{', '.join(sources)}: no pictures there{hint}")
+        raise RequestError(f"{', '.join(sources)}: no images there{hint}")
     return images
 
 
@@ -91,7 +91,7 @@ def lists_among(sources: Iterable[str], sidecar: str | None, full_name: bool = F
 
 
 def _captions_among(sources: Iterable[str], sidecar: str | None, full_name: bool) -> set[str]:
-    """The sources that are caption files of pictures named beside them."""
+    """The sources that are caption files of images named beside them."""
     if sidecar is None:
         return set()
     if full_name:
@@ -130,7 +130,7 @@ def _in_folder(folder: str, recursive: bool) -> Iterator[str]:
 def _matches(pattern: str) -> list[str]:
     found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path) and _is_image(path)]
     if not found:
-        raise RequestError(f"{pattern}: no picture fits this pattern")
+        raise RequestError(f"{pattern}: no image fits this pattern")
     return found
 
 
@@ -138,7 +138,7 @@ def _read_list(path: str) -> bytes:
     try:
         return read_regular(path)
     except OSError as e:
-        raise RequestError(f"{path}: this list of pictures cannot be read: {os_reason(e)}") from e
+        raise RequestError(f"{path}: this list of images cannot be read: {os_reason(e)}") from e
 
 
 def _listed_paths(data: bytes, origin: str) -> list[str]:
@@ -166,8 +166,8 @@ def _name_in(line: bytes) -> bytes:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Whether a file that begins so is no list of paths. Paths may have any encoding, and control characters
-    in principle; files of other kinds have both soon."""
+    """Whether a file that begins so is not a list of paths. Paths may have any encoding, and in principle
+    control characters too; files of other kinds soon have both."""
     if head.startswith(_IMAGES) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
         return True
     if not _CONTROL.search(head):

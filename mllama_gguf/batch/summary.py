@@ -15,7 +15,7 @@ MOST_SPANS = 32  # more than overlap with what comes later
 class Summary:
     """What a run did.
 
-    images:    all that the run was about: done before it, captioned, duplicates (of a picture's content; they
+    images:    all that the run was about: done before it, captioned, duplicates (of an image's content; they
                got its caption), failed, and those it did not come to
     again:     how many had a caption that was to be made once more
     tokens:    of the new captions
@@ -54,7 +54,7 @@ class Busy:
         self._spans: list[Span] = []  # of all that was computed lately: in order, and apart
 
     def encoded(self, span: Span) -> None:
-        """A picture was encoded ahead; or none, in an empty span."""
+        """An image was encoded ahead; or none, in an empty span."""
         self._seconds["encode"] += span[1] - span[0]
         self._add(span)
 

@@ -1,4 +1,4 @@
-"""Several pictures of a batch captioned together: conversations in threads, which read the weights once for
+"""Several images of a batch captioned together: conversations in threads, which read the weights once for
 all of them."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def make(
     spent: float,
     talk: Conversation | None = None,
 ) -> Made:
-    """The caption of a prepared picture, by a conversation, or by the model's own. Raises what
+    """The caption of a prepared image, by a conversation, or by the model's own. Raises what
     `caption_image` raises."""
     caption = caption_image(model, image, options, spent=spent, talk=talk)
     ended = time.perf_counter()
@@ -40,7 +40,7 @@ def make(
 
 
 class Together:
-    """Captions up to n pictures at the same time."""
+    """Captions up to n images at the same time."""
 
     def __init__(self, model: Mllama, options: CaptionOptions, n: int) -> None:
         """Raises BackendError."""
@@ -59,7 +59,7 @@ class Together:
         self._pool = ThreadPoolExecutor(n, "mllama-caption")
 
     def begin(self, image: TiledImage | ImageEmbedding, spent: float) -> Future[Made]:
-        """Caption a prepared picture. spent: seconds of its time limit that are gone already."""
+        """Caption a prepared image. spent: seconds of its time limit that are gone already."""
         return self._pool.submit(self._make, image, spent)
 
     def _make(self, image: TiledImage | ImageEmbedding, spent: float) -> Made:

@@ -1,7 +1,7 @@
 """XMP sidecars: a caption as dc:description, tags as dc:subject, beside whatever else a file has.
 
-As darktable, digiKam and Lightroom write and read them. What is there already stays: other programs keep
-their work in these files.
+darktable, digiKam and Lightroom read and write such files. Everything else in a file stays: other programs
+keep their work there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OURS = {"x": _X, "rdf": _RDF, "dc": _DC}
 _HEAD = '<?xml version="1.0" encoding="UTF-8"?>\n<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
 _TAIL = '\n<?xpacket end="w"?>\n'
 
-LARGEST = 16 << 20  # bytes; darktable's history of a picture takes some hundred thousand
+LARGEST = 16 << 20  # bytes; darktable's history of an image takes some hundred thousand
 _DEEPEST = 200  # elements inside each other
 _NO_XML = re.compile("[^\t\n\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Names, in replies of a schema, of what is the caption and of what are the tags.
@@ -35,11 +35,11 @@ _registry = ModuleLock()  # of prefixes, which ElementTree keeps for the whole p
 
 
 class XmpError(ValueError):
-    """A file that is no XMP that could be added to."""
+    """A file that is not XMP, or that nothing can be added to."""
 
 
 def parts_of(caption: str) -> tuple[str, list[str]]:
-    """The description and the tags in a caption. One that is no JSON object is a description alone; of an
+    """The description and the tags in a caption. One that is not a JSON object is a description alone; of an
     object the description is its text of that name, or else all of it."""
     try:
         values = json.loads(caption)
@@ -125,14 +125,14 @@ def _parse(data: bytes) -> tuple[ET.Element, dict[str, str]]:
     except UnicodeDecodeError as e:
         raise XmpError("it is neither UTF-8 nor UTF-16") from e
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise XmpError("it has a document type, which no XMP has")
+        raise XmpError("it has a document type, which XMP never has")
     builder = _Builder()
     parser = ET.XMLParser(target=builder)
     try:
         parser.feed(text.strip("\ufeff\0 \t\r\n"))
         root = parser.close()
     except ET.ParseError as e:
-        raise XmpError(f"it is no XML: {e}") from e
+        raise XmpError(f"it is not XML: {e}") from e
     return root, builder.prefixes
 
 
@@ -140,7 +140,7 @@ def _rdf(root: ET.Element) -> ET.Element:
     tag = f"{{{_RDF}}}RDF"
     found = root if root.tag == tag else root.find(f".//{tag}")
     if found is None:
-        raise XmpError("it is no XMP (rdf:RDF is missing)")
+        raise XmpError("it is not XMP (rdf:RDF is missing)")
     return found
 
 
@@ -213,5 +213,5 @@ def _add_tags(rdf: ET.Element, tags: Sequence[str]) -> None:
 
 
 def clean(text: str) -> str:
-    """A text without characters that no XML can have."""
+    """A text without the characters that XML cannot have."""
     return _NO_XML.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))

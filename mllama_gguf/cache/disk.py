@@ -90,7 +90,7 @@ def _own_directory() -> Path:
 
 
 def default_max_bytes() -> int:
-    """Most bytes that the cache takes. Raises RequestError if the environment's size is none."""
+    """Most bytes that the cache takes. Raises RequestError if the environment has no valid size."""
     words = os.environ.get(SIZE_VARIABLE, "").strip()
     return parse_size(words, SIZE_VARIABLE) if words else DEFAULT_MAX_BYTES
 
@@ -231,7 +231,7 @@ class ImageCache:
     # ---- all of it -----------------------------------------------------------------------------------------
 
     def info(self) -> CacheInfo:
-        """What is there now."""
+        """The entries that exist now."""
         sizes = [[size for _, size, _ in self._entries([kind])] for kind in SUFFIXES]
         n_states, n_image_kv, n_prefix_kv = map(len, sizes)
         return CacheInfo(

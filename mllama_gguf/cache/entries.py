@@ -73,7 +73,7 @@ def read_states(file: io.FileIO, key: str) -> tuple[Floats, int]:
 
 
 def kv_size(n_bytes: int) -> int:
-    """Bytes of the entry of so many bytes."""
+    """Bytes of an entry that holds n_bytes bytes."""
     return _KV_HEADER.size + n_bytes + _KV_CRC.size
 
 

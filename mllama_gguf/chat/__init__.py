@@ -1,1 +1,1 @@
-"""What `mllama chat` is made of: the conversation, the lines that people type, pictures on the terminal."""
+"""What `mllama chat` is made of: the conversation, the lines that people type, images on the terminal."""

@@ -1,4 +1,4 @@
-"""The picture in the clipboard, where the system gives one."""
+"""The image in the clipboard, where the system gives one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..words import one_line
 
 
 def image_in_clipboard() -> bytes:
-    """The file of the picture in the clipboard, or that picture as PNG. Raises ImageError.
+    """The file of the image in the clipboard, or that image as PNG. Raises ImageError.
 
     Pillow asks macOS itself, and on Linux wl-paste (Wayland) or xclip (X11).
     """
@@ -25,7 +25,7 @@ def image_in_clipboard() -> bytes:
         with open(os.fspath(found[0]), "rb") as file:
             return file.read()
     if not isinstance(found, Image.Image):
-        raise ImageError("there is no picture in the clipboard")
+        raise ImageError("there is no image in the clipboard")
     png = io.BytesIO()
     found.save(png, "png")
     return png.getvalue()

@@ -14,16 +14,16 @@ from .talk import Attached, Talk
 
 # usage, what it does
 HELP = {
-    "image": ("/image FILE...", "Add pictures to the next question. A file dropped into the line works too."),
-    "paste": ("/paste", "Add the picture in the clipboard."),
+    "image": ("/image FILE...", "Add images to the next question. A file dropped into the line works too."),
+    "paste": ("/paste", "Add the image in the clipboard."),
     "system": ("/system [TEXT]", "Set the system message; without TEXT remove it."),
     "set": ("/set NAME [VALUE]", "Set an option, such as temperature 0.7; without VALUE reset it."),
     "json": ("/json [FILE]", "Write replies as JSON of the schema in FILE; without FILE write text."),
     "redo": ("/redo", "Write another reply to the last question."),
     "undo": ("/undo", "Forget the last question and its reply."),
-    "clear": ("/clear", "Forget all questions and pictures."),
-    "save": ("/save FILE", "Save the conversation with its pictures."),
-    "load": ("/load FILE", "Go on with a saved conversation."),
+    "clear": ("/clear", "Forget all questions and images."),
+    "save": ("/save FILE", "Save the conversation with its images."),
+    "load": ("/load FILE", "Continue a saved conversation."),
     "info": ("/info", "Show the model, the options, and what the last reply took."),
     "help": ("/help", "Show this list. (/?)"),
     "bye": ("/bye", "Leave. (/exit, /quit, Ctrl-D)"),
@@ -48,7 +48,7 @@ class Commands:
 
     show:  prints a line
     write: prints the pieces of a reply
-    added: shows a picture that was added
+    added: shows an image that was added
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Commands:
         getattr(self, f"_{name}")(rest)
 
     def add(self, name: str, data: bytes | None = None) -> None:
-        """Take a picture for the next question, and show it. Raises ImageError."""
+        """Take an image for the next question, and show it. Raises ImageError."""
         self._added(self._talk.attach(name, data))
 
     def _image(self, rest: str) -> None:

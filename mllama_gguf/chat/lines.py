@@ -1,4 +1,4 @@
-"""What a typed line says: a command, or a question with the names of pictures in it."""
+"""What a typed line says: a command, or a question with the names of images in it."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def parse(line: str, commands: frozenset[str]) -> Command | Question:
 
 
 def find_images(text: str) -> Question:
-    """Take the names of pictures out of a question: files that are there, and addresses that end like a
-    picture's."""
+    """Take the names of images out of a question: files that are there, and addresses that end like a
+    image's."""
     if (whole := _image(_unquoted(text))) is not None:  # with blanks in its name
         return Question("", (whole,))
     images, links, missing, parts, at = [], [], [], [], 0

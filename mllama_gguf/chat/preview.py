@@ -1,4 +1,4 @@
-"""A picture on the terminal, if that can show one: kitty's protocol or sixel."""
+"""An image on the terminal, if that can show one: kitty's protocol or sixel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 36, 16  # most cells
 
 
 def preview() -> Callable[[Attached], None] | None:
-    """What shows a picture; None where the terminal cannot, or where the package for it is missing.
+    """What shows an image; None where the terminal cannot, or where the package for it is missing.
 
     Asks the terminal, so it must be called before anything reads from it.
     """

@@ -23,7 +23,7 @@ from ..words import brief, os_reason, show_name
 
 VERSION = 1
 FORMAT = "mllama chat"
-MAX_FILE = 1 << 30  # bytes, of a picture or of a chat
+MAX_FILE = 1 << 30  # bytes, of an image or of a chat
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Talk:
     _saved: dict[Path, _Stamp | None] = field(default_factory=dict, repr=False)  # its files
 
     def attach(self, name: str, data: bytes | None = None) -> Attached:
-        """Take a picture for the next question: a file's name, or a name and the bytes of a file. Raises
+        """Take an image for the next question: a file's name, or a name and the bytes of a file. Raises
         ImageError."""
         if data is None:
             data = _read(name)
@@ -81,7 +81,7 @@ class Talk:
         return image
 
     def ask(self, text: str) -> Iterator[str]:
-        """Ask a question about the images that wait, or go on. Gives the pieces of the reply.
+        """Ask a question about the images that wait, or another one. Gives the pieces of the reply.
 
         A reply that is stopped stays as far as it was written. A question that cannot be asked leaves
         everything as it was. Raises what `Answers.reply` raises.
@@ -169,7 +169,7 @@ class Talk:
     # ---- files ---------------------------------------------------------------------------------------------
 
     def save(self, path: str) -> Path:
-        """Write the conversation with its pictures to a file. It replaces a saved chat only if that is of
+        """Write the conversation with its images to a file. It replaces a saved chat only if that is of
         this conversation: written or loaded by it, and not changed since. Raises RequestError, OSError."""
         target = check_output(path, SAVED, overwrite=True)
         there = _stamp(target)
@@ -193,7 +193,7 @@ class Talk:
         return target
 
     def load(self, path: str) -> None:
-        """Go on with a conversation from a file, in place of this one. Raises RequestError, ImageError."""
+        """Continue a conversation from a file, in place of this one. Raises RequestError, ImageError."""
         shown, stamp = show_name(path), _stamp(path)
         try:
             content = json.loads(read_text(path))

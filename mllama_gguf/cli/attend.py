@@ -39,12 +39,12 @@ MAP = Kind.png_by(f"map of `{PROGRAM}`", PROGRAM)
     metavar="FILE.png",
     help="Draw the words over the image into this file.",
 )
-@click.option("--word", metavar="WORD", help="Only this word of the reply, in any case.")
+@click.option("--word", metavar="WORD", help="Use only this word of the reply, in upper or lower case.")
 @click.option(
     "--layer",
     type=click.IntRange(0),
     metavar="N",
-    help="Only the cross-attention layer of this number.  [default: the mean of all]",
+    help="Use only the cross-attention layer with this number.  [default: the mean of all]",
 )
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest reply."

@@ -136,8 +136,8 @@ def _since(
     done: Sequence[Record],
     started: float,
 ) -> float:
-    """When the pictures of captions that are there were last looked at. Keeps the settings of this run, so
-    that one that goes on after a kill is compared with it. Raises RequestError if the captions there were
+    """When the images of the existing captions were last looked at. Keeps the settings of this run, because a
+    run that continues after a kill is compared with them. Raises RequestError if the existing captions were
     made with others, MllamaError for a full disk."""
     from ..batch.settings import check_same
     from ..files import cannot_write, is_full
@@ -151,7 +151,7 @@ def _since(
         since = started
         if settings.out is not None:
             since = os.stat(settings.out).st_mtime
-            words = "with which settings the captions there were made is not known"
+            words = "the settings of the captions there are not known"
             echo(f"Note: {name_on(sys.stderr, settings.out)}: {words}", err=True)
     else:
         since = kept.looked
@@ -253,7 +253,7 @@ def _partial(folder: Path, out: str | None, name: str | None, words: str) -> Pat
     return partial
 
 
-# ---- what is shown -----------------------------------------------------------------------------------------
+# ---- messages ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -294,17 +294,17 @@ def _in_words(summary: Summary, errors: Path) -> str:
     parts += [f"{s.failed} failed, see {os.fspath(errors)}"] if s.failed else []
     left = s.images - s.captioned - s.duplicates - s.done_before - s.failed
     parts += [f"{left} left"] if left else []
-    lines = [f"{s.images} pictures: {', '.join(parts)}"]
+    lines = [f"{s.images} images: {', '.join(parts)}"]
     if s.captioned:
         phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("encode", "prompt", "decode", "wait"))
         lines.append(
             f"{s.tokens} tokens, {s.cached_tokens} of {s.prompt_tokens} prompt tokens from the cache; "
             f"{seconds['total']:.1f} s: {phases}; "
-            f"{(s.captioned + s.duplicates) / seconds['total'] * 60:.0f} pictures a minute, "
+            f"{(s.captioned + s.duplicates) / seconds['total'] * 60:.0f} images a minute, "
             f"the model busy {s.utilisation:.1%}"
         )
     if s.stopped:
-        lines.append(f"Error: stopped: {s.stopped}; the same command goes on")
+        lines.append(f"Error: stopped: {s.stopped}; run the same command again to continue")
     if s.interrupted:
-        lines.append("Interrupted; the same command goes on")
+        lines.append("Interrupted; run the same command again to continue")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`mllama cache`: what was computed of pictures, on disk."""
+"""`mllama cache`: what was computed of images, on disk."""
 
 from __future__ import annotations
 

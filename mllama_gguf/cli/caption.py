@@ -82,7 +82,7 @@ def caption_command(
 
     start = time.perf_counter()
     failed = done = False
-    # A batch (above) sees each picture once; keeping them would only push out those that are asked about.
+    # A batch (above) sees each image once; keeping them would only push out those that are asked about.
     with open_chosen(choice, image_cache=not no_cache) as model:
         load_seconds = time.perf_counter() - start
         for image in images:
@@ -153,7 +153,7 @@ def _source(image: str) -> ImageSource:
 
 
 def _is_list(data: bytes) -> bool:
-    """Whether this is text that is no document either: a list of paths, most likely."""
+    """Whether this is text that is not a document either: a list of paths, most likely."""
     head = data[:4096].split(b"\n")[0].strip()
     if head[:1] in (b"<", b"{", b"%") or not head:
         return False

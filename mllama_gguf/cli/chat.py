@@ -1,4 +1,4 @@
-"""`mllama chat`: a conversation about pictures at the terminal."""
+"""`mllama chat`: a conversation about images at the terminal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ INSTALL = "pip install 'mllama_gguf[chat]'"
 @click.option("--system", metavar="TEXT", help="System message: how the model should answer; '': none.")
 @temperature_option
 @click.option("--load", "saved", metavar="FILE", help="Continue a conversation that /save wrote.")
-@click.option("--preview/--no-preview", default=True, help="Show pictures if the terminal can do it.")
+@click.option("--preview/--no-preview", default=True, help="Show images if the terminal can do it.")
 @click.option("--history/--no-history", default=True, help="Keep the typed lines for the next chat.")
 @no_cache_option
 @no_tuned_option
@@ -59,9 +59,9 @@ def chat_command(
     no_tuned: bool,
     choice: ModelChoice,
 ) -> None:
-    """Talk about pictures. The IMAGEs belong to the first question.
+    """Talk about images. The IMAGEs belong to the first question.
 
-    Type a question. Drop a picture into the line, or name its file, to ask about it. /help lists the
+    Type a question. Drop an image into the line, or name its file, to ask about it. /help lists the
     commands: /image, /paste, /system, /set, /json, /redo, /undo, /clear, /save, /load, /info. Ctrl-C stops a
     reply, Ctrl-D leaves.
 
@@ -78,7 +78,7 @@ def chat_command(
         show_image = find_preview() if preview else None
         session = _session(history)
         offered = offer_real_models(choice)
-    told = choice if offered is choice else None  # who was asked knows
+    told = choice if offered is choice else None  # not after the question which model to use
     choice = offered if no_tuned else with_tuned(offered)
 
     bar = PhaseBar()

@@ -82,7 +82,7 @@ def offered(before: Sequence[str], word: str) -> list[CompletionItem]:
 
 
 class _Values(click.ParamType):  # type: ignore[type-arg]
-    """Any value, with what is known about the parameter's values."""
+    """Any value; offers those that are known for the parameter."""
 
     name = "text"
 

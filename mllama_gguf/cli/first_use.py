@@ -1,4 +1,4 @@
-"""Who has not chosen a model gets the demo model; a line tells how to get a real one, and a chat offers those
+"""Without a chosen model the demo model answers. A line tells how to get a real one, and a chat offers those
 that this machine has."""
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def is_demo_by_default(choice: ModelChoice) -> bool:
 def tell_of_real_models(choice: ModelChoice) -> None:
     """One line on stderr, if the demo model answers because no other was asked for.
 
-    It is there without a terminal too: who reads a log or runs a container wonders about the captions as
-    much, and stdout has the captions alone. `-m demo` and MLLAMA_MODEL=demo say that the demo model is meant.
+    It is printed without a terminal too, for people who read a log or run a container. stdout has only
+    captions. `-m demo` and MLLAMA_MODEL=demo say that the demo model is meant.
     """
     if not is_demo_by_default(choice):
         return

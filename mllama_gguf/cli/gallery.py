@@ -60,8 +60,8 @@ def gallery_command(
     """Write one HTML page with the images, captions and failures of a batch.
 
     SOURCE is a file that `mllama caption --out` wrote, or a folder of images with caption files. The page
-    holds small copies of the images and asks no network, so that it can be sent to others. Names are shown
-    from the folder on that all images have in common. With --links the page has relative paths too.
+    holds small copies of the images and needs no network, so you can send it to others. Names are
+    relative to the folder that all images have in common. With --links the page has relative paths too.
     """
     from ..gallery.entries import entries_of
     from ..gallery.page import KIND, write_page

@@ -85,7 +85,7 @@ def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
     for repair in model.repairs:
         yield "  repaired", repair
     yield from _shape(model.hparams)
-    yield "memory", "weights + self-attention cache + one picture of all tiles + buffers, on the CPU"
+    yield "memory", "weights + self-attention cache + one image of all tiles + buffers, on the CPU"
     for need in model.memory:
         parts = (need.weights, need.self_kv, need.cross_kv, need.compute + need.vision)
         yield f"  n_ctx {need.n_ctx}", f"{show_size(need.total)} = {' + '.join(map(show_size, parts))}"
@@ -110,7 +110,7 @@ def _shape(h: HParams) -> Iterator[tuple[str, str]]:
         f"feed-forward {h.vision_ff}, {h.vision_head} heads, {h.n_intermediate} intermediate states",
     )
     yield (
-        "  picture",
+        "  image",
         f"up to {h.max_tiles} tiles of {h.image_size} pixels, patches of {h.patch_size}, "
         f"{h.n_positions} positions a tile (padded to {h.n_positions_padded})",
     )

@@ -1,6 +1,6 @@
 """The command line: its commands, and how every failure becomes one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some pictures of a batch failed, 130 interrupted (Ctrl-C), 141
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images of a batch failed, 130 interrupted (Ctrl-C), 141
 the reader of the output went away.
 """
 
@@ -29,7 +29,7 @@ COMMANDS = {
     "attend": ("attend:attend_command", "Show where each word of a reply looked."),
     "cache": ("cache:cache_command", "Show or clear the image cache."),
     "caption": ("caption:caption_command", "Describe images."),
-    "chat": ("chat:chat_command", "Talk about pictures at the terminal."),
+    "chat": ("chat:chat_command", "Talk about images at the terminal."),
     "completion": ("completion:completion_command", "Print the script that completes commands in a shell."),
     "convert": ("convert:convert_command", "Convert a Hugging Face checkpoint to GGUF."),
     "devices": ("devices:devices_command", "List the devices that can compute."),

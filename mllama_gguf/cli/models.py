@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @verbose_option
 def models_command(as_json: bool) -> None:
     """List the models that -m can open by name: in Ollama's store, downloaded, in the Hugging Face hub's
-    cache, bundled; before all the one that MLLAMA_MODEL names. Models of other architectures are left out.
+    cache, bundled. The model that MLLAMA_MODEL names comes first. Models of other architectures are left out.
 
     Memory: the need of weights and caches (4096 tokens, one image) on the CPU, compared with the memory that
     is available now.

@@ -38,7 +38,7 @@ COLUMNS = ("mapped", "weights", "self_kv", "cross_kv", "compute", "vision", "sta
     metavar="N",
     type=click.IntRange(1, MAX_PARALLEL),
     default=1,
-    help="Count N conversations that compute together, each with n_ctx tokens and a picture.  [default: 1]",
+    help="Count N conversations that compute together, each with n_ctx tokens and an image.  [default: 1]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @no_tuned_option
@@ -117,7 +117,7 @@ def _print(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    tiles = f", one picture of {plan.n_tiles[0]} tiles" if plan.n_tiles else ""
+    tiles = f", one image of {plan.n_tiles[0]} tiles" if plan.n_tiles else ""
     many = f"{plan.parallel} conversations, each " if plan.parallel > 1 else ""
     table = Table(title=f"{many}n_ctx {plan.n_ctx}{tiles}", title_justify="left")
     for name in ("layers", "device", *COLUMNS, "fits"):

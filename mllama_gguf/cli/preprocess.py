@@ -1,4 +1,4 @@
-"""`mllama preprocess`: what the vision encoder gets of a picture, to compare by eye and by hash."""
+"""`mllama preprocess`: what the vision encoder gets of an image, to compare by eye and by hash."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def preprocess_command(
     replaced without --overwrite.
     """
     if out is not None and len(images) > 1:
-        raise click.UsageError("--out takes one picture; run the command once for each")
+        raise click.UsageError("--out takes one image; run the command once for each")
     try:
         limits = {"max_pixels": max_pixels, "allow_truncated": allow_truncated}
         _run(images, as_json, out, png, overwrite, tile_size, max_tiles, model, limits)
@@ -195,7 +195,7 @@ def _write_tiles(folder: Path, stem: str, tiled: TiledImage, inputs: Sequence[st
 
 
 def _unused_stem(image: str, used: set[str]) -> str:
-    """A file name for the tiles of `image` that no earlier picture of this run has."""
+    """A file name for the tiles of `image` that no earlier image of this run has."""
     stem = "image" if image[:5].lower() == "data:" else Path(image).stem or "image"
     name, n = stem, 1
     while name in used:

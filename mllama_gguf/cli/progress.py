@@ -30,7 +30,7 @@ def _new(*columns: ProgressColumn) -> Progress:
 
 
 class PhaseBar:
-    """A callback for `Mllama` that draws a bar for each phase; draws nothing if stderr is no terminal."""
+    """A callback for `Mllama` that draws a bar for each phase; draws nothing if stderr is not a terminal."""
 
     def __init__(self) -> None:
         self._live = is_live(sys.stderr)
@@ -60,7 +60,7 @@ class PhaseBar:
 
     @property
     def is_shown(self) -> bool:
-        """If a bar stands on the terminal now."""
+        """Whether the terminal shows a bar now."""
         return self._bar is not None
 
     def stop(self) -> None:
@@ -78,7 +78,7 @@ class PhaseBar:
 
 @contextmanager
 def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback that draws bytes, rate and time left; None if stderr is no terminal."""
+    """A callback that draws bytes, rate and time left; None if stderr is not a terminal."""
     if not is_live(sys.stderr):
         yield None
         return
@@ -135,12 +135,12 @@ class BatchBar:
         self._bar.stop()
 
     def begin(self, total: int, done: int) -> None:
-        """Show so many images, some of them done before."""
+        """Begin with `total` images, `done` of them done before."""
         self._bar.update(self._task, total=total, completed=done)
         self._bar.reset(self._task, total=total, completed=done)
 
     def advance(self, *, failed: bool) -> None:
-        """One image more is done, or failed."""
+        """One more image is done, or failed."""
         self._failed += failed
         speed = self._bar.tasks[0].speed
         self._bar.update(
@@ -156,7 +156,7 @@ class BatchBar:
 
 
 class StepBar:
-    """Steps of a measurement, a line of words for each. Elsewhere than on a terminal the lines stay."""
+    """Steps of a measurement, a line of words for each. Without a terminal the lines stay."""
 
     def __init__(self, title: str) -> None:
         self._bar: Progress | None = None

@@ -79,7 +79,7 @@ MISSING = "mllama serve needs more packages; install them: pip install 'mllama_g
     "--max-image-pixels",
     metavar="N",
     type=click.IntRange(1),
-    help="Refuse pictures of more than N pixels.  [default: 64 million]",
+    help="Refuse images of more than N pixels.  [default: 64 million]",
 )
 @click.option("--more-image-formats", is_flag=True, help="Accept JPEG 2000, AVIF, HEIF, ICO and PPM too.")
 @click.option(

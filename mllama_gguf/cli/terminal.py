@@ -96,7 +96,7 @@ def _show(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _write(stream: TextIO, words: str) -> None:
-    """Raises OSError, but not for messages on a full disk: they are lost, and the work goes on."""
+    """Raises OSError, but not for messages on a full disk: they are lost, and the work continues."""
     try:
         stream.write(words)
         stream.flush()
@@ -107,7 +107,7 @@ def _write(stream: TextIO, words: str) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Let what is still to be written to a stream go nowhere. Python would complain at exit."""
+    """Drop what is still to be written to a stream. Python would complain at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

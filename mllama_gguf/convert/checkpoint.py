@@ -72,7 +72,7 @@ def _read_safetensors_header(path: Path) -> dict[str, Source]:
             raise
         raise ModelError(f"{path}: not a safetensors file: {e}") from e
     if not isinstance(header, dict):
-        raise ModelError(f"{path}: not a safetensors file: the header is no JSON object")
+        raise ModelError(f"{path}: not a safetensors file: the header is not a JSON object")
 
     sources = {}
     for name, info in header.items():

@@ -8,8 +8,8 @@ Which types. Those of llama.cpp's mixes (its ``llama-quant.cpp``, without an imp
 but bf16, f16 and q8_0 gives output.weight Q6_K. q4_k_m and q5_k_m give Q6_K also to attn_v and ffn_down of
 the first and last eighth of the layers and of every third between; cross_attn_v_proj counts as attn_v. In
 q4_k_m the other attn_v are Q5_K where eight or more heads share one of K and V, as llama.cpp has it for the
-70B text of which the 90B is made. Rows that are no multiple of a block fall back: Q4_K to Q5_0, Q5_K to Q5_1,
-Q6_K to Q8_0 (as does output.weight of any mix), and where that fails too, F16.
+70B text of which the 90B is made. Rows that are not multiples of a block get another type: Q4_K becomes
+Q5_0, Q5_K Q5_1, Q6_K Q8_0 (as does output.weight of any mix), and where that fails too, F16.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def fallback_words(fallbacks: dict[str, str]) -> str:
     first, kind = next(iter(fallbacks.items()))
     more = f" and {len(fallbacks) - 1} more" if len(fallbacks) > 1 else ""
     got = f"{kind} instead" if len(set(fallbacks.values())) == 1 else f"{kind} and others instead"
-    return f"{first}{more}: rows are no multiple of the block of the type asked for; {got}"
+    return f"{first}{more}: rows are not multiples of the block of the type asked for; {got}"
 
 
 def block(kind: str) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def quantize_rows(values: Array, from_type: str, to_type: str, n_per_row: int) -
     raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     row = n_per_row // size_in * bytes_in
     if n_per_row % size_in or n_per_row % size_out or not row or raw.size % row or not raw.size:
-        raise ValueError(f"{raw.size} bytes are no rows of {n_per_row} {from_type} values for {to_type}")
+        raise ValueError(f"{raw.size} bytes are not rows of {n_per_row} {from_type} values for {to_type}")
     out = np.empty((raw.size // row, n_per_row // size_out * bytes_out), np.uint8)
     from_number, to_number = (int(gguf.GGMLQuantizationType[kind]) for kind in (from_type, to_type))
     source, result = native.ffi.from_buffer(raw), native.ffi.from_buffer(out, require_writable=True)

@@ -22,7 +22,7 @@ CAPTION_TOKENS = 256
 
 
 class Answers(ABC):
-    """`reply`, and what is made of it."""
+    """`reply`, and the methods that are built on it."""
 
     @abstractmethod
     def _begin_replies(self, messages: Messages, options: ReplyOptions, n: int) -> list[Reply]:
@@ -36,7 +36,7 @@ class Answers(ABC):
     @property
     @abstractmethod
     def _defaults(self) -> Defaults:
-        """What counts where a caller says nothing."""
+        """The values that count where a caller gives none."""
 
     def reply(
         self,
@@ -103,7 +103,7 @@ class Answers(ABC):
     def caption(
         self, image: ImageInput, prompt: str = DEFAULT_PROMPT, *, stream: bool = False, **options: Any
     ) -> str | Iterator[str]:
-        """What the model says to an image and a question about it.
+        """The model's answer to a question about an image.
 
         image:   a path, bytes, a file object, a data URI, a PIL image, an array, a TiledImage, an
                  ImageEmbedding
@@ -136,8 +136,8 @@ class Answers(ABC):
         messages: [{"role": "user", "content": "text" or [part, ...]}, ...]; a part is {"type": "text",
                   "text": ...}, {"type": "image_url", "image_url": {"url": ...}} or {"type": "image", "image":
                   ...} with whatever `caption` takes as an image; "images": [...] beside the content, as
-                  Ollama has it, comes first. The last message may be the assistant's: the reply goes on with
-                  it
+                  Ollama has it, comes first. The last message may be the assistant's: the reply then
+                  continues it
         stream:   True: an iterator of chunks, of which the last has usage and timings
         options:
           max_tokens:      most tokens of the reply; None: until n_ctx is full (the default);

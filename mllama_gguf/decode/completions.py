@@ -94,7 +94,7 @@ def chunks(
 
 
 def tool_calls(reply: Reply, text: str, tools: Tools) -> list[dict[str, Any]]:
-    """The calls that a whole reply consists of, in OpenAI's shape; []: it is none.
+    """The calls that a whole reply consists of, in OpenAI's shape; []: it is not a call.
 
     text: of the reply
     """

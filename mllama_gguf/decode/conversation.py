@@ -272,7 +272,7 @@ class Conversation(OneProcess, Answers):
     # ---- its own life --------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget the conversation. States of images stay, for other conversations too."""
+        """Clear the conversation. States of images stay, for other conversations too."""
         with self.exclusive():
             self.session.clear()
 
@@ -305,12 +305,12 @@ class Conversation(OneProcess, Answers):
             self.free()
 
     def save(self) -> None:
-        """Keep on disk what is still to be kept. For who has the sole use."""
+        """Keep on disk what is still to be kept. The caller has sole use."""
         with suppress(MllamaError):  # it is closed already, or a device was lost
             self.session.save()
 
     def free(self) -> None:
-        """Free the caches. For who has the sole use."""
+        """Free the caches. The caller has sole use."""
         self._closed = True
         self.context.close()
 

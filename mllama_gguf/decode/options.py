@@ -35,7 +35,7 @@ DEFAULTS: Mapping[str, Any] = {
 @dataclass(frozen=True)
 class PromptOptions:
     """tools:          that the assistant may call
-    continue_final: whether the reply goes on with the last message, the assistant's; None: if it is
+    continue_final: whether the reply continues the last message; None: if that is the assistant's
     variables:      for the chat template
     max_tiles:      most tiles of an image; None: as the model's setting says"""
 

@@ -1,4 +1,4 @@
-"""Several conversations that go on together: one reading of the weights for all of them.
+"""Several conversations that compute together: the weights are read once for all of them.
 
 Each conversation computes in the thread of its caller. What the threads ask for at the same time becomes one
 step of the context: single tokens first, then pieces of prompts in the order in which they came. There is no
@@ -104,7 +104,7 @@ class Scheduler(OneProcess):
 
     @property
     def context(self) -> SharedContext:
-        """For who has the sole use, see `exclusive`."""
+        """Only for the thread that has sole use, see `exclusive`."""
         return self._context
 
     def memory(self) -> Memory:

@@ -13,8 +13,8 @@ from .scheduler import Scheduler
 
 
 class SequenceContext(Exclusive):
-    """A sequence of a scheduler's context, as a `Context`. One thread at a time; other sequences go on
-    meanwhile."""
+    """A sequence of a scheduler's context, as a `Context`. One thread at a time; other sequences
+    compute meanwhile."""
 
     def __init__(self, scheduler: Scheduler, n_ctx: int, stop: Stop) -> None:
         """n_ctx: most tokens; stop: whether to stop what computes for this sequence. Raises BackendError."""

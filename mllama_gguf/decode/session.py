@@ -32,7 +32,7 @@ from .slots import Group, Slot, Slots
 
 
 class _DamagedFile(ModelError):
-    """What came out not finite was computed with a damaged file of the image cache, which is removed."""
+    """Results are not finite because a file of the image cache was damaged; it is removed."""
 
 
 class Session(OneProcess):
@@ -166,7 +166,7 @@ class Session(OneProcess):
         return common_prefix(self._tokens, self._seen, tokens, visible_keys(runs, image_keys))
 
     def check_fits(self, n_tokens: int) -> None:
-        """Raise ContextFullError if a prompt of so many tokens cannot fit."""
+        """Raise ContextFullError if a prompt of n_tokens tokens does not fit."""
         if n_tokens > self.n_ctx:
             raise ContextFullError(
                 f"the prompt has {n_tokens} tokens, but n_ctx is {self.n_ctx}; "

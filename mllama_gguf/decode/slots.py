@@ -29,8 +29,8 @@ from ..handles import OneProcess
 from ..vision.embedding import Encoding
 from ..waiting import POLL_SECONDS, acquire
 
-# Slots that are kept. The current one is enough to go on; the others make a return to a recent image cheap.
-# One tile of the 11B model takes 79 MB on the CPU.
+# Slots that are kept. The current one is enough to continue; the others make a return to a recent image
+# cheap. One tile of the 11B model takes 79 MB on the CPU.
 MAX_SLOTS = 4
 
 Group: TypeAlias = "tuple[str, ...]"  # the keys of a group's images

@@ -100,7 +100,7 @@ def wrap(text: str, letters: Font, width: int) -> list[str]:
 
 
 def fit(text: str, letters: Font, width: int) -> str:
-    """The text, or so much of it as has room."""
+    """The text, or as much of it as has room."""
     text = text[:1000]  # more never has room, and takes long to measure
     if letters.getlength(text) <= width:
         return text

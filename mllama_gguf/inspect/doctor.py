@@ -1,4 +1,4 @@
-"""What a person who wants to help needs to know about an installation, and what is wrong with it.
+"""The facts about an installation that somebody needs who helps its user, and its problems.
 
 `examine` looks at one thing after another. What it says can be shown to others: see `private`.
 """
@@ -26,7 +26,7 @@ from .private import private, private_value, variable
 logger = logging.getLogger(__name__)
 Mark = Literal["ok", "note", "problem"]
 PACKAGES = ("llama-cpp-python", "gguf", "llguidance", "numpy", "pillow")
-# A note below this: the 11B model as Q4_K_M takes so much.
+# A note below this: what the 11B model as Q4_K_M takes.
 REAL_MEMORY, REAL_DISK = 9_000_000_000, 8_000_000_000
 VARIABLES = ("MLLAMA_", "OLLAMA_MODELS", "HF_HOME", "GGML_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 

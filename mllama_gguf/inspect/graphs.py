@@ -62,7 +62,7 @@ class _Reader(logging.Handler):
                 self.graphs.append(Graph())
             self.graphs[-1].splits.append(Split(found[2], int(found[3])))
         elif self.graphs and (found := _NODE.search(line)):
-            # What only names other memory is no work.
+            # What only names other memory is not work.
             self.graphs[-1].splits[-1].operations.append((found[1], found[2]))
 
 

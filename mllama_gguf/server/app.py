@@ -48,7 +48,7 @@ def make_app(service: Service) -> ASGIApp:
 
     async def health(request: Request) -> Response:
         state = service.engine.state
-        # Requests are taken while a model loads, so that is no failure.
+        # Requests are taken while a model loads, so that is not a failure.
         return json_reply({"status": state}, 503 if state == "stopping" else 200)
 
     async def metrics(request: Request) -> Response:

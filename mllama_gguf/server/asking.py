@@ -25,7 +25,7 @@ Prepared: TypeAlias = "TiledImage | ImageEmbedding"
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of a model.
+    """A question to a model.
 
     messages: with lists of parts; an image is {"type": "image", "image": bytes of a file}
     raw:      in place of messages, text that goes to the model as it is; its image tokens stand for `images`
@@ -86,7 +86,7 @@ def answer(ask: Ask) -> Callable[[Usable, Job], Generator[Event, None, None]]:
 
 
 def encode_ahead(ask: Ask) -> Callable[[Usable, Job], None]:
-    """What can be done for a job that waits: its pictures, unless their results are known."""
+    """What can be done for a job that waits: its images, unless their results are known."""
 
     def work(loaded: Usable, job: Job) -> None:
         conversation, max_tiles = loaded.conversation, _options(ask, loaded).prompt.max_tiles
@@ -99,7 +99,7 @@ def encode_ahead(ask: Ask) -> Callable[[Usable, Job], None]:
 
 
 def _source(loaded: Usable, job: Job, image: Prepared) -> str:
-    """Where the states of an image come from; those that were computed ahead are no others' work."""
+    """Where the states of an image come from; those that were computed ahead belong to this job."""
     is_ahead = bool(job.encoded) and loaded.conversation.image_key(image) in job.encoded
     return "encoded" if is_ahead else loaded.conversation.image_source(image)
 
@@ -194,7 +194,7 @@ def _oldest(messages: Messages) -> int | None:
 def _decoded(
     message: Mapping[str, Any], ask: Ask, loaded: Usable, max_tiles: int | None
 ) -> Mapping[str, Any]:
-    """A message whose pictures are decoded and cut into tiles: a few megabytes, however large they were."""
+    """A message whose images are decoded and cut into tiles: a few megabytes, however large they were."""
     if isinstance(message["content"], str):
         return message
     parts = [

@@ -1,6 +1,6 @@
 """The body of a request: read within limits, and JSON that is an object.
 
-A picture of some megabytes is not copied more than it must be: it is in memory as the request brought it, and
+An image of some megabytes is not copied more than it must be: it is in memory as the request brought it, and
 as the file that its base64 stands for. So it is cut out of the body before the JSON is read.
 """
 
@@ -26,12 +26,12 @@ MAX_DEPTH = 128  # of JSON
 _MOST_DIGITS = 300  # of an integer; a float has 308
 # Base64, as the only thing in a string of JSON.
 _IMAGE = re.compile(rb'(?<=[\s:,\[{])"((?:data:[\w/.+;=-]{0,80},)?[A-Za-z0-9+/]{32768,}={0,2})"')
-_FIELDS = frozenset(("images", "image_url", "url"))  # that hold pictures
+_FIELDS = frozenset(("images", "image_url", "url"))  # that hold images
 _PLACES = _FIELDS | {"messages", "input", "content"}  # that lead there
 
 
 class Bodies:
-    """Reads bodies, of which only so many bytes are in memory at the same time."""
+    """Reads bodies, of which a limited number of bytes is in memory at the same time."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -40,7 +40,7 @@ class Bodies:
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The object in a request's body, whatever its Content-Type says. Raises Refused, ClientDisconnect.
 
-        Long base64 in fields of pictures is a memoryview; everything else is as `json` gives it.
+        Long base64 in fields of images is a memoryview; everything else is as `json` gives it.
         """
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in ("", "identity"):
@@ -82,7 +82,7 @@ class Bodies:
 
         def take(n_bytes: int) -> None:
             nonlocal mine
-            # A request alone may always have what it is allowed.
+            # A single request may always be as large as its limit.
             if self._taken > mine and self._taken + n_bytes > self._settings.max_waiting:
                 raise Refused(
                     503,
@@ -153,7 +153,7 @@ def _unreadable() -> Refused:
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise Refused(400, f"invalid JSON: {word} is no number of JSON")
+    raise Refused(400, f"invalid JSON: {word} is not a number of JSON")
 
 
 def _check_depth(value: Any) -> None:
@@ -171,7 +171,7 @@ def _check_depth(value: Any) -> None:
 
 
 def _put_back(body: dict[str, Any], mark: str, views: list[memoryview]) -> None:
-    """What was cut out, in its places: as it is in fields of pictures, else as text."""
+    """What was cut out, in its places: as it is in fields of images, else as text."""
 
     def restored(found: Any, is_image: bool) -> Any:
         if isinstance(found, str) and found.startswith(mark) and found[len(mark) :].isdecimal():
@@ -179,7 +179,7 @@ def _put_back(body: dict[str, Any], mark: str, views: list[memoryview]) -> None:
             return view if is_image else str(view, "ascii")
         return found
 
-    # Containers, each with whether a picture is expected in it.
+    # Containers, each with whether an image is expected in it.
     rest: list[tuple[Any, bool]] = [(body, True)]
     while rest:
         outer, expected = rest.pop()

@@ -1,4 +1,4 @@
-"""The models that the server offers, by name, and what is known of them without loading them."""
+"""The models that the server offers, by name, and the facts about them that need no loading."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a model from its files' heads."""
+    """The facts about a model that the heads of its files tell."""
 
     offer: Offer
     files: ModelFiles = field(compare=False)
@@ -155,7 +155,7 @@ class Catalog:
                 raise RequestError(f"{seen[offer.name]} and {offer.reference} are both called {offer.name}")
             seen[offer.name] = offer.reference
             if not is_text_model(resolve(offer.reference).text):
-                raise ModelError(f"{offer.reference}: is no mllama text model")
+                raise ModelError(f"{offer.reference}: is not a mllama text model")
             self._card(offer)
 
     def forget(self) -> None:

@@ -86,7 +86,7 @@ class Engine:
             waiting = self._queue.n_bytes
             if waiting and waiting + job.n_bytes > self._settings.max_waiting:
                 raise Refused(
-                    503, "server busy, please try again.  too many pictures wait", "server_busy", again=True
+                    503, "server busy, please try again.  too many images wait", "server_busy", again=True
                 )
             self._queue.add(job)
             self._metrics.queued.set(len(self._queue))
@@ -123,7 +123,7 @@ class Engine:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Take no more jobs; those that wait are refused, those that run go on."""
+        """Take no more jobs; those that wait are refused, those that run continue."""
         with self._changed:
             self._stopping = True
             waiting = list(self._queue)
@@ -178,7 +178,7 @@ class Engine:
                 self._changed.wait(seconds)
 
     def _encode_ahead(self) -> None:
-        """Let the pictures of the next job be encoded while it waits, if its model's jobs run together."""
+        """Let the images of the next job be encoded while it waits, if its model's jobs run together."""
         job = self._queue.first()
         if job is None or job.ahead is None:
             return
@@ -269,7 +269,7 @@ class Engine:
                 lent.give_back()
 
     def _problem(self, job: Job, error: BaseException) -> Refused:
-        """What a job is told."""
+        """The error that a job gets."""
         if ruins_model(error):
             logger.warning("%s: %s: %s", job.card.name, type(error).__name__, error)
         if isinstance(error, Aborted):
@@ -281,7 +281,7 @@ class Engine:
         return refusal(error)
 
     def _close_model(self, job: Job, loaded: Loaded, outcome: Event) -> None:
-        """What a job leaves is freed before the client hears of the end."""
+        """Free what a job leaves, before the client is told of the end."""
         self._models.close_unused(loaded)
         self._close_job(job, outcome)
 

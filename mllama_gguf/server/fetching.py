@@ -1,4 +1,4 @@
-"""Pictures from the web, of hosts that the operator allows and of no others.
+"""Images from the web, of hosts that the operator allows and of no others.
 
 A request must not make this machine ask in a private network. So a host's addresses are looked up once, all
 of them must be public, and the connection goes to one of these, whatever the name stands for a moment later.
@@ -42,7 +42,7 @@ def fetch(url: str, where: str, hosts: Sequence[str]) -> bytes:
                 raise _failed(where, target, f"it answers with status {answer.status_code}")
             kind = answer.headers.get("content-type", "").lower()
             if not kind.startswith("image/"):
-                raise _failed(where, target, f"it is {show_name(kind or 'of no type', 40)}, no picture")
+                raise _failed(where, target, f"it is {show_name(kind or 'of no type', 40)}, not an image")
             data = bytearray()
             for chunk in answer.iter_raw():
                 data += chunk

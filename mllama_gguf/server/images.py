@@ -1,4 +1,4 @@
-"""Pictures of requests: base64 to the bytes of a picture file, and from there to pixels.
+"""Images of requests: base64 to the bytes of an image file, and from there to pixels.
 
 A text of a request is never taken for a path or an address: it is base64 or a data URI, or it is refused.
 """
@@ -28,8 +28,8 @@ NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """most: pictures a request; n_bytes: of one file; pixels: of one picture; any_kind: take every kind that
-    the package reads, not those of NAMES alone; hosts: from which pictures are fetched."""
+    """most: images a request; n_bytes: of one file; pixels: of one image; any_kind: take every kind that
+    the package reads, not those of NAMES alone; hosts: from which images are fetched."""
 
     most: int = 16
     n_bytes: int = 32 << 20
@@ -39,7 +39,7 @@ class ImageLimits:
 
 
 def from_base64(text: str | memoryview, where: str, limits: ImageLimits) -> bytes:
-    """The bytes of a picture file that a text holds: base64 in either alphabet, with blanks, without padding,
+    """The bytes of an image file that a text holds: base64 in either alphabet, with blanks, without padding,
     or a data URI. See `bodies` for the memoryview.
 
     where: the field of the request, for errors
@@ -54,13 +54,13 @@ def from_base64(text: str | memoryview, where: str, limits: ImageLimits) -> byte
 
 
 def checked_kind(data: bytes, where: str, limits: ImageLimits) -> bytes:
-    """The same bytes, if they may be a picture of a kind that is taken. Raises Refused."""
+    """The same bytes, if they may be an image of a kind that is taken. Raises Refused."""
     if len(data) > limits.n_bytes:
-        raise Refused(413, f"{where}: a picture of {len(data)} bytes; at most {limits.n_bytes} are taken")
+        raise Refused(413, f"{where}: an image of {len(data)} bytes; at most {limits.n_bytes} are taken")
     if not data:
-        raise Refused(400, f"{where}: the picture is empty", "invalid_image")
+        raise Refused(400, f"{where}: the image is empty", "invalid_image")
     if not limits.any_kind and not (data.startswith(_KINDS) or _WEBP.match(data)):
-        raise Refused(400, f"{where}: not a picture; {NAMES} are taken", "invalid_image")
+        raise Refused(400, f"{where}: not an image; {NAMES} are taken", "invalid_image")
     return data
 
 
@@ -94,7 +94,7 @@ def _decode(text: str, where: str) -> bytes:
     except (binascii.Error, ValueError, TypeError):
         raise Refused(
             400,
-            f"{where}: not base64 of a picture; pictures are sent in the request, as base64",
+            f"{where}: not base64 of an image; images are sent in the request, as base64",
             "invalid_image",
         ) from None
 
@@ -102,7 +102,7 @@ def _decode(text: str, where: str) -> bytes:
 def _from_data_uri(uri: str, where: str) -> bytes:
     comma = uri.find(",", 0, 300)
     if comma < 0:
-        raise Refused(400, f"{where}: a data URI without a comma holds no picture", "invalid_image")
+        raise Refused(400, f"{where}: a data URI without a comma holds no image", "invalid_image")
     parameters = uri[5:comma].lower().split(";")
     if parameters[-1].strip() == "base64":
         return _decode(uri[comma + 1 :], where)
@@ -110,8 +110,8 @@ def _from_data_uri(uri: str, where: str) -> bytes:
 
 
 def to_pixels(data: bytes, limits: ImageLimits) -> Image.Image:
-    """The picture of a file's bytes, upright, RGB. Raises ImageError."""
+    """The image of a file's bytes, upright, RGB. Raises ImageError."""
     try:
-        return decode(io.BytesIO(data), "picture", limits.pixels, False)
+        return decode(io.BytesIO(data), "image", limits.pixels, False)
     except MemoryError:
-        raise ImageError("picture: not enough memory to decode it") from None
+        raise ImageError("image: not enough memory to decode it") from None

@@ -124,7 +124,7 @@ class Job:
 
     work:    run in the engine's thread, or in one of its own; gives Pieces and Endeds
     keep_alive: seconds that the model stays afterwards; None: the server's
-    n_bytes: of its pictures
+    n_bytes: of its images
     ahead:   run in another thread while the job waits for its place; None: there is nothing to do
     encoded: keys of the states that were computed so
     """

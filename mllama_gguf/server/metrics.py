@@ -37,7 +37,7 @@ class Metrics:
         )
         self.prompt_tokens = Counter("mllama_prompt_tokens", "Tokens of prompts.", registry=r)
         self.cached_tokens = Counter(
-            "mllama_prompt_tokens_cached", "Of these, those that were in the cache.", registry=r
+            "mllama_prompt_tokens_cached", "Tokens of prompts that were in the cache.", registry=r
         )
         self.generated_tokens = Counter("mllama_generated_tokens", "Tokens of replies.", registry=r)
         self.images = Counter(
@@ -47,9 +47,9 @@ class Metrics:
             registry=r,
         )
         self.encode_seconds = Histogram(
-            "mllama_image_encode_seconds", "Images of one prompt: encode or find.", buckets=_LONG, registry=r
+            "mllama_image_encode_seconds", "To encode or find the images of a prompt.", buckets=_LONG, registry=r
         )
-        self.loaded = Gauge("mllama_model_loaded", "1: in memory.", ("model",), registry=r)
+        self.loaded = Gauge("mllama_model_loaded", "1 if the model is in memory.", ("model",), registry=r)
         self.loads = Counter("mllama_loads", "Models loaded.", registry=r)
         self.load_failures = Counter("mllama_load_failures", "Models that could not be loaded.", registry=r)
         self.cancelled = Counter("mllama_cancelled", "Requests that ended early.", ("reason",), registry=r)

@@ -211,9 +211,9 @@ class Models:
 
     def _make_room(self, card: Card, settings: Settings) -> Need:
         """Close those that were used longest ago until the plan says that this one fits. If it never does, it
-        is tried all the same: the system may page, and a device says itself what it lacks."""
+        is tried anyway: the system may page, and a device reports what it lacks."""
         while len(self._loaded) >= self._most:
-            self._close_oldest("so many models may be in memory")
+            self._close_oldest("the most models are in memory")
         while True:
             try:
                 need = self._plan(card, settings)

@@ -73,7 +73,7 @@ def _computed(
     async def route(request: Request) -> Response:
         body = await service.read(request)
         wish = await service.translate(request, partial(read, body, service.settings.images))
-        body = {}  # its pictures are in the wish
+        body = {}  # its images are in the wish
         card = await service.find(wish.model)
         if wish.ask is None and wish.keep_alive == 0:
             service.engine.unload(card)

@@ -1,4 +1,4 @@
-"""Requests of Ollama's API as what is asked of a model. Plain functions: no server, no model."""
+"""Requests of Ollama's API, turned into questions to a model. Plain functions: no server, no model."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _message(index: int, message: Any, limits: ImageLimits, counted: list[int]) 
 
 def _check_number(n_images: int, limits: ImageLimits) -> None:
     if n_images > limits.most:
-        raise Refused(400, f"{n_images} pictures in one request; at most {limits.most} are taken")
+        raise Refused(400, f"{n_images} images in one request; at most {limits.most} are taken")
 
 
 def _image(image: Any, where: str, limits: ImageLimits) -> bytes:

@@ -33,7 +33,7 @@ def routes(service: Service) -> list[Route]:
         )
         card = await service.find(wish.model)
         writer = responses.ResponseWriter(wish.model, body, wish.tools)
-        body = {}  # its pictures are in the wish
+        body = {}  # its images are in the wish
         return service.computed(request, card, wish.ask, writer, stream=wish.stream)
 
     return [
@@ -56,7 +56,7 @@ def _computed(
         wish = await service.translate(
             request, partial(read, body, settings.images, allow_gbnf=settings.allow_gbnf)
         )
-        body = {}  # its pictures are in the wish
+        body = {}  # its images are in the wish
         card = await service.find(wish.model)
         writer = CompletionWriter(wish.model, kind, usage=wish.usage, tools=wish.tools)
         return service.computed(request, card, wish.ask, writer, stream=wish.stream)

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API as what is asked of a model. Plain functions: no server, no model."""
+"""Requests of OpenAI's API, turned into questions to a model. Plain functions: no server, no model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 # As in Ollama's layer for this API, and as OpenAI has them; not the model's own.
 DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-# Wishes that the model has no means for. Only known values are taken, so that a typing error is no wish.
+# Wishes that the model has no means for. Only known values are taken, so that a typing error is not a wish.
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _WISHES: Mapping[str, tuple[str, ...]] = {
     "reasoning_effort": _EFFORTS,
     "verbosity": ("low", "medium", "high"),
 }
-# Fields that are read here and are no options.
+# Fields that are read here and are not options.
 _OWN = frozenset(("messages", "n", "stream", "stream_options"))
 _GRAMMARS = ("gbnf", "lark")
 _OF_MESSAGES = ("name", "tool_calls", "tool_call_id", "function_call", "audio")
@@ -170,7 +170,7 @@ def _message(index: int, message: Any, limits: ImageLimits, counted: list[int]) 
 
 
 def content_part(part: Any, where: str, limits: ImageLimits, counted: list[int]) -> list[dict[str, Any]]:
-    """A part of a message as the package takes it. counted: pictures so far. Raises Refused."""
+    """A part of a message as the package takes it. counted: images so far. Raises Refused."""
     if not isinstance(part, dict):
         raise fields.wrong(where, "an object", part)
     kind = part.get("type")
@@ -189,7 +189,7 @@ def content_part(part: Any, where: str, limits: ImageLimits, counted: list[int])
             raise fields.wrong(f"{where}.detail", "auto, low or high", detail)
         counted[0] += 1
         if counted[0] > limits.most:
-            raise Refused(400, f"more than {limits.most} pictures in one request")
+            raise Refused(400, f"more than {limits.most} images in one request")
         return [{"type": "image", "image": _image(url, where, limits), "detail": detail or "auto"}]
     raise Refused(
         400,

@@ -36,7 +36,7 @@ class Refused(Exception):
     code:   OpenAI's word for what is wrong
     param:  the field that is wrong
     again:  whether the same request may succeed later
-    seconds: after so many
+    seconds: after how long
     """
 
     status: int

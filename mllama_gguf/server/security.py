@@ -87,7 +87,7 @@ class Security:
         host = _header(scope, b"host")
         if (settings.is_local or not settings.keys) and not self._is_own_name(host):
             raise Refused(
-                403, f"{host[:100]!r} is no name of this server; mllama serve --allow-host NAME allows one"
+                403, f"{host[:100]!r} is not a name of this server; mllama serve --allow-host NAME allows one"
             )
         origin = _header(scope, b"origin") or None
         if origin is not None and not self.allows_origin(origin, host):
@@ -166,7 +166,7 @@ def _matches(origin: str, allowed: Iterable[str]) -> bool:
 
 
 def _host_name(host: str) -> str | None:
-    """The name in a Host header, without its port; None if it is no such header."""
+    """The name in a Host header, without its port; None if it is not such a header."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]*)(:\d{1,5})?", host)
     return None if match is None else match[1].strip("[]").rstrip(".").lower()
 

@@ -38,7 +38,7 @@ class Service:
         return await self.bodies.read_json(request)
 
     async def translate(self, request: Request, read: Callable[[], T]) -> T:
-        """What a request asks for. In a thread, if it is large, or if pictures may be fetched for it."""
+        """What a request asks for. In a thread, if it is large, or if images may be fetched for it."""
         is_large = int(request.headers.get("content-length", "0") or 0) > LARGE
         if is_large or self.settings.images.hosts:
             return await anyio.to_thread.run_sync(read)

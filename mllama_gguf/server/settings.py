@@ -34,7 +34,7 @@ class ServerSettings:
     max_models:  loaded at the same time
     parallel:    requests of a model that are computed together; None: as `models.need_of` says
     max_body:    bytes of a request
-    max_waiting: bytes of the pictures of all waiting requests
+    max_waiting: bytes of the images of all waiting requests
     body_seconds: the longest pause inside a request that arrives
     time_limit:  seconds of a request, 0: none
     ping:        seconds after which a waiting client gets a sign of life
@@ -69,7 +69,7 @@ class ServerSettings:
         return is_loopback(self.host)
 
     def owner_of(self, key: str | None) -> str | None:
-        """A short name of whoever has this key; None: it is no key. All wrong ones take the same time."""
+        """A short name of whoever has this key; None: it is not a key. All wrong ones take the same time."""
         found = None
         given = digest_of(key or "")
         for known in self.keys:
@@ -124,7 +124,7 @@ def parse_host(words: str) -> tuple[str, int | None]:
     else:
         raise RequestError(f"OLLAMA_HOST: {one_line(repr(words))} is no host; write HOST:PORT")
     if port is not None and not 0 <= int(port) <= 65535:
-        raise RequestError(f"OLLAMA_HOST: {port} is no port")
+        raise RequestError(f"OLLAMA_HOST: {port} is not a port")
     return host or "127.0.0.1", None if port is None else int(port)
 
 
@@ -147,7 +147,9 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, o
         if words := environment.get(variable, "").strip():
             most = MAX_PARALLEL if name == "parallel" else (1 << 31) - 1
             if not words.isascii() or not words.isdecimal() or not least <= int(words[:20]) <= most:
-                raise RequestError(f"{variable}: {one_line(repr(words))} is no number from {least} to {most}")
+                raise RequestError(
+                    f"{variable}: {one_line(repr(words))} is not a number from {least} to {most}"
+                )
             if int(words):
                 found[name] = int(words)
     return found

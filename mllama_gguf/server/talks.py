@@ -69,7 +69,7 @@ class Talks:
         return Lent(self, self._open(job))
 
     def better(self, talk: _Talk, tokens: Sequence[int], image_keys: Sequence[str]) -> _Talk:
-        """The best one for a prompt, for who has `talk` now. Raises BackendError, Aborted."""
+        """The best one for a prompt, in place of `talk`. Raises BackendError, Aborted."""
         job = talk.job
         assert job is not None
         with self._lock:

@@ -20,15 +20,15 @@ def parse_duration(value: Any) -> float:
     Raises ValueError.
     """
     if isinstance(value, bool):
-        raise ValueError(f"{value!r} is no duration")
+        raise ValueError(f"{value!r} is not a duration")
     if isinstance(value, (int, float)):
         seconds = float(value)
     elif isinstance(value, str):
         seconds = _seconds(value.strip())
     else:
-        raise ValueError(f"{type(value).__name__} is no duration")
+        raise ValueError(f"{type(value).__name__} is not a duration")
     if math.isnan(seconds):
-        raise ValueError("NaN is no duration")
+        raise ValueError("NaN is not a duration")
     return math.inf if seconds < 0 or seconds > _LONGEST else seconds
 
 
@@ -37,7 +37,7 @@ def _seconds(words: str) -> float:
         return float(words)
     unsigned = words.lstrip("+-") if words[:2] not in ("--", "++", "+-", "-+") else ""
     if not unsigned or not re.fullmatch(f"({_PART.pattern})+", unsigned, re.ASCII):
-        raise ValueError(f"{words[:40]!r} is no duration; write 5m, 24h, 300 or -1")
+        raise ValueError(f"{words[:40]!r} is not a duration; write 5m, 24h, 300 or -1")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(unsigned))
     return -seconds if words.startswith("-") else seconds
 

@@ -53,7 +53,7 @@ class Defaults:
 
 
 def _is_conversation(messages: Any) -> bool:
-    """Whether this may be a list of messages. What is none, the chat template refuses with its own words."""
+    """Whether this may be a list of messages. If not, the chat template refuses it with its own words."""
     return (
         isinstance(messages, Sequence)
         and not isinstance(messages, (str, bytes))

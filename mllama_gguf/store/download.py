@@ -124,7 +124,7 @@ def download(
 
 
 class _Transfer:
-    """The bytes of one blob on their way into `partial`, with the hash of what is there."""
+    """The bytes of one blob on their way into `partial`, with the hash of those that have come."""
 
     def __init__(
         self, http: httpx.Client, url: str, blob: Blob, partial: Path, progress: TransferProgress | None

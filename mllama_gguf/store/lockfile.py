@@ -152,7 +152,7 @@ def read_lock(path: Path) -> dict[str, LockedModel]:
     except OSError as e:
         raise ModelError(f"{path}: {os_reason(e)}") from e
     except ValueError as e:
-        raise ModelError(f"{path}: is no lock file: not UTF-8") from e
+        raise ModelError(f"{path}: is not a lock file: not UTF-8") from e
     return _parse(path, text)
 
 
@@ -161,7 +161,7 @@ def _parse(path: Path, text: str) -> dict[str, LockedModel]:
     try:
         words = tomllib.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path}: is no lock file: not TOML: {one_line(e)}") from e
+        raise ModelError(f"{path}: is not a lock file: not TOML: {one_line(e)}") from e
     if words.get("version") != VERSION:
         raise ModelError(
             f"{path}: version {words.get('version')!r} of a lock file is not supported ({VERSION} is)"
@@ -174,7 +174,7 @@ def _parse(path: Path, text: str) -> dict[str, LockedModel]:
 
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: {where} is no table")
+        raise ModelError(f"{path}: {where} is not a table")
     return value
 
 
@@ -215,7 +215,7 @@ def _check_source(path: Path, model: LockedModel) -> None:
                     raise ModelError("a file of the hub needs its name in the repository: file = ...")
                 model.hub_ref(file)
         elif not (model.source == "bundled" and (path == SHIPPED or _is_shipped(model))):
-            raise ModelError(f"{model.source!r} is no source; write ollama:NAME:TAG or hf:OWNER/REPO")
+            raise ModelError(f"{model.source!r} is not a source; write ollama:NAME:TAG or hf:OWNER/REPO")
     except ModelError as e:
         raise ModelError(f"{path}: models.{model.name}: {e}") from e
 
@@ -261,7 +261,7 @@ def _value(
     if key in entry and (
         not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0))
     ):
-        raise ModelError(f"{path}: {where}.{key} = {value!r:.60} is no {kind.__name__} that could be used")
+        raise ModelError(f"{path}: {where}.{key} = {value!r:.60} is not a usable {kind.__name__}")
     return value
 
 
@@ -294,7 +294,7 @@ def write_locked(path: AnyPath, model: LockedModel) -> None:
 
 
 def check_lock_output(path: AnyPath) -> None:
-    """That a lock file can be written here. One that is there must be good: it is kept but for one entry.
+    """Check that a lock file can be written here. An existing one must be valid: all but one entry is kept.
 
     Raises RequestError, ModelError.
     """

@@ -141,9 +141,9 @@ def _blob(layer: Mapping[str, Any], origin: object) -> Blob:
     digest, size = layer.get("digest"), layer.get("size")
     algorithm, _, sha256 = str(digest).partition(":")
     if algorithm != "sha256" or not is_sha256(sha256):
-        raise ModelError(f"{origin}: {digest!r:.100} is no digest (sha256: and 64 hexadecimal digits)")
+        raise ModelError(f"{origin}: {digest!r:.100} is not a digest (sha256: and 64 hexadecimal digits)")
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ModelError(f"{origin}: {size!r:.100} is no size")
+        raise ModelError(f"{origin}: {size!r:.100} is not a size")
     return Blob(sha256, size)
 
 
@@ -156,7 +156,7 @@ def read_json(data: bytes, origin: object, what: str) -> Any:
     """The JSON of a layer. NaN and Infinity are refused. Raises ModelError."""
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number")
+        raise ValueError(f"{word} is not a number")
 
     try:
         return json.loads(data, parse_constant=refuse)

@@ -159,7 +159,7 @@ def read_messages(data: bytes, origin: object) -> tuple[Mapping[str, Any], ...]:
     ModelError."""
     words = read_json(data, origin, "its messages layer")
     if not isinstance(words, list) or len(words) > MOST_MESSAGES:
-        raise ModelError(f"{origin}: its messages layer is no list of at most {MOST_MESSAGES} messages")
+        raise ModelError(f"{origin}: its messages layer is not a list of at most {MOST_MESSAGES} messages")
     return tuple(_message(index, message, origin) for index, message in enumerate(words))
 
 

@@ -32,8 +32,8 @@ def pull(name: str, progress: TransferProgress | None = None) -> ModelFiles:
     A file already here, in Ollama's store as well, is not fetched again. An interrupted download is resumed
     by the next call. Every file that is fetched is checked against its sha256.
 
-    Raises DownloadError, ModelError for what is no name of a model, RequestError if a file that is not ours
-    is in the way.
+    Raises DownloadError, ModelError for a wrong name, RequestError if a file that is not ours is in the
+    way.
     """
     if name.startswith("ollama:"):
         _pull_tag(OllamaRef.parse(name), progress)
@@ -217,7 +217,7 @@ def _hub_entry(name: str, text: HubRef, vision: HubRef | None) -> LockedModel:
             continue
         there = hub.ask(replace(ref, revision=commit) if commit else ref)
         if there.sha256 is None:
-            raise ModelError(f"{ref}: the hub gives no sha256 for it, because it is no large file")
+            raise ModelError(f"{ref}: the hub gives no sha256 for it, because it is not a large file")
         commit = there.commit
         files.append(LockedFile(role, there.sha256, there.size, file=ref.file))  # type: ignore[arg-type]
     return LockedModel(name, f"hf:{text.repo}@{commit}", tuple(files), Path())

@@ -1,4 +1,4 @@
-"""Long calls of C and Rust in a thread of their own, while the caller's thread hears Ctrl-C."""
+"""Long calls of C and Rust in a thread of their own, so that Ctrl-C works in the caller's thread."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def aside(
 
     seconds:     most time, None: all that it takes
     stack_bytes: of that thread, 0: the system's default
-    daemon:      whether Python may end while that thread goes on. Only for work on memory that nobody frees.
+    daemon:      whether Python may end while that thread runs. Only for work on memory that nobody frees.
     abort:       asked every 50 ms
 
     Raises what `work` raises, TimeoutError, Aborted, and OutOfMemoryError for no thread. After Ctrl-C,
-    TimeoutError and Aborted the thread goes on to its end, and what it returns is lost.
+    TimeoutError and Aborted the thread still runs to its end, and its result is lost.
     """
     done = threading.Event()
     results: list[T] = []

@@ -62,7 +62,7 @@ def _check(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RequestError(f"'{name}' must be a number, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise RequestError(f"'{name}' is {value}, which is no number of JSON")
+        raise RequestError(f"'{name}' is {value}, which is not a number of JSON")
     if abs(value) > sys.float_info.max:
         raise RequestError(f"'{name}' is larger than any number that Python reads from JSON as a float")
 

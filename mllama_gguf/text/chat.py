@@ -1,4 +1,4 @@
-"""Chat messages in the OpenAI shapes to one prompt text and its pictures."""
+"""Chat messages in the OpenAI shapes to one prompt text and its images."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RenderedChat:
 
     pieces:  text whose special tokens count; to be tokenized one by one and joined
     images:  in the order of their tokens; what the messages held, not yet decoded
-    details: of the pictures: "auto", "high", "low" or "original"
+    details: of the images: "auto", "high", "low" or "original"
     """
 
     pieces: tuple[str, ...]
@@ -106,7 +106,7 @@ class ChatTemplate:
         tools:     that the assistant may call, in OpenAI's shape, checked. If the template has no place for
                    them, they are put into the first message of the user, as Llama 3.2's template does
         variables: for the template. `date_string` is the date wherever a template writes one
-        continue_final: whether the reply goes on with the last message, which must be the assistant's; None:
+        continue_final: whether the reply continues the last message, which must be the assistant's; None:
                    if it is
 
         Raises RequestError for messages of another shape, and with the template's own words if it refuses
@@ -165,7 +165,7 @@ class ChatTemplate:
                 yield is_native, True
 
     def _shown(self, message: Message, as_text: bool, prompt: _Prompt) -> dict[str, Any]:
-        """As the template sees it: templates treat a plain string otherwise than a list."""
+        """As the template sees it: templates treat a plain string in another way than a list."""
         guard = self._guard.text
         parts = [guard(part) if isinstance(part, str) else part for part in message.parts]
         text = "".join(part if isinstance(part, str) else self._image for part in parts)
@@ -218,7 +218,7 @@ class ChatTemplate:
     def _check(self, text: str, prompt: _Prompt) -> None:
         """Raise RequestError if the template left out what must be there."""
         if text.count(self._image) != sum(len(message.images) for message in prompt.messages):
-            raise RequestError("the chat template of this model drops pictures; give another chat_template")
+            raise RequestError("the chat template of this model drops images; give another chat_template")
         if prompt.is_continued and text.count(END) != 1:
             raise RequestError(
                 "the chat template of this model cannot continue a message; end with a message of the user"

@@ -20,7 +20,7 @@ from .grammar import Grammar
 
 
 class Vocabulary(Protocol):
-    """What is asked of a vocabulary; `vocab.Vocab` is one."""
+    """The parts of a vocabulary that are needed; `vocab.Vocab` is one."""
 
     @property
     def n_tokens(self) -> int: ...
@@ -92,7 +92,7 @@ class Constraints:
     def begin(self, vocab: Vocabulary, grammar: Grammar) -> Matcher:
         """A reply that follows the grammar.
 
-        Raises RequestError for a grammar that cannot be obeyed. Ctrl-C is heard meanwhile.
+        Raises RequestError for a grammar that cannot be obeyed. Ctrl-C works meanwhile.
         """
         with self._lock:
             self._build_tokenizer(vocab)
@@ -229,7 +229,7 @@ class Matcher:
         return self._mask
 
     def accept(self, token: int) -> None:
-        """Go on with this token. Raises RequestError if it is not allowed."""
+        """Continue with this token. Raises RequestError if it is not allowed."""
         self._call(lambda matcher: matcher.consume_token(token))
         self._tokens.append(token)
 
@@ -269,9 +269,9 @@ def _try_out(matcher: Matcher) -> None:
 
 
 def _in_thread(build: Callable[[], T]) -> T:
-    """Call it in a thread with a large stack, while this thread hears Ctrl-C.
+    """Call it in a thread with a large stack, so that Ctrl-C works in this one.
 
-    Raises RequestError, also if that takes very long; the thread then goes on to its end.
+    Raises RequestError, also if that takes very long; the thread then continues to its end.
     """
     try:
         return aside(

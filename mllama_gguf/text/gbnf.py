@@ -1,7 +1,7 @@
 """GBNF grammars, llama.cpp's notation, made ready for llguidance's converter to Lark.
 
-The converter reads some escapes, classes and names otherwise than llama.cpp does, and takes much time or all
-of the stack for large grammars. So a grammar is cut into its words here, which are counted and written again
+The converter reads some escapes, classes and names in another way than llama.cpp does. Large grammars take it
+much time or all of the stack. So a grammar is cut into its words here, which are counted and written again
 in a form that means the same to both.
 """
 
@@ -125,7 +125,7 @@ def _characters(text: str) -> list[int]:
         else:
             code = ord(match[5])
         if code > _LAST or _SURROGATES[0] <= code <= _SURROGATES[1]:
-            raise RequestError(f"the grammar has {brief(match[0])}, which is no character")
+            raise RequestError(f"the grammar has {brief(match[0])}, which is not a character")
         found.append(code)
     return found
 
@@ -186,7 +186,7 @@ def _in_set(code: int) -> str:
 def _check_repeat(word: str) -> None:
     match = re.fullmatch(r"\{\s*([0-9]{1,6})\s*(?:,\s*([0-9]{1,6})?\s*)?\}", word)
     if match is None:
-        raise RequestError(f"the grammar has {brief(word)}, which is no repetition of at most {MAX_REPEAT}")
+        raise RequestError(f"the grammar has {brief(word)}, not a repetition of at most {MAX_REPEAT}")
     low, high = int(match[1]), int(match[2] or match[1])
     if high > MAX_REPEAT or low > MAX_REPEAT or (match[2] and high < low):
         raise RequestError(

@@ -196,7 +196,7 @@ def _call(where: str, call: Any) -> Call:
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as e:
-            raise RequestError(f"{where}: its arguments are no JSON: {one_line(e)}") from e
+            raise RequestError(f"{where}: its arguments are not JSON: {one_line(e)}") from e
     if not isinstance(arguments, Mapping):
         raise RequestError(f"{where}: arguments must be a JSON object, as a text; not {brief(arguments)}")
     return Call(_name(f"{where}.id", fields.get("id")), function["name"], arguments)

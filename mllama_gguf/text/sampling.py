@@ -60,7 +60,7 @@ class SamplingOptions:
     seed:           of the random choice; None: a fresh one
     samplers:       `SAMPLERS` in the order in which they work; `OLLAMA_SAMPLERS` is Ollama's
     logprobs:       keep the probabilities of the reply's tokens
-    top_logprobs:   and those of so many likeliest tokens at each place, 20 at most
+    top_logprobs:   and those of this many likeliest tokens at each place, 20 at most
     grammar:        what the reply must follow, or None
 
     logit_bias comes first, then the penalties, and then the samplers. Raises RequestError for values out of

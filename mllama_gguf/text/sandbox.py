@@ -1,4 +1,4 @@
-"""Jinja templates that somebody else wrote: they can neither reach out of their variables, nor go on for
+"""Jinja templates that somebody else wrote: they can neither reach out of their variables, nor run for
 ever, nor fill the memory.
 
 Jinja's sandbox does the first. The others are bounded here: the lines of Python that a rendering may run, and
@@ -106,7 +106,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return attr not in ("translate", "maketrans") and super().is_safe_attribute(obj, attr, value)
 
     def concatenated(self, parts: Iterable[Any]) -> str:
-        """What `~` makes."""
+        """The result of `~`."""
         texts = []
         size = 0
         for part in parts:

@@ -1,9 +1,9 @@
 """JSON schemas: from what a user gives to one that llguidance obeys to the letter.
 
 Every complete reply must pass `jsonschema.validate(json.loads(reply), schema)`. llguidance obeys most
-keywords, but not all of them in all cases, and understands some otherwise than jsonschema does. So a schema
+keywords, but not all of them in all cases, and understands some in another way than jsonschema. So a schema
 is read keyword by keyword. What can be obeyed is written again in one plain dialect, perhaps a little
-narrower. What cannot is refused by its name, before anything is computed. Words that are no keywords have no
+narrower. What cannot is refused by its name, before anything is computed. Words that are not keywords have no
 effect, as JSON schema demands.
 """
 
@@ -64,7 +64,7 @@ def readable(schema: Any) -> dict[str, Any]:
 
     schema: a dict, or True for any JSON; lists may be tuples
 
-    Raises RequestError for what is no schema, what is too large, and what cannot be obeyed.
+    Raises RequestError for what is not a schema, what is too large, and what cannot be obeyed.
     """
     if schema is True:
         return {}
@@ -111,7 +111,7 @@ class _Reader:
         if isinstance(node, bool):
             return node
         if not isinstance(node, Mapping):
-            raise RequestError(f"{brief(node)} is no schema")
+            raise RequestError(f"{brief(node)} is not a schema")
         self._weigh(2)
         if len(self._at) > MAX_DEPTH:
             raise RequestError(f"nested more than {MAX_DEPTH} times")
@@ -134,7 +134,7 @@ class _Reader:
     def _check_keywords(self, node: Mapping[str, Any]) -> None:
         for name, value in node.items():
             if not isinstance(name, str):
-                raise RequestError(f"{brief(name)} is no name")
+                raise RequestError(f"{brief(name)} is not a name")
             if name in _NOT_OBEYED and not any(value == harmless for harmless in _NOT_OBEYED[name]):
                 raise RequestError(f"{name!r} cannot be obeyed")
             if name in _TEXTS and not isinstance(value, str):
@@ -204,11 +204,11 @@ class _Reader:
             return [self._value(item, depth + 1) for item in value]
         if isinstance(value, Mapping):
             return {self._string(name): self._value(item, depth + 1) for name, item in value.items()}
-        raise RequestError(f"{brief(value)} is no value of JSON")
+        raise RequestError(f"{brief(value)} is not a value of JSON")
 
     def _string(self, text: Any) -> str:
         if not isinstance(text, str):
-            raise RequestError(f"{brief(text)} is no name")
+            raise RequestError(f"{brief(text)} is not a name")
         self._text += len(text)
         if len(text) > MAX_STRING or self._text > MAX_TEXT:
             raise RequestError(
@@ -270,7 +270,7 @@ class _Reader:
             result["items"] = self._inside("additionalItems", node["additionalItems"])
 
     def _prefix_items(self, node: Mapping[str, Any], result: dict[str, Any]) -> None:
-        if self._draft < _LATEST:  # there it is no keyword
+        if self._draft < _LATEST:  # there it is not a keyword
             return
         items = node["prefixItems"]
         if not is_list(items) or not items:

@@ -35,7 +35,7 @@ class Guard:
         self._longest = max((len(s) for s in others), default=0)
 
     def text(self, text: str) -> str:
-        """A text that is no special token, and does not become one by what stands before or after it."""
+        """A text that is not a special token, and does not become one by what stands before or after it."""
         text = text.replace(SPLIT, "").replace(END, "")
         text = _USUAL.sub(f"<{SPLIT}", text)
         if self._others is not None:
@@ -59,7 +59,7 @@ class Guard:
             return value
         if isinstance(value, Mapping):
             if not all(isinstance(name, str) for name in value):
-                raise RequestError(f"{where} has names that are no texts")
+                raise RequestError(f"{where} has names that are not texts")
             return {self.text(name): self.value(item, where, depth + 1) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.value(item, where, depth + 1) for item in value]

@@ -115,7 +115,7 @@ _JSON = json.JSONDecoder(parse_constant=_number, parse_float=_number)
 
 
 def find_calls(text: str, names: Collection[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The calls that a whole reply consists of: names and arguments. []: it is no call of these tools."""
+    """The calls that a whole reply consists of: names and arguments. []: it is not a call of these tools."""
     found: list[Any] = []
     rest = text.strip()
     while rest:
@@ -142,7 +142,7 @@ def call_id() -> str:
 
 
 def _call(value: Any) -> tuple[str, dict[str, Any]]:
-    """The name, "" if this is no call, and the arguments."""
+    """The name, "" if this is not a call, and the arguments."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):

@@ -60,7 +60,7 @@ def check(text: str, schema: Any) -> None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise RequestError(f"the reply is no JSON that Python reads: {one_line(e)}") from e
+        raise RequestError(f"the reply is not JSON that Python reads: {one_line(e)}") from e
     if not isinstance(schema, dict):
         return
     try:

@@ -111,7 +111,7 @@ class Vocab(OneProcess):
         special: read `<|image|>` and its like as the tokens that they name; else as plain text
         abort:   asked between pieces of some thousand characters; True stops it with Aborted
 
-        Ctrl-C is heard meanwhile. Raises RequestError for what is no text, and for text in which no word ends
+        Ctrl-C works meanwhile. Raises RequestError if it is not text, and for text in which no word ends
         for very long.
         """
         if not isinstance(text, str):
@@ -136,7 +136,7 @@ class Vocab(OneProcess):
         raise RequestError(f"text of {len(data)} bytes cannot be tokenized")
 
     def _cut(self, text: str) -> Iterator[str]:
-        """The text in pieces that give the same tokens as all of it: C hears neither Ctrl-C nor `abort`."""
+        """The text in pieces that give the same tokens as all of it, because Ctrl-C and `abort` cannot stop C."""
         start = 0
         while len(text) - start > PIECE:
             cut = self._ends.search(text, start + PIECE, start + MAX_PIECE)
@@ -166,8 +166,8 @@ class Vocab(OneProcess):
         return re.compile(f"(?<=[{_LETTERS}])(?=[{re.escape(signs)}])" if signs else "(?!)")
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """Token ids to text; bytes that are no UTF-8 become U+FFFD. special: show special tokens as well.
-        Raises RequestError for what are no token ids."""
+        """Token ids to text; bytes that are not UTF-8 become U+FFFD. special: show special tokens as well.
+        Raises RequestError for what are not token ids."""
         ids = whole_numbers("tokens", tokens)
         return b"".join(self.piece(token, special=special) for token in ids).decode("utf-8", "replace")
 

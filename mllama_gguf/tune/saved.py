@@ -73,7 +73,7 @@ def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
 
 
 def check_tuned() -> None:
-    """That `write_tuned` may write its file: no other program's is there. Raises RequestError."""
+    """Check that `write_tuned` may write its file: it is not another program's. Raises RequestError."""
     path = config_path()
     if check_folder(path.parent).is_dir():
         check_output(path, Kind("file of settings of `mllama tune`", _is_tuned), overwrite=True)
@@ -117,7 +117,7 @@ def _checked(settings: Any) -> dict[str, Any]:
         raise ValueError("settings are not an object")
     for name in settings:
         if name not in TUNED:
-            raise ValueError(f"{name!r} is no setting that is tuned")
+            raise ValueError(f"{name!r} is not a setting that is tuned")
     plain = Settings.checked(settings)
     for name, value in settings.items():
         if value is None or getattr(plain, name) != value:

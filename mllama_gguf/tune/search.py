@@ -2,7 +2,7 @@
 
 One setting is varied at a time, the best of it kept for the next: n_gpu_layers first in large steps, then
 between the best of those, then where the vision encoder runs, flash attention, threads, batch. Every point is
-a process of its own; what was measured is kept in a file from which a later run goes on.
+a process of its own; what was measured is kept in a file from which a later run continues.
 """
 
 from __future__ import annotations
@@ -147,11 +147,11 @@ def _peak_rss(who: int) -> int:
 
 
 class Results:
-    """The points of a task in a folder: tune.json, which a later run goes on from, and tune.csv. plot_path is
-    for `draw_plot`."""
+    """The points of a task in a folder: tune.json, from which a later run continues, and tune.csv. plot_path
+    is for `draw_plot`."""
 
     def __init__(self, folder: AnyPath, task: Task, *, fresh: bool = False) -> None:
-        """fresh: forget what is there. Raises RequestError if it is of another task or damaged, or if the
+        """fresh: discard earlier results. Raises RequestError if it is of another task or damaged, or if the
         folder cannot be written or has other files of these names."""
         folder = check_folder(folder)
         self.json_path, self.csv_path = folder / "tune.json", folder / "tune.csv"
@@ -176,7 +176,7 @@ class Results:
         except (ValueError, KeyError, TypeError) as e:
             raise RequestError(f"results that cannot be read: {e}; {another}") from None
         if not same:
-            raise RequestError(f"results of another model, picture or choice of options; {another}")
+            raise RequestError(f"results of another model, image or choice of options; {another}")
         self.points, self.recommended = points, content.get("recommended")
 
     def find(self, settings: Mapping[str, Any]) -> Point | None:
@@ -259,7 +259,7 @@ def tune(
 ) -> Point:
     """Measure until the best setting is known; the best point.
 
-    on_point: hears of every point, how many are done and of how many, as far as one can say
+    on_point: called with every point, how many are done, and of how many, as far as that is known
 
     Raises MllamaError if no point works at all.
     """

@@ -1,1 +1,1 @@
-"""A picture to the states that the text model looks at."""
+"""An image to the states that the text model looks at."""

@@ -13,7 +13,7 @@ Transparency is composited over white. Where the reference has no useful behavio
 - `F` is refused: nothing says which range its values have.
 - A transparent colour of an `RGB` image (PNG tRNS) is ignored, as the reference does. Transparency of every
   other mode is composited over white, as the reference does.
-- An extra sample of a TIFF of which nothing is said is no transparency, nor is the fourth byte of a BMP of 32
+- An extra sample of a TIFF without a description is not transparency, nor is the fourth byte of a BMP of 32
   bits without a mask for it: many programs leave anything there. ImageMagick takes both for transparency.
 - A GIF whose first frame leaves a part of the canvas out has its background colour there.
 - L*a*b* is relative to D50, as in ICC profiles. libtiff's programs take D65, so that strong colours differ.

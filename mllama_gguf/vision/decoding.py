@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to an upright 8-bit RGB image: formats, limits, damage, orientation."""
+"""From the bytes of an image file to an upright 8-bit RGB image: formats, limits, damage, orientation."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ _unlimited = _Unlimited()
 
 
 def pixel_limit(max_pixels: int | None) -> int:
-    """The most pixels of a picture: what the caller says, or the variable MLLAMA_MAX_PIXELS, or MAX_PIXELS.
+    """The most pixels of an image: what the caller says, or the variable MLLAMA_MAX_PIXELS, or MAX_PIXELS.
 
-    Raises RequestError for what is no number of pixels.
+    Raises RequestError for what is not a number of pixels.
     """
     if max_pixels is not None:
         return int(checked("max_pixels", Whole(1, _MOST_PIXELS), max_pixels))
@@ -133,7 +133,7 @@ def parse_pixels(words: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,18})\s*([kmg]?)(?:p|px|pix|pixels)?\s*", words, re.ASCII | re.IGNORECASE)
     n = int(match[1]) * 1000 ** " kmg".index(match[2].lower() or " ") if match else 0
     if not 0 < n <= _MOST_PIXELS:
-        raise ValueError(f"{one_line(words)!r} is no number of pixels, as in 200000000 or 200M")
+        raise ValueError(f"{one_line(words)!r} is not a number of pixels, as in 200000000 or 200M")
     return n
 
 
@@ -210,7 +210,7 @@ def _describe(file: BinaryIO, head: bytes) -> str:
             tags.load(file)
             if 256 in tags:
                 return f"{describe_tiff(tags)}, or damaged; convert it to 8-bit PNG first"
-    return f"not a picture that can be read (corrupt, or not {_FORMAT_WORDS}); convert it to PNG first"
+    return f"not an image that can be read (corrupt, or not {_FORMAT_WORDS}); convert it to PNG first"
 
 
 def _register_heif(name: str) -> None:
@@ -218,7 +218,7 @@ def _register_heif(name: str) -> None:
         from pillow_heif import register_heif_opener
     except ImportError:
         raise ImageError(
-            f"{name}: a HEIC picture; run: pip install 'mllama_gguf[heif]', or convert it to JPEG first"
+            f"{name}: a HEIC image; run: pip install 'mllama_gguf[heif]', or convert it to JPEG first"
         ) from None
     if "HEIF" not in Image.OPEN:
         register_heif_opener()
@@ -268,7 +268,7 @@ def finish(image: Image.Image, name: str, limit: int) -> Image.Image:
             raise ImageError(f"{name}: a TIFF with {words}; convert it to 8-bit PNG first") from e
         raise
     orientation: Any = None
-    with suppress(Exception):  # damaged EXIF is no reason to refuse the pixels
+    with suppress(Exception):  # damaged EXIF is not a reason to refuse the pixels
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     if orientation not in _UPRIGHT:
         return to_rgb(image, name)

@@ -24,7 +24,7 @@ from .thumbnail import data_url, to_jpeg
 
 @dataclass(frozen=True, eq=False)
 class ImageEmbedding:
-    """The cross-attention states of one picture, for the model that made them. Accepted wherever a picture
+    """The cross-attention states of one image, for the model that made them. Accepted wherever an image
     is.
 
     states:          float32 [n_tiles, n_positions, n_embd], read-only; the tiles in use only
@@ -94,7 +94,7 @@ class LimitedImage:
     max_tiles: int
 
 
-# A picture wherever one is taken.
+# An image wherever one is taken.
 ImageInput: TypeAlias = "ImageSource | TiledImage | ImageEmbedding | LimitedImage"
 
 

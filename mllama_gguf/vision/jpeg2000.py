@@ -1,6 +1,6 @@
 """JPEG 2000 of other than 8 bits a sample, which Pillow brings to 8 bits wrongly.
 
-Of more than 8 bits it rounds the largest values up to 256, which becomes 0: white turns black. Such a picture
+Of more than 8 bits it rounds the largest values up to 256, which becomes 0: white turns black. Such an image
 is decoded once more, from a copy that declares one bit more a sample. Its values lie in the middle half of
 the range, so that nothing overflows, and tell white from black. Less than 8 bits are shifted, not scaled:
 white is grey. One component of more than 8 bits (mode I;16) is right.
@@ -33,7 +33,7 @@ def mend_jpeg2000(image: Image.Image, data: bytes, name: str) -> Image.Image:
         return image
     if _YCC in data:
         raise ImageError(
-            f"{name}: a JPEG 2000 picture in YCbCr, not of 8 bits a sample; convert it to PNG first"
+            f"{name}: a JPEG 2000 image in YCbCr, not of 8 bits a sample; convert it to PNG first"
         )
     samples = np.array(image)
     samples = samples.reshape(*samples.shape[:2], -1)
@@ -43,7 +43,7 @@ def mend_jpeg2000(image: Image.Image, data: bytes, name: str) -> Image.Image:
         try:
             copy = Image.open(io.BytesIO(_with_one_bit_more(data)), formats=["JPEG2000"])
         except ValueError as e:
-            raise ImageError(f"{name}: a JPEG 2000 picture {e}; convert it to PNG first") from e
+            raise ImageError(f"{name}: a JPEG 2000 image {e}; convert it to PNG first") from e
         in_the_middle = np.asarray(copy).reshape(samples.shape)
         large = np.array(bits) > 8
         samples[(samples == 0) & (in_the_middle >= 128) & large] = 255

@@ -44,11 +44,11 @@ def load_image(
     source: one of
       - a path (str or os.PathLike), "~" for the home folder, or a file:// URL
       - a data URI (str), base64 or percent-encoded, or base64 alone
-      - the bytes of a picture file
+      - the bytes of an image file
       - a binary file object, or anything with read(); it is read from its start if it can seek, and left open
       - a PIL image; it is not changed, and may be returned itself if nothing had to be done
       - a uint8 array [height, width, 3], RGB
-    max_pixels: larger pictures are refused before they are decoded; None: the variable MLLAMA_MAX_PIXELS, or
+    max_pixels: larger images are refused before they are decoded; None: the variable MLLAMA_MAX_PIXELS, or
       512 MiB as RGB and no more than Pillow's own limit, 2 * PIL.Image.MAX_IMAGE_PIXELS
     allow_truncated: take a file that ends too early, if it is JPEG, PNG or not compressed; the pixels that
       are missing are grey or black
@@ -82,13 +82,13 @@ def load_image(
     if hasattr(source, "read"):
         return _from_file(source, max_pixels, allow_truncated)
     raise ImageError(
-        f"{type(source).__name__} object: not a picture; give a path, bytes, a file object, a data URI, "
+        f"{type(source).__name__} object: not an image; give a path, bytes, a file object, a data URI, "
         "a PIL image or a uint8 array [height, width, 3]"
     )
 
 
 def _looks_like_base64(data: bytes) -> bool:
-    """Whether some bytes are base64 of a picture."""
+    """Whether some bytes are base64 of an image."""
     digits = b"".join(data[:100].split())[:16]
     return digits.isascii() and _image_in_base64(digits.decode()) is not None
 
@@ -101,7 +101,7 @@ def _from_text(source: str) -> tuple[str, bytes] | str:
         return _parse_data_uri(text)
     if kind.startswith(("http://", "https://")):
         raise ImageError(
-            f"{_named(text)}: pictures are not fetched from the web; download it and give the file"
+            f"{_named(text)}: images are not fetched from the web; download it and give the file"
         )
     if kind.startswith("file:"):
         return _parse_file_url(text)
@@ -109,9 +109,9 @@ def _from_text(source: str) -> tuple[str, bytes] | str:
         if _exists(path):
             return path
     if not text:
-        raise ImageError("an empty text is no path of a picture")
+        raise ImageError("an empty text is not a path of an image")
     if _ADDRESS.match(text):
-        raise ImageError(f"{_named(text)}: pictures are not fetched from elsewhere; give a file")
+        raise ImageError(f"{_named(text)}: images are not fetched from elsewhere; give a file")
     data = _image_in_base64(text)
     return os.path.expanduser(text) if data is None else (f"base64 text of {len(text)} characters", data)
 
@@ -124,7 +124,7 @@ def _exists(path: str) -> bool:
 
 
 def _image_in_base64(text: str) -> bytes | None:
-    """The data that a text is in base64, if it looks like a picture; None if not."""
+    """The data that a text is in base64, if it looks like an image; None if not."""
     if len(text) < 16 or not _BASE64.fullmatch(text):
         return None
     try:
@@ -170,7 +170,7 @@ def _parse_file_url(url: str) -> str:
         raise ImageError(f"{_named(url)}: not a usable URL: {one_line(e)}") from e
     if host.lower() not in ("", "localhost"):
         raise ImageError(f"{_named(url)}: a file of another machine ({host}); a file URL has three slashes")
-    # "?" and "#" are no parts of a file URL as people write it.
+    # "?" and "#" are not parts of a file URL as people write it.
     rest = url[len("file:") :]
     path = os.fsdecode(unquote_to_bytes(rest[2 + len(host) :] if rest.startswith("//") else rest))
     if not path:
@@ -196,13 +196,13 @@ def _from_path(
     except (ImageError, RequestError):
         raise
     except FileNotFoundError:
-        hint = "; neither a path nor base64 of a picture" if name.startswith("text of ") else ""
+        hint = "; neither a path nor base64 of an image" if name.startswith("text of ") else ""
         raise ImageError(f"{name}: no such file{hint}") from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: is a directory, not a picture") from None
+        raise ImageError(f"{name}: is a directory, not an image") from None
     except OSError as e:
         if e.errno == errno.ENAMETOOLONG and name.startswith("text of "):
-            raise ImageError(f"{name}: too long for a path; neither a path nor base64 of a picture") from None
+            raise ImageError(f"{name}: too long for a path; neither a path nor base64 of an image") from None
         raise ImageError(f"{name}: cannot be opened: {os_reason(e)}") from e
     except ValueError as e:  # a NUL in the path, or a character that no path can have
         raise ImageError(f"{name}: not a usable path: {one_line(e)}") from e

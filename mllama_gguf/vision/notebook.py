@@ -25,7 +25,7 @@ def card(
     title:   its class
     facts:   its values by their names
     text:    what it says, in lines
-    images:  addresses (data URLs), shown in so many columns, `side` pixels wide, with lines between them
+    images:  addresses (data URLs), in `columns` columns, each `side` pixels wide, with lines between them
     """
     parts = [f'<div style="font-weight:600">{_escaped(title)}</div>']
     if images:

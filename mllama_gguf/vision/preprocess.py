@@ -24,7 +24,7 @@ from .loading import ImageSource, load_image
 from .notebook import card
 from .thumbnail import data_url, to_jpeg
 
-# Counts up whenever the pixels of any picture change.
+# Counts up whenever the pixels of any image change.
 PREPROCESS_VERSION = 2
 
 TILE_SIZE = 560
@@ -39,17 +39,17 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, eq=False)
 class TiledImage:
-    """A picture as the vision encoder reads it.
+    """An image as the vision encoder reads it.
 
     pixels:          float32 [max_tiles, 3, tile_size, tile_size], normalised RGB, read-only; tile i is the
                      square in row i // columns, column i % columns; tiles from n_tiles on are all zero
     rows, columns:   the tile grid
     aspect_ratio_id: 1 + index of (rows, columns) in the supported_grids of the model; 0 is kept for
                      "no image"
-    image_size:      (width, height) of the picture, oriented, before anything else
+    image_size:      (width, height) of the image, oriented, before anything else
     resized_size:    (width, height) after the resize; the rest of the canvas is black, right and below
     tile_size:       side of a tile in pixels
-    max_tiles:       most tiles that the picture may have
+    max_tiles:       most tiles that the image may have
     """
 
     pixels: npt.NDArray[np.float32]
@@ -77,7 +77,7 @@ class TiledImage:
         return hashlib.sha256(np.ascontiguousarray(self.pixels, dtype="<f4").data).hexdigest()
 
     def tile_picture(self, index: int) -> Image.Image:
-        """Tile `index` (0 <= index < n_tiles) as the 8-bit RGB picture it was before normalisation, exactly.
+        """Tile `index` (0 <= index < n_tiles) as the 8-bit RGB image it was before normalisation, exactly.
 
         Raises IndexError.
         """
@@ -88,7 +88,7 @@ class TiledImage:
         return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))
 
     def for_model(self, max_tiles: int) -> TiledImage:
-        """The same picture for a model with room for so many tiles, which must be enough."""
+        """The same image for a model that takes max_tiles tiles, which must be enough."""
         grid = supported_grids(max_tiles).index((self.rows, self.columns)) + 1
         if (self.max_tiles, self.aspect_ratio_id) == (max_tiles, grid):
             return self
@@ -123,16 +123,16 @@ def preprocess_image(
     max_pixels: int | None = None,
     allow_truncated: bool = False,
 ) -> TiledImage:
-    """Cut a picture into normalised tiles.
+    """Cut an image into normalised tiles.
 
     image:       anything that `load_image` takes
     tile_size:   side of a tile in pixels (the model's vision.image_size)
-    max_tiles:   most tiles this picture may have
+    max_tiles:   most tiles this image may have
     model_tiles: most tiles that the model knows (its vision.max_num_tiles): its numbers of tile grids depend
                  on it; None: max_tiles
     max_pixels, allow_truncated: as in `load_image`
 
-    Raises ImageError for a picture that cannot be used, RequestError for a tile_size, max_tiles or
+    Raises ImageError for an image that cannot be used, RequestError for a tile_size, max_tiles or
     model_tiles below 1.
     """
     tile_size = checked("tile_size", Whole(1), tile_size)
@@ -184,9 +184,9 @@ def supported_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """The (rows, columns) that a picture of width x height pixels gets.
+    """The (rows, columns) that an image of width x height pixels gets.
 
-    The least enlargement if any grid holds the whole picture, else the least reduction; of equals the fewest
+    The least enlargement if any grid holds the whole image, else the least reduction; of equals the fewest
     tiles, then the first in `supported_grids`.
     """
     scales = {
@@ -200,9 +200,9 @@ def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tupl
 def fit_size(
     width: int, height: int, canvas_width: int, canvas_height: int, tile_size: int
 ) -> tuple[int, int]:
-    """(width, height) to resize a picture to: inside the canvas, no longer than needed, aspect ratio kept.
+    """(width, height) to resize an image to: inside the canvas, no longer than needed, aspect ratio kept.
 
-    A picture is enlarged until a side fills one tile, and reduced until both sides fit the canvas. All in
+    An image is enlarged until a side fills one tile, and reduced until both sides fit the canvas. All in
     pixels.
     """
     target_width = min(max(width, tile_size), canvas_width)

@@ -35,7 +35,7 @@ _ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-# Bytes in place of lost data: if the picture depends on which, data was lost.
+# Bytes in place of lost data: if the image depends on which, data was lost.
 _FILL_BYTES = (b"", b"\x35" * 64, b"\xca" * 64)
 
 
@@ -137,7 +137,7 @@ def _png_bytes(header: bytes) -> int:
 
 
 def jpeg_endings(data: bytes) -> tuple[bytes, ...]:
-    """What a JPEG file may go on with if its end marker is missing; () if it is there.
+    """The bytes that may continue a JPEG file whose end marker is missing; () if it is there.
 
     If all of them give the same pixels, and `jpeg_scans_complete`, only the marker was missing.
     """
@@ -156,7 +156,7 @@ def _has_end(data: bytes) -> bool:
 
 def jpeg_scans_complete(data: bytes) -> bool:
     """Whether the scans of a JPEG file, by their heads, bring every bit of every coefficient. A progressive
-    picture that ends between two scans decodes without an error, but is not the whole picture."""
+    image that ends between two scans decodes without an error, but is not the whole image."""
     components: tuple[int, ...] = ()
     progressive = False
     left: dict[tuple[int, int], int] = {}  # component and coefficient: lowest bit that was sent

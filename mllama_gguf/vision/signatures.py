@@ -10,7 +10,7 @@ from .repair import jpeg_heads
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
-    (rb"%PDF-", "a PDF document; save its page as a picture: pdftoppm -png file.pdf page"),
+    (rb"%PDF-", "a PDF document; save its page as an image: pdftoppm -png file.pdf page"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript document; convert it to PNG first"),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL; convert it first: djxl file.jxl file.png"),
     (rb"8BPS", "a Photoshop document; save it as PNG first"),
@@ -23,18 +23,18 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
         rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd",
         "a compressed file; unpack it first",
     ),
-    (rb"GGUF", "a GGUF model, not a picture"),
-    (rb"ID3|OggS|fLaC|RIFF....WAVE", "a sound file, not a picture"),
-    (rb"v/1\x01|#\?RADIANCE", "a picture of high dynamic range; convert it to 8-bit PNG first"),
-    (rb"SIMPLE  =", "a FITS picture; convert it to 8-bit PNG first"),
+    (rb"GGUF", "a GGUF model, not an image"),
+    (rb"ID3|OggS|fLaC|RIFF....WAVE", "a sound file, not an image"),
+    (rb"v/1\x01|#\?RADIANCE", "an image of high dynamic range; convert it to 8-bit PNG first"),
+    (rb"SIMPLE  =", "a FITS image; convert it to 8-bit PNG first"),
     (rb"DDS |\x76\x2f\x31\x01", "a texture; convert it to PNG first"),
     (rb"II\xbc\x01", "JPEG XR; convert it to PNG first"),
     (rb"MM\x00\x2b", "a BigTIFF of the byte order that is not read; convert it to PNG first"),
     (rb"\xd7\xcd\xc6\x9a|\x01\x00\x09\x00|.{40} EMF", "a Windows metafile; save it as PNG first"),
     (rb"FUJIFILM|II\*\x00.{4}CR|IIRO|IIU\x00", "a camera's raw file; develop it to JPEG or PNG first"),
-    (rb"version https://git-lfs", "a pointer of Git LFS, not the picture; run: git lfs pull"),
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the image; run: git lfs pull"),
 )
-# Pictures of other formats, which all have one way out.
+# Images of other formats, which all have one way out.
 _OTHER_IMAGES: tuple[tuple[bytes, str], ...] = (
     (rb"\x0a[\x00-\x05]\x01[\x01\x02\x04\x08]", "PCX"),
     (rb"\x01\xda[\x00\x01][\x01\x02]", "SGI"),
@@ -56,10 +56,10 @@ _TEXT_SIGNATURES: tuple[tuple[bytes, str], ...] = (
     ),
     (
         rb"<!DOCTYPE\s+html|<html\b|<head\b|<body\b",
-        "an HTML page, not a picture; was the download refused?",
+        "an HTML page, not an image; was the download refused?",
     ),
-    (rb"<\?xml", "an XML document, not a picture"),
-    (rb"[{\[]\s*\"", "a JSON document, not a picture"),
+    (rb"<\?xml", "an XML document, not an image"),
+    (rb"[{\[]\s*\"", "a JSON document, not an image"),
 )
 
 
@@ -76,7 +76,7 @@ def describe_signature(head: bytes) -> str:
             return words
     for pattern, kind in _OTHER_IMAGES:
         if re.match(pattern, head, re.DOTALL):
-            return f"a picture of a format that is not read ({kind}); convert it to PNG first"
+            return f"an image of a format that is not read ({kind}); convert it to PNG first"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, words in _TEXT_SIGNATURES:
         if re.match(pattern, text, re.DOTALL | re.IGNORECASE):

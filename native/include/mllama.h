@@ -331,7 +331,7 @@ typedef struct mllama_item {
 
 // Appends tokens to several sequences in one step, which reads the weights once. No sequence is in two items; all items
 // together have at most n_batch tokens. After an error no sequence has changed. An item whose results are not finite
-// has status MLLAMA_ERR_FILE, with the words of mllama_last_error(); its sequence is then empty, the others went on.
+// has status MLLAMA_ERR_FILE, with the words of mllama_last_error(); its sequence is then empty, the others continued.
 mllama_status mllama_decode_many(mllama_context * ctx, int32_t n_items, mllama_item * items);
 
 // Reports every named intermediate tensor right after it is computed. The first call has data NULL; return true to get

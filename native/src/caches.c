@@ -126,7 +126,7 @@ uint64_t kv_cache_size(const kv_cache * cache, int32_t n_layer, int32_t n_rows) 
     return size;
 }
 
-// n bytes of a tensor to *get or from *set, one of which is NULL; the other goes on behind them.
+// n bytes of a tensor to *get or from *set, one of which is NULL; the other moves behind them.
 static mllama_status copy_part(struct ggml_tensor * t, uint64_t offset, uint64_t n, char ** get, const char ** set) {
     if (*get) {
         TRY(guard_get(t, *get, offset, n));

@@ -54,7 +54,7 @@ mllama_status image_slot_init(image_slot * slot, const mllama_model * model, boo
                               const int32_t * n_tiles, kv_types types);
 void          image_slot_free(image_slot * slot);
 
-// The bytes of an image with so many tiles, if a slot can have them from a file: all in memory, at addresses that ggml
+// The bytes of an image with n_tiles tiles, if a slot can have them from a file: all in memory, at addresses that ggml
 // allows. Else 0.
 uint64_t      image_slot_mapped_size(const mllama_model * model, bool offload, int32_t n_tiles, kv_types types);
 // A slot of one image with the bytes from `offset` (a multiple of 64) of a file, which is mapped to read.

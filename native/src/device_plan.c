@@ -19,7 +19,7 @@ static mllama_status add_gpu(int32_t index, gpu_list * gpus) {
         return fail(MLLAMA_ERR_ARGUMENT, "no device %d to offload to; there are %d", index, devices_count());
     }
     if (!device_is_gpu(device)) {
-        return fail(MLLAMA_ERR_ARGUMENT, "device %s is no GPU: nothing can be offloaded to it", device_name(device));
+        return fail(MLLAMA_ERR_ARGUMENT, "device %s is not a GPU: nothing can be offloaded to it", device_name(device));
     }
     for (int32_t i = 0; i < gpus->n; i++) {
         if (gpus->devices[i] == device) {

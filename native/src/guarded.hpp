@@ -71,7 +71,7 @@ void on_fatal(const char * text) {
     }
 }
 
-// Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding must go on, so none of these
+// Runs call(), and answers an exception by describe(words, of_memory). Forced unwinding must continue, so none of these
 // functions is noexcept: it ends a thread, as Python does with a daemon thread that is in a callback when the
 // interpreter finalizes.
 template <class Call, class Describe> mllama_status guarded(Call && call, Describe && describe) {

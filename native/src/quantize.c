@@ -81,7 +81,7 @@ mllama_status mllama_quantize_rows(int32_t src_type, const void * src, int32_t d
                     (long long) n_per_row);
     }
     if (n_per_row % ggml_blck_size(from) != 0 || n_per_row % ggml_blck_size(to) != 0) {
-        return fail(MLLAMA_ERR_ARGUMENT, "rows of %lld values are no multiple of the blocks of %s and %s",
+        return fail(MLLAMA_ERR_ARGUMENT, "rows of %lld values are not multiples of the blocks of %s and %s",
                     (long long) n_per_row, ggml_type_name(from), ggml_type_name(to));
     }
 

@@ -3,10 +3,10 @@
 
     python scripts/demo/evaluate.py --cache DIR [--n 400] [--seed 1] [--json] [--torch HF_DIR]
 
-Held-out pictures of all eight tile grids in equal numbers, in three sets: single things of the eight families
+Held-out images of all eight tile grids in equal numbers, in three sets: single things of the eight families
 that were trained on, single things of the family that never was (openmoji), and two things in relation.
 `named` counts captions that name every thing in its place, `full` those that are right to the letter.
-With `--torch` the same pictures go through the torch model of a Hugging Face directory instead.
+With `--torch` the same images go through the torch model of a Hugging Face directory instead.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def in_torch(directory: Path) -> Captioner:
 def measure(
     captioner: Captioner, families: tuple[str, ...], things: int, n: int, seed: int, cache: Path
 ) -> dict:
-    """Shares over `n` pictures, in all and for each grid, with a few of the mistakes."""
+    """Shares over `n` images, in all and for each grid, with a few of the mistakes."""
     renderer = Renderer(load_icons(families, cache), CONFIG["vision"]["image_size"], strong=False)
     rng = np.random.default_rng((seed, things, len(families)))
     hits: dict[str, list[tuple[bool, bool]]] = {}
@@ -95,7 +95,7 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="where icons.py keeps the drawings")
-    parser.add_argument("--n", type=int, default=400, help="pictures in each of the three sets")
+    parser.add_argument("--n", type=int, default=400, help="images in each of the three sets")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--torch", type=Path, metavar="HF_DIR")

@@ -66,7 +66,7 @@ def hf_config(tokenizer) -> dict:
 
 
 def export(model: DemoModel, out: Path) -> None:
-    """Write into a new directory beside `out`, then swap it in. An `out` that is no earlier export stays."""
+    """Write into a new directory beside `out`, then swap it in. Only an earlier export is replaced."""
     tokenizer = build()
     config = hf_config(tokenizer)
     try:

@@ -1,10 +1,10 @@
-"""Seeded pictures with captions, made of the drawings of icons.py.
+"""Seeded images with captions, made of the drawings of icons.py.
 
 A scene is a background and one or two things on it; its caption is fixed by the scene, so "right in full" is
 well defined: `a red apple`, `a red apple to the left of a black cat`, `a bus above the digit two`. A colour
 word appears exactly for the things that `icons.THINGS` lists with colours; their drawings are painted in it.
 
-`Renderer.scene` draws one scene at a picture size; `Renderer.mosaic` packs many things into one picture, for
+`Renderer.scene` draws one scene at an image size; `Renderer.mosaic` packs many things into one image, for
 the pre-training of the vision tower. Both say which thing covers which pixels.
 """
 
@@ -43,7 +43,7 @@ PROMPTS = (
 
 
 def fit(width: int, height: int, tile: int, max_tiles: int = 4) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The tile grid (rows, columns) of a picture and its size (width, height) after resizing."""
+    """The tile grid (rows, columns) of an image and its size (width, height) after resizing."""
     best: tuple[float, int, tuple[int, int]] | None = None
     grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles + 1) if r * c <= max_tiles]
     scales = [(min(r * tile / height, c * tile / width), (r, c)) for r, c in grids]
@@ -179,7 +179,7 @@ class Drawing:
 
 @dataclass
 class Placed:
-    """One thing in a picture: what it is, its colour (None: none named), and its middle."""
+    """One thing in an image: what it is, its colour (None: none named), and its middle."""
 
     thing: int
     colour: str | None
@@ -222,7 +222,7 @@ class Renderer:
         self.sizes: dict[tuple[int, int], np.ndarray] = self._sizes()
 
     def _sizes(self) -> dict[tuple[int, int], np.ndarray]:
-        """Picture sizes that lead to each grid, up to 8 tiles a side."""
+        """Image sizes that lead to each grid, up to 8 tiles a side."""
         rng = np.random.default_rng(1)
         found: dict[tuple[int, int], list[tuple[int, int]]] = {grid: [] for grid in GRIDS}
         tile = self.tile
@@ -386,11 +386,11 @@ class Renderer:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
         return image
 
-    # -------------------------------------------------------------------------------------------- pictures
+    # -------------------------------------------------------------------------------------------- images
     def scene(
         self, rng: np.random.Generator, w: int, h: int, count: int
     ) -> tuple[Image.Image, list[Placed], str | None]:
-        """A picture of `w` x `h` with one or two things, and their relation."""
+        """An image of `w` x `h` with one or two things, and their relation."""
         chosen = [self.pick(rng) for _ in range(count)]
         while count == 2 and chosen[0][0].thing == chosen[1][0].thing:
             chosen[1] = self.pick(rng)
@@ -423,7 +423,7 @@ class Renderer:
     def mosaic(
         self, rng: np.random.Generator, w: int, h: int, cell: float
     ) -> tuple[Image.Image, list[Placed]]:
-        """A picture full of things, one in each cell of about `cell` pixels."""
+        """An image full of things, one in each cell of about `cell` pixels."""
         columns, rows = max(1, round(w / cell)), max(1, round(h / cell))
         chosen = [self.pick(rng) for _ in range(rows * columns)]
         canvas = self.background(rng, w, h)
@@ -442,7 +442,7 @@ class Renderer:
         return self._finish(canvas, rng), [c[0] for c in chosen]
 
     def size_for(self, rng: np.random.Generator, grid: tuple[int, int]) -> tuple[int, int]:
-        """A picture size (width, height) that leads to `grid`."""
+        """An image size (width, height) that leads to `grid`."""
         pairs = self.sizes[grid]
         w, h = pairs[rng.integers(len(pairs))]
         return int(w), int(h)

@@ -7,10 +7,10 @@
     exact    as joint, with all pad rows and unused tiles as the real model computes them
 
     python scripts/demo/train.py --cache DIR --run DIR --phase tower --steps 3000
-    python scripts/demo/train.py --cache DIR --run DIR --phase joint --steps 8000   # goes on from there
+    python scripts/demo/train.py --cache DIR --run DIR --phase joint --steps 8000   # continues from there
 
-`--steps` counts from the very start. A run that is interrupted goes on from its last checkpoint (every three
-minutes). Pictures are drawn by separate processes from the seed and the step number, so a run is
+`--steps` counts from the very start. An interrupted run continues from its last checkpoint (every three
+minutes). Images are drawn by separate processes from the seed and the step number, so a run is
 reproducible.
 """
 
@@ -45,7 +45,7 @@ IMAGE_BUDGET = 128  # tiles a batch
 
 # -------------------------------------------------------------------------------------------------- batches
 def patchify(image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
-    """A picture at its target size on its black canvas, as uint8 [tiles, patches, 3 * PATCH^2]."""
+    """An image at its target size on its black canvas, as uint8 [tiles, patches, 3 * PATCH^2]."""
     rows, columns = grid
     canvas = np.zeros((rows * TILE, columns * TILE, 3), np.uint8)
     canvas[: image.height, : image.width] = np.asarray(image)
@@ -207,7 +207,7 @@ class Muon:
 
 # ----------------------------------------------------------------------------------------------- evaluation
 class Evaluation:
-    """Fixed held-out pictures, drawn at full size and resized as the preprocessing does."""
+    """Fixed held-out images, drawn at full size and resized as the preprocessing does."""
 
     def __init__(self, icons: Icons, count: int, seed: int, things: int) -> None:
         renderer = Renderer(icons, TILE, strong=False)
@@ -424,7 +424,7 @@ def main() -> None:
         muon.load_state_dict(state["muon"])
         adam.load_state_dict(state["adam"])
         adam.param_groups[0]["factor"] = args.table_rate
-        print(f"goes on from step {step}", flush=True)
+        print(f"continues from step {step}", flush=True)
 
     def save() -> None:
         state = {

@@ -26,7 +26,7 @@ Files = Callable[[str], TinyFiles]
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"devices": ["CPU"]}, "device CPU is no GPU"),
+        ({"devices": ["CPU"]}, "device CPU is not a GPU"),
         ({"devices": ["Voodoo"]}, "no device 'Voodoo'; there are: .*CPU"),
         ({"vision_device": "Voodoo"}, "no device 'Voodoo'"),
         ({"tensor_split": [1, 1]}, "tensor_split has 2 shares for 0 devices"),

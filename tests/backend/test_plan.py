@@ -50,7 +50,7 @@ def test_the_plan_is_what_is_allocated(tiny_files: Files) -> None:
         (setting,) = make_plan(path, n_threads=1, **settings).settings
         (planned,) = setting.devices
         with Mllama(path, n_threads=1, **settings) as model:
-            # A prompt that fills the context and a picture of all tiles
+            # A prompt that fills the context and an image of all tiles
             h = model.hparams
             image = model.encode_image(noisy_image(1, 100, 100 * h.max_tiles))
             assert image.n_tiles > 1
@@ -243,7 +243,7 @@ def test_plan_command(tiny_files: Files, capsys: Captured) -> None:
     assert cpu["peak"] == cpu["self_kv"] + cpu["cross_kv"] + cpu["compute"] + cpu["vision"]
     assert run(["plan", "demo"]) == 0
     shown = capsys.readouterr().out
-    assert "one picture of 4 tiles" in shown and "no device to offload to" in shown
+    assert "one image of 4 tiles" in shown and "no device to offload to" in shown
     assert run(["plan", "demo", "--budget", "CPU=1MiB"]) == 0
     assert "Nothing fits" in capsys.readouterr().out
     assert run(["plan", "demo", "--budget", "8GiB"]) == 1
@@ -266,7 +266,7 @@ def test_plan_command(tiny_files: Files, capsys: Captured) -> None:
 def test_the_plan_of_conversations_that_compute_together(
     tiny_files: Files, name: str, n: int, settings: dict[str, Any]
 ) -> None:
-    """A sequence costs its cells, and a picture its slot; else only the results of a step grow."""
+    """A sequence costs its cells, and an image its slot; else only the results of a step grow."""
     path = DEMO if name == "demo" else tiny_files(name).one
     (planned,) = make_plan(path, n_threads=1, parallel=n, **settings).settings[0].devices
     (less,) = make_plan(path, n_threads=1, parallel=n - 1, **settings).settings[0].devices

@@ -1,4 +1,4 @@
-"""The same output once more: other settings, changed pictures, empty and cut captions, captions to add to."""
+"""The same output once more: other settings, changed images, empty and cut captions, captions to add to."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_outputs_without_settings_go_on(capsys: Captured) -> None:
     Path(".c.jsonl.mllama.json").unlink()
     capsys.readouterr()
     assert caption("--out", "c.jsonl", "-p", "What?") == 0
-    words = "with which settings the captions there were made is not known"
+    words = "the settings of the captions there are not known"
     assert f"Note: c.jsonl: {words}\n" in capsys.readouterr().err
     assert caption("--out", "c.jsonl") == 1
 
@@ -152,11 +152,11 @@ def test_long_names_keep_settings(capsys: Captured) -> None:
     assert SettingsFile.beside(Path(), name).path.exists()
 
 
-# ---- changed pictures --------------------------------------------------------------------------------------
+# ---- changed images --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["c.jsonl", "c.csv"])
-def test_a_changed_picture_is_done_again(out: str, capsys: Captured) -> None:
+def test_a_changed_image_is_done_again(out: str, capsys: Captured) -> None:
     assert caption("--out", out) == 0
     old = captions(out)
     assert caption("--out", out) == 0
@@ -172,7 +172,7 @@ def test_a_changed_picture_is_done_again(out: str, capsys: Captured) -> None:
     assert "0 captioned, 2 done before" in capsys.readouterr().err
 
 
-def test_a_picture_that_was_only_touched(capsys: Captured) -> None:
+def test_an_image_that_was_only_touched(capsys: Captured) -> None:
     assert caption("--out", "c.jsonl") == 0
     before = Path("c.jsonl").read_bytes()
     os.utime("a.png")
@@ -182,7 +182,7 @@ def test_a_picture_that_was_only_touched(capsys: Captured) -> None:
 
 
 def test_a_change_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither by a run about other pictures nor by one in which it fails."""
+    """Neither by a run about other images nor by one in which it fails."""
     monkeypatch.setattr("mllama_gguf.batch.contents.CLOCK_SECONDS", 0.0)
     assert caption("--out", "c.jsonl") == 0
     Image.new("RGB", (50, 50), "blue").save("a.png")
@@ -193,7 +193,7 @@ def test_a_change_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captions("c.jsonl")["a.png"] != "a red apple"
 
 
-def test_a_picture_that_is_gone_keeps_its_caption(capsys: Captured) -> None:
+def test_an_image_that_is_gone_keeps_its_caption(capsys: Captured) -> None:
     assert caption("--out", "c.jsonl") == 0
     Path("a.png").unlink()
     assert caption("--out", "c.jsonl") == 0
@@ -201,7 +201,7 @@ def test_a_picture_that_is_gone_keeps_its_caption(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".xmp"])
-def test_a_changed_picture_and_its_sidecar(suffix: str, capsys: Captured) -> None:
+def test_a_changed_image_and_its_sidecar(suffix: str, capsys: Captured) -> None:
     assert caption("--sidecar", suffix) == 0
     a, b = Path(f"a{suffix}"), Path(f"b{suffix}")
     assert a.read_bytes() != b.read_bytes()
@@ -338,7 +338,7 @@ def test_json_is_not_added_to(capsys: Captured) -> None:
 # ---- names -------------------------------------------------------------------------------------------------
 
 
-def test_pictures_that_share_a_caption_file(capsys: Captured) -> None:
+def test_images_that_share_a_caption_file(capsys: Captured) -> None:
     shutil.copy("a.png", "a.jpg")
     assert run(["caption", "a.png", "a.jpg", "b.png", "--sidecar", ".txt"]) == 3
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Thousands of pictures: what is listed, what is kept, and what survives real signals and real limits."""
+"""Thousands of images: what is listed, what is kept, and what survives real signals and real limits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save(path: Path, seed: int, height: int = 40, width: int = 40) -> str:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """12 pictures, of which 7.png is 2.png again."""
+    """12 images, of which 7.png is 2.png again."""
     folder = tmp_path / "photos"
     for i in range(1, 13):
         save(folder / f"{i}.png", 2 if i == 7 else i)
@@ -76,7 +76,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return lines(path.read_text())
 
 
-# ---- which pictures ----------------------------------------------------------------------------------------
+# ---- which images ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_patterns(tree: Path) -> None:
     assert list_images(["**/*.webp"]) == ["b/c/3.webp"]
     (tree / "b" / "[1].png").touch()  # a name, not a pattern
     assert list_images(["b/[1].png"]) == ["b/[1].png"]
-    with pytest.raises(RequestError, match=r"x\*.png: no picture fits"):
+    with pytest.raises(RequestError, match=r"x\*.png: no image fits"):
         list_images(["x*.png"])
 
 
@@ -129,16 +129,16 @@ def test_lists_keep_their_order(tree: Path) -> None:
     (tree / " b").mkdir()
     (tree / " b" / "2.png").touch()
     assert list_images(["-"], stdin=b" b/2.png\n") == [" b/2.png"]
-    with pytest.raises(RequestError, match=r"none\.txt: this list of pictures cannot be read"):
+    with pytest.raises(RequestError, match=r"none\.txt: this list of images cannot be read"):
         list_images(["none.txt"])
 
 
-def test_what_is_no_picture_is_left_out(tree: Path) -> None:
+def test_what_is_no_image_is_left_out(tree: Path) -> None:
     for name in ("b/2.txt", "b/errors.jsonl"):
         (tree / name).touch()
     named = ["b/2.png", "b/2.txt", "b/errors.jsonl"]
     assert list_images(named, sidecar=".txt", exclude=["./b/errors.jsonl"]) == ["b/2.png"]
-    with pytest.raises(RequestError, match=r"b/\.git: no pictures there; --recursive"):
+    with pytest.raises(RequestError, match=r"b/\.git: no images there; --recursive"):
         (tree / "b" / ".git" / "x.png").unlink()
         list_images(["b/.git"])
 
@@ -190,7 +190,7 @@ def test_a_file_cut_anywhere_goes_on(tmp_path: Path, name: str) -> None:
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(data)
-    with pytest.raises(RequestError, match=rf"{name}: .*is no file of captions"):
+    with pytest.raises(RequestError, match=rf"{name}: .*is not a file of captions"):
         RecordFile(path)
     assert path.read_bytes() == data
 
@@ -207,7 +207,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         RecordFile(tmp_path / "none" / "c.jsonl")
 
 
-def test_pictures_that_would_share_a_caption_file() -> None:
+def test_images_that_would_share_a_caption_file() -> None:
     images = ["a/b.jpg", "a/c.jpg", "a/b.png"]
     refused = Sidecars(".txt", images).refused
     assert set(refused) == {"a/b.jpg", "a/b.png"}
@@ -291,7 +291,7 @@ def test_captions_in_one_file(photos: Path, name: str, capsys: Captured) -> None
     args = ["caption", str(photos), "--out", str(out), "-n", "9"]
     assert run(args) == 0
     err = capsys.readouterr().err
-    assert "12 pictures: 11 captioned, 1 duplicates" in err
+    assert "12 images: 11 captioned, 1 duplicates" in err
     found = rows(out)
     assert [Path(row["image"]).name for row in found] == [f"{i}.png" for i in range(1, 13)]
     with Mllama.from_pretrained("demo") as model:
@@ -305,11 +305,11 @@ def test_captions_in_one_file(photos: Path, name: str, capsys: Captured) -> None
 
     before = out.read_bytes()
     assert run(args) == 0
-    assert "12 pictures: 0 captioned, 12 done before" in capsys.readouterr().err
+    assert "12 images: 0 captioned, 12 done before" in capsys.readouterr().err
     assert out.read_bytes() == before
 
 
-def test_captions_beside_their_pictures(photos: Path, capsys: Captured) -> None:
+def test_captions_beside_their_images(photos: Path, capsys: Captured) -> None:
     (photos / "3.txt").write_text("by hand\n")
     assert (
         run(["caption", str(photos), "--sidecar", ".txt", "-n", "9", "--prefix", "Look: ", "--suffix", "!"])
@@ -437,19 +437,19 @@ def test_captions_of_an_expression_and_of_a_grammar(photos: Path, tmp_path: Path
 
 
 def test_events(photos: Path, capsys: Captured) -> None:
-    (photos / "5.png").write_bytes(b"no picture")
+    (photos / "5.png").write_bytes(b"no image")
     assert run(["caption", str(photos), "--out", str(photos / "c.jsonl"), "-n", "5", "--json"]) == 3
     first, *middle, last = lines(capsys.readouterr().err)
     assert first == {"event": "start", "pictures": 12, "done_before": 0, "again": 0}
     assert Counter(event["event"] for event in middle) == {"caption": 11, "error": 1}
     assert (last["event"], last["captioned"], last["duplicates"], last["failed"]) == ("summary", 10, 1, 1)
     assert last["tokens"] == sum(event["tokens"] for event in middle if "seconds" in event)
-    assert last["cached_tokens"] > 0  # the text before the picture, from the second one on
+    assert last["cached_tokens"] > 0  # the text before the image, from the second one on
     assert 0 < last["utilisation"] <= 1
 
 
 def test_a_bar_on_a_terminal(photos: Path) -> None:
-    (photos / "5.png").write_bytes(b"no picture")
+    (photos / "5.png").write_bytes(b"no image")
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
         command(photos, "--out", photos / "c.jsonl"), **elsewhere(TERM="xterm", COLUMNS="120"), stderr=theirs
@@ -463,14 +463,14 @@ def test_a_bar_on_a_terminal(photos: Path) -> None:
         pass
     os.close(ours)
     assert child.wait(timeout=30) == 3
-    for words in (b"12/12", b" a minute", b"1 failed", b"not a picture", b"12 pictures: 10 captioned"):
+    for words in (b"12/12", b" a minute", b"1 failed", b"not an image", b"12 images: 10 captioned"):
         assert words in shown
 
 
-# ---- what goes wrong with one picture ----------------------------------------------------------------------
+# ---- what goes wrong with one image ----------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_noted_and_tried_again(photos: Path, capsys: Captured) -> None:
+def test_unreadable_images_are_noted_and_tried_again(photos: Path, capsys: Captured) -> None:
     good = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(good[: len(good) // 2])
     (photos / "6.png").write_bytes(b"")
@@ -571,7 +571,7 @@ def test_a_full_disk_stops_without_a_torn_line(photos: Path, name: str, capsys: 
         child = start(photos, "--out", out, "-n", 5, preexec_fn=limited(size))
         _, err = child.communicate(timeout=60)
         assert child.returncode == 3
-        assert f"Error: stopped: cannot write {out}: File too large; the same command goes on\n" in err
+        assert f"Error: stopped: cannot write {out}: File too large; run the same command again" in err
         assert "failed" not in err  # no image is at fault
         assert out.stat().st_size <= max(size, whole.stat().st_size // 2)
         assert whole.read_bytes().startswith(out.read_bytes())
@@ -581,7 +581,7 @@ def test_a_full_disk_stops_without_a_torn_line(photos: Path, name: str, capsys: 
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_full_disk_and_captions_beside_their_pictures(photos: Path) -> None:
+def test_a_full_disk_and_captions_beside_their_images(photos: Path) -> None:
     child = start(photos, "--sidecar", ".txt", "-n", 5, preexec_fn=limited(2))
     _, err = child.communicate(timeout=60)
     assert child.returncode == 3
@@ -632,12 +632,12 @@ def test_no_space_left(
         assert run(["caption", ".", "--out", "other.jsonl", "-n", "2"]) == 1
     assert ".other.jsonl.mllama.json: the disk is full" in capsys.readouterr().err
     assert not Path("other.jsonl").exists()
-    assert run(["caption", ".", *how, "-n", "2"]) == 3  # goes on
+    assert run(["caption", ".", *how, "-n", "2"]) == 3  # continues
     assert [row["image"] for row in rows(tmp_path / "errors.jsonl")] == ["./1.png"]
 
 
 def test_a_folder_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:
-    """A picture whose caption file is a folder fails alone."""
+    """An image whose caption file is a folder fails alone."""
     (photos / "4.txt").mkdir()
     child = start(photos, "--sidecar", ".txt", "-n", 5)
     child.communicate(timeout=60)
@@ -651,7 +651,7 @@ def test_a_folder_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures; a tenth are duplicates, three are broken."""
+    """40 images; a tenth are duplicates, three are broken."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(40):
         save(folder / f"{i}.png", i - 5 if i % 10 == 9 else i)
@@ -763,14 +763,14 @@ def test_ctrl_c(many: Path, tmp_path: Path, ahead: str, capsys: Captured) -> Non
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A picture that takes seconds to decode."""
+    """An image that takes seconds to decode."""
     path = tmp_path_factory.mktemp("huge") / "huge.png"
     Image.fromarray(np.zeros((13000, 13000, 4), np.uint8)).save(path, compress_level=1)
     yield str(path)
     os.unlink(path)
 
 
-def test_ctrl_c_while_a_picture_is_decoded(huge: str, tmp_path: Path) -> None:
+def test_ctrl_c_while_an_image_is_decoded(huge: str, tmp_path: Path) -> None:
     child = start(huge, "--out", tmp_path / "c.jsonl", "--json")
     assert child.stderr is not None
     assert "start" in child.stderr.readline()

@@ -1,4 +1,4 @@
-"""A batch never loses a file: not a picture, not another input, nothing that another program wrote."""
+"""A batch never loses a file: not an image, not another input, nothing that another program wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two pictures and a broken one, in the current folder."""
+    """Two images and a broken one, in the current folder."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in (1, 2):
@@ -58,7 +58,7 @@ def refused(args: list[str], words: str, folder: Path, capsys: Captured) -> None
     assert contents(folder) == before
 
 
-# ---- captions beside their pictures ------------------------------------------------------------------------
+# ---- captions beside their images ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -74,8 +74,8 @@ def test_suffixes(photos: Path, suffix: str, overwrite: list[str], capsys: Captu
 
 
 def test_the_wrong_output_is_named_first(photos: Path, capsys: Captured) -> None:
-    """Not that there are no pictures beside it."""
-    refused(["1.jpg", "--sidecar", ".jpg"], "this suffix belongs to pictures", photos, capsys)
+    """Not that there are no images beside it."""
+    refused(["1.jpg", "--sidecar", ".jpg"], "this suffix belongs to images", photos, capsys)
     refused(["1.jpg", "--out", "1.jpg"], "captions go to a file called", photos, capsys)
 
 
@@ -105,8 +105,8 @@ def test_no_caption_replaces_an_input(photos: Path, capsys: Captured) -> None:
             refused([*args, *more], "would replace the input", photos, capsys)
 
 
-def test_no_caption_replaces_a_picture(photos: Path, capsys: Captured) -> None:
-    """A picture that is named is tried whatever its name, so a caption may have that name."""
+def test_no_caption_replaces_an_image(photos: Path, capsys: Captured) -> None:
+    """An image that is named is tried whatever its name, so a caption may have that name."""
     os.rename("2.jpg", "1.webshot")
     Path("list").write_text("1.jpg\n1.webshot\n")
     os.rename("list", "list.txt")
@@ -129,7 +129,7 @@ def test_what_is_no_caption_stays(photos: Path, capsys: Captured) -> None:
     before = contents(photos)
     assert run(["caption", ".", "--sidecar", ".dat", "--overwrite", "-n", "2"]) == 3
     error = capsys.readouterr().err
-    assert "1.dat: cannot be written: it exists and is no caption; move it away" in error
+    assert "1.dat: cannot be written: it exists and is not a caption; move it away" in error
     del before["2.dat"]
     kept(before, photos)
     assert Path("2.dat").read_bytes() != b"a caption\n"
@@ -139,7 +139,7 @@ def test_a_caption_written_meanwhile_stays(tmp_path: Path) -> None:
     output = Sidecars(".txt", [str(tmp_path / "a.png")])
     assert list(output.records()) == []
     (tmp_path / "a.txt").write_text("by hand")
-    with pytest.raises(FileExistsError, match="came into being meanwhile"):
+    with pytest.raises(FileExistsError, match="was made meanwhile"):
         output.write(Record(str(tmp_path / "a.png"), "ours", "stop", 1, ""))
     assert (tmp_path / "a.txt").read_text() == "by hand"
 
@@ -177,7 +177,8 @@ def test_files_of_others(photos: Path, name: str, overwrite: list[str], capsys: 
     os.link(name, f"sub/hard-{name}")
     Path(f"link-{name}").symlink_to(name)
     for out in (name, f"./sub/../{name}", f"sub/hard-{name}", f"link-{name}"):
-        refused([".", "--out", out, *overwrite], "is no file of captions; give another name", photos, capsys)
+        words = "is not a file of captions; give another name"
+        refused([".", "--out", out, *overwrite], words, photos, capsys)
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -199,7 +200,7 @@ def test_files_of_others(photos: Path, name: str, overwrite: list[str], capsys: 
         ("/dev/null", "captions go to a file called"),
         ("1.jpg", "captions go to a file called"),
         ("x" * 250 + ".jsonl", "File name too long"),
-        ("hard.jsonl", "is no file of captions"),
+        ("hard.jsonl", "is not a file of captions"),
     ],
 )
 def test_outputs_that_cannot_be(
@@ -268,7 +269,7 @@ def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
     file = RecordFile(path, partial=partial)
     file.write(Record("a.png", "x", "stop", 1, ""))
     path.write_text("mine,yours\n")
-    with pytest.raises(FileExistsError, match="is no file of captions"):
+    with pytest.raises(FileExistsError, match="is not a file of captions"):
         file.finish()
     file.close()
     assert path.read_text() == "mine,yours\n"
@@ -413,7 +414,7 @@ def test_a_folder_that_cannot_be_written_is_known_first(
 
 
 def test_lines_of_others_stay(tmp_path: Path) -> None:
-    """Another program writes into our log while a run goes on."""
+    """Another program writes into our log while a run continues."""
     log = ErrorLog(tmp_path / "errors.jsonl")
     entry = {"image": "a", "error": "ImageError", "message": "x"}
     log.add(entry)

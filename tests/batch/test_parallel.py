@@ -1,4 +1,4 @@
-"""Pictures that are captioned together: the same captions in the same order, whatever happens to one."""
+"""Images that are captioned together: the same captions in the same order, whatever happens to one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mllama_gguf.batch.sources import list_images
 from mllama_gguf.batch.summary import Busy, Summary
 from mllama_gguf.cli.main import run
 
-BAD = 5  # the picture that cannot be read
+BAD = 5  # the image that cannot be read
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 pictures, of which 7 and 8 are 6 again, 16 is 1, and 5 is none."""
+    """16 images, of which 7 and 8 are 6 again, 16 is 1, and 5 is none."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(1, 17):
         seed = {7: 6, 8: 6, 16: 1}.get(i, i)
         Image.fromarray(noisy_image(seed, 40, 40 + 300 * (seed % 3 == 0))).save(folder / f"{i}.png")
-    (folder / f"{BAD}.png").write_bytes(b"no picture")
+    (folder / f"{BAD}.png").write_bytes(b"no image")
     return folder
 
 
@@ -45,7 +45,7 @@ def opened() -> Mllama:
 def captioned(
     photos: Path, out: Path, open_model: Any = opened, **more: Any
 ) -> tuple[Summary, list[dict[str, Any]], list[str]]:
-    """Summary, rows, and the pictures in the order of the reports."""
+    """Summary, rows, and the images in the order of the reports."""
     events: list[str] = []
     output = RecordFile(out)
     options = more.pop("options", CaptionOptions(max_tokens=12, seed=1))
@@ -104,7 +104,7 @@ def test_captions_of_several_are_computed_in_common_steps(
 
 
 class Guilty:
-    """Opens the demo model, whose device is lost with some pictures."""
+    """Opens the demo model, whose device is lost with some images."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, captions: set[str]) -> None:
         self.opened = 0
@@ -133,7 +133,7 @@ def pixels(photos: Path, *numbers: int) -> set[str]:
         }
 
 
-def test_only_the_picture_that_loses_the_device_fails(
+def test_only_the_image_that_loses_the_device_fails(
     photos: Path, alone: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guilty = Guilty(monkeypatch, pixels(photos, 3, 12))
@@ -155,7 +155,7 @@ def test_a_device_that_always_fails_stops_the_run(
     assert not any(thread.name.startswith("mllama-caption") for thread in threading.enumerate())
 
 
-def test_a_time_limit_is_per_picture(photos: Path, tmp_path: Path) -> None:
+def test_a_time_limit_is_per_image(photos: Path, tmp_path: Path) -> None:
     # No reply is written before the limit is noticed.
     schema = {"type": "array", "items": {"enum": ["apple"]}, "minItems": 400}
     options = CaptionOptions(max_tokens=2000, schema=schema, time_limit=1e-4)

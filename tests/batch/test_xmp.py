@@ -231,7 +231,8 @@ def test_a_file_that_is_no_xmp_is_never_lost(photo: str, how: str, capsys: Captu
         assert run(["caption", photo, "--sidecar", ".xmp", "--existing", how]) == 3
         assert Path("a.xmp").read_bytes() == data
         assert (
-            "a.xmp: cannot be written: it exists and is no XMP file; move it away" in capsys.readouterr().err
+            "a.xmp: cannot be written: it exists and is not a caption file in XMP; move it away"
+            in capsys.readouterr().err
         )
 
 

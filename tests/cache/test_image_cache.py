@@ -188,7 +188,7 @@ def test_the_projector_is_read_once(
         assert len(reads) == n_reads
 
 
-def test_a_tap_sees_the_encoder_although_the_picture_is_known(folder: Path, tiny_files: Files) -> None:
+def test_a_tap_sees_the_encoder_although_the_image_is_known(folder: Path, tiny_files: Files) -> None:
     names: list[str] = []
 
     def tap(name: str, values: object) -> bool:

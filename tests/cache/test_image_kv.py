@@ -1,4 +1,4 @@
-"""Pictures copied into the cross-attention cache from disk: the same to the bit, and when it is done."""
+"""Images copied into the cross-attention cache from disk: the same to the bit, and when it is done."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image_kv_files(folder: Path) -> dict[str, bytes]:
 
 
 class Watched:
-    """Opens models and notes what was computed: pictures encoded, and pictures filled from states."""
+    """Opens models and notes what was computed: images encoded, and images filled from states."""
 
     def __init__(self) -> None:
         self.encoded = 0
@@ -103,7 +103,7 @@ def test_answers_are_the_same_to_the_bit(
     assert image_kv_files(folder) == kept
 
 
-def test_a_picture_is_the_same_beside_others(folder: Path, tiny_files: Files, watched: Watched) -> None:
+def test_an_image_is_the_same_beside_others(folder: Path, tiny_files: Files, watched: Watched) -> None:
     prompt = case(tiny.ARCHS["wide"], "adjacent_then_one")
     images = [tiled(tiny.ARCHS["wide"], p) for p in prompt.images]
     token = tiny.ARCHS["wide"].vocab_size  # the image token is the first that has no logit
@@ -223,7 +223,7 @@ def test_copying_can_be_stopped(folder: Path, tiny_files: Files, call: str, isol
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_a_picture_alone_stays_in_its_file(
+def test_an_image_alone_stays_in_its_file(
     folder: Path, tiny_files: Files, watched: Watched, isolate: bool
 ) -> None:
     """As long as it is seen, even if the file is removed."""

@@ -1,4 +1,4 @@
-"""The tokens before the first picture, from disk: the same to the bit, and when they are kept."""
+"""The tokens before the first image, from disk: the same to the bit, and when they are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prefixes(folder: Path) -> dict[str, bytes]:
 
 
 def ask(path: Path, n_before: int = 5, tokens: int = 3, **options: Any) -> tuple[np.ndarray, int]:
-    """Logits after a prompt with a picture behind its first tokens, and how many tokens were not computed."""
+    """Logits after a prompt with an image behind its first tokens, and how many tokens were not computed."""
     arch = tiny.ARCHS[path.name.split(".")[0]]
     with Mllama(path, n_ctx=256, **{"n_threads": 1, **options}) as model:
         assert model.image_token_id is not None
@@ -65,7 +65,7 @@ def test_what_makes_a_key(folder: Path, tiny_files: Files, tmp_path: Path) -> No
     assert ask(copy)[1] == 0
 
 
-def test_nothing_before_the_picture(folder: Path, tiny_files: Files) -> None:
+def test_nothing_before_the_image(folder: Path, tiny_files: Files) -> None:
     assert ask(tiny_files("gqa").one, n_before=0)[1] == 0
     assert not prefixes(folder)
 

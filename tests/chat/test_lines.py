@@ -1,4 +1,4 @@
-"""Typed lines: commands, and pictures in questions."""
+"""Typed lines: commands, and images in questions."""
 
 from __future__ import annotations
 

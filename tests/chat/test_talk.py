@@ -37,7 +37,7 @@ def commands(talk: Talk) -> tuple[Commands, list[str]]:
     ), lines
 
 
-def test_a_question_has_the_pictures_that_wait(model: Mllama) -> None:
+def test_a_question_has_the_images_that_wait(model: Mllama) -> None:
     talk = Talk(model)
     talk.attach(APPLE)
     assert ask(talk) == model.caption(APPLE) == "a red apple"
@@ -89,7 +89,7 @@ def test_a_stopped_reply_stays_and_a_failed_question_does_not(model: Mllama) -> 
     ask(talk)
 
 
-def test_a_picture_that_is_none(model: Mllama, tmp_path: Path) -> None:
+def test_an_image_that_is_none(model: Mllama, tmp_path: Path) -> None:
     talk = Talk(model)
     for name, words in (("none.png", "No such file"), ("a\0b", "name")):
         with pytest.raises(ImageError, match=words):
@@ -205,7 +205,7 @@ def test_the_commands(model: Mllama, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("set", "nothing 5", "no option 'nothing'"),
         ("set", "seed x", "whole number"),
         ("json", str(tmp_path / "none.json"), "cannot be read"),
-        ("json", APPLE, "no JSON"),
+        ("json", APPLE, "it is not JSON"),
         ("save", "", "name a file"),
         ("image", "", "name a file"),
     ):
@@ -298,7 +298,7 @@ def test_paste(model: Mllama, monkeypatch: pytest.MonkeyPatch) -> None:
 
     run, _ = commands(talk := Talk(model))
     monkeypatch.setattr(ImageGrab, "grabclipboard", lambda: None)
-    with pytest.raises(ImageError, match="no picture in the clipboard"):
+    with pytest.raises(ImageError, match="no image in the clipboard"):
         run.run("paste", "")
     monkeypatch.setattr(ImageGrab, "grabclipboard", lambda: [APPLE])
     run.run("paste", "")

@@ -90,7 +90,7 @@ def test_a_conversation(chat: Chat, tmp_path: Path) -> None:
     chat.line('"""Describe')
     chat.until(r"\.\.\.")
     chat.answers('this image."""', "[a-z]")
-    chat.answers("/info", "2 questions, 2 pictures")
+    chat.answers("/info", "2 questions, 2 images")
     chat.child.sendeof()
     assert chat.leave() == 0
     history = tmp_path / "state" / "mllama_gguf" / "chat-history"
@@ -103,12 +103,12 @@ def test_the_end_by_a_command(chat: Chat) -> None:
 
 
 def test_control_c(chat: Chat, tmp_path: Path) -> None:
-    """At the prompt it drops the line; in a reply it stops the reply. The chat goes on."""
+    """At the prompt it drops the line; in a reply it stops the reply. The chat continues."""
     chat.child.send("half a line")
     chat.until(">>> half a line")
     chat.child.send("\x03")
     chat.until("half a line\n>>>")
-    schema = {"type": "array", "items": {"enum": ["apple"]}, "minItems": 900}  # a reply that goes on
+    schema = {"type": "array", "items": {"enum": ["apple"]}, "minItems": 900}  # a reply that continues
     (tmp_path / "long.json").write_text(json.dumps(schema))
     chat.answers("/json long.json", "Replies are JSON of the schema")
     chat.line("Tell a long story.")

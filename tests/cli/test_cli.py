@@ -93,7 +93,7 @@ def test_caption_json(photo: str, one: str, tmp_path: Path, capsys: Captured) ->
     assert first["tokens_per_second"]["decode"] > 0
 
 
-def test_several_pictures_are_named(photo: str, one: str, tmp_path: Path, capsys: Captured) -> None:
+def test_several_images_are_named(photo: str, one: str, tmp_path: Path, capsys: Captured) -> None:
     missing = str(tmp_path / "missing.png")
     assert run(["caption", photo, missing, photo, "-m", one, "-n", "3"]) == 1
     out, err = capsys.readouterr()

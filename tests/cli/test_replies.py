@@ -123,7 +123,7 @@ def test_max_pixels(command: str, capsys: Captured, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLLAMA_MAX_PIXELS", "many")
     assert run([command, str(APPLE)]) == 1
     assert (
-        "Error: MLLAMA_MAX_PIXELS: 'many' is no number of pixels, as in 200000000 or 200M\n"
+        "Error: MLLAMA_MAX_PIXELS: 'many' is not a number of pixels, as in 200000000 or 200M\n"
         in capsys.readouterr().err
     )
 

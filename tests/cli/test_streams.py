@@ -53,7 +53,7 @@ def test_a_full_disk_is_one_line(command: str) -> None:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_messages_on_a_full_disk(unbuffered: str, tmp_path: Path) -> None:
-    """They are lost; the work goes on, and the exit code is as ever."""
+    """They are lost; the work continues, and the exit code is as ever."""
     more = f"PYTHONUNBUFFERED={unbuffered} $MLLAMA"
     out = tmp_path / "captions.jsonl"
     done = shell(f"{more} caption '{APPLE}' missing.png --out '{out}' --json 2> /dev/full")
@@ -76,7 +76,7 @@ def test_closed_standard_input_is_an_empty_one(tmp_path: Path) -> None:
     done = shell("$MLLAMA caption - <&-")
     assert done.returncode == 1 and done.stderr.startswith(b"Error: ") and done.stderr.count(b"\n") == 1
     done = shell(f"$MLLAMA caption - --out '{tmp_path / 'c.jsonl'}' <&-")
-    assert done.returncode == 1 and b"no pictures" in done.stderr
+    assert done.returncode == 1 and b"no images" in done.stderr
 
 
 @pytest.mark.parametrize("how", [["--out", "c.jsonl"], ["--sidecar", ".txt"]])

@@ -23,7 +23,7 @@ def llm(surroundings: dict[str, str]) -> Llm:
     return run
 
 
-def test_a_picture(llm: Llm, expected: Callable[[str, str], str]) -> None:
+def test_an_image(llm: Llm, expected: Callable[[str, str], str]) -> None:
     apple = str(EXAMPLES / "apple.png")
     for more in ((), ("--no-stream",)):
         ran = llm(QUESTION, "-m", f"ollama/{MODEL}", "-a", apple, "-o", "temperature", "0", *more)
@@ -42,4 +42,4 @@ def test_models_a_schema_and_an_error(llm: Llm) -> None:
     assert json.loads(ran.stdout)["colour"] in ("red", "blue")
     no_image = str(EXAMPLES / "draw.py")
     ran = llm("x", "-m", f"ollama/{MODEL}", "--at", no_image, "image/png")
-    assert ran.returncode == 1 and "not a picture" in ran.stderr and "Traceback" not in ran.stderr
+    assert ran.returncode == 1 and "not an image" in ran.stderr and "Traceback" not in ran.stderr

@@ -37,7 +37,7 @@ def test_models(client: ollama.Client) -> None:
 
 
 @pytest.mark.parametrize("kind", ["path", "text", "bytes", "base64"])
-def test_a_picture_however_it_is_given(
+def test_an_image_however_it_is_given(
     client: ollama.Client, expected: Callable[[str, str], str], kind: str
 ) -> None:
     image = {"path": APPLE, "text": str(APPLE), "bytes": APPLE.read_bytes(), "base64": image64()}[kind]
@@ -86,7 +86,7 @@ def test_a_reply_that_is_begun(client: ollama.Client, expected: Callable[[str, s
     assert whole[:5] + (found.message.content or "") == whole
 
 
-def test_several_pictures(client: ollama.Client) -> None:
+def test_several_images(client: ollama.Client) -> None:
     two = [APPLE, EXAMPLES / "apple-and-cat.png"]
     messages = [{"role": "user", "content": QUESTION, "images": two}]
     found = client.chat(MODEL, messages, options=GREEDY)
@@ -122,7 +122,7 @@ def test_log_probabilities(client: ollama.Client) -> None:
     [
         (lambda c: c.chat("nobody", asked()), 404, "model 'nobody' not found"),
         (lambda c: c.chat("nobody", asked(), stream=True), 404, "model 'nobody' not found"),
-        (lambda c: c.chat(MODEL, asked(b"no picture")), 400, "image"),
+        (lambda c: c.chat(MODEL, asked(b"no image")), 400, "image"),
         (lambda c: c.chat(MODEL, asked(), options={"top_k": "many"}), 400, "options.top_k"),
         (lambda c: c.chat(MODEL, asked(), format={"type": "nothing"}), 400, "type"),
         (lambda c: c.chat(MODEL, asked(), keep_alive="soon"), 400, "keep_alive"),

@@ -152,7 +152,7 @@ def test_responses(client: openai.OpenAI, expected: Callable[[str, str], str]) -
         ({"n": 100}, openai.BadRequestError, "n must"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"messages": asked(url="https://example.org/a.png")}, openai.BadRequestError, "image URLs are not"),
-        ({"messages": asked(url="data:image/png;base64,AAAA")}, openai.BadRequestError, "not a picture"),
+        ({"messages": asked(url="data:image/png;base64,AAAA")}, openai.BadRequestError, "not an image"),
         ({"response_format": {"type": "xml"}}, openai.BadRequestError, "response_format"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, openai.BadRequestError, "context"),
     ],

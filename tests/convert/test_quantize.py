@@ -352,7 +352,7 @@ def test_converting_says_what_fell_back(tmp_path: Path) -> None:
     checkpoint = tiny.make_checkpoint(tiny.ARCHS["square"], tmp_path / "hf")
     warnings: list[str] = []
     (out,) = convert(checkpoint, tmp_path / "o.gguf", type="q4_k_m", single_file=True, warn=warnings.append)
-    assert len(warnings) == 1 and "rows are no multiple of the block" in warnings[0]
+    assert len(warnings) == 1 and "rows are not multiples of the block" in warnings[0]
     assert File(out).types["blk.0.attn_q.weight"] == "Q5_0"
     with Mllama(out) as model:
         assert np.isfinite(model.logits(PROMPT)).all()
@@ -617,7 +617,7 @@ def test_the_command_says_what_fell_back(
     tiny_files: Callable[[str], TinyFiles], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["quantize", str(tiny_files("square").one), str(tmp_path / "q.gguf"), "--type", "q6_k"]) == 0
-    assert capsys.readouterr().err.startswith("Note: token_embd.weight and 29 more: rows are no multiple")
+    assert capsys.readouterr().err.startswith("Note: token_embd.weight and 29 more: rows are not multiples")
 
 
 def test_converting_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_one_is_cancelled_and_the_others_go_on(
 
 
 def endless(model: LoadedModel, **options: Any) -> dict[str, Any]:
-    """Options of a reply that goes on."""
+    """Options of a reply that continues."""
     bias = dict.fromkeys(model.stop_ids, -100.0)
     return {"temperature": 5.0, "top_k": 0, "min_p": 0.0, "seed": 1, "logit_bias": bias, **options}
 

@@ -92,7 +92,7 @@ class Made:
         callbacks: Any = SimpleNamespace(prompt_offset=0, prompt_total=0, on_abort=lambda: False)
         slots = Slots(self.context, callbacks, disk)  # type: ignore[arg-type]
         self.session = Session(self.context, callbacks, slots, disk)  # type: ignore[arg-type]
-        self.computed: list[int] = []  # pictures whose states were needed
+        self.computed: list[int] = []  # images whose states were needed
 
     def feed(self, tokens: Sequence[int], *images: int, **options: Any) -> tuple[Any, int]:
         self.context.decoded.clear()
@@ -103,7 +103,7 @@ class Made:
             self.computed.append(number)
             return np.full((1, 1, 1), number, np.float32)
 
-        return Encoding(f"picture {number}", 1, states, f"{number:064x}")
+        return Encoding(f"image {number}", 1, states, f"{number:064x}")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_last_token_is_always_computed(made: Made) -> None:
     assert made.context.n_past == 2
 
 
-def test_another_picture_is_not_reused(made: Made) -> None:
+def test_another_image_is_not_reused(made: Made) -> None:
     made.feed([1, IMAGE, 2], 7)
     logits, reused = made.feed([1, IMAGE, 2], 8)
     assert (reused, made.context.decoded) == (1, [[IMAGE, 2]])
@@ -149,10 +149,10 @@ def test_a_conversation_goes_on_where_it_was(made: Made) -> None:
     assert logits[0, 0] == fresh([1, IMAGE, 2, 5, 6, 3], 7)
 
 
-def test_a_picture_that_joins_another_changes_the_group(made: Made) -> None:
+def test_an_image_that_joins_another_changes_the_group(made: Made) -> None:
     made.feed([1, IMAGE, 2], 7)
     logits, reused = made.feed([1, IMAGE, IMAGE, 2], 7, 8)
-    assert reused == 2  # the first image token saw its picture alone, then as now
+    assert reused == 2  # the first image token saw its image alone, then as now
     assert logits[0, 0] == fresh([1, IMAGE, IMAGE, 2], 7, 8)
 
 
@@ -185,7 +185,7 @@ def test_reuse_never_changes_the_logits(made: Made, seed: int) -> None:
         assert len(made.context.slots) <= MAX_SLOTS
 
 
-def test_few_slots_are_kept_however_many_pictures(made: Made) -> None:
+def test_few_slots_are_kept_however_many_images(made: Made) -> None:
     prompt = [t for _ in range(6) for t in (IMAGE, 1)]
     logits, _ = made.feed(prompt, 0, 1, 2, 3, 4, 5)
     assert len(made.context.slots) == MAX_SLOTS
@@ -208,7 +208,7 @@ def test_a_prompt_that_does_not_fit(made: Made) -> None:
     made.feed([1] * 12)
 
 
-def test_pictures_must_match_their_tokens(made: Made) -> None:
+def test_images_must_match_their_tokens(made: Made) -> None:
     for tokens, images in (([1, IMAGE], []), ([1], [7]), ([], [])):
         with pytest.raises(RequestError):
             made.feed(tokens, *images)
@@ -269,10 +269,10 @@ def test_what_one_session_filled_another_copies(disk: ImageCache) -> None:
     assert second.context.cache == [(IMAGE, 9.0), (IMAGE, 9.0, 7.0), (1, 9.0, 7.0)]
 
 
-@pytest.mark.parametrize("then", ["feed", "clear", "more pictures than slots"])
+@pytest.mark.parametrize("then", ["feed", "clear", "more images than slots"])
 def test_what_is_not_saved_yet_is_saved_before_it_goes(disk: ImageCache, then: str) -> None:
     made = Made(disk)
-    if then == "more pictures than slots":
+    if then == "more images than slots":
         made.feed([IMAGE, 1] * (MAX_SLOTS + 1), *range(MAX_SLOTS + 1))
         assert disk.info().n_image_kv == MAX_SLOTS
         return

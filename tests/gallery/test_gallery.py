@@ -130,7 +130,7 @@ def test_what_a_page_shows(here: Path, path: str, capsys: Captured) -> None:
         {"name": "gone.png", "caption": "still known", "unseen": "missing"},
         {"name": "bad.jpg", "caption": "", "error": "corrupt", "unseen": page.entries[3]["unseen"]},
     ]
-    assert "not a picture" in page.entries[3]["unseen"] or "corrupt" in page.entries[3]["unseen"]
+    assert "not an image" in page.entries[3]["unseen"] or "corrupt" in page.entries[3]["unseen"]
     assert [image and image.size for image in map(page.image, range(4))] == [(100, 60), (30, 40), None, None]
     assert page.title == Path(path).stem
     assert "index.html: 4 images, 2 of them missing or not readable" in capsys.readouterr().err

@@ -56,7 +56,7 @@ class Used:
             gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
-            trim(0)  # what is free, but kept for later, is no leak
+            trim(0)  # what is free, but kept for later, is not a leak
         process = psutil.Process()
         files = sum(len(found) for _, _, found in os.walk(tempfile.gettempdir()))
         return cls(
@@ -164,6 +164,6 @@ def test_300_refusals(demo: Mllama, tiny_files: Files, tmp_path: Path) -> None:
         with pytest.raises(ValueError):  # ModelError, ImageError
             Mllama(broken)
         with pytest.raises(ValueError):
-            demo.caption(b"no picture")
+            demo.caption(b"no image")
 
     assert_flat(work, times=300, warm=60, growth=8 * MB)

@@ -1,4 +1,4 @@
-"""Our own attention, of pictures and of text, and GELU on the CPU against the plain graph, the
+"""Our own attention, of images and of text, and GELU on the CPU against the plain graph, the
 double-precision reference and math.erf.
 
 Which kernels run here depends on the processor; the portable one runs everywhere.
@@ -133,7 +133,7 @@ TEXT_ARCHS = ("square", "gqa", "wide", "threetiles")  # 1, 3, 2 and 2 heads shar
 
 
 def text_logits(model: Mllama, states: list[Floats], prompts: list[tuple[int, bool]]) -> Floats:
-    """Logits of all tokens of prompts, each so many tokens that see the pictures or not."""
+    """Logits of all tokens of prompts, each so many tokens that see the images or not."""
     context = model._conversation.context
     context.clear()
     slot = context.image_fill(states)

@@ -216,7 +216,7 @@ def test_errors_in_words(opening: Any, served: Running, fake: Any) -> None:
     broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nno picture"}
     page.set_input_files("#files", [broken])
     page.get_by_role("button", name="Send").click()
-    expect(turn(page, 1, "failed").locator(".problem")).to_contain_text("picture")
+    expect(turn(page, 1, "failed").locator(".problem")).to_contain_text("image")
     # The failed question is not told again: it would spoil every one that follows.
     page.get_by_role("textbox", name="Your question").fill("Hello")
     page.keyboard.press("Enter")

@@ -109,7 +109,7 @@ def test_modes(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "RGBa", "PA", "P+alphas", "CMYK", "YCbCr", "HSV"])
 def test_every_alpha_and_noise(mode: str) -> None:
-    """Unscaled noise (one tile of the picture's size), so that the conversion itself is compared."""
+    """Unscaled noise (one tile of the image's size), so that the conversion itself is compared."""
     noise = make_image(mode, 256, 256)
     if not mode.startswith("P"):
         bands = len(noise.getbands())
@@ -160,7 +160,7 @@ def test_fewer_tiles_than_the_model_knows(max_tiles: int) -> None:
         wanted = processor(Image.fromarray(image))
         tiled = preprocess_image(image, tile_size=28, max_tiles=max_tiles, model_tiles=4)
         assert wanted["pixel_values"][0, 0].tobytes() == tiled.pixels.tobytes()
-        # A picture of just that shape, for the model of four.
+        # An image of just that shape, for the model of four.
         exact = Image.new("RGB", (tiled.columns * 28, tiled.rows * 28))
         assert tiled.aspect_ratio_id == four(exact)["aspect_ratio_ids"][0, 0]
         seen.add(tiled.aspect_ratio_id)

@@ -1,4 +1,4 @@
-"""The runtime against the oracle, on other weights, pictures and prompts than the golden numbers.
+"""The runtime against the oracle, on other weights, images and prompts than the golden numbers.
 
 The golden numbers (tests/test_golden.py) hold the same comparison for fixed inputs and some columns of the
 logits; here all columns count, and the seed is another one.

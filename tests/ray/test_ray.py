@@ -46,13 +46,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(24):
         Image.fromarray(noisy_image(i)).save(folder / f"{i:02}.png")
-    (folder / "05.png").write_bytes(b"no picture")
+    (folder / "05.png").write_bytes(b"no image")
     return folder
 
 
 @pytest.fixture(scope="module")
 def expected(photos: Path) -> dict[str, str]:
-    """The captions that one process gives; "" for the broken picture."""
+    """The captions that one process gives; "" for the broken image."""
     with Mllama.from_pretrained("demo", n_threads=1) as model:
         return {
             path.name: model.caption(path, **OPTIONS) if path.name != "05.png" else ""
@@ -102,7 +102,7 @@ def test_two_actors_give_the_captions_of_one_process(
     assert len(list(tmp_path.glob("*.opened"))) == 2  # once in each
 
 
-def test_pictures_that_ray_decodes(
+def test_images_that_ray_decodes(
     cluster: None, photos: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     good = [str(path) for path in photos.glob("*.png") if path.name != "05.png"]
@@ -134,7 +134,7 @@ def test_the_script(photos: Path, expected: dict[str, str], tmp_path: Path) -> N
         [sys.executable, str(SCRIPT), *args], **elsewhere(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 3, done.stderr
-    assert "24 pictures, 1 failed" in done.stderr
+    assert "24 images, 1 failed" in done.stderr
     rows = [json.loads(line) for path in (tmp_path / "out").iterdir() for line in path.open()]
     check(rows, expected)
 
@@ -148,4 +148,4 @@ def test_arrays_of_other_shapes(tmp_path: Path) -> None:
     with Mllama.from_pretrained("demo") as model:
         wanted = [model.caption(rgb, **OPTIONS), model.caption(Image.fromarray(grey[:, :, 0]), **OPTIONS)]
     assert list(out["caption"]) == [wanted[0], wanted[1], wanted[1], wanted[0], ""]
-    assert list(out["error"]) == ["", "", "", "", "ImageError: no picture: the row is empty"]
+    assert list(out["error"]) == ["", "", "", "", "ImageError: no image: the row is empty"]

@@ -1,4 +1,4 @@
-"""Pictures copied from disk into caches on workers: the same answers to the bit, and nothing is computed."""
+"""Images copied from disk into caches on workers: the same answers to the bit, and nothing is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logits(prompt: Any, arch: tiny.Arch, *paths: Path, **settings: Any) -> tuple[Floats, int, list[Any]]:
-    """The logits, how many pictures were encoded, and what slots were filled from, of a new process."""
+    """The logits, how many images were encoded, and what slots were filled from, of a new process."""
     encoded, filled = 0, []
 
     def progress(phase: str, done: int, total: int) -> None:
@@ -61,7 +61,7 @@ def test_two_workers(workers: tuple[str, str], tiny_files: Files, arch: str, off
         answer, encoded, filled = logits(prompt, shape, one, **settings)
         assert np.array_equal(answer, expected)
         assert encoded == 0
-        # In memory, a picture alone stays in its file.
+        # In memory, an image alone stays in its file.
         copied = prompt.images if offload_kqv else prompt.images[:-1]
         assert filled == [p.n_tiles(shape) for p in copied]
 
@@ -75,7 +75,7 @@ def test_another_worker_is_another_key(workers: tuple[str, str], tiny_files: Fil
 
 
 @pytest.mark.parametrize("call", ["image_set", "image_get"])
-def test_a_worker_dies_while_a_picture_is_copied(
+def test_a_worker_dies_while_an_image_is_copied(
     call: str, make_worker: Callable[..., Any], tiny_files: Files, folder: Path
 ) -> None:
     worker = make_worker()

@@ -84,7 +84,7 @@ def settings() -> Iterator[Setting]:
 
 @dataclass(frozen=True)
 class Answer:
-    """states: of each picture; logits [n_tokens, vocab_size]; greedy: N_GREEDY tokens"""
+    """states: of each image; logits [n_tokens, vocab_size]; greedy: N_GREEDY tokens"""
 
     states: list[Any]
     logits: Any
@@ -97,7 +97,7 @@ class Answer:
 
 
 def answer(model: Mllama, prompt: Case, arch: tiny.Arch, encoder: Mllama | None = None) -> Answer:
-    """From empty caches. encoder: encodes the pictures in place of the model."""
+    """From empty caches. encoder: encodes the images in place of the model."""
     model.reset()
     images = [(encoder or model).encode_image(tiled(arch, image)) for image in prompt.images]
     logits = model.logits(prompt.tokens, images)
@@ -150,7 +150,7 @@ def quantize(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def on_cpu(text_file: Callable[[str, str], tuple[Path, Path]]) -> Callable[[Setting], Answer]:
-    """The answer without any offload, in this process: pictures by the kernel of the environment, text by
+    """The answer without any offload, in this process: images by the kernel of the environment, text by
     ggml's operations."""
 
     @cache
@@ -358,5 +358,5 @@ def test_graphs_are_not_asked_for_after_their_buffers_went(
     ) as model:
         answer(model, case(arch, "image_first"), arch)
         first = model.logits(prompt.tokens)
-        model.reset()  # frees the picture's buffer; the graph of one token stays the last one
+        model.reset()  # frees the image's buffer; the graph of one token stays the last one
         assert np.array_equal(model.logits(prompt.tokens), first)

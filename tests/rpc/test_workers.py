@@ -60,7 +60,7 @@ def open_with(files: TinyFiles, *workers: Any, **settings: Any) -> Mllama:
 PHASES = {
     "encode": ("v.blk.2.attn_out", 0),
     "fill": ("blk.3.cross_k", 0),
-    "prompt": ("blk.1.q", 1),  # first the run before the picture
+    "prompt": ("blk.1.q", 1),  # first the run before the image
     "decode": ("blk.4.ffn_out", 3),
 }
 

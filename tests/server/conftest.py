@@ -21,7 +21,7 @@ def served() -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def slow_served(slow: Path) -> Iterator[Running]:
-    """A server whose model needs many seconds for a picture of four tiles."""
+    """A server whose model needs many seconds for an image of four tiles."""
     with running(offers=(Offer("slow:latest", str(slow)), *DEMO), given={"n_ctx": 512}) as one:
         yield one
 

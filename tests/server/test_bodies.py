@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON, and the pictures that are cut out of it."""
+"""Bodies of requests: JSON, and the images that are cut out of it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LIMITS = ImageLimits()
 TEXT = base64.b64encode(PNG).decode()
 
 
-def test_pictures_are_cut_out_and_everything_else_is_as_it_was() -> None:
+def test_images_are_cut_out_and_everything_else_is_as_it_was() -> None:
     body: dict[str, Any] = {
         "images": [TEXT, "short", TEXT],
-        "prompt": TEXT,  # no picture, only long
+        "prompt": TEXT,  # no image, only long
         "image_url": {"url": f"data:image/png;base64,{TEXT}", "detail": "low"},
         TEXT: 1,
         "n": [1.5, None, True, {"deep": ["é\ud800", TEXT]}],
@@ -48,7 +48,7 @@ def test_a_mark_of_ours_cannot_be_guessed(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("text", [TEXT[:-1], TEXT + "=", TEXT[:-2] + "==", TEXT + "A"])
 def test_base64_that_is_a_little_wrong(text: str) -> None:
-    """Without padding it is taken; the same as for short pictures."""
+    """Without padding it is taken; the same as for short images."""
     view = parse_object(json.dumps({"images": [text]}).encode())["images"][0]
 
     def read(one: Any) -> Any:
@@ -74,7 +74,7 @@ def test_data_uris(uri: str) -> None:
 
 
 @pytest.mark.parametrize("api", ["ollama", "openai"])
-def test_a_picture_is_copied_twice_at_most(api: str) -> None:
+def test_an_image_is_copied_twice_at_most(api: str) -> None:
     """It is in memory as base64, which the request brought, and as the file."""
     image = PNG + bytes(4 << 20)
     text = base64.b64encode(image).decode()

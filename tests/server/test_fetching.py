@@ -1,4 +1,4 @@
-"""Pictures from the web: allowed hosts, public addresses, nothing else."""
+"""Images from the web: allowed hosts, public addresses, nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ asked: list[tuple[str, str]] = []
 
 
 class Web(BaseHTTPRequestHandler):
-    """A web server with a picture and with traps."""
+    """A web server with an image and with traps."""
 
     def do_GET(self) -> None:
         asked.append((self.path, self.headers["Host"]))
@@ -80,31 +80,31 @@ def names(monkeypatch: pytest.MonkeyPatch, **known: list[str]) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", look)
 
 
-def test_a_picture_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_an_allowed_host(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection goes to the address that was checked; the host is told its own name."""
-    names(monkeypatch, pictures=["127.0.0.1"])
-    url = f"http://pictures:{port}/apple.png"
+    names(monkeypatch, images=["127.0.0.1"])
+    url = f"http://images:{port}/apple.png"
     with pytest.raises(Refused, match="is in a private network"):
-        fetch(url, "x", (f"http://pictures:{port}",))
+        fetch(url, "x", (f"http://images:{port}",))
     monkeypatch.setattr(fetching, "is_public", lambda address: True)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # would look the name up itself
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     asked.clear()
-    assert fetch(url, "x", (f"http://pictures:{port}",)) == IMAGE
-    assert asked == [("/apple.png", f"pictures:{port}")]
+    assert fetch(url, "x", (f"http://images:{port}",)) == IMAGE
+    assert asked == [("/apple.png", f"images:{port}")]
     for path, words in (
-        ("text", "it is text/html, no picture"),
+        ("text", "it is text/html, not an image"),
         ("large", "it has more than"),
         ("moved", "it answers with status 302"),
         ("gone", "it answers with status 404"),
     ):
         with pytest.raises(Refused, match=words):
-            fetch(f"http://pictures:{port}/{path}", "x", (f"http://pictures:{port}",))
-    assert ("/apple.png", f"pictures:{port}") not in asked[1:]  # no redirect was followed
+            fetch(f"http://images:{port}/{path}", "x", (f"http://images:{port}",))
+    assert ("/apple.png", f"images:{port}") not in asked[1:]  # no redirect was followed
     monkeypatch.setattr(fetching, "SECONDS", 0.5)  # of all, not of each part
     with pytest.raises(Refused, match="it did not come within"):
-        fetch(f"http://pictures:{port}/slow", "x", (f"http://pictures:{port}",))
+        fetch(f"http://images:{port}/slow", "x", (f"http://images:{port}",))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_questions_about_the_server_never_wait(slow_served: Running) -> None:
         assert is_computing(slow_served)
 
 
-def test_a_sign_of_life_while_a_picture_is_encoded(slow: Path) -> None:
+def test_a_sign_of_life_while_an_image_is_encoded(slow: Path) -> None:
     """An ordinary chunk without text, and a comment of SSE."""
     settings = ServerSettings(port=0, ping=0.2)
     with running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served:
@@ -83,7 +83,7 @@ def test_a_full_queue(slow: Path) -> None:
                 assert "maximum pending requests exceeded" in answer.text
 
 
-def test_the_pictures_that_wait_are_limited(slow: Path) -> None:
+def test_the_images_that_wait_are_limited(slow: Path) -> None:
     settings = ServerSettings(port=0, max_waiting=1000)
     with (
         running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
@@ -93,7 +93,7 @@ def test_the_pictures_that_wait_are_limited(slow: Path) -> None:
         with sent(served, "/api/chat", slow_image(True)):
             wait_for(lambda: served.metric("mllama_requests_queued") == 1)
             answer = served.post("/api/chat", slow_image(False))
-            assert answer.status_code == 503 and "too many pictures wait" in answer.json()["error"]
+            assert answer.status_code == 503 and "too many images wait" in answer.json()["error"]
             assert int(answer.headers["retry-after"]) >= 1
 
 
@@ -129,7 +129,7 @@ def test_a_time_limit(slow: Path) -> None:
 
 
 def test_the_health_tells_that_a_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests are taken meanwhile, so it is no failure; nothing waits for it."""
+    """Requests are taken meanwhile, so it is not a failure; nothing waits for it."""
     opened = Models._open
     begun, go_on = threading.Event(), threading.Event()
 

@@ -123,7 +123,7 @@ def test_json_that_is_none(served: Running, body: bytes) -> None:
         assert served.post(path, content=body).status_code == 400, path
 
 
-def test_limits_of_pictures(small: Running) -> None:
+def test_limits_of_images(small: Running) -> None:
     def png(width: int, height: int) -> str:
         file = io.BytesIO()
         Image.new("RGB", (width, height)).save(file, "PNG")
@@ -156,7 +156,7 @@ def png_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-def test_a_picture_bomb_costs_one_request(served: Running) -> None:
+def test_an_image_bomb_costs_one_request(served: Running) -> None:
     for width, height in ((30_000, 30_000), (100_000, 1000), (65_535, 65_535)):
         image = base64.b64encode(png_bomb(width, height)).decode()
         assert served.post("/api/chat", chat(image)).status_code == 400

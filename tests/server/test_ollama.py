@@ -94,7 +94,7 @@ def test_generate_and_its_context(served: Running, expected: Callable[..., str])
     assert chat["prompt_eval_count"] == second["prompt_eval_count"]
 
 
-def test_a_context_without_its_picture_goes_on(served: Running) -> None:
+def test_a_context_without_its_image_goes_on(served: Running) -> None:
     body = {"model": "demo", "prompt": QUESTION, "images": [image64()], "options": GREEDY, "stream": False}
     context = served.post("/api/generate", body).json()["context"]
     token = next(i for i, n in enumerate(context) if n == 1024)
@@ -130,7 +130,7 @@ def test_raw(served: Running) -> None:
         ({"options": {"temperature": "hot"}}, "options.temperature must be a number"),
         ({"options": []}, "options must be an object"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs must be between 0 and 20"),
-        ({"keep_alive": "soon"}, "keep_alive: 'soon' is no duration"),
+        ({"keep_alive": "soon"}, "keep_alive: 'soon' is not a duration"),
         ({"stream": "yes"}, "stream must be true or false"),
         ({"model": ""}, "model is required"),
         ({"format": {"type": "nonsense"}}, "nonsense"),
@@ -204,7 +204,7 @@ def test_logprobs(served: Running) -> None:
     assert len(told) == last["eval_count"]
 
 
-def test_placeholders_and_several_pictures(served: Running) -> None:
+def test_placeholders_and_several_images(served: Running) -> None:
     two = [image64(), image64("apple-and-cat.png")]
     for content in ("[img-1] and [img-0]", "[img] and [img]", "Compare."):
         message = {"role": "user", "content": content, "images": two}

@@ -113,7 +113,7 @@ def test_low_detail_is_one_tile(served: Running, monkeypatch: pytest.MonkeyPatch
         image64()[:100],
     ],
 )
-def test_other_addresses_are_no_pictures(served: Running, url: str) -> None:
+def test_other_addresses_are_no_images(served: Running, url: str) -> None:
     message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
     answer = served.post(CHAT, ask(messages=[message]))
     assert answer.status_code == 400

@@ -194,7 +194,7 @@ def test_unload_and_keep_alive_wait_for_the_last_one(together: Running) -> None:
         assert loaded() == ["demo:latest"]
 
 
-def test_pictures_of_the_next_request_are_encoded_while_it_waits(
+def test_images_of_the_next_request_are_encoded_while_it_waits(
     monkeypatch: pytest.MonkeyPatch, expected: Callable[..., str]
 ) -> None:
     encoded: list[str] = []
@@ -220,7 +220,7 @@ def test_pictures_of_the_next_request_are_encoded_while_it_waits(
         assert served.metric('mllama_images_total{source="memory"}') == 0
 
 
-def test_the_end_while_a_picture_is_encoded_ahead(slow: Path) -> None:
+def test_the_end_while_an_image_is_encoded_ahead(slow: Path) -> None:
     """Nothing of it stays, and a client that goes away stops it."""
     offers = (Offer("slow:latest", str(slow)),)
     form = endless("slow")

@@ -32,7 +32,7 @@ def chat(image: str, prompt: str = "x", **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A picture on this machine that no request may see."""
+    """An image on this machine that no request may see."""
     path = tmp_path / "secret.png"
     path.write_bytes((EXAMPLES / "apple.png").read_bytes())
     return path
@@ -41,7 +41,7 @@ def secret(tmp_path: Path) -> Path:
 def test_no_text_of_a_request_opens_a_file(
     served: Running, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every place of a request that takes a picture, with every spelling of a path."""
+    """Every place of a request that takes an image, with every spelling of a path."""
     monkeypatch.chdir(secret.parent)
     for text in (
         str(secret),
@@ -161,7 +161,7 @@ def test_errors_tell_no_addresses_and_no_folders(served: Running) -> None:
         assert "0x7f" not in refusal(error).words and "/home" not in refusal(error).words
 
 
-def test_kinds_of_pictures(served: Running) -> None:
+def test_kinds_of_images(served: Running) -> None:
     """Decoders that few have tried are not offered to everybody."""
     kinds = {"PNG": 200, "JPEG": 200, "WEBP": 200, "GIF": 200, "BMP": 200, "TIFF": 200}
     for kind, status in {**kinds, "JPEG2000": 400, "ICO": 400, "PPM": 400}.items():
@@ -198,7 +198,7 @@ def test_the_page_is_locked_up(served: Running) -> None:
 
 
 def test_no_fetching(served: Running) -> None:
-    """No request of ours leaves the machine for a picture."""
+    """No request of ours leaves the machine for an image."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.3)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"

@@ -355,7 +355,7 @@ def test_an_adapter_is_refused(capsys: Captured) -> None:
     [
         (b"{", "is not JSON"),
         (b"[1]", "is list, not an object"),
-        (b'{"temperature": NaN}', "NaN is no number"),
+        (b'{"temperature": NaN}', "NaN is not a number"),
         (b'{"top_p": 1e999}', "its parameter top_p = inf is not a number"),
         (b'{"temperature": "0.6"}', "its parameter temperature = '0.6' is not a number"),
         (b'{"temperature": true}', "temperature = True is not a number"),

@@ -560,7 +560,7 @@ def test_a_copy_of_the_shipped_lock_file_can_grow(home: Path, server: ModelServe
     assert read_lock(mine).keys() == read_lock(SHIPPED).keys() | {"m-1"}
     assert resolve("demo").text.samefile(DEMO)
     mine.write_text(mine.read_text().replace("demo.gguf", "other.gguf"))
-    with pytest.raises(ModelError, match=r"^models.lock: models.demo: 'bundled' is no source"):
+    with pytest.raises(ModelError, match=r"^models.lock: models.demo: 'bundled' is not a source"):
         read_lock(Path("models.lock"))
 
 
@@ -667,9 +667,9 @@ def test_a_broken_lock_file_hides_nothing_else(home: Path, capsys: Captured) -> 
         assert words in said.out
         assert said.err.count("\n") <= 1 and "Error" not in said.err
         if command[0] in ("models", "verify"):
-            assert said.err.startswith("Warning: models.lock: is no lock file")
+            assert said.err.startswith("Warning: models.lock: is not a lock file")
     assert run(["pull", "llama3.2-vision-11b"]) == 1
-    assert capsys.readouterr().err.startswith("Error: models.lock: is no lock file")
+    assert capsys.readouterr().err.startswith("Error: models.lock: is not a lock file")
 
 
 def test_a_model_larger_than_memory(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

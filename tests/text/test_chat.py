@@ -34,7 +34,7 @@ def image(of: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("source", [None, LLAMA_3_2_TEMPLATE, tiny.CHAT_TEMPLATE])
-def test_a_picture_and_a_question(source: str | None) -> None:
+def test_an_image_and_a_question(source: str | None) -> None:
     chat = template(source).render([user(image("cat.png"), text("What is it?"))])
     assert chat.text == f"{BOS}{header('user')}{IMAGE}What is it?{EOT}{header('assistant')}"
     assert chat.images == ("cat.png",)
@@ -65,11 +65,11 @@ def test_several_turns() -> None:
         {"type": "image", "image": "data:image/png;base64,AAAA"},
     ],
 )
-def test_ways_to_give_a_picture(part: dict[str, Any]) -> None:
+def test_ways_to_give_an_image(part: dict[str, Any]) -> None:
     assert template().render([user(part)]).images == ("data:image/png;base64,AAAA",)
 
 
-def test_any_object_may_be_a_picture() -> None:
+def test_any_object_may_be_an_image() -> None:
     given = object()
     assert template().render([user(image(given))]).images == (given,)
 
@@ -84,7 +84,7 @@ def test_special_tokens_in_a_users_words_stay_words() -> None:
     assert sum(piece.count("<|start_header_id|>") for piece in chat.pieces) == 2
 
 
-def test_a_template_for_text_only_gets_the_pictures_in_the_text() -> None:
+def test_a_template_for_text_only_gets_the_images_in_the_text() -> None:
     source = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
     chat = template(source).render(
         [user(image(1), text("What is it?")), {"role": "assistant", "content": "A cat"}, user("Why?")]
@@ -92,8 +92,8 @@ def test_a_template_for_text_only_gets_the_pictures_in_the_text() -> None:
     assert chat.text == f"[user] {IMAGE}What is it?\n[assistant] A cat\n[user] Why?\n"
 
 
-def test_a_template_that_drops_pictures_is_refused() -> None:
-    with pytest.raises(RequestError, match="drops pictures"):
+def test_a_template_that_drops_images_is_refused() -> None:
+    with pytest.raises(RequestError, match="drops images"):
         template("{% for m in messages %}{{ m.role }}{% endfor %}").render([user(image(1))])
 
 

@@ -154,7 +154,7 @@ class TestRoles:
             (answer(None), "content must be"),
             (answer([image()]), "what a tool says is text"),
             (answer("x", of=5), r"tool_call_id must be"),  # type: ignore[arg-type]
-            (calling({"function": {"name": "f", "arguments": "{"}}), "arguments are no JSON"),
+            (calling({"function": {"name": "f", "arguments": "{"}}), "arguments are not JSON"),
             (calling(call(arguments="[1]")), "must be a JSON object"),
             (calling(call(arguments=None)), "must be a JSON object"),
             (calling(call(name="")), "expected"),

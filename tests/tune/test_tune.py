@@ -33,7 +33,7 @@ APPLE = Path(__file__).parents[2] / "examples" / "apple.png"
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(noisy_image(1)).save(path)
     return path
 
@@ -109,7 +109,7 @@ def test_what_is_given_is_measured_once(task: Task, tmp_path: Path) -> None:
 
 def test_results_of_another_task_are_not_mixed(task: Task, tmp_path: Path) -> None:
     Results(tmp_path, task).add(Point(dict(BASE), error="x"))
-    with pytest.raises(RequestError, match="another model, picture"):
+    with pytest.raises(RequestError, match="another model, image"):
         Results(tmp_path, replace(task, prompt="What?"))
     assert Results(tmp_path, replace(task, prompt="What?"), fresh=True).points == []
     (tmp_path / "tune.json").write_text('{"version": 1, "key": "", "points": [3]}')
@@ -180,7 +180,7 @@ def test_everything_given_is_one_point_that_is_not_kept(tmp_path: Path, capsys: 
     assert not config_path().exists()
 
 
-def test_every_caption_encodes_its_picture(
+def test_every_caption_encodes_its_image(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The image cache of the user, on or off, is not asked."""
@@ -241,7 +241,7 @@ def test_another_model_is_not_tuned(image: Path, tiny_files: Files, capsys: Capt
         ('{"version": 1, "tuned": {"KEY": {"settings": {"n_threads": 0}}}}', "n_threads is 0"),
         (
             '{"version": 1, "tuned": {"KEY": {"settings": {"colour": 1}}}}',
-            "'colour' is no setting",
+            "'colour' is not a setting",
         ),
         ('{"version": 1, "tuned": {"KEY": 5}}', "settings are not an object"),
     ],

@@ -1,4 +1,4 @@
-"""The drawing of tiles: pixels stand where `position` says, and what is no image is hatched."""
+"""The drawing of tiles: pixels stand where `position` says, and what is not an image is hatched."""
 
 from __future__ import annotations
 

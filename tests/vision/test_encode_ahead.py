@@ -1,4 +1,4 @@
-"""Pictures encoded in another thread, while the one before is captioned: the same results, in every case."""
+"""Images encoded in another thread, while the one before is captioned: the same results, in every case."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model(tiny_files: Files) -> Iterator[Mllama]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the threads in which pictures were encoded, in order."""
+    """The names of the threads in which images were encoded, in order."""
     names: list[str] = []
     real = LocalContext.encode
 
@@ -117,12 +117,12 @@ def test_what_is_known_is_not_computed_again(model: Mllama, calls: list[str]) ->
     assert len(calls) == 2
 
 
-def test_pictures_are_checked(model: Mllama) -> None:
+def test_images_are_checked(model: Mllama) -> None:
     with model.image_encoder() as encoder:
         with pytest.raises(ImageError, match="TiledImage of"):
             encoder.encode(preprocess_image(noisy_image(1), tile_size=14, max_tiles=4))
         with pytest.raises(ImageError):
-            encoder.encode(b"no picture")
+            encoder.encode(b"no image")
 
 
 def test_where_there_is_no_encoder(tiny_files: Files) -> None:
@@ -224,7 +224,7 @@ def test_a_callback_of_an_encoder_never_waits_for_itself(slow: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[str]:
-    """10 pictures, of which 3.png and 4.png are 2.png again, and 6.png is broken."""
+    """10 images, of which 3.png and 4.png are 2.png again, and 6.png is broken."""
     folder = tmp_path / "photos"
     folder.mkdir()
     paths = [folder / f"{i}.png" for i in range(10)]
@@ -239,7 +239,7 @@ def photos(tmp_path: Path) -> list[str]:
 
 
 class Batch:
-    """Runs batches with a tiny model; each begins with a new output unless it goes on.
+    """Runs batches with a tiny model; each begins with a new output unless it continues.
 
     caption: called with the model's `reply` and its arguments, in its place
     """
@@ -388,7 +388,7 @@ class Failing:
 
 @pytest.mark.parametrize("error", [RequestError("no"), ImageError("no"), BackendError("device lost")])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_failed_encode_is_that_of_its_picture(
+def test_a_failed_encode_is_that_of_its_image(
     photos: list[str], batch: Batch, monkeypatch: pytest.MonkeyPatch, error: MllamaError, ahead: bool
 ) -> None:
     distinct = [*photos[:3], *photos[7:]]
@@ -405,7 +405,7 @@ def test_a_failed_encode_is_that_of_its_picture(
 def test_a_lost_device_is_opened_with_its_encoder(
     batch: Batch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One picture fails, though nothing can be encoded until the loop comes to it."""
+    """One image fails, though nothing can be encoded until the loop comes to it."""
     many = [str(tmp_path / f"{i}.png") for i in range(20)]
     for i, path in enumerate(many):
         Image.fromarray(noisy_image(i)).save(path)
@@ -462,7 +462,7 @@ def test_an_abort_in_the_encoder_ends_the_run(photos: list[str], batch: Batch) -
     real = LocalContext.encode
 
     def asked(context: LocalContext, *args: Any) -> Any:
-        if context._callbacks.on_abort():  # a tiny picture is done before it is asked
+        if context._callbacks.on_abort():  # a tiny image is done before it is asked
             raise Aborted("stopped")
         return real(context, *args)
 
@@ -491,7 +491,7 @@ def test_seconds(photos: list[str], batch: Batch, monkeypatch: pytest.MonkeyPatc
             assert seconds[phase] == pytest.approx(sum(s[phase] for s in made))
         assert seconds["prompt"] + seconds["decode"] < seconds["busy"]
         assert seconds["busy"] <= sum(seconds[phase] for phase in ("encode", "prompt", "decode")) + 1e-9
-        # On a busy machine who waits wakes late, and then the next picture is encoded already.
+        # On a busy machine who waits wakes late, and then the next image is encoded already.
         assert seconds["busy"] + seconds["wait"] <= 1.5 * seconds["total"]
         assert seconds["encode"] > 0.35
         assert 0 < summary.utilisation <= 1
@@ -584,7 +584,7 @@ run(sys.argv[1:])
 """
 
 
-def test_ctrl_c_while_a_picture_is_encoded_ahead(slow: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_an_image_is_encoded_ahead(slow: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{i}.png") for i in range(3)]
     for i, path in enumerate(paths):
         Image.fromarray(noisy_image(i, 900, 900)).save(path)

@@ -68,5 +68,5 @@ def test_what_cannot_be_told_is_refused() -> None:
     no_guard[data.index(b"\xff\x5c") + 4] &= 31
     ycc = struct.pack(">I4sB2xI", 15, b"colr", 1, 18) + data
     for bad, words in ((bytes(no_guard), "of an unusual lossy kind"), (ycc, "in YCbCr")):
-        with pytest.raises(ImageError, match=f"x: a JPEG 2000 picture {words}"):
+        with pytest.raises(ImageError, match=f"x: a JPEG 2000 image {words}"):
             mend_jpeg2000(Image.open(io.BytesIO(data)), bad, "x")

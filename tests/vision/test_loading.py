@@ -1,4 +1,4 @@
-"""What people hand in as a picture, and files that viewers show though something is wrong with them."""
+"""What people hand in as an image, and files that viewers show though something is wrong with them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_base64() -> None:
     assert "+" in BASE64 and "/" in BASE64  # else this tests little
 
 
-def test_errors_never_hold_the_picture() -> None:
+def test_errors_never_hold_the_image() -> None:
     broken = BASE64[:400] + "*" + BASE64[400:]
     for source in (broken, broken * 40, "data:image/png;base64," + broken, BASE64[8:], "/9j/" + "A" * 3000):
         message = error_of(source)
@@ -126,9 +126,9 @@ def test_errors_never_hold_the_picture() -> None:
 
 def test_addresses_and_empty_texts() -> None:
     for address in ("https://x/a.png", "ftp://x/a.png", "s3://bucket/a.png", "blob:https://x/1"):
-        assert error_of(address).startswith(f"{address}: pictures are not fetched from ")
+        assert error_of(address).startswith(f"{address}: images are not fetched from ")
     for empty in ("", " ", "\n"):
-        assert error_of(empty) == "an empty text is no path of a picture"
+        assert error_of(empty) == "an empty text is not a path of an image"
 
 
 def test_things_that_can_only_be_read() -> None:
@@ -178,7 +178,7 @@ def test_things_that_can_only_be_read() -> None:
         (b"BM" + struct.pack("<IIIIiiHHI", 70, 0, 54, 40, 1, 1, 1, 7, 0) + bytes(40), "is not supported"),
     ],
 )
-def test_files_that_are_no_pictures_are_named(data: bytes, words: str, tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_named(data: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
     assert error_of(path).startswith(f"{path}: ") and words in error_of(path)

@@ -1,4 +1,4 @@
-"""Preprocessing against stored hashes of the reference, and everything that can be wrong with a picture."""
+"""Preprocessing against stored hashes of the reference, and everything that can be wrong with an image."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_fast() -> None:
     assert min(seconds) < 3  # some 0.025 on a quiet machine; with a loop over pixels it is a minute
 
 
-# --- where a picture comes from -------------------------------------------------------------------
+# --- where an image comes from -------------------------------------------------------------------
 
 
 def test_sources_agree(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_stream_that_cannot_seek(tmp_path: Path) -> None:
     assert "it is a pipe, not a file" in error_of(fifo)  # nobody waits for a writer
 
 
-def test_the_callers_picture_is_not_changed() -> None:
+def test_the_callers_image_is_not_changed() -> None:
     image = make_image("P+transparency", 30, 20)
     before, info = image.tobytes(), dict(image.info)
     load_image(image)
@@ -390,7 +390,7 @@ def test_refused_modes() -> None:
 
 # --- EXIF -----------------------------------------------------------------------------------------
 
-# How an upright picture is stored under each orientation (the inverse of what the tag asks for).
+# How an upright image is stored under each orientation (the inverse of what the tag asks for).
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -447,7 +447,7 @@ def test_damaged_exif_is_ignored(junk: bytes) -> None:
         assert load_image(encode(image, format, exif=junk)).size == (16, 8), format
 
 
-# --- what is wrong with a picture -----------------------------------------------------------------
+# --- what is wrong with an image -----------------------------------------------------------------
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
@@ -461,18 +461,18 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     empty.write_bytes(b"")
     assert error_of(empty) == f"{empty}: is empty (0 bytes)"
     text = tmp_path / "text.png"
-    text.write_text("not a picture at all, only words that somebody named .png")
-    assert error_of(text).startswith(f"{text}: not a picture that can be read")
+    text.write_text("not an image at all, only words that somebody named .png")
+    assert error_of(text).startswith(f"{text}: not an image that can be read")
     with open(text) as file:
         assert error_of(file) == f"{text}: gave str, not bytes; open it in binary mode ('rb')"
 
 
 def test_unsupported_sources() -> None:
-    assert error_of(b"%PDF-1.4 not a picture").startswith("image bytes: a PDF document")
+    assert error_of(b"%PDF-1.4 not an image").startswith("image bytes: a PDF document")
     assert "a PostScript document" in error_of(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     )  # would run Ghostscript
-    assert error_of(17).startswith("int object: not a picture")
+    assert error_of(17).startswith("int object: not an image")
     assert error_of(None).startswith("NoneType object")
 
     class Broken(io.RawIOBase):
@@ -486,7 +486,7 @@ def test_bad_data_uris() -> None:
     assert error_of("data:image/png").startswith("data URI (image/png): no comma")
     assert "damaged base64" in error_of("data:image/png;base64,@@@@")
     assert error_of("data:image/png;base64,") == "data URI (image/png): is empty (0 bytes)"
-    assert error_of("data:,hello").startswith("data URI (no type): not a picture")
+    assert error_of("data:,hello").startswith("data URI (no type): not an image")
     assert len(error_of("data:" + "x" * 100_000)) < 400
 
 
@@ -503,7 +503,7 @@ def test_bad_arrays() -> None:
     assert "no pixels (0x3)" in error_of(Image.new("RGB", (0, 3)))
 
 
-def test_a_closed_picture_is_an_error() -> None:
+def test_a_closed_image_is_an_error() -> None:
     image = Image.open(io.BytesIO(encode(make_image("RGB", 8, 8), "PNG")))
     image.close()
     assert error_of(image).startswith("PIL image: ")
@@ -559,7 +559,7 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_truncated(name: str, tmp_path: Path) -> None:
-    """Cut anywhere: an error, or the whole picture (when only a trailer is missing). Never half a picture."""
+    """Cut anywhere: an error, or the whole image (when only a trailer is missing). Never half an image."""
     mode, format, options = FILES[name]
     data = encode(make_image(mode, 47, 31), format, **options)
     whole = rgb(load_image(data))
@@ -581,7 +581,7 @@ def test_truncated(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_mutated(name: str) -> None:
-    """Any damage gives a picture or an ImageError: no other exception, no warning."""
+    """Any damage gives an image or an ImageError: no other exception, no warning."""
     mode, format, options = FILES[name]
     data = encode(make_image(mode, 23, 17), format, **options)
     rng = random.Random(name)
@@ -691,7 +691,7 @@ def test_command_errors(image_file: Path, tmp_path: Path) -> None:
         (["none.png"], 1, "none.png: no such file"),
         ([image_file, "--out", tmp_path / "no" / "x.npy"], 1, "x.npy: there is no folder"),
         ([image_file, "--png", image_file / "x"], 1, "is a file, not a folder"),
-        ([image_file, image_file, "--out", "x.npy"], 2, "one picture"),
+        ([image_file, image_file, "--out", "x.npy"], 2, "one image"),
         ([image_file, "--tile-size", "0"], 2, "0"),
         ([], 2, "Missing argument"),
     ):

@@ -88,7 +88,7 @@ mllama_status context_check_images(const mllama_context * ctx, int32_t n_images,
 mllama_status context_new_slot(mllama_context * ctx, int32_t * index);
 void          context_free_slot(mllama_context * ctx, image_slot * slot);
 
-// Rows of a cache for so many tokens. What is attended is rounded up, so the cache is too.
+// Rows of a cache for n_tokens tokens. What is attended is rounded up, so the cache is too.
 static inline int32_t context_rows(int32_t n_tokens) {
     return (n_tokens + KV_STEP - 1) / KV_STEP * KV_STEP;
 }
@@ -99,7 +99,7 @@ mllama_status sequence_init(mllama_context * ctx, sequence * s, int32_t n_ctx, i
 void          sequence_end(sequence * s);
 // One more, with room for n_tokens tokens; 0: for n_ctx.
 mllama_status sequence_new(mllama_context * ctx, int32_t n_ctx, int32_t n_tokens, int32_t * number);
-// Room for so many tokens. The text graph does not outlive a cache's memory.
+// Room for n_tokens tokens. The text graph does not outlive a cache's memory.
 mllama_status sequence_grow(mllama_context * ctx, sequence * s, int32_t n_tokens);
 mllama_status sequence_find(const mllama_context * ctx, int32_t number, sequence ** s);
 

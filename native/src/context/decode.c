@@ -1,4 +1,4 @@
-// Tokens to logits: of one sequence, or of many that go on together.
+// Tokens to logits: of one sequence, or of many together.
 #include "context/context.h"
 #include "finite.h"
 #include "guard.h"

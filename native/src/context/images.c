@@ -31,7 +31,7 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sch
 }
 
 // The scheduler lives for this call only: its buffers are large, and text needs the memory next.
-// pixels NULL: only the buffers are made, for any picture with n_tiles.
+// pixels NULL: only the buffers are made, for any image with n_tiles.
 mllama_status context_encode(mllama_context * ctx, const float * pixels, int32_t n_tiles, int32_t aspect_ratio_id,
                              float * states) {
     const mllama_model *   model  = ctx->model;

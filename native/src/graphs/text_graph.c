@@ -17,7 +17,7 @@
 // rows of the images before it. Tokens before the first image see none: for them the cross-attention layers are left
 // out, and x passes through them unchanged. Text after another image needs another item, with another n_rows or slot.
 //
-// Several items are sequences that go on together: the weights are read once for all their columns. Columns:
+// Several items are sequences that compute together: the weights are read once for all their columns. Columns:
 //
 //     item 0 ... with images, same slot next to each other ... | items without images ...
 //     <------------- cross-attention layers compute these ----->

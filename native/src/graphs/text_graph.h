@@ -17,7 +17,7 @@ typedef struct text_item {
     int32_t            logits;     // mllama_logits
 } text_item;
 
-// Columns of logits of so many tokens. mode: mllama_logits
+// Columns of logits of n_tokens tokens. mode: mllama_logits
 static inline int64_t text_n_logits(int32_t mode, int64_t n_tokens) {
     return mode == MLLAMA_LOGITS_ALL ? n_tokens : mode == MLLAMA_LOGITS_LAST ? 1 : 0;
 }

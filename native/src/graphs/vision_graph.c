@@ -21,7 +21,7 @@ typedef struct encoder {
     graph *                g;
     const mllama_model *   model;
     const mllama_hparams * p;
-    int64_t                n_used, tiles; // tiles of the picture; tiles that are computed
+    int64_t                n_used, tiles; // tiles of the image; tiles that are computed
     int64_t                n_real;        // tokens that are not pads
     compute_env            env;           // kernel NULL: ggml's own operations
     cpu_attention *        next_attention;

@@ -15,7 +15,7 @@ typedef struct vision_graph {
     cpu_linear *         linears;         // the same for linear layers, as they come
 } vision_graph;
 
-// aspect_ratio_id: 0 for a graph that no picture of n_used tiles exceeds. env->kernel: for an encoder on the CPU.
+// aspect_ratio_id: 0 for a graph that no image of n_used tiles exceeds. env->kernel: for an encoder on the CPU.
 mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id,
                                  const compute_env * env, vision_graph * graph);
 void          vision_graph_free(vision_graph * graph);
