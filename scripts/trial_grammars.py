@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hostile schemas and grammars against child processes of 2 GiB of memory: none may die, hang or ignore Ctrl-C.
+"""Hostile schemas and grammars against child processes of 2 GiB: none may die, hang or ignore Ctrl-C.
 
     python scripts/trial_grammars.py [--cases N] [--seed TEXT] [--tokens N] [--reply N] [--only CASE ...]
 

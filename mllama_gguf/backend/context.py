@@ -108,8 +108,8 @@ class LocalContext(OneProcess):
             self._callbacks.check(status)
 
     def reserve_many(self, n_sequences: int, n_ctx: int, n_tiles: Sequence[int]) -> None:
-        """Measure n_sequences sequences of n_ctx tokens, each with a group of images with these tiles, and the
-        steps that they compute together. Only for a model opened with no_alloc. Raises RequestError."""
+        """Measure n_sequences sequences of n_ctx tokens, each with a group of images with these tiles, and
+        the steps that they compute together. Only for a model opened with no_alloc. Raises RequestError."""
         tiles = self.native.ffi.new("int32_t[]", list(n_tiles) or 1)
         with self.handle as pointer:
             status = self.native.lib.mllama_reserve_many(

@@ -112,8 +112,8 @@ class Sidecars:
         log:     a file of our own that keeps what was written; None: there is none
         inputs:  other files that the run reads or writes, none of which may be a caption file
 
-        Raises RequestError for a text that is not a suffix or is one of images, and for a caption file that is
-        an input.
+        Raises RequestError for a text that is not a suffix or is one of images, and for a caption file that
+        is an input.
         """
         check_suffix(suffix)
         self._suffix = suffix

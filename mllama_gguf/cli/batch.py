@@ -294,7 +294,7 @@ def _in_words(summary: Summary, errors: Path) -> str:
     parts += [f"{s.failed} failed, see {os.fspath(errors)}"] if s.failed else []
     left = s.images - s.captioned - s.duplicates - s.done_before - s.failed
     parts += [f"{left} left"] if left else []
-    lines = [f"{s.images} images: {', '.join(parts)}"]
+    lines = [f"{s.images} image{'' if s.images == 1 else 's'}: {', '.join(parts)}"]
     if s.captioned:
         phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("encode", "prompt", "decode", "wait"))
         lines.append(

@@ -47,7 +47,10 @@ class Metrics:
             registry=r,
         )
         self.encode_seconds = Histogram(
-            "mllama_image_encode_seconds", "To encode or find the images of a prompt.", buckets=_LONG, registry=r
+            "mllama_image_encode_seconds",
+            "To encode or find the images of a prompt.",
+            buckets=_LONG,
+            registry=r,
         )
         self.loaded = Gauge("mllama_model_loaded", "1 if the model is in memory.", ("model",), registry=r)
         self.loads = Counter("mllama_loads", "Models loaded.", registry=r)

@@ -136,7 +136,7 @@ class Vocab(OneProcess):
         raise RequestError(f"text of {len(data)} bytes cannot be tokenized")
 
     def _cut(self, text: str) -> Iterator[str]:
-        """The text in pieces that give the same tokens as all of it, because Ctrl-C and `abort` cannot stop C."""
+        """The text in pieces that give the same tokens as all of it: Ctrl-C and `abort` cannot stop C."""
         start = 0
         while len(text) - start > PIECE:
             cut = self._ends.search(text, start + PIECE, start + MAX_PIECE)

@@ -235,7 +235,7 @@ def test_help_and_tables_in_small_encodings(encoding: str, monkeypatch: pytest.M
 def test_narrow_and_dumb_terminals(columns: int, env: dict[str, str], tmp_path: Path) -> None:
     shutil.copy(APPLE, tmp_path / "a.png")
     out = on_terminal("caption", "a.png", "--out", "c.jsonl", cwd=tmp_path, columns=columns, **env)
-    assert b"1 images: 1 captioned" in out.replace(b"\r\n", b"")
+    assert b"1 image: 1 captioned" in out.replace(b"\r\n", b"")
     if env.get("TERM") in ("dumb", "unknown"):
         assert b"\x1b" not in out
     if "NO_COLOR" in env:

@@ -42,10 +42,10 @@ def text_of(found: Any) -> str:
 
 
 @pytest.mark.parametrize("path", ["/ui", "/"])
-def test_a_conversation_about_a_picture(opening: Any, served: Running, artefacts: Path, path: str) -> None:
+def test_a_conversation_about_an_image(opening: Any, served: Running, artefacts: Path, path: str) -> None:
     one = opening(served.url, path)
     page = one.page
-    expect(page.get_by_role("heading", name="What is in your picture?")).to_be_visible()
+    expect(page.get_by_role("heading", name="What is in your image?")).to_be_visible()
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
     page.set_input_files("#files", EXAMPLES / "apple.png")
     page.get_by_role("textbox", name="Your question").fill("What is this?")
@@ -59,7 +59,7 @@ def test_a_conversation_about_a_picture(opening: Any, served: Running, artefacts
     page.screenshot(path=artefacts / f"page-{'root' if path == '/' else 'ui'}.png")
     asked, again = one.bodies
     assert asked["model"] == "demo:latest"
-    # The bytes of the file itself, and the same picture before the second question.
+    # The bytes of the file itself, and the same image before the second question.
     assert base64.b64decode(asked["messages"][0]["images"][0]) == (EXAMPLES / "apple.png").read_bytes()
     assert again["messages"][0] == asked["messages"][0]
     assert [message["role"] for message in again["messages"]] == ["user", "assistant", "user"]
@@ -67,7 +67,7 @@ def test_a_conversation_about_a_picture(opening: Any, served: Running, artefacts
     assert again["messages"][2] == {"role": "user", "content": "Which colour has it?"}
 
 
-def test_pictures_come_in_by_each_way(opening: Any, served: Running) -> None:
+def test_images_come_in_by_each_way(opening: Any, served: Running) -> None:
     one = opening(served.url)
     page = one.page
     data = (EXAMPLES / "apple.png").read_bytes()
@@ -81,19 +81,19 @@ def test_pictures_come_in_by_each_way(opening: Any, served: Running) -> None:
     expect(page.locator("#tray li")).to_have_count(3)
     page.get_by_role("button", name="Remove pasted.png").click()
     expect(page.locator("#tray li")).to_have_count(2)
-    put(page, "main", "drop", "notes.txt", "text/plain", b"not a picture")
-    expect(page.get_by_role("alert")).to_contain_text("Not a picture: notes.txt.")
+    put(page, "main", "drop", "notes.txt", "text/plain", b"not an image")
+    expect(page.get_by_role("alert")).to_contain_text("Not an image: notes.txt.")
     page.get_by_role("button", name="Send").click()
     turn(page)
     (message,) = one.bodies[0]["messages"]
-    assert message["content"] == "Describe these pictures."
+    assert message["content"] == "Describe these images."
     assert [base64.b64decode(image) for image in message["images"]] == [
         data,
         (EXAMPLES / "tall.png").read_bytes(),
     ]
 
 
-def test_a_picture_that_no_browser_shows_is_sent(opening: Any, served: Running, tmp_path: Path) -> None:
+def test_an_image_that_no_browser_shows_is_sent(opening: Any, served: Running, tmp_path: Path) -> None:
     path = tmp_path / "scan.tiff"
     Image.open(EXAMPLES / "apple.png").save(path)
     one = opening(served.url)
@@ -127,7 +127,7 @@ def test_json_by_a_schema(opening: Any, served: Running) -> None:
 
 
 def test_text_of_the_model_is_never_html(opening: Any, fake: Any) -> None:
-    """A picture can hold text that makes the model write this."""
+    """An image can hold text that makes the model write this."""
     hostile = (
         '<img src=x onerror="window.hacked=1"> **<script>window.hacked=2</script>**\n\n'
         "- <b onclick=alert(1)>item</b>\n# <iframe src=javascript:alert(1)>\n`<svg/onload=alert(1)>`\n"
@@ -213,7 +213,7 @@ def test_figures_are_of_the_last_object(opening: Any, fake: Any) -> None:
 def test_errors_in_words(opening: Any, served: Running, fake: Any) -> None:
     one = opening(served.url)
     page = one.page
-    broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nno picture"}
+    broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\nno image"}
     page.set_input_files("#files", [broken])
     page.get_by_role("button", name="Send").click()
     expect(turn(page, 1, "failed").locator(".problem")).to_contain_text("image")
@@ -257,7 +257,7 @@ def test_the_model_is_chosen_and_remembered(opening: Any, served: Running) -> No
     expect(choice).to_have_value("other:latest")
 
 
-def test_copy_a_new_conversation_and_a_large_picture(opening: Any, served: Running) -> None:
+def test_copy_a_new_conversation_and_a_large_image(opening: Any, served: Running) -> None:
     one = opening(served.url, permissions=["clipboard-read", "clipboard-write"])
     page = one.page
     page.set_input_files("#files", EXAMPLES / "apple.png")
@@ -280,7 +280,7 @@ def test_copy_a_new_conversation_and_a_large_picture(opening: Any, served: Runni
     expect(page.locator("#empty")).to_be_visible()
 
 
-def test_a_large_picture_keeps_its_pixels(opening: Callable[..., Any], fake: Any) -> None:
+def test_a_large_image_keeps_its_pixels(opening: Callable[..., Any], fake: Any) -> None:
     data = BytesIO()
     Image.effect_noise((2000, 1400), 40).convert("RGB").save(data, "JPEG", quality=90)
     one = opening(fake.url)

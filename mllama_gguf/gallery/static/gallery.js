@@ -38,7 +38,7 @@
     return `data:image/jpeg;base64,${lines[number % BLOCK]}`;
   };
 
-  const picture = (number, alt) => {
+  const imageElement = (number, alt) => {
     const image = make("img");
     image.decoding = "async";
     image.alt = alt;
@@ -56,7 +56,7 @@
     const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
     icon.setAttribute("class", "icon");
     icon.setAttribute("aria-hidden", "true");
-    use.setAttribute("href", "#i-picture");
+    use.setAttribute("href", "#i-image");
     icon.append(use);
     box.append(icon, make("span", "", one.unseen === "missing" ? "The image is missing" : one.unseen));
     return box;
@@ -79,7 +79,7 @@
   const fill = (card, number) => {
     const one = entries[number];
     const frame = make("span", "frame");
-    frame.append(one.unseen ? gone(one) : picture(number, ""));
+    frame.append(one.unseen ? gone(one) : imageElement(number, ""));
     const parts = pairs(one.caption);
     const text = make("span", one.error ? "text error" : "text");
     text.dir = "auto";
@@ -146,7 +146,7 @@
     const one = entries[number];
     current = number;
     byId("name").replaceChildren(make("bdi", "", one.name));
-    byId("seen").replaceChildren(one.unseen ? gone(one) : picture(number, one.name));
+    byId("seen").replaceChildren(one.unseen ? gone(one) : imageElement(number, one.name));
     const words = byId("words");
     words.dir = "auto";
     words.className = one.error ? "error" : "";

@@ -43,8 +43,8 @@ async function ask(path, options = {}) {
     const length = options.body?.length ?? 0;
     throw new ApiError(
       length > LARGE
-        ? `The server closed the connection. The question and its pictures have ${Math.round(length / 1e6)} MB; ` +
-          "fewer pictures, or a new conversation, may help."
+        ? `The server closed the connection. The question and its images have ${Math.round(length / 1e6)} MB; ` +
+          "fewer images, or a new conversation, may help."
         : "The server cannot be reached. Is mllama serve still running?",
     );
   }

@@ -1,4 +1,4 @@
-// The page: a conversation about pictures with a model of this server.
+// The page: a conversation about images with a model of this server.
 
 import { ApiError, chat, hasKey, models, setKey } from "./api.js";
 import * as form from "./form.js";
@@ -6,8 +6,8 @@ import * as intake from "./intake.js";
 import { Turn } from "./turn.js";
 
 const byId = (id) => document.getElementById(id);
-const DEFAULT_QUESTION = "Describe this picture.";
-const DEFAULT_QUESTIONS = "Describe these pictures.";
+const DEFAULT_QUESTION = "Describe this image.";
+const DEFAULT_QUESTIONS = "Describe these images.";
 
 const question = byId("question");
 const select = byId("model");
@@ -154,7 +154,7 @@ function showState() {
   const many = intake.images.length > 1;
   question.placeholder = intake.images.length
     ? many ? DEFAULT_QUESTIONS : DEFAULT_QUESTION
-    : hasTalk ? "Ask more about it" : "Ask about a picture";
+    : hasTalk ? "Ask more about it" : "Ask about an image";
   turns.forEach((turn, i) => turn.offer(i === turns.length - 1 && !isWriting));
   document.body.classList.toggle("ready", intake.images.length > 0);
 }
@@ -229,7 +229,7 @@ function again(turn) {
   question.focus();
 }
 
-// Its question and pictures go back to where one writes; the turn goes away.
+// Its question and images go back to where one writes; the turn goes away.
 function edit(turn) {
   if (writing) return;
   turns.splice(turns.indexOf(turn), 1);
@@ -254,7 +254,7 @@ function renew(images = []) {
   question.focus();
 }
 
-// ---- a picture, large
+// ---- an image, large
 
 function show(image) {
   const dialog = byId("viewer");

@@ -1,12 +1,12 @@
-// Pictures: the files as they are. Nothing is scaled or converted, so that the model sees the pixels of the file.
+// Images: the files as they are. Nothing is scaled or converted, so that the model sees the pixels of the file.
 
 const ENDINGS = /\.(jpe?g|jpe|png|gif|webp|bmp|tiff?|heic|heif|avif|jxl|jp2|ico|mpo)$/i;
-const MOST = 16; // pictures in one request
+const MOST = 16; // images in one request
 
 export class InputImage {
   constructor(file) {
     this.file = file;
-    this.name = file.name || "Pasted picture";
+    this.name = file.name || "Pasted image";
     this.url = URL.createObjectURL(file);
     this.text = null;
   }
@@ -39,7 +39,7 @@ export class InputImage {
   #placeholder() {
     const box = document.createElement("span");
     box.className = "unshown";
-    box.title = "The browser cannot show this kind of picture. It is sent as it is.";
+    box.title = "The browser cannot show this kind of image. It is sent as it is.";
     const kind = document.createElement("b");
     kind.textContent = (/\.(\w{1,5})$/.exec(this.name)?.[1] ?? "file").toUpperCase();
     const name = document.createElement("span");
@@ -49,7 +49,7 @@ export class InputImage {
   }
 }
 
-// The pictures among files, and words about those that are none, or null.
+// The images among files, and words about those that are none, or null.
 export function take(files, nKept) {
   const found = [];
   const others = [];
@@ -62,8 +62,8 @@ export function take(files, nKept) {
     else found.push(new InputImage(file));
   }
   const words = [];
-  if (others.length) words.push(`Not ${others.length > 1 ? "pictures" : "a picture"}: ${some(others)}.`);
-  if (rest.length) words.push(`A conversation takes ${MOST} pictures; left out: ${some(rest)}.`);
+  if (others.length) words.push(`Not ${others.length > 1 ? "images" : "an image"}: ${some(others)}.`);
+  if (rest.length) words.push(`A conversation takes ${MOST} images; left out: ${some(rest)}.`);
   return { found, words: words.join(" ") || null };
 }
 

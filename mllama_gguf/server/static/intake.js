@@ -1,4 +1,4 @@
-// Pictures come in: chosen, photographed, dropped, pasted. And the pictures of the next question.
+// Images come in: chosen, photographed, dropped, pasted. And the images of the next question.
 
 import { take } from "./images.js";
 
@@ -10,7 +10,7 @@ let changed = () => {};
 let say = () => {};
 let counted = () => 0;
 
-// onChange(): pictures were added or removed; notice(words); nBefore(): pictures in the conversation
+// onChange(): images were added or removed; notice(words); nBefore(): images in the conversation
 export function setUp({ onChange, notice, nBefore }) {
   changed = onChange;
   say = notice;
@@ -26,7 +26,7 @@ export function setUp({ onChange, notice, nBefore }) {
   }
   document.addEventListener("paste", (event) => {
     const data = event.clipboardData;
-    // Programs for texts put a picture of the text beside it: the text is meant.
+    // Programs for texts put an image of the text beside it: the text is meant.
     if (!data?.files.length || (data.getData("text/plain") && event.target.localName === "textarea")) return;
     event.preventDefault();
     add(data.files);
@@ -60,7 +60,7 @@ function setUpDrop() {
     if (!holds(event)) return;
     event.preventDefault();
     if (event.dataTransfer.files.length) add(event.dataTransfer.files);
-    else say("That was an address, no file. Save the picture first, then drop the file.");
+    else say("That was an address, no file. Save the image first, then drop the file.");
   });
 }
 
@@ -71,13 +71,13 @@ function add(files) {
   if (found.length) byId("question").focus({ preventScroll: true });
 }
 
-// More pictures for the next question.
+// More images for the next question.
 export function put(more) {
   images.push(...more);
   draw();
 }
 
-// Take the pictures out: they are asked about.
+// Take the images out: they are asked about.
 export function takeAll() {
   const all = images.splice(0);
   draw();

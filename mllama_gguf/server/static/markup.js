@@ -1,5 +1,5 @@
 // Text of a model as elements: paragraphs, lists, headings, code, bold. Every word goes in as text, so that nothing that
-// a picture makes the model write can become an element of another kind.
+// an image makes the model write can become an element of another kind.
 
 const ITEM = /^(\s*)([-*•+]|\d{1,3}[.)])\s+(.*)$/;
 const INLINE = /(`[^`\n]+`)|(\*\*[^\s*](?:[^\n]*?[^\s])?\*\*)/g;

@@ -133,7 +133,7 @@ export class Turn {
   #tell() {
     if (!this.isOpen) return;
     const passed = (performance.now() - this.started) / 1000;
-    const looks = this.images.length > 1 ? "Looking at the pictures" : this.images.length ? "Looking at the picture" : "Thinking";
+    const looks = this.images.length > 1 ? "Looking at the images" : this.images.length ? "Looking at the image" : "Thinking";
     const words = this.state === "writing" ? "Writing" : looks;
     this.parts.doing.textContent = passed < 2 ? words : `${words} · ${seconds(Math.floor(passed)).replace(".0", "")}`;
   }
