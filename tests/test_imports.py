@@ -150,6 +150,19 @@ def test_no_file_is_long() -> None:
     assert {path: n for path, n in lines.items() if n > 400 and path.parent.name != "lib"} == {}
 
 
+def test_no_line_of_c_is_long() -> None:
+    """120 columns; ruff holds Python to its 110."""
+    native = Path(__file__).parents[1] / "native"
+    paths = [path for path in native.rglob("*") if path.suffix in {".c", ".cpp", ".h", ".hpp"}]
+    assert {path.parts[len(native.parts)] for path in paths} == {"include", "src", "tests", "fuzz"}
+    lines = {
+        f"{path}:{number}": len(line)
+        for path in paths
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+    }
+    assert {place: n for place, n in lines.items() if n > 120} == {}
+
+
 def test_no_circles() -> None:
     assert circle(arrows(PACKAGE) - EXCEPTIONS) == []
 

@@ -21,6 +21,7 @@ from .terminal import echo, echo_json, is_live, name_on
 
 if TYPE_CHECKING:
     from ..batch.captions import CaptionOptions
+    from ..batch.failures import ErrorLog
     from ..batch.outputs import Output
     from ..batch.records import Record
     from ..batch.run import Report
@@ -41,10 +42,9 @@ def run_batch(
     """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
     from ..batch.failures import NAMES, error_log
     from ..batch.outputs import suffix_of
-    from ..batch.run import caption_images
     from ..batch.settings import SettingsFile, now, run_settings
     from ..batch.sidecars import check_suffix
-    from ..batch.sources import home_of, list_images, lists_among
+    from ..batch.sources import home_of, lists_among
     from ..errors import RequestError
 
     started = now()
@@ -59,14 +59,7 @@ def run_batch(
     ):
         raise RequestError(f"{settings.out}: failures are noted in a file of this name; give another --out")
     errors = error_log(home, _output_name(settings, home))
-    images = list_images(
-        sources,
-        recursive=settings.recursive,
-        sidecar=settings.sidecar,
-        full_name=settings.sidecar_full_name,
-        exclude=[*map(str, logs), *([settings.out] if settings.out else [])],
-        stdin=sys.stdin.buffer.read() if "-" in sources else b"",
-    )[: settings.limit]
+    images = _list_images(sources, settings, logs)
     named = [name for name in (choice.name, choice.mmproj) if name]
     lists = lists_among(sources, settings.sidecar, settings.sidecar_full_name)
     read: list[AnyPath] = [*inputs, *named, *logs, *lists]
@@ -80,24 +73,8 @@ def run_batch(
     try:
         done = list(output.records()) if settings.how == "skip" else []
         since = _since(settings, beside, mine, done, started)
-        with ExitStack() as stack, _reporter(as_json) as report:
-
-            def opened() -> Mllama:
-                stack.close()  # a model that lost its device
-                return stack.enter_context(open_chosen(choice, bar=False))
-
-            summary = caption_images(
-                images,
-                output,
-                opened,
-                options,
-                errors=errors,
-                report=report,
-                encode_ahead=settings.encode_ahead,
-                parallel=settings.parallel or 1,
-                redo=settings.redo,
-                unchanged_since=since,
-            )
+        with _reporter(as_json) as report:
+            summary = _caption(images, output, settings, options, choice, errors, report, since)
         failed = bool(summary.stopped)
         whole = not (summary.failed or summary.stopped or summary.interrupted)
         # Later runs look at what changed since: only if all that is there was looked at, and done.
@@ -111,6 +88,53 @@ def run_batch(
     if summary.interrupted:
         return 130
     return 3 if summary.failed or summary.stopped else 0
+
+
+def _list_images(sources: Sequence[str], settings: BatchSettings, logs: Sequence[Path]) -> list[str]:
+    """The images of the sources. logs: files for failures, which a pattern may name too"""
+    from ..batch.sources import list_images
+
+    return list_images(
+        sources,
+        recursive=settings.recursive,
+        sidecar=settings.sidecar,
+        full_name=settings.sidecar_full_name,
+        exclude=[*map(str, logs), *([settings.out] if settings.out else [])],
+        stdin=sys.stdin.buffer.read() if "-" in sources else b"",
+    )[: settings.limit]
+
+
+def _caption(
+    images: Sequence[str],
+    output: Output,
+    settings: BatchSettings,
+    options: CaptionOptions,
+    choice: ModelChoice,
+    errors: ErrorLog,
+    report: Report,
+    since: float,
+) -> Summary:
+    """Caption the images with the chosen model. since: see `_since`"""
+    from ..batch.run import caption_images
+
+    with ExitStack() as stack:
+
+        def opened() -> Mllama:
+            stack.close()  # a model that lost its device
+            return stack.enter_context(open_chosen(choice, bar=False))
+
+        return caption_images(
+            images,
+            output,
+            opened,
+            options,
+            errors=errors,
+            report=report,
+            encode_ahead=settings.encode_ahead,
+            parallel=settings.parallel or 1,
+            redo=settings.redo,
+            unchanged_since=since,
+        )
 
 
 def _place(settings: BatchSettings, home: Path) -> tuple[Path, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -63,56 +63,68 @@ def _writer(
     w.add_uint32("general.file_type", TARGETS[file_type].file_type if file_type in TARGETS else _ALL_F32)
     w.add_uint32("general.quantization_version", QUANTIZATION_VERSION)
     w.add_string("mllama.converter", f"mllama_gguf {_version()}")
-    integers = gguf.GGUFValueType.INT32
-
-    def int_array(key: str, values: tuple[int, ...] | list[int]) -> None:
-        w.add_key_value(key, list(values), gguf.GGUFValueType.ARRAY, sub_type=integers)
-
     if "text" in parts:
-        w.add_uint32("mllama.vocab_size", shape.vocab_size)
-        w.add_uint32("mllama.context_length", shape.n_ctx)
-        w.add_uint32("mllama.embedding_length", shape.n_embd)
-        w.add_uint32("mllama.block_count", shape.n_layer)
-        w.add_uint32("mllama.feed_forward_length", shape.n_ff)
-        w.add_uint32("mllama.attention.head_count", shape.n_head)
-        w.add_uint32("mllama.attention.head_count_kv", shape.n_head_kv)
-        if shape.head_dim * shape.n_head != shape.n_embd:
-            w.add_uint32("mllama.attention.key_length", shape.head_dim)
-            w.add_uint32("mllama.attention.value_length", shape.head_dim)
-        w.add_float32("mllama.attention.layer_norm_rms_epsilon", shape.rms_eps)
-        int_array("mllama.attention.cross_attention_layers", shape.cross_layers)
-        w.add_float32("mllama.rope.freq_base", shape.rope_theta)
-        w.add_uint32("mllama.rope.dimension_count", shape.head_dim)
+        _add_text_keys(w, shape)
     if "vision" in parts:
-        w.add_uint32("mllama.vision.image_size", shape.image_size)
-        w.add_uint32("mllama.vision.patch_size", shape.patch_size)
-        w.add_uint32("mllama.vision.num_channels", shape.channels)
-        w.add_uint32("mllama.vision.max_num_tiles", shape.max_tiles)
-        w.add_uint32("mllama.vision.embedding_length", shape.vision_embd)
-        w.add_uint32("mllama.vision.block_count", shape.vision_layers)
-        w.add_uint32("mllama.vision.global.block_count", shape.vision_global_layers)
-        w.add_uint32("mllama.vision.feed_forward_length", shape.vision_ff)
-        w.add_uint32("mllama.vision.attention.head_count", shape.vision_head)
-        w.add_float32("mllama.vision.attention.layer_norm_epsilon", shape.vision_eps)
-        w.add_uint32("mllama.vision.projection_dim", shape.n_embd)
-        int_array("mllama.vision.intermediate_layers_indices", shape.intermediate)
+        _add_vision_keys(w, shape)
     if "text" in parts:
-        w.add_string("tokenizer.ggml.model", "gpt2")
-        w.add_string("tokenizer.ggml.pre", tokenizer.pre)
-        w.add_array("tokenizer.ggml.tokens", tokenizer.tokens)
-        int_array("tokenizer.ggml.token_type", tokenizer.types)
-        w.add_array("tokenizer.ggml.merges", tokenizer.merges)
-        for role, i in tokenizer.special.items():
-            w.add_uint32(f"tokenizer.ggml.{role}_token_id", i)
-        int_array("tokenizer.ggml.eos_token_ids", tokenizer.eos_ids)
-        w.add_bool("tokenizer.ggml.add_bos_token", tokenizer.add_bos)
-        if tokenizer.chat_template:
-            w.add_string("tokenizer.chat_template", tokenizer.chat_template)
-
+        _add_tokenizer_keys(w, tokenizer)
     for t in tensors:
         kind = gguf.GGMLQuantizationType[t.type.upper()]
         w.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.n_bytes, raw_dtype=kind)
     return w
+
+
+def _add_text_keys(w: Any, shape: Shape) -> None:
+    w.add_uint32("mllama.vocab_size", shape.vocab_size)
+    w.add_uint32("mllama.context_length", shape.n_ctx)
+    w.add_uint32("mllama.embedding_length", shape.n_embd)
+    w.add_uint32("mllama.block_count", shape.n_layer)
+    w.add_uint32("mllama.feed_forward_length", shape.n_ff)
+    w.add_uint32("mllama.attention.head_count", shape.n_head)
+    w.add_uint32("mllama.attention.head_count_kv", shape.n_head_kv)
+    if shape.head_dim * shape.n_head != shape.n_embd:
+        w.add_uint32("mllama.attention.key_length", shape.head_dim)
+        w.add_uint32("mllama.attention.value_length", shape.head_dim)
+    w.add_float32("mllama.attention.layer_norm_rms_epsilon", shape.rms_eps)
+    _add_integers(w, "mllama.attention.cross_attention_layers", shape.cross_layers)
+    w.add_float32("mllama.rope.freq_base", shape.rope_theta)
+    w.add_uint32("mllama.rope.dimension_count", shape.head_dim)
+
+
+def _add_vision_keys(w: Any, shape: Shape) -> None:
+    w.add_uint32("mllama.vision.image_size", shape.image_size)
+    w.add_uint32("mllama.vision.patch_size", shape.patch_size)
+    w.add_uint32("mllama.vision.num_channels", shape.channels)
+    w.add_uint32("mllama.vision.max_num_tiles", shape.max_tiles)
+    w.add_uint32("mllama.vision.embedding_length", shape.vision_embd)
+    w.add_uint32("mllama.vision.block_count", shape.vision_layers)
+    w.add_uint32("mllama.vision.global.block_count", shape.vision_global_layers)
+    w.add_uint32("mllama.vision.feed_forward_length", shape.vision_ff)
+    w.add_uint32("mllama.vision.attention.head_count", shape.vision_head)
+    w.add_float32("mllama.vision.attention.layer_norm_epsilon", shape.vision_eps)
+    w.add_uint32("mllama.vision.projection_dim", shape.n_embd)
+    _add_integers(w, "mllama.vision.intermediate_layers_indices", shape.intermediate)
+
+
+def _add_tokenizer_keys(w: Any, tokenizer: Tokenizer) -> None:
+    w.add_string("tokenizer.ggml.model", "gpt2")
+    w.add_string("tokenizer.ggml.pre", tokenizer.pre)
+    w.add_array("tokenizer.ggml.tokens", tokenizer.tokens)
+    _add_integers(w, "tokenizer.ggml.token_type", tokenizer.types)
+    w.add_array("tokenizer.ggml.merges", tokenizer.merges)
+    for role, i in tokenizer.special.items():
+        w.add_uint32(f"tokenizer.ggml.{role}_token_id", i)
+    _add_integers(w, "tokenizer.ggml.eos_token_ids", tokenizer.eos_ids)
+    w.add_bool("tokenizer.ggml.add_bos_token", tokenizer.add_bos)
+    if tokenizer.chat_template:
+        w.add_string("tokenizer.chat_template", tokenizer.chat_template)
+
+
+def _add_integers(w: Any, key: str, values: Sequence[int]) -> None:
+    from gguf import GGUFValueType
+
+    w.add_key_value(key, list(values), GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
 
 
 def _write_file(

@@ -55,126 +55,139 @@ class Shape:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def read_shape(checkpoint: Checkpoint) -> Shape:
-    """Read and check config.json. Missing values get the defaults of transformers."""
-    file, config = checkpoint.config_file, checkpoint.config
+class _Section:
+    """An object of config.json, read with checks. Missing values get the defaults of transformers."""
 
-    def fail(key: str, value: object, why: str) -> ModelError:
-        return ModelError(f"{file}: {key} = {value!r}: {why}")
+    def __init__(self, file: Path, name: str, values: object) -> None:
+        """name: where it is in the file; "": it is the whole"""
+        self._file, self._name = file, name
+        if not isinstance(values, dict):
+            raise ModelError(f"{file}: {name} = {values!r}: an object is expected")
+        self.values: dict[str, Any] = values
 
-    if config.get("model_type") != "mllama":
-        raise fail("model_type", config.get("model_type"), "only mllama (Llama 3.2 Vision) is supported")
-    text, vision = config.get("text_config"), config.get("vision_config")
-    if not isinstance(text, dict):
-        raise fail("text_config", text, "an object is expected")
-    if not isinstance(vision, dict):
-        raise fail("vision_config", vision, "an object is expected")
+    def fail(self, key: str, value: object, why: str) -> ModelError:
+        """The error about a value."""
+        return ModelError(f"{self._file}: {self._name}{'.' if self._name else ''}{key} = {value!r}: {why}")
 
-    def count(section: dict[str, Any], name: str, key: str, default: int) -> int:
-        value = section.get(key, default)
+    def count(self, key: str, default: int) -> int:
+        """A whole number above 0."""
+        value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise fail(f"{name}.{key}", value, "a positive whole number is expected")
+            raise self.fail(key, value, "a positive whole number is expected")
         return value
 
-    def real(section: dict[str, Any], name: str, key: str, default: float) -> float:
-        value = section.get(key, default)
+    def real(self, key: str, default: float) -> float:
+        """A finite number above 0."""
+        value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise fail(f"{name}.{key}", value, "a positive number is expected")
+            raise self.fail(key, value, "a positive number is expected")
         return float(value)
 
-    def indices(
-        section: dict[str, Any], name: str, key: str, below: int, default: list[int]
-    ) -> tuple[int, ...]:
-        value = section.get(key, default)
+    def layers(self, key: str, below: int, default: list[int]) -> tuple[int, ...]:
+        """Numbers of layers, in rising order."""
+        value = self.values.get(key, default)
         if not isinstance(value, list) or not all(isinstance(i, int) and 0 <= i < below for i in value):
-            raise fail(f"{name}.{key}", value, f"a list of layers below {below} is expected")
+            raise self.fail(key, value, f"a list of layers below {below} is expected")
         if not value or value != sorted(set(value)):
             # Meta's encoder goes through its layers and keeps those named: order and repetition mean nothing.
-            raise fail(f"{name}.{key}", value, "different layers in rising order are expected")
+            raise self.fail(key, value, "different layers in rising order are expected")
         return tuple(value)
 
-    t, v = "text_config", "vision_config"
-    vocab_size = count(text, t, "vocab_size", 128256)
-    n_embd, n_layer = count(text, t, "hidden_size", 4096), count(text, t, "num_hidden_layers", 40)
-    n_head = count(text, t, "num_attention_heads", 32)
-    n_head_kv = count(text, t, "num_key_value_heads", 8)
-    head_dim = count(text, t, "head_dim", n_embd // n_head)
-    if n_head % n_head_kv:
-        raise fail(f"{t}.num_key_value_heads", n_head_kv, f"does not divide the {n_head} heads")
-    if head_dim % 2:
-        raise fail(f"{t}.head_dim", head_dim, "RoPE needs an even number")
-    if text.get("hidden_act", "silu") != "silu":
-        raise fail(f"{t}.hidden_act", text["hidden_act"], "only silu is supported")
-    # transformers 5 keeps theta and scaling together in rope_parameters.
-    rope = text.get("rope_parameters") or text.get("rope_scaling")
-    if rope is not None and not isinstance(rope, dict):
-        raise fail(f"{t}.rope_scaling", rope, "an object is expected")
-    theta_section = rope if rope and "rope_theta" in rope else text
-    cross = indices(text, t, "cross_attention_layers", n_layer, [3, 8, 13, 18, 23, 28, 33, 38])
+    def check_only(self, key: str, supported: str) -> None:
+        """Raise ModelError for another value than the one that is supported."""
+        if self.values.get(key, supported) != supported:
+            raise self.fail(key, self.values[key], f"only {supported} is supported")
 
-    image_token_id = config.get("image_token_index", config.get("image_token_id", vocab_size))
-    if (
-        isinstance(image_token_id, bool)
-        or not isinstance(image_token_id, int)
-        or not 0 <= image_token_id <= vocab_size
-    ):
-        raise fail("image_token_index", image_token_id, f"a token up to {vocab_size} is expected")
 
-    if vision.get("hidden_act", "gelu") != "gelu":
-        raise fail(f"{v}.hidden_act", vision["hidden_act"], "only gelu is supported")
-    vision_eps = real(vision, v, "norm_eps", 1e-5)
-    if vision_eps != 1e-5:
-        # layernorm_pre and layernorm_post always have 1e-5; the file has one key for all norms.
-        raise fail(f"{v}.norm_eps", vision_eps, "only 1e-5 is supported")
-    vision_embd = count(vision, v, "hidden_size", 1280)
-    # HF writes num_attention_heads or, as the attribute is named in its class, attention_heads.
-    vision_head = count(
-        vision, v, "attention_heads" if "attention_heads" in vision else "num_attention_heads", 16
-    )
-    if vision_embd % vision_head:
-        raise fail(f"{v}.num_attention_heads", vision_head, f"does not divide the width {vision_embd}")
-    image_size, patch_size = count(vision, v, "image_size", 448), count(vision, v, "patch_size", 14)
-    if image_size % patch_size:
-        raise fail(f"{v}.patch_size", patch_size, f"does not divide the image size {image_size}")
-    max_tiles = count(vision, v, "max_num_tiles", 4)
-    if max_tiles > 64:
-        raise fail(f"{v}.max_num_tiles", max_tiles, "at most 64 are supported")
-    grids = [list(grid) for grid in supported_grids(max_tiles)]
-    ratios = vision.get("supported_aspect_ratios")
-    if ratios is not None and ratios != grids:
-        raise fail(f"{v}.supported_aspect_ratios", ratios, f"{grids} are expected for {max_tiles} tiles")
-    vision_layers = count(vision, v, "num_hidden_layers", 32)
-    channels = count(vision, v, "num_channels", 3)
-    if channels != 3:
-        raise fail(f"{v}.num_channels", channels, "only 3 is supported")
-
+def read_shape(checkpoint: Checkpoint) -> Shape:
+    """Read and check config.json. Missing values get the defaults of transformers."""
+    file = checkpoint.config_file
+    config = _Section(file, "", checkpoint.config)
+    kind = config.values.get("model_type")
+    if kind != "mllama":
+        raise config.fail("model_type", kind, "only mllama (Llama 3.2 Vision) is supported")
+    text = _Section(file, "text_config", config.values.get("text_config"))
+    vision = _Section(file, "vision_config", config.values.get("vision_config"))
+    vocab_size = text.count("vocab_size", 128256)
+    given = config.values.get("image_token_index", config.values.get("image_token_id", vocab_size))
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= vocab_size:
+        raise config.fail("image_token_index", given, f"a token up to {vocab_size} is expected")
     return Shape(
-        vocab_size=vocab_size,
-        image_token_id=image_token_id,
-        n_embd=n_embd,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_head_kv=n_head_kv,
-        head_dim=head_dim,
-        n_ff=count(text, t, "intermediate_size", 14336),
-        n_ctx=count(text, t, "max_position_embeddings", 131072),
-        rms_eps=real(text, t, "rms_norm_eps", 1e-5),
-        rope_theta=real(theta_section, t, "rope_theta", 500000.0),
-        rope_scaling=rope,
-        cross_layers=cross,
-        vision_embd=vision_embd,
-        vision_layers=vision_layers,
-        vision_global_layers=count(vision, v, "num_global_layers", 8),
-        vision_head=vision_head,
-        vision_ff=count(vision, v, "intermediate_size", 5120),
-        vision_eps=vision_eps,
-        image_size=image_size,
-        patch_size=patch_size,
-        channels=channels,
-        max_tiles=max_tiles,
-        n_ratios=len(grids),
-        intermediate=indices(vision, v, "intermediate_layers_indices", vision_layers, [3, 7, 15, 23, 30]),
+        vocab_size=vocab_size, image_token_id=given, **_text_values(file, text), **_vision_values(vision)
     )
+
+
+def _text_values(file: Path, text: _Section) -> dict[str, Any]:
+    """The fields of `Shape` about the text model."""
+    n_embd, n_layer = text.count("hidden_size", 4096), text.count("num_hidden_layers", 40)
+    n_head, n_head_kv = text.count("num_attention_heads", 32), text.count("num_key_value_heads", 8)
+    head_dim = text.count("head_dim", n_embd // n_head)
+    if n_head % n_head_kv:
+        raise text.fail("num_key_value_heads", n_head_kv, f"does not divide the {n_head} heads")
+    if head_dim % 2:
+        raise text.fail("head_dim", head_dim, "RoPE needs an even number")
+    text.check_only("hidden_act", "silu")
+    # transformers 5 keeps theta and scaling together in rope_parameters.
+    rope = text.values.get("rope_parameters") or text.values.get("rope_scaling")
+    if rope is not None and not isinstance(rope, dict):
+        raise text.fail("rope_scaling", rope, "an object is expected")
+    theta = _Section(file, "text_config", rope) if rope and "rope_theta" in rope else text
+    return {
+        "n_embd": n_embd,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_head_kv": n_head_kv,
+        "head_dim": head_dim,
+        "n_ff": text.count("intermediate_size", 14336),
+        "n_ctx": text.count("max_position_embeddings", 131072),
+        "rms_eps": text.real("rms_norm_eps", 1e-5),
+        "rope_theta": theta.real("rope_theta", 500000.0),
+        "rope_scaling": rope,
+        "cross_layers": text.layers("cross_attention_layers", n_layer, [3, 8, 13, 18, 23, 28, 33, 38]),
+    }
+
+
+def _vision_values(vision: _Section) -> dict[str, Any]:
+    """The fields of `Shape` about the vision encoder."""
+    vision.check_only("hidden_act", "gelu")
+    eps = vision.real("norm_eps", 1e-5)
+    if eps != 1e-5:
+        # layernorm_pre and layernorm_post always have 1e-5; the file has one key for all norms.
+        raise vision.fail("norm_eps", eps, "only 1e-5 is supported")
+    embd = vision.count("hidden_size", 1280)
+    # HF writes num_attention_heads or, as the attribute is named in its class, attention_heads.
+    heads_key = "attention_heads" if "attention_heads" in vision.values else "num_attention_heads"
+    head = vision.count(heads_key, 16)
+    if embd % head:
+        raise vision.fail("num_attention_heads", head, f"does not divide the width {embd}")
+    image_size, patch_size = vision.count("image_size", 448), vision.count("patch_size", 14)
+    if image_size % patch_size:
+        raise vision.fail("patch_size", patch_size, f"does not divide the image size {image_size}")
+    max_tiles = vision.count("max_num_tiles", 4)
+    if max_tiles > 64:
+        raise vision.fail("max_num_tiles", max_tiles, "at most 64 are supported")
+    grids = [list(grid) for grid in supported_grids(max_tiles)]
+    ratios = vision.values.get("supported_aspect_ratios")
+    if ratios is not None and ratios != grids:
+        raise vision.fail("supported_aspect_ratios", ratios, f"{grids} are expected for {max_tiles} tiles")
+    channels = vision.count("num_channels", 3)
+    if channels != 3:
+        raise vision.fail("num_channels", channels, "only 3 is supported")
+    layers = vision.count("num_hidden_layers", 32)
+    return {
+        "vision_embd": embd,
+        "vision_layers": layers,
+        "vision_global_layers": vision.count("num_global_layers", 8),
+        "vision_head": head,
+        "vision_ff": vision.count("intermediate_size", 5120),
+        "vision_eps": eps,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "channels": channels,
+        "max_tiles": max_tiles,
+        "n_ratios": len(grids),
+        "intermediate": vision.layers("intermediate_layers_indices", layers, [3, 7, 15, 23, 30]),
+    }
 
 
 def rope_factors(shape: Shape, file: Path) -> npt.NDArray[np.float32] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,32 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
         or not isinstance(model.get("vocab"), dict)
     ):
         raise ModelError(f"{file}: model.type: only a BPE vocabulary is supported")
-    n_tokens = _n_tokens(file, data, checkpoint, shape)
+    tokens, types = _vocabulary(file, data, _n_tokens(file, data, checkpoint, shape), shape.image_token_id)
+    settings = checkpoint.json("tokenizer_config.json")
+    special, eos_ids = _special_tokens(file, checkpoint, settings, tokens)
+    add_bos = settings.get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        add_bos = _template_adds(data.get("post_processor"), tokens[special["bos"]])
+    if not model.get("ignore_merges", False):
+        logger.info(
+            "%s: model.ignore_merges is off, llama.cpp always treats llama-bpe as if it were on", file
+        )
+    return Tokenizer(
+        pre=_pre_tokenizer(file, data.get("pre_tokenizer")),
+        tokens=tokens,
+        types=types,
+        merges=_merges(file, model),
+        add_bos=add_bos,
+        special=special,
+        eos_ids=eos_ids,
+        chat_template=_chat_template(checkpoint, settings),
+    )
+
+
+def _vocabulary(
+    file: Path, data: Mapping[str, Any], n_tokens: int, image_token_id: int
+) -> tuple[list[str], list[int]]:
+    """The tokens by id, and their types. Ids without a token get one of their own."""
     tokens: list[str | None] = [None] * n_tokens
     types = [_UNUSED] * n_tokens
 
@@ -68,26 +93,27 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
             raise ModelError(f"{file}: tokens {tokens[i]!r} and {token!r} have the same id {i}")
         tokens[i], types[i] = token, kind
 
-    for token, i in model["vocab"].items():
+    for token, i in data["model"]["vocab"].items():
         put(token, i, _NORMAL)
     for entry in data.get("added_tokens") or []:
         if not isinstance(entry, dict):
             raise ModelError(f"{file}: added_tokens: an object is expected, not {entry!r}")
         put(entry.get("content"), entry.get("id"), _CONTROL if entry.get("special", True) else _USER_DEFINED)
-    if tokens[shape.image_token_id] is None:
-        tokens[shape.image_token_id] = IMAGE_TOKEN
-    if tokens[shape.image_token_id] != IMAGE_TOKEN:
-        other = tokens[shape.image_token_id]
+    other = tokens[image_token_id]
+    if other not in (None, IMAGE_TOKEN):
         raise ModelError(
-            f"{file}: token {shape.image_token_id} is {other!r}: the configuration says {IMAGE_TOKEN!r}"
+            f"{file}: token {image_token_id} is {other!r}: the configuration says {IMAGE_TOKEN!r}"
         )
-    types[shape.image_token_id] = _CONTROL
+    tokens[image_token_id], types[image_token_id] = IMAGE_TOKEN, _CONTROL
     names = [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)]
     ids = {token: i for i, token in enumerate(names)}
     if len(ids) != n_tokens:
         double = next(token for i, token in enumerate(names) if ids[token] != i)
         raise ModelError(f"{file}: token {double!r} occurs twice")
+    return names, types
 
+
+def _merges(file: Path, model: Mapping[str, Any]) -> list[str]:
     merges = []
     for merge in model.get("merges") or []:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -98,14 +124,20 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
         ):
             raise ModelError(f"{file}: merge {merge!r}: a pair of byte-level tokens is expected")
         merges.append(f"{pair[0]} {pair[1]}")
+    return merges
 
-    settings = checkpoint.json("tokenizer_config.json")
-    special_map = checkpoint.json("special_tokens_map.json")
+
+def _special_tokens(
+    file: Path, checkpoint: Checkpoint, settings: Mapping[str, Any], tokens: Sequence[str]
+) -> tuple[dict[str, int], list[int]]:
+    """The ids of special tokens by their role, and of all tokens that end a text."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    named = (settings, checkpoint.json("special_tokens_map.json"))
     generation = checkpoint.json("generation_config.json")
     text_config = checkpoint.config["text_config"]
 
     def token_id(role: str) -> int | None:
-        for section in (settings, special_map):
+        for section in named:
             value = section.get(f"{role}_token")
             content = value.get("content") if isinstance(value, dict) else value
             if content is not None:
@@ -117,44 +149,24 @@ def read_tokenizer(checkpoint: Checkpoint, shape: Shape) -> Tokenizer:
         for section in (generation, checkpoint.config, text_config):
             value = section.get(f"{role}_token_id")
             value = value[-1] if isinstance(value, list) and value else value
-            if isinstance(value, int) and 0 <= value < n_tokens:
+            if isinstance(value, int) and 0 <= value < len(tokens):
                 return value
         return None
 
-    special: dict[str, int] = {}
-    for name, found in (
-        ("bos", token_id("bos")),
-        ("eos", token_id("eos")),
-        ("eot", ids.get("<|eot_id|>")),
-        ("eom", ids.get("<|eom_id|>")),
-        ("padding", token_id("pad")),
-    ):
-        if found is not None:
-            special[name] = found
+    found = {
+        "bos": token_id("bos"),
+        "eos": token_id("eos"),
+        "eot": ids.get("<|eot_id|>"),
+        "eom": ids.get("<|eom_id|>"),
+        "padding": token_id("pad"),
+    }
+    special = {role: i for role, i in found.items() if i is not None}
     if "bos" not in special or "eos" not in special:
         raise ModelError(f"{checkpoint.directory}: tokenizer_config.json: bos_token or eos_token is missing")
     ends = generation.get("eos_token_id", text_config.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [ends]
-    eos_ids = {i for i in ends if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < n_tokens}
-    eos_ids.add(special["eos"])
-
-    add_bos = settings.get("add_bos_token")
-    if not isinstance(add_bos, bool):
-        add_bos = _template_adds(data.get("post_processor"), names[special["bos"]])
-    if not model.get("ignore_merges", False):
-        logger.info(
-            "%s: model.ignore_merges is off, llama.cpp always treats llama-bpe as if it were on", file
-        )
-    return Tokenizer(
-        pre=_pre_tokenizer(file, data.get("pre_tokenizer")),
-        tokens=names,
-        types=types,
-        merges=merges,
-        add_bos=add_bos,
-        special=special,
-        eos_ids=sorted(eos_ids),
-        chat_template=_chat_template(checkpoint, settings),
-    )
+    eos_ids = {i for i in ends if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < len(tokens)}
+    return special, sorted({*eos_ids, special["eos"]})
 
 
 def _n_tokens(file: Path, data: Mapping[str, Any], checkpoint: Checkpoint, shape: Shape) -> int:

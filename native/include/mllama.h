@@ -87,8 +87,8 @@ mllama_status mllama_rpc_add(const char * endpoint);
 mllama_status mllama_rpc_serve(const char * endpoint, const char * cache_dir, int32_t n_threads, int32_t n_devices,
                                const int32_t * devices);
 
-// Called with ggml's last message right before ggml ends the process, on any thread. NULL: print it to stderr. It is the
-// last resort: what a device's backend says in a call of this library is an error of that call.
+// Called with ggml's last message right before ggml ends the process, on any thread. NULL: print it to stderr. It is
+// the last resort: what a device's backend says in a call of this library is an error of that call.
 typedef void (*mllama_fatal_callback)(const char * words);
 void mllama_fatal_set(mllama_fatal_callback callback);
 

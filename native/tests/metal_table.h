@@ -46,7 +46,8 @@ inline bool supports(const ggml_tensor * op) {
         case GGML_OP_GLU:
             return ggml_get_glu_op(op) == GGML_GLU_OP_SWIGLU && ggml_is_contiguous_1(a) && is_half_or_float(a);
         case GGML_OP_ADD: case GGML_OP_MUL:
-            return ggml_is_contiguous_rows(a) && ggml_is_contiguous_rows(b) && is_half_or_float(a) && a->type == b->type;
+            return ggml_is_contiguous_rows(a) && ggml_is_contiguous_rows(b) && is_half_or_float(a) &&
+                   a->type == b->type;
         case GGML_OP_CONCAT:
             return a->type == b->type && a->type == op->type && is_half_or_float(a);
         case GGML_OP_SUM:

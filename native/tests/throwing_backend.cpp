@@ -54,7 +54,8 @@ bool refused(const ggml_tensor * op) {
         return true;
     }
     const char * names = std::getenv("STANDIN_REFUSES");
-    return names && ("," + std::string(names) + ",").find("," + std::string(ggml_op_desc(op)) + ",") != std::string::npos;
+    const std::string name = "," + std::string(ggml_op_desc(op)) + ",";
+    return names && ("," + std::string(names) + ",").find(name) != std::string::npos;
 }
 
 int index_of(ggml_backend_dev_t d) { return (int) (reinterpret_cast<abi::device *>(d) - devices); }
@@ -176,7 +177,8 @@ const abi::device_table device_functions = {
     nullptr, nullptr,
     [](ggml_backend_dev_t d, const ggml_tensor * op) {
         may_throw("supports_op", index_of(d));
-        return op->op != GGML_OP_CUSTOM && !refused(op) && ggml_backend_dev_supports_op(ggml_backend_get_device(cpu), op);
+        return op->op != GGML_OP_CUSTOM && !refused(op) &&
+               ggml_backend_dev_supports_op(ggml_backend_get_device(cpu), op);
     },
     [](ggml_backend_dev_t d, ggml_backend_buffer_type_t t) {
         may_throw("supports_buft", index_of(d));
