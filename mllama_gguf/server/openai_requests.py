@@ -96,11 +96,11 @@ def model_of(body: Mapping[str, Any]) -> str:
 
 
 def refuse_images(value: Mapping[str, Any], where: str) -> None:
-    """Fields that are not known have no effect, but a picture must not be lost. Raises Refused."""
+    """Fields that are not known have no effect, but an image must not be lost. Raises Refused."""
     if value.get("images"):
         raise Refused(
             400,
-            f"{where} is a field of Ollama's API and is not read here; pictures are parts of messages: "
+            f"{where} is a field of Ollama's API and is not read here; images are parts of messages: "
             '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}',
             "invalid_value",
             where,
