@@ -117,7 +117,7 @@ def command(layout: str) -> list[str]:
 
 
 def run_trial(layout: str) -> Trial:
-    """Try a layout in a process of its own. Its death, its silence and wrong products all mean no."""
+    """Try a layout in a process of its own. If it dies, says nothing or multiplies wrongly, it has failed."""
     done = run(command(layout), TRIAL_SECONDS)
     if done.code is None:
         return Trial(False, done.words)

@@ -56,7 +56,7 @@ class Record:
 
     def keep(self, name: str, value: Any, is_good: Callable[[Any], bool]) -> Any:
         """Keep a result, and return it. If another process has kept a good one meanwhile, that one stays and
-        is returned. A folder that cannot be written to is no error."""
+        is returned. A folder that cannot be written to is not an error."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path, wait=WAIT_SECONDS) as file:

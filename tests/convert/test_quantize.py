@@ -146,8 +146,8 @@ def test_the_c_function_refuses_what_ggml_would_die_of() -> None:
         (int(kinds.I32), q4, 1, 256, "cannot be read"),
         (f32, q8k, 1, 256, "cannot be written"),
         (f32, int(kinds.IQ2_XXS), 1, 256, "cannot be written"),  # needs an importance matrix
-        (f32, q4, 1, 255, "no multiple"),
-        (q4, f32, 1, 128, "no multiple"),
+        (f32, q4, 1, 255, "not multiples"),
+        (q4, f32, 1, 128, "not multiples"),
         (f32, q4, 0, 256, "cannot be converted"),
         (f32, q4, 1, -256, "cannot be converted"),
         (f32, q4, 1 << 40, 1 << 40, "cannot be converted"),
@@ -157,7 +157,7 @@ def test_the_c_function_refuses_what_ggml_would_die_of() -> None:
             native.check(status)
     with pytest.raises(RequestError, match="cannot be converted"):
         native.check(native.lib.mllama_quantize_rows(f32, native.ffi.NULL, q4, room, 1, 256))
-    with pytest.raises(ValueError, match="no rows of 256"):
+    with pytest.raises(ValueError, match="not rows of 256"):
         quantize_rows(np.zeros(300, np.float32), "F32", "Q4_K", 256)
 
 

@@ -70,7 +70,7 @@ def test_languages(vocab: Vocab, grammar: str, yes: list[str], no: list[str]) ->
         ("root ::= [z-a]", "which has an empty range"),
         ('root ::= "a"{5,2}', "'.5,2.'"),
         ('root ::= "a"{99999}', "up to 10000"),
-        ('root ::= "a"{x}', "no repetition"),
+        ('root ::= "a"{x}', "not a repetition"),
         ('root ::= "\\q"', "unknown escape"),
         ('root ::= "\\ud800"', "no character"),
         ('root ::= "\\U00110000"', "no character"),

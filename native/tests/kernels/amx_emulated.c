@@ -49,7 +49,7 @@ void amx_emulated_release(void) {
 static void check_tile(int t) {
     demand(sizes.palette == 1, "tiles that are not configured");
     demand(t >= 0 && t < N_TILES && sizes.rows[t] > 0, "a tile that does not exist");
-    demand(sizes.row_bytes[t] % 4 == 0, "a row that is no whole number of sums");
+    demand(sizes.row_bytes[t] % 4 == 0, "a row that is not a whole number of sums");
 }
 
 void amx_emulated_zero(int t) {
