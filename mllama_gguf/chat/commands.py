@@ -64,7 +64,7 @@ class Commands:
         """Run one. Raises Leave, MllamaError."""
         name = ALIASES.get(name, name)
         if "/" in name:
-            raise RequestError(f"/{show_name(name)}: there is no such picture")
+            raise RequestError(f"/{show_name(name)}: there is no such image")
         if name not in HELP:
             raise RequestError(f"there is no command /{show_name(name, 40)}; /help lists them")
         getattr(self, f"_{name}")(rest)
@@ -122,7 +122,7 @@ class Commands:
         except OSError as e:
             raise RequestError(f"{shown}: the schema cannot be read: {os_reason(e)}") from e
         except (ValueError, RecursionError) as e:
-            raise RequestError(f"{shown}: it is no JSON") from e
+            raise RequestError(f"{shown}: it is not JSON") from e
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
         grammar_of(form, None)
         self._talk.form = form
@@ -177,7 +177,7 @@ class Commands:
         if options:
             self._show("options   " + ", ".join(f"{name} {brief(value)}" for name, value in options.items()))
         images = sum(len(turn.images) for turn in talk.turns) + len(talk.images)
-        counts = ((len(talk.turns), "question"), (images, "picture"))
+        counts = ((len(talk.turns), "question"), (images, "image"))
         self._show("so far    " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts))
         if talk.last is not None:
             self._show(f"last      {figures(talk.last.stats)}")
@@ -193,8 +193,8 @@ class Commands:
 
 
 def not_fetched(link: str) -> str:
-    """What to say of the address of a picture."""
-    return f"{show_name(link)}: pictures are not fetched from the web; download it and drop the file"
+    """What to say of the address of an image."""
+    return f"{show_name(link)}: images are not fetched from the web; download it and drop the file"
 
 
 def _unquoted(words: str) -> str:

@@ -39,9 +39,9 @@ class Command:
 
 @dataclass(frozen=True)
 class Question:
-    """text:    without the names of the pictures
-    links:   addresses of pictures, which are not fetched
-    missing: names like those of pictures, of which there are no files
+    """text:    without the names of the images
+    links:   addresses of images, which are not fetched
+    missing: names like those of images, of which there are no files
     """
 
     text: str
@@ -116,7 +116,7 @@ def _begins_with_a_file(text: str) -> bool:
 
 
 def _image_at(text: str, word: re.Match[str]) -> tuple[str, str, int] | None:
-    """The picture whose name begins where a word does: its path, the punctuation after it, and where that
+    """The image whose name begins where a word does: its path, the punctuation after it, and where that
     ends. None if there is no such file."""
     for name, end in _names_at(text, word):
         inner = name.lstrip(_BEFORE)
@@ -128,7 +128,7 @@ def _image_at(text: str, word: re.Match[str]) -> tuple[str, str, int] | None:
 
 
 def _names_at(text: str, word: re.Match[str]) -> Iterator[tuple[str, int]]:
-    """What may be the name of a picture, and where it ends: a word as a shell takes it, the word itself, a
+    """What may be the name of an image, and where it ends: a word as a shell takes it, the word itself, a
     path with blanks."""
     shell = _SHELL_WORD.match(text, word.start())
     if shell is not None and _END.search(shell[0][-24:]):  # few do
@@ -172,7 +172,7 @@ def _is_named_as_image(name: str) -> bool:
 
 
 def _image(name: str) -> str | None:
-    """The path of a picture file of this name, or None."""
+    """The path of an image file of this name, or None."""
     name = _local(name) or name
     if not name or "\0" in name or "\n" in name or not _is_named_as_image(name):
         return None

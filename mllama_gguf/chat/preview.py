@@ -35,7 +35,7 @@ def preview() -> Callable[[Attached], None] | None:
 
         from ..vision.loading import load_image
 
-        with suppress(Exception):  # a picture less
+        with suppress(Exception):  # an image less
             # "auto" keeps the proportions; without it the height would be that of the file.
             drawn = Image(load_image(io.BytesIO(image.data)), width=width_of(image.size), height="auto")
             Console().print(drawn)
@@ -44,7 +44,7 @@ def preview() -> Callable[[Attached], None] | None:
 
 
 def width_of(size: tuple[int, int]) -> int:
-    """Cells for the width of a picture of this size in pixels, so that it has room. Cells are about twice as
+    """Cells for the width of an image of this size in pixels, so that it has room. Cells are about twice as
     high as wide."""
     room = max(1, min(WIDTH, shutil.get_terminal_size().columns - 2))
     return max(1, min(room, round(2 * HEIGHT * size[0] / size[1])))

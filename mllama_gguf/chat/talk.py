@@ -211,10 +211,10 @@ class Talk:
             raise RequestError(f"{shown}: cannot be read: {os_reason(e)}") from e
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             if isinstance(e, ImageError):
-                raise ImageError(f"{shown}: a picture in it cannot be read: {e}") from e
+                raise ImageError(f"{shown}: an image in it cannot be read: {e}") from e
             if isinstance(e, RequestError):
                 raise
-            raise RequestError(f"{shown}: it is no chat that /save wrote") from e
+            raise RequestError(f"{shown}: it is not a chat that /save wrote") from e
         form = options.pop("response_format", None)
         ReplyOptions.checked({**options, "response_format": form})
         self.system, self.options, self.form, self.turns = system, options, form, turns

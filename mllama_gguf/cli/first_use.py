@@ -47,7 +47,6 @@ def tell_of_real_models(choice: ModelChoice) -> None:
 
 def real_models() -> list[Found]:
     """The models on this machine, but the demo model, that can be used; those of Ollama's store first."""
-    import logging
 
     from ..inspect.inventory import inventory
     from ..store.lockfile import without_warning
@@ -98,7 +97,6 @@ def offer_real_models(choice: ModelChoice) -> ModelChoice:
 
 def _again(model: str) -> str:
     """The running command line with another model."""
-    import shlex
 
     args = click.get_current_context().obj or ()
     words = shlex.join(["mllama", *args, "-m", model])

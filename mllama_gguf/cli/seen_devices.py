@@ -19,7 +19,7 @@ def _path() -> Path:
 
 
 def remember(names: Iterable[str]) -> None:
-    """Keep the names; a folder that cannot be written to is not error."""
+    """Keep the names; a folder that cannot be written to is not an error."""
     kept = list(names)
     text = "".join(f"{name}\n" for name in kept)
     with suppress(OSError, MllamaError, ValueError):

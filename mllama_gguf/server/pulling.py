@@ -65,7 +65,7 @@ def reference_of(name: str) -> str:
     try:
         ref = OllamaRef.parse(wanted)
     except MllamaError:
-        raise Refused(400, f"{name[:100]!r} is no model's name", None, "model") from None
+        raise Refused(400, f"{name[:100]!r} is not a model's name", None, "model") from None
     if ref.host != DEFAULT_HOST:
         raise Refused(403, f"models are fetched from {DEFAULT_HOST} only", None, "model")
     return str(ref)

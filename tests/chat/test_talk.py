@@ -149,7 +149,7 @@ def test_foreign_files_are_neither_replaced_nor_read(model: Mllama, tmp_path: Pa
     talk = Talk(model, "Mine.")
     foreign = tmp_path / "notes.json"
     foreign.write_text('{"mine": 1}')
-    with pytest.raises(RequestError, match="no saved chat"):
+    with pytest.raises(RequestError, match="not a saved chat"):
         talk.save(str(foreign))
     assert foreign.read_text() == '{"mine": 1}'
     hostile: list[str | bytes] = [
@@ -228,13 +228,13 @@ def test_names_as_they_are_typed(model: Mllama, tmp_path: Path, monkeypatch: pyt
     assert {image.name for image in talk.images} == {f"{tmp_path}/my apple.png"}
     run.run("save", '"~/my chat.json"')
     run.run("load", r"~/my\ chat.json")
-    with pytest.raises(RequestError, match="it is no JSON"):
+    with pytest.raises(RequestError, match="it is not JSON"):
         run.run("json", "'~/my apple.png'")
     with pytest.raises(ImageError, match=r"none\.png: No such file"):
         run.run("image", f"{APPLE} none.png")
     with pytest.raises(RequestError, match=r"not fetched from the web"):
         run.run("image", "https://example.com/x.png")
-    with pytest.raises(RequestError, match=r"/no/such\.png: there is no such picture"):
+    with pytest.raises(RequestError, match=r"/no/such\.png: there is no such image"):
         run.run("no/such.png", "what?")
     run.run("info", "")
     assert any(line.startswith("model     ollama:x,") for line in lines)

@@ -119,7 +119,7 @@ def test_control_c(chat: Chat, tmp_path: Path) -> None:
     assert chat.leave() == 0
 
 
-def test_pictures_keep_their_proportions(tmp_path: Path) -> None:
+def test_images_keep_their_proportions(tmp_path: Path) -> None:
     """A terminal that says it has sixel, and cells of 10 x 20 pixels."""
     there = elsewhere(HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path), TERM="xterm-256color")
     child: Any = pexpect.spawn(

@@ -71,10 +71,10 @@ def test_what_is_completed_is_found() -> None:
 
 
 def test_a_line_that_cannot_be_kept(folder: Path) -> None:
-    KeptLines(os.fspath(folder)).append_string("a line")  # a folder is no file
+    KeptLines(os.fspath(folder)).append_string("a line")  # a folder is not a file
 
 
-def test_pictures_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     for columns in (200, 40, 3):
         terminal = os.terminal_size((columns, 24))
         monkeypatch.setattr("shutil.get_terminal_size", lambda terminal=terminal: terminal)

@@ -107,7 +107,7 @@ def test_ollama_names(words: str, path: str) -> None:
     ],
 )
 def test_ollama_names_that_are_refused(words: str) -> None:
-    with pytest.raises(ModelError, match=r"is no model's name"):
+    with pytest.raises(ModelError, match=r"is not a model's name"):
         resolve(f"ollama:{words}")
 
 
@@ -115,7 +115,7 @@ def test_ollama_names_that_are_refused(words: str) -> None:
     "words", ["", "a", "a/b", "a/b/../c", "a/../b", "../a/b", "a/b//c", "a/b@../c", "a/b/.c"]
 )
 def test_hub_names_that_are_refused(words: str) -> None:
-    with pytest.raises(ModelError, match=r"is no file's name"):
+    with pytest.raises(ModelError, match=r"is not a file's name"):
         resolve(f"hf:{words}")
 
 

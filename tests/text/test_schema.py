@@ -145,7 +145,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"enum": ["\ud800"]}, "half of a surrogate pair"),
     ({"enum": []}, "list of values"),
     ({"enum": [{1: 2}]}, "1 is not a name"),
-    ({"enum": [b"x"]}, "no value of JSON"),
+    ({"enum": [b"x"]}, "not a value of JSON"),
     ({"type": "float"}, "'type' cannot be 'float'"),
     ({"type": []}, "'type' cannot be"),
     ({"type": ["null", "null"]}, "twice"),
