@@ -70,7 +70,8 @@ static void tell_idle_backends() {
             }
             const char * name = ggml_backend_reg_name(registry);
             if (std::strcmp(name, "RPC") != 0) {
-                log_warn("ggml's %s backend finds no device here, so nothing runs on it; is its driver installed?", name);
+                log_warn("ggml's %s backend finds no device here, so nothing runs on it; is its driver installed?",
+                         name);
             }
         }
     });
