@@ -314,7 +314,8 @@ def _check_kind(target: Path, kind: Kind | None) -> None:
     if kind is None or info is None or (stat.S_ISREG(info.st_mode) and not info.st_size):
         return
     if not stat.S_ISREG(info.st_mode) or not kind.fits(target):
-        raise FileExistsError(errno.EEXIST, f"it has become another file, which is no {kind.name}; it stays")
+        words = f"it has become another file, which is not a {kind.name}; it stays"
+        raise FileExistsError(errno.EEXIST, words)
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -303,7 +303,7 @@ def test_what_became_another_file_meanwhile_stays(tmp_path: Path) -> None:
         path.write_bytes(b"THING old")
         check_output(path, kind, overwrite=True)
         with (
-            pytest.raises(FileExistsError, match="has become another file, which is no thing; it stays"),
+            pytest.raises(FileExistsError, match="has become another file, which is not a thing; it stays"),
             replacing(path, kind=kind) as file,
         ):
             file.write(b"THING new")

@@ -141,7 +141,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
     try:
         return last_of_each(form.read(data[:whole].decode("utf-8", "surrogateescape")))
     except (ValueError, TypeError, KeyError, csv.Error) as e:
-        raise RequestError(f"{show_name(path)}: is no file of captions ({one_line(e)})") from e
+        raise RequestError(f"{show_name(path)}: is not a file of captions ({one_line(e)})") from e
 
 
 def _begins(file: BinaryIO, form: Jsonl | Csv) -> bool:

@@ -338,7 +338,7 @@ def _draft(schema: Mapping[str, Any], default: int) -> int:
     try:
         return _DRAFTS.get(urlsplit(name).geturl(), default)
     except ValueError as e:
-        raise RequestError(f"'$schema' {brief(name)} is no address") from e
+        raise RequestError(f"'$schema' {brief(name)} is not an address") from e
 
 
 def _counted(name: str) -> Callable[[_Reader, Mapping[str, Any], dict[str, Any]], None]:

@@ -62,7 +62,7 @@ def test_a_closed_reply_has_no_more(model: Mllama) -> None:
 
 
 def test_two_threads_read_one_reply(model: Mllama) -> None:
-    """The second one gets an error in words; the first one goes on. A stream of chunks is the same."""
+    """The second one gets an error in words; the first one continues. A stream of chunks is the same."""
     inside, go = threading.Event(), threading.Event()
     original = model._conversation.session.feed
 

@@ -184,7 +184,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"$schema": "http://json-schema.org/draft-04/schema#", "enum": [1, 1]}, "non-unique"),
     ({"$schema": "http://json-schema.org/draft-04/schema#", "required": []}, "non-empty"),
     ({"$schema": "http://json-schema.org/draft-04/schema#", "properties": {"a": True}}, "is not valid"),
-    ({"$schema": "http://[", "type": "null"}, "is no address"),
+    ({"$schema": "http://[", "type": "null"}, "is not an address"),
     ({"items": {"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{"const": 1}]}},
      "#/items.*of another draft"),
     ([], "a JSON schema is an object"),
