@@ -150,7 +150,7 @@ class TileDrawing:
         return "ls" if isinstance(self._font, ImageFont.FreeTypeFont) else None
 
     def _hatch(self, tile: Image.Image, used: list[int]) -> None:
-        """Lines over the part of a tile that is no part of the image."""
+        """Lines over the part of a tile that is not part of the image."""
         width, height = (-(-length * self.zoom // self.step) for length in used)
         if width >= self.side and height >= self.side:
             return
