@@ -14,7 +14,7 @@ from .decode.openai import Messages
 from .decode.options import ReplyOptions
 from .decode.reply import Reply
 from .loaded import LoadedModel
-from .settings import KvType, Precision
+from .settings import KvType, Precision, VisionPrecision
 from .store.defaults import Defaults
 from .vision.embedding import ImageEmbedding, ImageInput
 
@@ -52,6 +52,7 @@ class Mllama(LoadedModel, Answers):
         type_v: KvType = "f16",
         flash_attn: bool = True,
         precision: Precision = "fast",
+        vision_precision: VisionPrecision = "exact",
         use_mmap: bool = True,
         repack: bool = False,
         max_tiles: int | None = None,
@@ -88,6 +89,9 @@ class Mllama(LoadedModel, Answers):
                         needs flash_attn)
         precision:      of GPUs: "fast" rounds the factors of products, as docs/gpu.md tells; "exact" computes
                         them in F32, as the CPU does, which takes longer. One process has one precision
+        vision_precision: of an encoder with F16 weights on the CPU: "exact" computes in F32; "bf16" rounds
+                        weights and what they multiply to BF16, as with a BF16 file, where the processor has
+                        instructions for that and they are faster. See docs/exactness.md for the error
         use_mmap:       let the CPU read weights from the file's pages instead of copying them. The file must
                         then stay as it is: the system ends the process (SIGBUS) if another program cuts it
                         short, and overwritten weights give wrong words. With isolate that is a BackendError
@@ -127,6 +131,7 @@ class Mllama(LoadedModel, Answers):
             type_v=type_v,
             flash_attn=flash_attn,
             precision=precision,
+            vision_precision=vision_precision,
             use_mmap=use_mmap,
             repack=repack,
             max_tiles=max_tiles,

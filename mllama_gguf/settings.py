@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KvType = Literal["f32", "f16", "q8_0"]
 Precision = Literal["fast", "exact"]
+VisionPrecision = Literal["exact", "bf16"]
 
 DEFAULT_PROMPT = "Describe this image."
 MAX_PARALLEL = 255  # conversations that compute together: sequences of a context, besides its own
@@ -187,6 +188,12 @@ class Settings:
         "Precision of GPUs: fast, or exact (as the CPU; slower).",
         Option(("--precision",), "fast|exact"),
     )
+    vision_precision: VisionPrecision = _setting(
+        "exact",
+        Choice(get_args(VisionPrecision)),
+        "Precision of an F16 vision encoder on the CPU: exact, or bf16 (rounded as a BF16 file's; faster).",
+        Option(("--vision-precision",), "exact|bf16"),
+    )
     use_mmap: bool = _setting(
         True,
         Switch(),
@@ -286,6 +293,7 @@ _OFFLOAD = (
     "type_k",
     "type_v",
     "precision",
+    "vision_precision",
     "repack",
     "max_tiles",
 )

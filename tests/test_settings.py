@@ -157,7 +157,7 @@ def test_halves_and_copies() -> None:
 def test_in_options() -> None:
     assert in_options(DEFAULTS) == (
         "-ngl auto --vision-device auto --rpc-timeout 300 -c 4096 -b 512 -ctk f16 -ctv f16 -fa on "
-        "--precision fast"
+        "--precision fast --vision-precision exact"
     )
     given = {"use_mmap": False, "repack": True, "tensor_split": (3.0, 0.5), "devices": ("A", "B")}
     assert in_options(given) == "--device A,B -ts 3,0.5 --no-mmap --repack"

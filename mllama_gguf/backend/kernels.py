@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..handles import ModuleLock
+from ..settings import VisionPrecision
 from . import kernel_trial
 from .library import Native, load
 from .trials import Record, cache_file, run
@@ -131,9 +132,14 @@ def cpu_kernel() -> str:
     return native.cpu_kernel(f"{spec},{wanted}" if wanted else spec)
 
 
-def kernel_for(flash_attn: bool) -> str:
-    """As `cpu_kernel`; without flash attention no kernel is used, and none is tried."""
-    return cpu_kernel() if flash_attn else load().cpu_kernel()
+def kernel_for(flash_attn: bool, vision_precision: VisionPrecision) -> str:
+    """As `cpu_kernel`, for these settings. Without flash attention no kernel is used, and none is tried."""
+    if not flash_attn:
+        return load().cpu_kernel()
+    name = cpu_kernel()
+    if vision_precision == "exact" or name in ("", "off"):
+        return name
+    return load().cpu_kernel(f"{name},f16=bf16")
 
 
 def describe() -> Kernel:
@@ -148,6 +154,7 @@ def describe() -> Kernel:
         {
             part: Part(native.text(uses(name.encode(), index)), trials.get(part, {}))
             for index, part in enumerate(_parts(native))
+            if part != "f16"
         },
     )
 
@@ -176,6 +183,8 @@ def candidates(native: Native) -> dict[str, list[str]]:
     """By part, the tables that can be chosen here."""
     found: dict[str, list[str]] = {}
     for index, part in enumerate(_parts(native)):
+        if part == "f16":  # not a question of speed
+            continue
         names: list[str] = []
         while name := native.text(native.lib.mllama_cpu_table(index, len(names))):
             names.append(name)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..cpus import default_threads
-from ..settings import DEFAULTS
+from ..settings import DEFAULTS, VisionPrecision
 from .base import open_encoder
 from .callbacks import Callbacks
 from .kernels import kernel_for
@@ -85,12 +85,13 @@ def measuring(
     workers: Sequence[str] = (),
     rpc_timeout: float = DEFAULTS["rpc_timeout"],
     isolate: bool = False,
+    vision_precision: VisionPrecision = "exact",
     **settings: Any,
 ) -> Iterator[tuple[Measure, list[Device]]]:
     """A function that measures one n_gpu_layers, and the devices; with workers in a child process, which can
     be lost. settings: those of `measure`."""
     callbacks = Callbacks(load_native())
-    settings["cpu_kernel"] = kernel_for(settings.get("flash_attn", DEFAULTS["flash_attn"]))
+    settings["cpu_kernel"] = kernel_for(settings.get("flash_attn", DEFAULTS["flash_attn"]), vision_precision)
     if not workers and not isolate:
         yield (
             lambda n: measure(model_path, mmproj_path, callbacks=callbacks, n_gpu_layers=n, **settings),

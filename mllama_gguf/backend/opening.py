@@ -95,8 +95,9 @@ def open_backend(
     def open_with(layers: int) -> Backend:
         model = _open_model(model_path, mmproj_path, settings, layers, callbacks)
         try:
+            kernel = kernel_for(settings.flash_attn, settings.vision_precision)
             n_threads = settings.n_threads or cpus.default_threads(model.size)
-            backend = Backend(model, settings, layers, n_threads, kernel_for(settings.flash_attn))
+            backend = Backend(model, settings, layers, n_threads, kernel)
             if settings.n_gpu_layers == "auto":
                 backend.open_context(callbacks).close()  # a trial
             return backend
@@ -119,6 +120,7 @@ def open_backend(
         n_ctx=settings.n_ctx,
         max_tiles=settings.max_tiles,
         n_threads=settings.n_threads or 0,
+        vision_precision=settings.vision_precision,
         **for_model,
         **settings.for_context(),
     ) as (measure_one, found_devices):

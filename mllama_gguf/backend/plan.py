@@ -89,6 +89,7 @@ def make_plan(
         max_tiles=chosen.max_tiles,
         parallel=parallel,
         n_threads=chosen.n_threads or 0,
+        vision_precision=chosen.vision_precision,
         **for_model,
         **chosen.for_context(),
     ) as (measure_one, devices):

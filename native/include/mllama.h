@@ -376,6 +376,7 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
 //     bf16       both of these for BF16 weights; "f32" widens the weights instead
 //     cache      the text's attention
 //     quantized  products with quantized weights
+//     f16        "bf16" rounds F16 weights of the encoder to BF16, for the part bf16; without a table there it is "f32"
 // "ggml" stands for ggml's own operations.
 //
 // The kernel that the environment chooses now; NULL: no such kernel.

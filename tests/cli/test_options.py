@@ -66,6 +66,7 @@ def test_every_option_is_in_the_help(command: str, capsys: Captured) -> None:
         (["-ctk", "q8_0", "--cache-type-v", "F32"], {"type_k": "q8_0", "type_v": "f32"}),
         (["-fa", "off"], {"flash_attn": False}),
         (["--precision", "exact"], {"precision": "exact"}),
+        (["--vision-precision", "BF16"], {"vision_precision": "bf16"}),
         (["--no-mmap"], {"use_mmap": False}),
         (["--max-tiles", "1"], {"max_tiles": 1}),
         (["--repack"], {"repack": True}),

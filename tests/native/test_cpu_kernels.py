@@ -357,11 +357,36 @@ def test_which_kernel(tiny_files: Files, monkeypatch: pytest.MonkeyPatch) -> Non
         made_for(path, "abacus")
 
 
+@pytest.mark.parametrize("name", ["square", "gqa", "wide"])
+def test_an_f16_encoder_in_bf16(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vision_precision="bf16": as exact as a BF16 file where the processor has instructions for it, and exact
+    elsewhere. ggml rounds the same factors on every processor, but those of attention."""
+    arch, files = tiny.ARCHS[name], {}
+    checkpoint = tiny.make_checkpoint(arch, tmp_path / "checkpoint")
+    for type in ("f16", "bf16"):
+        files[type] = convert(checkpoint, tmp_path / f"{type}.gguf", type=type)
+    expected = Reference(files["f16"][1]).states(GoldenImage(2).pixels(arch), 2, math.prod(arch.grids[1]))
+
+    def error(kernel: str, type: str, **settings: Any) -> float:
+        monkeypatch.setenv(VARIABLE, kernel)
+        with Mllama(*files[type], n_ctx=64, image_cache=False, **settings) as model:
+            name = f"{kernel},f16=bf16" if settings else kernel
+            assert model._backend.cpu_kernel == load().cpu_kernel(name)
+            return relative_error(model.encode_image(tiled(arch, GoldenImage(2))).states, expected)
+
+    for kernel in KERNELS:
+        has_bf16 = kernel in ("avx512bf16", "neonbf16", "amx")
+        rounded = error(kernel, "f16", vision_precision="bf16")
+        assert rounded <= 7e-3
+        assert has_bf16 == (rounded != error(kernel, "f16")), "the setting is not obeyed"
+    assert 1e-3 <= error(f"{KERNELS[0]},bf16=ggml", "bf16") <= 7e-3
+
+
 def mixed_kernels() -> list[tuple[str, str]]:
     """The best kernel here with one other table, of every part, and the part."""
     native, found = load(), []
     text, lib = native.text, native.lib
-    for index in range(5):
+    for index in range(6):
         part = text(lib.mllama_cpu_part(index))
         tables = [text(lib.mllama_cpu_table(index, i)) for i in range(10)]
         used = text(lib.mllama_cpu_kernel_uses(KERNELS[0].encode(), index))
@@ -398,6 +423,7 @@ def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytes
         "bf16": {"bf16"},
         "cache": {"text", "quantized"},
         "quantized": {"quantized"},
+        "f16": set(),
     }
     best = results(KERNELS[0])
     mixed = mixed_kernels()

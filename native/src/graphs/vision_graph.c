@@ -198,7 +198,7 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
         x    = ggml_view_2d(ctx, x, n_embd, e->n_real, x->nb[1], 0);
     }
     struct ggml_tensor * q    = project(e, l->q, NULL, norm);
-    const bool           bf16 = cpu_attention_in_bf16(e->env.kernel, l->q->type);
+    const bool           bf16 = cpu_in_bf16(e->env.kernel, l->q->type);
     struct ggml_tensor * attn = cpu_attention_supported(e->env.kernel, bf16)
                                     ? cpu_attention_node(ctx, new_attention(e, bf16), q, k, v)
                                     : plain_attention(e, q, k, v);

@@ -4,10 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-bool cpu_attention_in_bf16(const cpu_kernel * kernel, enum ggml_type weights) {
-    return kernel && kernel->bf16 && weights == GGML_TYPE_BF16;
-}
-
 bool cpu_attention_supported(const cpu_kernel * kernel, bool bf16) {
     return kernel && (bf16 || kernel->attention);
 }

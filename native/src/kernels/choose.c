@@ -38,7 +38,10 @@ typedef enum use { NOT_BUILT, NOT_HERE, AFTER_TRIAL, USABLE } use;
 static use tables_of(const named * entry, const cpu_table * parts[CPU_PARTS]) {
     use found = USABLE;
     for (cpu_part part = 0; part < CPU_PARTS; part++) {
-        const char * name = part == CPU_BF16 ? entry->bf16 : part == CPU_QUANTIZED ? entry->quantized : entry->f32;
+        const char * name = part == CPU_BF16        ? entry->bf16
+                            : part == CPU_QUANTIZED ? entry->quantized
+                            : part == CPU_F16       ? "f32"
+                                                    : entry->f32;
         if (!name) {
             name = cpu_ggml_has_bf16() ? "ggml" : "f32";
         }
@@ -102,10 +105,11 @@ static int n_different(const cpu_table * const a[CPU_PARTS], const cpu_table * c
 static void set_name(cpu_kernel * kernel) {
     const cpu_table * parts[CPU_PARTS], * nearest[CPU_PARTS];
     const char *      name = NULL;
-    int               least = CPU_PARTS + 1;
+    int               least = 2 * CPU_PARTS + 2;
     for (int i = 0; i < N_NAMED; i++) {
-        if (find(NAMED[i].name, strlen(NAMED[i].name), parts) >= AFTER_TRIAL) {
-            const int n = n_different(parts, kernel->parts);
+        const use found = find(NAMED[i].name, strlen(NAMED[i].name), parts);
+        if (found >= AFTER_TRIAL) {
+            const int n = 2 * n_different(parts, kernel->parts) + (found == AFTER_TRIAL);
             if (n < least) {
                 least = n;
                 name  = NAMED[i].name;
@@ -122,7 +126,10 @@ static void set_name(cpu_kernel * kernel) {
     }
 }
 
-static mllama_status keep(const cpu_table * const parts[CPU_PARTS], const cpu_kernel ** kernel) {
+static mllama_status keep(const cpu_table * parts[CPU_PARTS], const cpu_kernel ** kernel) {
+    if (!parts[CPU_BF16]->bf16) { // nothing computes with weights in BF16
+        parts[CPU_F16] = cpu_tables(CPU_F16);
+    }
     for (const cpu_kernel * k = atomic_load(&first); k; k = k->next) {
         if (n_different(k->parts, parts) == 0) {
             *kernel = k;
@@ -136,7 +143,8 @@ static mllama_status keep(const cpu_table * const parts[CPU_PARTS], const cpu_ke
     *made = (cpu_kernel) {
         .attention = parts[CPU_ATTENTION]->f32, .linear = parts[CPU_LINEAR]->f32, .cache = parts[CPU_CACHE]->f32,
         .bf16 = parts[CPU_BF16]->bf16, .bf16_by_ggml = strcmp(parts[CPU_BF16]->name, "ggml") == 0,
-        .quantized = parts[CPU_QUANTIZED]->quantized, .quantized_32 = parts[CPU_QUANTIZED]->quantized_32,
+        .f16_as_bf16 = parts[CPU_F16] != cpu_tables(CPU_F16), .quantized = parts[CPU_QUANTIZED]->quantized,
+        .quantized_32 = parts[CPU_QUANTIZED]->quantized_32,
     };
     memcpy(made->parts, parts, sizeof(made->parts));
     made->f32 = made->linear ? made->linear : made->attention ? made->attention : made->cache;
@@ -162,8 +170,8 @@ static mllama_status change_part(const char * word, size_t length, const char * 
         part++;
     }
     if (part == CPU_PARTS) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s': the parts are attention, linear, bf16, cache and quantized",
-                    by, (int) length, word);
+        return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s': the parts are attention, linear, bf16, cache, quantized "
+                    "and f16", by, (int) length, word);
     }
     const cpu_table * table = cpu_table_named(part, equals + 1, length - n - 1);
     if (table && table->supported()) {
@@ -239,6 +247,10 @@ const char * cpu_kernel_at(int32_t index, const cpu_kernel ** kernel) {
 
 const char * cpu_kernel_name(const cpu_kernel * kernel) {
     return kernel ? kernel->name : "off";
+}
+
+bool cpu_in_bf16(const cpu_kernel * kernel, enum ggml_type weights) {
+    return kernel && kernel->bf16 && (weights == GGML_TYPE_BF16 || (weights == GGML_TYPE_F16 && kernel->f16_as_bf16));
 }
 
 bool cpu_kernel_has_head_dim(int64_t head_dim) {

@@ -128,11 +128,12 @@ typedef enum cpu_part {
     CPU_BF16,      // both of these for BF16 weights
     CPU_CACHE,     // the text's attention to rows of a cache
     CPU_QUANTIZED, // the text's products with quantized weights
+    CPU_F16,       // no work of its own: whether F16 weights of the encoder are rounded to BF16, for CPU_BF16
     CPU_PARTS,
 } cpu_part;
 
 // What a part can be computed with. It has tables of one of the three kinds, or none: then its name is "ggml", for
-// ggml's own operations, or "f32", for BF16 weights that are widened.
+// ggml's own operations, or "f32", for weights that are widened, or "bf16", see CPU_F16.
 typedef struct cpu_table {
     const char *          name;
     bool               (* supported)(void); // by this processor
@@ -160,6 +161,7 @@ struct cpu_kernel {
     // of the parts; NULL: ggml's operations
     const cpu_f32 *       attention, * linear, * cache;
     const cpu_bf16 *      bf16;         // NULL: see the next one
+    bool                  f16_as_bf16;  // weights of the encoder; only with a table
     bool                  bf16_by_ggml; // linear layers of BF16 weights; else these are widened to F32
     const cpu_quantized * quantized, * quantized_32;
     const cpu_f32 *       f32;          // GELU and erf; never NULL

@@ -30,6 +30,8 @@ typedef struct compute_env {
 mllama_status cpu_kernel_choose(const char * name, const cpu_kernel ** kernel);
 const char *  cpu_kernel_name(const cpu_kernel * kernel); // "off" for NULL
 bool          cpu_kernel_has_head_dim(int64_t head_dim);
+// Whether the encoder rounds factors to BF16 where weights have this type
+bool          cpu_in_bf16(const cpu_kernel * kernel, enum ggml_type weights);
 
 // ---- the encoder's attention (attention.c) ------------------------------------------------------------------------
 
@@ -48,8 +50,6 @@ typedef struct cpu_attention {
 
 // Whether the kernel attends itself. bf16: as in cpu_attention
 bool cpu_attention_supported(const cpu_kernel * kernel, bool bf16);
-// Whether factors are rounded to BF16 beside weights of this type: all other products with them are, too.
-bool cpu_attention_in_bf16(const cpu_kernel * kernel, enum ggml_type weights);
 
 // q [n_embd, n_all or n_real], k and v [n_embd, n_all], rows contiguous -> as q. The first n_real queries see all keys,
 // the others the first n_real keys.
@@ -71,7 +71,7 @@ typedef struct cpu_linear {
 bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight);
 
 // weight [n_in, n_out], bias [n_out] or NULL, x [n_in, n] in contiguous rows -> W x + bias [n_out, n]. F32 throughout:
-// weights of 16 bits are widened. With BF16 weights and a table for them, x is rounded to BF16.
+// weights of 16 bits are widened. With cpu_in_bf16 and an even n_in, weights and x are rounded to BF16.
 struct ggml_tensor * cpu_linear_node(struct ggml_context * ctx, cpu_linear * a, struct ggml_tensor * weight,
                                      struct ggml_tensor * bias, struct ggml_tensor * x);
 

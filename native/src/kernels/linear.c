@@ -6,9 +6,9 @@
 
 enum { PIECE = 64 }; // values of a row that are widened at a time
 
-// Whether factors are rounded to BF16, as the weights are already
+// Whether factors are rounded to BF16
 static bool in_bf16(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
-    return kernel->bf16 && weight->type == GGML_TYPE_BF16 && weight->ne[0] % 2 == 0;
+    return cpu_in_bf16(kernel, weight->type) && weight->ne[0] % 2 == 0;
 }
 
 bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
@@ -18,7 +18,7 @@ bool cpu_linear_supported(const cpu_kernel * kernel, const struct ggml_tensor * 
     }
     switch (weight->type) {
         case GGML_TYPE_BF16: return in_bf16(kernel, weight) || (kernel->linear && !kernel->bf16_by_ggml);
-        case GGML_TYPE_F16:
+        case GGML_TYPE_F16:  return in_bf16(kernel, weight) || kernel->linear;
         case GGML_TYPE_F32:  return kernel->linear;
         default:             return false;
     }
@@ -62,13 +62,32 @@ static void pack_floats(const struct ggml_tensor * w, int64_t first, int64_t wid
     }
 }
 
-// The same for BF16, which stays as it is: [n_in / 2][width] pairs
+// n values of a row in BF16: those of another type are rounded, a row that does not exist is 0
+static void read_bf16(const struct ggml_tensor * w, int64_t row, int64_t first, int64_t n, ggml_bf16_t * out) {
+    const char * in = (const char *) w->data + (size_t) row * w->nb[1] + (size_t) first * ggml_type_size(w->type);
+    float        wide[PIECE];
+    if (row >= w->ne[1]) {
+        memset(out, 0, sizeof(*out) * (size_t) n);
+    } else if (w->type == GGML_TYPE_BF16) {
+        memcpy(out, in, sizeof(*out) * (size_t) n);
+    } else {
+        ggml_get_type_traits(w->type)->to_float(in, wide, n);
+        ggml_fp32_to_bf16_row(wide, out, n);
+    }
+}
+
+// The same in BF16: [n_in / 2][width] pairs
 static void pack_pairs(const struct ggml_tensor * w, int64_t first, int64_t width, float * out) {
-    static const bf16_pair zero = 0;
-    for (int64_t i = 0; i < w->ne[0] / 2; i++, out += width) {
+    ggml_bf16_t rows[MAX_WIDTH][PIECE];
+    for (int64_t at = 0; at < w->ne[0]; at += PIECE) {
+        const int64_t n = w->ne[0] - at < PIECE ? w->ne[0] - at : PIECE;
         for (int64_t j = 0; j < width; j++) {
-            const char * in = (const char *) w->data + (size_t) (first + j) * w->nb[1] + (size_t) i * sizeof(bf16_pair);
-            memcpy(out + j, first + j < w->ne[1] ? (const void *) in : &zero, sizeof(bf16_pair));
+            read_bf16(w, first + j, at, n, rows[j]);
+        }
+        for (int64_t i = 0; i < n; i += 2, out += width) {
+            for (int64_t j = 0; j < width; j++) {
+                memcpy(out + j, rows[j] + i, sizeof(bf16_pair));
+            }
         }
     }
 }

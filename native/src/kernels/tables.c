@@ -143,13 +143,19 @@ static const cpu_table QUANTIZED_TABLES[] = {
     { .name = NULL },
 };
 
+static const cpu_table F16_TABLES[] = {
+    { .name = "f32", .supported = always },
+    { .name = "bf16", .supported = always },
+    { .name = NULL },
+};
+
 static const struct {
     const char *      name;
     const cpu_table * tables;
 } PARTS[CPU_PARTS] = {
     [CPU_ATTENTION] = { "attention", F32_TABLES }, [CPU_LINEAR]    = { "linear", F32_TABLES },
     [CPU_BF16]      = { "bf16", BF16_TABLES },     [CPU_CACHE]     = { "cache", F32_TABLES },
-    [CPU_QUANTIZED] = { "quantized", QUANTIZED_TABLES },
+    [CPU_QUANTIZED] = { "quantized", QUANTIZED_TABLES }, [CPU_F16] = { "f16", F16_TABLES },
 };
 
 const char * cpu_part_name(cpu_part part) {

@@ -232,7 +232,7 @@ static mllama_status begin(trial * t, const cpu_kernel * kernel, cpu_part part, 
 
 // What rounding explains, of single values beside the usual size of all: F16 in ggml's products, BF16 or 8 bits. A
 // wrong value is off by about 1.
-static const double BOUNDS[CPU_PARTS] = {
+static const double BOUNDS[CPU_F16] = {
     [CPU_ATTENTION] = 1e-3, [CPU_LINEAR] = 1e-2, [CPU_BF16] = 0.05, [CPU_CACHE] = 1e-3, [CPU_QUANTIZED] = 0.1,
 };
 
@@ -331,7 +331,7 @@ static mllama_status measure(trial * t, double seconds, double * best) {
 mllama_status mllama_cpu_try(const char * kernel, int32_t part, int32_t n_threads, double seconds, bool check,
                              mllama_cpu_trial * result) {
     const cpu_kernel * chosen = NULL;
-    if (part < 0 || part >= CPU_PARTS || n_threads < 1 || n_threads > GGML_MAX_N_THREADS || !(seconds >= 0.0) ||
+    if (part < 0 || part >= CPU_F16 || n_threads < 1 || n_threads > GGML_MAX_N_THREADS || !(seconds >= 0.0) ||
         !result) {
         return fail(MLLAMA_ERR_ARGUMENT, "no trial of part %d with %d threads for %g s", part, n_threads, seconds);
     }

@@ -13,9 +13,9 @@ typedef struct shape {
 } shape;
 
 // y [n_out] = W x + bias (NULL: none) for x [n_in] whose values are wrong by up to `error` each (NULL: by nothing), and
-// how much y may be wrong. x_bf16: the kernel rounds x to BF16.
+// how much y may be wrong. rounded: how many factors of a product the kernel rounds to BF16.
 static void multiply(const double * w, const double * bias, int64_t n_in, int64_t n_out, const double * x,
-                     const double * error, bool x_bf16, double * y, double * y_error) {
+                     const double * error, int rounded, double * y, double * y_error) {
     for (int64_t j = 0; j < n_out; j++) {
         const double first = bias ? bias[j] : 0.0;
         double       sum = first, sizes = fabs(first), squares = 0.0, given = 0.0;
@@ -27,7 +27,7 @@ static void multiply(const double * w, const double * bias, int64_t n_in, int64_
             given += error ? fabs(factor) * error[i] : 0.0;
         }
         y[j]       = sum;
-        y_error[j] = sum_error(n_in + 1) * sizes + given + (x_bf16 ? SAFE * U_BF16 * sqrt(squares) : 0.0);
+        y_error[j] = sum_error(n_in + 1) * sizes + given + rounded * SAFE * U_BF16 * sqrt(squares);
     }
 }
 
@@ -46,6 +46,10 @@ static void check_row(const struct ggml_tensor * out, int64_t row, const double 
 
 static const char * type_name(enum ggml_type type) {
     return type == GGML_TYPE_F16 ? "F16" : type == GGML_TYPE_BF16 ? "BF16" : "F32";
+}
+
+static int n_rounded(const cpu_linear * a, enum ggml_type weights) {
+    return !a->bf16 ? 0 : weights == GGML_TYPE_BF16 ? 1 : 2;
 }
 
 static void check_linear(const cpu_kernel * kernel, const shape * c) {
@@ -72,7 +76,8 @@ static void check_linear(const cpu_kernel * kernel, const shape * c) {
     double * exact[] = { doubles_of(w), bias ? doubles_of(bias) : NULL, doubles_of(x) };
     double * y       = doubles_new(2 * c->n_out);
     for (int64_t row = 0; row < c->n; row++) {
-        multiply(exact[0], exact[1], c->n_in, c->n_out, exact[2] + row * c->n_in, NULL, a.bf16, y, y + c->n_out);
+        multiply(exact[0], exact[1], c->n_in, c->n_out, exact[2] + row * c->n_in, NULL, n_rounded(&a, c->type), y,
+                 y + c->n_out);
         check_row(out, row, y, y + c->n_out);
         check_row(apart, row, y, y + c->n_out);
     }
@@ -102,12 +107,13 @@ static void check_mlp(const cpu_kernel * kernel, const shape * c, int64_t n_betw
     double * h = doubles_new(2 * n_between), * h_error = h + n_between;
     double * y = doubles_new(2 * c->n_out), * y_error = y + c->n_out;
     for (int64_t row = 0; row < c->n; row++) {
-        multiply(exact[0], exact[1], c->n_in, n_between, exact[4] + row * c->n_in, NULL, a.bf16, h, h_error);
+        multiply(exact[0], exact[1], c->n_in, n_between, exact[4] + row * c->n_in, NULL, n_rounded(&a, c->type), h,
+                 h_error);
         for (int64_t i = 0; i < n_between; i++) { // GELU: nowhere steeper than 1.13
             h_error[i] = 1.13 * h_error[i] + fabs(h[i]) * (ERF_ERROR + 4 * U_F32);
             h[i] *= 0.5 * (1.0 + erf(h[i] * M_SQRT1_2));
         }
-        multiply(exact[2], exact[3], n_between, c->n_out, h, h_error, b.bf16, y, y_error);
+        multiply(exact[2], exact[3], n_between, c->n_out, h, h_error, n_rounded(&b, c->type), y, y_error);
         check_row(out, row, y, y_error);
     }
     for (int i = 0; i < 5; i++) {
@@ -130,7 +136,7 @@ static void check_type(const cpu_kernel * kernel, enum ggml_type type) {
         };
         check_linear(kernel, &c);
     }
-    if (type != GGML_TYPE_BF16) { // there pairs of values; an odd number is multiplied in F32
+    if (!cpu_in_bf16(kernel, type)) { // there pairs of values; an odd number is multiplied in F32
         check_linear(kernel, &(shape) { .type = type, .n_in = 641, .n_out = 35, .n = 19, .shift = 1, .n_threads = 1 });
         check_linear(kernel, &(shape) { .type = type, .n_in = 1, .n_out = 2, .n = 3, .shift = 3, .n_threads = 2 });
     }
@@ -149,6 +155,9 @@ void test_linear(const subject * s) {
         check_linear(&f32, &(shape) { .type = GGML_TYPE_BF16, .n_in = 13, .n_out = 5, .n = 9, .n_threads = 1 });
     }
     if (s->bf16) {
-        check_type(s->kernel, GGML_TYPE_BF16);
+        cpu_kernel rounds = *s->kernel;
+        rounds.f16_as_bf16 = true;
+        check_type(&rounds, GGML_TYPE_BF16);
+        check_type(&rounds, GGML_TYPE_F16);
     }
 }

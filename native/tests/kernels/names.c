@@ -35,8 +35,16 @@ static void test_tables(const char * base) {
             const cpu_kernel * kernel = NULL;
             snprintf(name, sizeof(name), "%s,%s=%s", base, cpu_part_name(part), table->name);
             case_begin("'%s'", name);
-            expect_true(cpu_kernel_choose(name, &kernel) == MLLAMA_OK && kernel->parts[part] == table,
-                        "another table was taken");
+            expect_true(cpu_kernel_choose(name, &kernel) == MLLAMA_OK, "it was refused");
+            if (part == CPU_F16 && !kernel->bf16) {
+                expect_true(kernel == plain, "there is nothing that could compute in BF16");
+                case_end();
+                continue;
+            }
+            expect_true(kernel->parts[part] == table, "another table was taken");
+            expect_true(part != CPU_F16 || cpu_in_bf16(kernel, GGML_TYPE_F16) == (i == 1), "F16 is not obeyed");
+            expect_true(cpu_in_bf16(kernel, GGML_TYPE_BF16) == (kernel->bf16 != NULL), "BF16 in another type");
+            expect_true(!cpu_in_bf16(kernel, GGML_TYPE_F32), "F32 is rounded");
             for (cpu_part other = 0; other < CPU_PARTS; other++) {
                 expect_true(other == part || kernel->parts[other] == plain->parts[other], "another part has changed");
             }
@@ -44,7 +52,7 @@ static void test_tables(const char * base) {
             expect_true((kernel == plain) == (strcmp(kernel->name, plain->name) == 0), "two have one name");
             const cpu_f32 * f32[] = {
                 [CPU_ATTENTION] = kernel->attention, [CPU_LINEAR] = kernel->linear, [CPU_BF16] = NULL,
-                [CPU_CACHE] = kernel->cache, [CPU_QUANTIZED] = NULL,
+                [CPU_CACHE] = kernel->cache, [CPU_QUANTIZED] = NULL, [CPU_F16] = NULL,
             };
             expect_true(f32[part] == table->f32, "the table is not in its place");
             expect_true(part != CPU_BF16 || kernel->bf16 == table->bf16, "the table for BF16 is not in its place");
@@ -79,11 +87,13 @@ void test_names(void) {
     expect_refused("abacus,quantized=ggml", "is 'abacus");
     expect_refused("off,quantized=ggml", "is 'off");
     expect_refused("portable,off", "has 'off' after the first word");
-    expect_refused("portable,abacus=ggml", "the parts are attention, linear, bf16, cache and quantized");
+    expect_refused("portable,abacus=ggml", "the parts are attention, linear, bf16, cache, quantized and f16");
     expect_refused("portable,=ggml", "has '=ggml': the parts are");
     expect_refused("bf=f32", "has 'bf=f32': the parts are");
     expect_refused("bf16=abacus", "here the part bf16 can be ");
     expect_refused("bf16=", "f32, ggml");
+    expect_name("portable,f16=bf16", "portable");
+    expect_refused("portable,f16=ggml", "here the part f16 can be f32, bf16");
     expect_refused("portable,linear=portable", "here the part linear can be ");
     expect_refused("portable,cache=f32", "portable, ggml");
     expect_refused("portable,quantized=ggml=ggml", "here the part quantized can be ");
