@@ -55,7 +55,7 @@ typedef int four __attribute__((vector_size(16)));
 int main(void) {
     four x = { 0 };
     x = __builtin_shufflevector(x, x, 0, 4, 1, 5);
-    __asm__ volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2; tdpbssd %tmm0, %tmm1, %tmm2\");
+    __asm__ volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2; tdpbssd %tmm0, %tmm1, %tmm2; tdpbsud %tmm0, %tmm1, %tmm2\");
     return x[0];
 }" MLLAMA_AMX)
       if(MLLAMA_AMX)

@@ -22,6 +22,8 @@ typedef struct amx_tiles {
 } __attribute__((aligned(64))) amx_tiles;
 _Static_assert(sizeof(amx_tiles) == 64, "the processor reads 64 bytes");
 
+typedef int16_t vs __attribute__((vector_size(64)));
+
 enum { TILE = 16 }; // rows; and in a row: sums, pairs of BF16 or fours of 8 bits
 
 #ifdef MLLAMA_AMX_EMULATED
@@ -42,9 +44,11 @@ enum { TILE = 16 }; // rows; and in a row: sums, pairs of BF16 or fours of 8 bit
 // sums[i][j] += rows[i][k] columns[k][j] for all k, pairs of BF16
 #define AMX_MULTIPLY_BF16(sums, rows, columns) \
     __asm__ volatile("tdpbf16ps %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sums : :)
-// The same for fours of signed 8 bits; sums of 32 bits
+// The same for fours of 8 bits, signed ones in rows, and signed or unsigned ones in columns; sums of 32 bits
 #define AMX_MULTIPLY_INT8(sums, rows, columns) \
     __asm__ volatile("tdpbssd %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sums : :)
+#define AMX_MULTIPLY_UINT8(sums, rows, columns) \
+    __asm__ volatile("tdpbsud %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sums : :)
 
 INLINE vf vmax(vf a, vf b) {
     return _mm512_max_ps(a, b);
@@ -53,6 +57,13 @@ INLINE vf vmax(vf a, vf b) {
 INLINE vf widen(const ggml_fp16_t * p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
 }
+
+#ifdef __AVX512BW__
+// Sums of two products each of 8 bits, unsigned in a and signed in b, that fit 16 bits
+INLINE vs multiply_bytes(vw a, vw b) {
+    return (vs) _mm512_maddubs_epi16((__m512i) a, (__m512i) b);
+}
+#endif
 
 #ifdef __AVX512BF16__
 // 32 values become 16 pairs

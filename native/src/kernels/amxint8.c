@@ -3,8 +3,8 @@
 // Each 32 (Q4_K) or 16 (Q6_K) weights have a scale of their own, 6 or 8 bits, so that a sum of 64 products, as a tile
 // gives it, is worth nothing. Sums of 32 or 16 would leave half or three quarters of each instruction unused, and
 // would all be fetched from tiles and scaled. Instead weights are multiplied by their scales when they are unpacked:
-// at most 13 bits with the sign, in two planes of 8 bits, 64 high + low. Then a block of 256 weights needs as many
-// instructions as sums of 32, and only two sums are fetched. Whole numbers are exact throughout.
+// at most 14 bits with the sign, in two planes of 8 bits, 256 high + low, of which high is signed. Then a block of 256
+// weights needs as many instructions as sums of 32, and only two sums are fetched. Whole numbers are exact throughout.
 #include "kernels/amx.h"
 #include "kernels/q8_column.h"
 
@@ -12,7 +12,7 @@ enum {
     PANELS       = 2,               // of 16 rows, that are multiplied together
     STEPS        = QUANT_BLOCK / 4, // fours of weights
     TILE_STEPS   = TILE,            // in a tile
-    HIGH         = 64,              // what the high plane counts
+    HIGH         = 256,             // what the high plane counts
     TASK_COLUMNS = 256,
     FEW          = 8,               // columns for which unpacking to planes is not worth it
     ROW          = 64,              // bytes of a tile's row
@@ -20,7 +20,7 @@ enum {
 };
 _Static_assert(ROW == 4 * TILE, "a row of a tile is four weights of each row of a panel");
 
-typedef int16_t  vs __attribute__((vector_size(64)));
+typedef int32_t  v8i __attribute__((vector_size(32)));
 typedef uint32_t tile_sums[TILE][TILE];
 
 // ---- weights to planes --------------------------------------------------------------------------------------------
@@ -38,13 +38,18 @@ INLINE v4i four_dwords(const char * p) {
     return x;
 }
 
+INLINE vw join(v4i a, v4i b, v4i c, v4i d) {
+    const v8i ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+    const v8i cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (vw) __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 // out[i] = dword i of the 16 bytes at `at` of each row's block
 INLINE void transpose(const char * const * rows, size_t at, vw * out) {
-    union { v4i part[4]; vw whole; } v[4];
+    vw v[4];
     UNROLL for (int i = 0; i < 4; i++) { // rows i, 4 + i, 8 + i, 12 + i
-        UNROLL for (int j = 0; j < 4; j++) {
-            v[i].part[j] = four_dwords(rows[4 * j + i] + at);
-        }
+        v[i] = join(four_dwords(rows[i] + at), four_dwords(rows[4 + i] + at), four_dwords(rows[8 + i] + at),
+                    four_dwords(rows[12 + i] + at));
     }
 #define LOW_OF(a, b) \
     __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
@@ -54,8 +59,7 @@ INLINE void transpose(const char * const * rows, size_t at, vw * out) {
     __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
 #define HIGH_PAIRS_OF(a, b) \
     __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-    const vw a = LOW_OF(v[0].whole, v[1].whole), b = HIGH_OF(v[0].whole, v[1].whole);
-    const vw c = LOW_OF(v[2].whole, v[3].whole), d = HIGH_OF(v[2].whole, v[3].whole);
+    const vw a = LOW_OF(v[0], v[1]), b = HIGH_OF(v[0], v[1]), c = LOW_OF(v[2], v[3]), d = HIGH_OF(v[2], v[3]);
     out[0] = LOW_PAIRS_OF(a, c);
     out[1] = HIGH_PAIRS_OF(a, c);
     out[2] = LOW_PAIRS_OF(b, d);
@@ -66,18 +70,23 @@ INLINE void transpose(const char * const * rows, size_t at, vw * out) {
 #undef HIGH_PAIRS_OF
 }
 
-// Four weights less `zero` times the scale of each row, which is in both halves of its 32 bits
-INLINE void store_step(panel * p, int step, vw w, int16_t zero, vs scale) {
-    const vs even = ((vs) (w & 0x00ff00ff) - zero) * scale, odd = ((vs) (w >> 8 & 0x00ff00ff) - zero) * scale;
-    const vw low  = (vw) (even & (HIGH - 1)) | (vw) (odd & (HIGH - 1)) << 8;
-    const vw high = ((vw) (even >> 6) & 0x00ff00ff) | ((vw) (odd >> 6) & 0x00ff00ff) << 8; // rounded down
-    memcpy(p->planes[0][step], &high, sizeof(high));
-    memcpy(p->planes[1][step], &low, sizeof(low));
+// A scale of each row, 8 bits: for the even weights and for the odd ones; and what is less for all
+typedef struct factors {
+    vw even, odd;
+    vs zero;
+} factors;
+
+INLINE factors factors_of(vw scale, const int zero) { // 32 bits
+    const vw twice = (scale & 0xff) | (scale & 0xff) << 16;
+    return (factors) { twice, twice << 8, (vs) ((scale & 0xffff) | scale << 16) * (int16_t) zero };
 }
 
-// A scale of each row to both halves of its 32 bits
-INLINE vs twice(vw scale) {
-    return (vs) (scale | scale << 16);
+// Four weights of each row less a zero point, times its scale
+INLINE void store_step(panel * p, int step, vw w, const factors * f) {
+    const vw even = (vw) (multiply_bytes(w, f->even) - f->zero), odd = (vw) (multiply_bytes(w, f->odd) - f->zero);
+    const vw high = (even >> 8 & 0x00ff00ff) | (odd & 0xff00ff00), low = (even & 0x00ff00ff) | (odd << 8 & 0xff00ff00);
+    memcpy(p->planes[0][step], &high, sizeof(high));
+    memcpy(p->planes[1][step], &low, sizeof(low));
 }
 
 static void unpack_q4_k(const char * const * rows, panel * p) {
@@ -98,14 +107,14 @@ static void unpack_q4_k(const char * const * rows, panel * p) {
         STORE(p->mins[j], least * __builtin_convertvector((vi) (mins[j / 4] >> (8 * (j % 4)) & 0xff), vf));
     }
     UNROLL for (int j = 0; j < 4; j++) { // 32 bytes: low halves for one scale, high halves for the next
-        const vs first = twice(scales[j / 2] >> (16 * (j % 2)) & 0xff);
-        const vs then  = twice(scales[j / 2] >> (16 * (j % 2) + 8) & 0xff);
+        const factors first = factors_of(scales[j / 2] >> (16 * (j % 2)) & 0xff, 0);
+        const factors then  = factors_of(scales[j / 2] >> (16 * (j % 2) + 8) & 0xff, 0);
         UNROLL for (int i = 0; i < 2; i++) {
             vw w[4];
             transpose(rows, offsetof(q4_k_block, q) + (size_t) (32 * j + 16 * i), w);
             UNROLL for (int k = 0; k < 4; k++) {
-                store_step(p, 8 * PLACE[2 * j] + 4 * i + k, w[k] & low, 0, first);
-                store_step(p, 8 * PLACE[2 * j + 1] + 4 * i + k, w[k] >> 4 & low, 0, then);
+                store_step(p, 8 * PLACE[2 * j] + 4 * i + k, w[k] & low, &first);
+                store_step(p, 8 * PLACE[2 * j + 1] + 4 * i + k, w[k] >> 4 & low, &then);
             }
         }
     }
@@ -124,21 +133,21 @@ static void unpack_q6_k(const char * const * rows, panel * p) {
         UNROLL for (int j = 0; j < 2; j++) { // 16 weights of each of four groups
             const size_t at = (size_t) (64 * half + 16 * j);
             vw           a[4], b[4], high[4];
-            vs           scales[4];
+            factors      scales[4];
             transpose(rows, offsetof(q6_k_block, low) + at, a);
             transpose(rows, offsetof(q6_k_block, low) + at + 32, b);
             transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
             UNROLL for (int k = 0; k < 4; k++) {
                 const int scale = 8 * half + 2 * k + j;
                 const vi  one   = (vi) (bytes[scale / 4] << (24 - 8 * (scale % 4))) >> 24;
-                scales[k] = twice((vw) one & 0xffff);
+                scales[k] = factors_of((vw) one, 32);
             }
             UNROLL for (int i = 0; i < 4; i++) {
                 const vw lower[4] = { a[i], b[i], a[i] >> 4, b[i] >> 4 };
                 const vw upper[4] = { high[i] << 4, high[i] << 2, high[i], high[i] >> 2 };
                 UNROLL for (int k = 0; k < 4; k++) {
                     const vw w = (lower[k] & low) | (upper[k] & top);
-                    store_step(p, 8 * PLACE[4 * half + k] + 4 * j + i, w, 32, scales[k]);
+                    store_step(p, 8 * PLACE[4 * half + k] + 4 * j + i, w, &scales[k]);
                 }
             }
         }
@@ -169,11 +178,11 @@ static void multiply_tile(const panel * p, const q8_column * x, int64_t n, tile_
         AMX_LOAD(5, p[0].planes[0][i], ROW);
         AMX_MULTIPLY_INT8(0, 4, 5);
         AMX_LOAD(6, p[0].planes[1][i], ROW);
-        AMX_MULTIPLY_INT8(1, 4, 6);
+        AMX_MULTIPLY_UINT8(1, 4, 6);
         AMX_LOAD(7, p[1].planes[0][i], ROW);
         AMX_MULTIPLY_INT8(2, 4, 7);
         AMX_LOAD(5, p[1].planes[1][i], ROW);
-        AMX_MULTIPLY_INT8(3, 4, 5);
+        AMX_MULTIPLY_UINT8(3, 4, 5);
     }
     AMX_STORE(0, sums[0], ROW);
     AMX_STORE(1, sums[1], ROW);

@@ -1,4 +1,4 @@
-// See amx_emulated.h. The sums are those of Intel's manual: "TDPBF16PS" and "TDPBSSD", "Operation".
+// See amx_emulated.h. The sums are those of Intel's manual: "TDPBF16PS", "TDPBSSD" and "TDPBSUD".
 #define MLLAMA_AMX_EMULATED
 #include "check.h"
 #include "kernels/amx.h"
@@ -115,15 +115,18 @@ void amx_emulated_multiply_bf16(int sums, int rows, int columns) {
     }
 }
 
-void amx_emulated_multiply_int8(int sums, int rows, int columns) {
+void amx_emulated_multiply_int8(int sums, int rows, int columns, bool columns_signed) {
     check_product(sums, rows, columns);
     for (int m = 0; m < sizes.rows[sums]; m++) {
         int32_t sum[MAX_ROWS];
         memcpy(sum, tiles[sums][m], sizeof(sum));
         for (int k = 0; k < sizes.rows[columns]; k++) {
-            const int8_t * a = (const int8_t *) tiles[rows][m] + 4 * k, * b = (const int8_t *) tiles[columns][k];
-            for (int j = 0; j < sizes.row_bytes[sums] / 4; j++, b += 4) {
-                sum[j] += a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+            const int8_t *  a = (const int8_t *) tiles[rows][m] + 4 * k;
+            const uint8_t * b = tiles[columns][k];
+            for (int j = 0; j < sizes.row_bytes[sums] / 4; j++) {
+                for (int i = 0; i < 4; i++, b++) {
+                    sum[j] += a[i] * (columns_signed ? (int8_t) *b : *b);
+                }
             }
         }
         memcpy(tiles[sums][m], sum, sizeof(sum));
@@ -142,6 +145,14 @@ void amx_emulated_narrow(const float * from, bf16_pair * to) {
     ggml_bf16_t halves[2 * LANES];
     ggml_fp32_to_bf16_row(from, halves, 2 * LANES);
     memcpy(to, halves, sizeof(halves));
+}
+
+void amx_emulated_multiply_bytes(const uint8_t * a, const int8_t * b, int16_t * out) {
+    for (int i = 0; i < 32; i++) {
+        const int sum = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+        demand(sum == (int16_t) sum, "a sum of more than 16 bits");
+        out[i] = (int16_t) sum;
+    }
 }
 
 // ---- columns ------------------------------------------------------------------------------------------------------
