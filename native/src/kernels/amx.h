@@ -8,7 +8,8 @@
 // A tile's number is a digit in the source. AT&T's order of operands is the reverse of the manual's:
 // TDPBF16PS sums, rows, columns is written "tdpbf16ps columns, rows, sums".
 //
-// With MLLAMA_AMX_EMULATED the same names are plain C that checks their use, see native/tests/kernels.
+// With MLLAMA_AMX_EMULATED the same names are plain C that checks their use, see native/tests/kernels. With
+// MLLAMA_AMX_TRAPPED too, tiles are as here, and only the vectors are plain C.
 #pragma once
 
 #define LANES 16
@@ -26,11 +27,7 @@ typedef int16_t vs __attribute__((vector_size(64)));
 
 enum { TILE = 16 }; // rows; and in a row: sums, pairs of BF16 or fours of 8 bits
 
-#ifdef MLLAMA_AMX_EMULATED
-#include "amx_emulated.h"
-#else
-#include <immintrin.h>
-
+#if !defined(MLLAMA_AMX_EMULATED) || defined(MLLAMA_AMX_TRAPPED)
 // Before all others. All tiles become 0.
 #define AMX_CONFIGURE(tiles) __asm__ volatile("ldtilecfg %0" : : "m"(*(tiles)) : "memory")
 // After the last one: so long as tiles are in use, each switch of tasks saves them.
@@ -49,6 +46,12 @@ enum { TILE = 16 }; // rows; and in a row: sums, pairs of BF16 or fours of 8 bit
     __asm__ volatile("tdpbssd %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sums : :)
 #define AMX_MULTIPLY_UINT8(sums, rows, columns) \
     __asm__ volatile("tdpbsud %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sums : :)
+#endif
+
+#ifdef MLLAMA_AMX_EMULATED
+#include "amx_emulated.h"
+#else
+#include <immintrin.h>
 
 INLINE vf vmax(vf a, vf b) {
     return _mm512_max_ps(a, b);

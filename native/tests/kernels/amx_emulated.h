@@ -2,6 +2,7 @@
 // that the processor would refuse ends the test.
 #pragma once
 
+#ifndef MLLAMA_AMX_TRAPPED
 #define AMX_CONFIGURE(tiles) amx_emulated_configure(tiles)
 #define AMX_RELEASE() amx_emulated_release()
 #define AMX_ZERO(t) amx_emulated_zero(t)
@@ -10,6 +11,7 @@
 #define AMX_MULTIPLY_BF16(sums, rows, columns) amx_emulated_multiply_bf16(sums, rows, columns)
 #define AMX_MULTIPLY_INT8(sums, rows, columns) amx_emulated_multiply_int8(sums, rows, columns, true)
 #define AMX_MULTIPLY_UINT8(sums, rows, columns) amx_emulated_multiply_int8(sums, rows, columns, false)
+#endif
 
 void amx_emulated_configure(const amx_tiles * tiles);
 void amx_emulated_release(void);

@@ -48,6 +48,11 @@ typedef struct subject {
 extern const cpu_bf16      cpu_bf16_amx_emulated;
 extern const cpu_quantized cpu_quantized_amx_emulated;
 bool amx_emulated_in_use(void);
+// The same with the processor's own instructions, see amx_trapped.c
+extern const cpu_bf16      cpu_bf16_amx_trapped;
+extern const cpu_quantized cpu_quantized_amx_trapped;
+// Takes over the signal that an unknown instruction raises.
+void amx_trap(void (* otherwise)(int signal));
 #ifdef MLLAMA_AVXVNNI
 extern const cpu_quantized cpu_quantized_avxvnni_standin, cpu_quantized_avxvnni_32_standin; // avxvnni_standin.c
 #endif

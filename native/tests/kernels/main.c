@@ -210,6 +210,14 @@ int main(void) {
         .bf16 = &cpu_bf16_amx_emulated, .quantized = &cpu_quantized_amx_emulated,
     };
     test_kernel(&(subject) { .kernel = &emulated, .bf16 = true, .quantized = true });
+#ifdef MLLAMA_AMX
+    amx_trap(on_signal);
+    cpu_kernel trapped = emulated;
+    trapped.bf16      = &cpu_bf16_amx_trapped;
+    trapped.quantized = &cpu_quantized_amx_trapped;
+    snprintf(trapped.name, sizeof(trapped.name), "amx, trapped");
+    test_kernel(&(subject) { .kernel = &trapped, .bf16 = true, .quantized = true });
+#endif
     printf("%d cases, %d failed\n", n_cases, n_failed);
     return n_failed || n_cases == 0;
 }
