@@ -66,7 +66,8 @@ INLINE float dot_q6_k(const void * row, const q8_column * x, int64_t n, const ch
         const __m256i least  = _mm256_madd_epi16(scales, load(x[i].sums16));
         __m256i       block[2] = { _mm256_setzero_si256(), _mm256_setzero_si256() };
         UNROLL for (int half = 0; half < 2; half++) {
-            const __m256i all  = _mm256_permute4x64_epi64(scales, half ? 0xee : 0x44); // those of the half
+            const __m256i all  = half ? _mm256_permute4x64_epi64(scales, 0xee) // its scales; Clang wants constants
+                                      : _mm256_permute4x64_epi64(scales, 0x44);
             const __m256i high = load(w[i].high + 32 * half);
             const __m256i a    = load(w[i].low + 64 * half), b = load(w[i].low + 64 * half + 32);
             const __m256i lower[4] = { a, b, _mm256_srli_epi16(a, 4), _mm256_srli_epi16(b, 4) };
