@@ -43,7 +43,8 @@ static bool decode(const ucontext_t * context, instruction * i) {
     }
     const int x = p[1] & 0x40 ? 0 : 8, b = p[1] & 0x20 ? 0 : 8; // these bits and v are inverted
     *i = (instruction) {
-        .prefix = p[2] & 3, .v = ~p[2] >> 3 & 15, .opcode = p[3], .mod = p[4] >> 6, .reg = p[4] >> 3 & 7, .rm = p[4] & 7,
+        .prefix = p[2] & 3, .v = ~p[2] >> 3 & 15, .opcode = p[3],
+        .mod = p[4] >> 6, .reg = p[4] >> 3 & 7, .rm = p[4] & 7,
     };
     if (!(p[1] & 0x80)) {
         return false; // no tile has such a number
