@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
@@ -121,35 +122,40 @@ FORMATS: dict[str, type[Jsonl | Csv]] = {".jsonl": Jsonl, ".csv": Csv}
 def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
     """The captions of a file that a batch wrote, or writes now: the last of each image.
 
-    Raises RequestError for a file that cannot be read, or that is not a file of captions.
+    Another program may have written it in the same form, as `jq` does: lines of JSON, or a table, with an
+    image and a caption in each. Raises RequestError for a file that cannot be read, or that is none of these.
     """
     try:
         with open_regular(path) as file:
-            form = next((form for form in (Jsonl(), Csv()) if _begins(file, form)), None)
-            file.seek(0)
-            data = file.read()
+            data = file.read().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as e:
         reason = os_reason(e) if isinstance(e, OSError) else "the name cannot be used"
         raise RequestError(f"{show_name(path)}: {reason}") from e
-    if form is None:
-        raise RequestError(
-            f"{show_name(path)}: is not a file of captions, as `mllama caption --out` writes them"
-        )
+    form: Jsonl | Csv = Jsonl() if data.lstrip()[:1] in (b"{", b"") else Csv()
     whole = whole_lines(data, quotes=form.quotes)
-    if form.is_record(data[whole:]):  # the last line end is missing
+    if form.is_record(data[whole:]) or (not form.quotes and _is_json(data[whole:])):  # without its line end
         whole = len(data)
+    text = data[:whole].decode("utf-8", "surrogateescape")
     try:
-        return last_of_each(form.read(data[:whole].decode("utf-8", "surrogateescape")))
+        rows = map(parse_json, filter(str.strip, text.split("\n"))) if not form.quotes else _rows(text)
+        return last_of_each(map(_with_defaults, rows))
     except (ValueError, TypeError, KeyError, csv.Error) as e:
         raise RequestError(f"{show_name(path)}: is not a file of captions ({one_line(e)})") from e
 
 
-def _begins(file: BinaryIO, form: Jsonl | Csv) -> bool:
-    file.seek(0)
-    try:
-        return form.is_one(file)
-    except (ValueError, TypeError):
-        return False
+def _rows(text: str) -> Iterable[Any]:
+    return csv.DictReader(io.StringIO(text, newline=""), strict=True)
+
+
+def _with_defaults(values: Any) -> Record:
+    """A record of which only the image and the caption must be there."""
+    if not isinstance(values, dict) or "image" not in values or "caption" not in values:
+        raise ValueError("each line needs an image and a caption")
+    others = {name: "" if values.get(name) is None else str(values[name]) for name in _OTHERS}
+    return _record({"image": values["image"], "caption": values["caption"], "tokens": 0, **others})
+
+
+_OTHERS = ("finish_reason", "sha256", "duplicate_of")
 
 
 def _record(values: Any) -> Record:

@@ -318,3 +318,32 @@ def test_a_failure_leaves_the_old_page(here: Path, capsys: Captured, monkeypatch
     assert "index.html: the disk is full" in capsys.readouterr().err
     assert Path("index.html").read_bytes() == old
     assert sorted(os.listdir()) == ["captions.jsonl", "index.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("c.jsonl", b'{"image":"a.png","caption":"one"}\n\n{"caption":"two","image":"b.png","more":[1]}'),
+        ("c.jsonl", b'\xef\xbb\xbf{"image":"a.png","caption":"one"}\r\n{"image":"b.png","caption":"two"}\n'),
+        ("c.csv", b'caption,image\none,a.png\n"two",b.png\n'),
+        ("c", b'{"image":"a.png","caption":"one","tokens":null}\n{"image":"b.png","caption":"two"}\n{"ima'),
+    ],
+)  # fmt: skip
+def test_captions_that_went_through_another_program(here: Path, name: str, data: bytes) -> None:
+    Path(name).write_bytes(data)
+    shown = [(one["name"], one["caption"]) for one in gallery(name).entries]
+    assert shown == [("a.png", "one"), ("b.png", "two")]
+
+
+NO_CAPTIONS = [
+    *(b'{"text": "x"}\n', b'{"image": 5, "caption": "x"}\n', b"[1]\n[2]\n", b"a,b\n1,2\n"),
+    *(b"\x89PNG\r\n\x1a\n\0\0,\n", b'{"image":\n'),
+]
+
+
+@pytest.mark.parametrize("data", NO_CAPTIONS)
+def test_files_without_captions(here: Path, data: bytes, capsys: Captured) -> None:
+    Path("c.jsonl").write_bytes(data)
+    assert run(["gallery", "c.jsonl", "-o", "index.html"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Error: c.jsonl: ") and err.count("\n") == 1 and "captions" in err
