@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..backend.kernels import Kernel, describe, record_path
 from ..backend.repack import offered_layouts, usable_layouts
 from ..cpus import processor_name, usable_cpus
-from ..errors import MllamaError
+from ..errors import MllamaError, RequestError
 from ..words import one_line, show_size
 from .private import private, private_value, variable
 
@@ -88,6 +88,11 @@ def _look(own_version: str) -> Iterator[Finding]:
 def _problem(name: str, error: BaseException, advice: str = "") -> Finding:
     words = str(error) if isinstance(error, MllamaError) else f"{type(error).__name__}: {error}"
     return Finding(name, "problem", one_line(private(words)), advice)
+
+
+def _report(error: MllamaError) -> str:
+    """What to advise about an error: one about what the user asked says it itself."""
+    return "" if isinstance(error, RequestError) else "please report this"
 
 
 def _versions(own: str) -> Finding:
@@ -172,9 +177,11 @@ def _disk() -> Iterator[Finding]:
         place = info.directory
         words = f"{used} in {place}, {show_size(_free(place))} free"
         facts = {"bytes": info.n_bytes, "max_bytes": info.max_bytes, "directory": str(place)}
-        yield Finding("image cache", "ok", words, "", facts)
-    except (OSError, MllamaError) as e:
+        yield _writable(Finding("image cache", "ok", words, "", facts), place, "MLLAMA_IMAGE_CACHE")
+    except OSError as e:
         yield _problem("image cache", e, "set MLLAMA_IMAGE_CACHE to a folder that you may write to")
+    except MllamaError as e:  # of the size
+        yield _problem("image cache", e)
     try:
         place = downloads()
         free = _free(place)
@@ -184,18 +191,37 @@ def _disk() -> Iterator[Finding]:
     words = f"{show_size(free)} free for models in {place}"
     facts = {"free": free, "directory": str(place)}
     if free >= REAL_DISK:
-        yield Finding("downloads", "ok", words, "", facts)
+        yield _writable(Finding("downloads", "ok", words, "", facts), place, "MLLAMA_DOWNLOADS")
     else:
         need = f"the 11B model as Q4_K_M takes {show_size(REAL_DISK)}"
         advice = f"{need}; set MLLAMA_DOWNLOADS to a folder on a larger disk"
         yield Finding("downloads", "note", words, advice, facts)
 
 
-def _free(folder: Path) -> int:
-    """Bytes for this user on the disk where a folder is or would be. Raises OSError."""
+def _writable(finding: Finding, folder: Path, variable: str) -> Finding:
+    """The finding, or that a folder is none that this user may write to."""
+    there = _existing(folder)
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return finding
+    why = f"{there} cannot be written" if there.is_dir() else f"{there} is no folder"
+    return replace(
+        finding,
+        mark="note",
+        words=f"{finding.words}; {why}",
+        advice=f"set {variable} to a folder that can be",
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the innermost one around it that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
+
+
+def _free(folder: Path) -> int:
+    """Bytes for this user on the disk where a folder is or would be. Raises OSError."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def _environment() -> Iterator[Finding]:
@@ -260,7 +286,7 @@ def _devices() -> Iterator[Finding]:
             errors = compare(device.name, is_cpu=device.type == "cpu")
         except MllamaError as e:
             words = f"{about}; {one_line(private(str(e)))}"
-            yield Finding(name, "problem", words, "please report this", facts)
+            yield Finding(name, "problem", words, _report(e), facts)
             continue
         seconds = time.perf_counter() - start
         is_right, words = verdict(errors)
@@ -284,7 +310,7 @@ def _caption() -> Iterator[Finding]:
             opened = time.perf_counter() - start
             text = model.caption(image(), max_tokens=20)
     except MllamaError as e:
-        yield _problem("caption", e, "please report this")
+        yield _problem("caption", e, _report(e))
         return
     seconds = time.perf_counter() - start
     words = f"{len(text)} characters in {seconds:.2f} s, {opened:.2f} of them to open the demo model"

@@ -15,7 +15,7 @@ from helpers import elsewhere
 
 from mllama_gguf import BackendError, Device
 from mllama_gguf.cli.main import run
-from mllama_gguf.inspect import selftest
+from mllama_gguf.inspect import doctor, selftest
 from mllama_gguf.inspect.private import private
 
 Captured = pytest.CaptureFixture[str]
@@ -144,6 +144,24 @@ def test_a_user_without_a_name_and_a_home(monkeypatch: pytest.MonkeyPatch, capsy
     code, found = findings(capsys)
     assert code == 0, found
     assert private("/home/anna") == "/home/anna"
+
+
+def test_folders_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is a file, and one write-protected (os.access says so: root may write everywhere)."""
+    (place / "file").touch()
+    (place / "closed").mkdir()
+    monkeypatch.setattr(doctor, "REAL_DISK", 0)
+    monkeypatch.setenv("MLLAMA_IMAGE_CACHE", str(place / "file"))
+    monkeypatch.setenv("MLLAMA_DOWNLOADS", str(place / "closed" / "models"))
+    monkeypatch.setattr("os.access", lambda path, mode: "closed" not in str(path))
+    _, downloads = doctor._disk()
+    assert downloads.mark == "note" and downloads.words.endswith("closed cannot be written")
+    assert downloads.advice.startswith("set MLLAMA_DOWNLOADS to a folder")
+    found = doctor._writable(doctor.Finding("x", "ok", "y"), place / "file" / "z", "V")
+    assert found.mark == "note" and found.words.endswith("file is no folder")
+    monkeypatch.setenv("MLLAMA_IMAGE_CACHE_SIZE", "abc")
+    cache, _ = doctor._disk()
+    assert cache.mark == "problem" and "is no size" in cache.words and not cache.advice
 
 
 def test_a_device_that_computes_nonsense_or_dies(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
