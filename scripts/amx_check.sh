@@ -45,7 +45,7 @@ kernels() { # every kernel against double precision: here with real tiles
   fi
   "$program" | tee "$out/kernels.txt"
   [ "${PIPESTATUS[0]}" = 0 ] || return 1
-  ! grep -x 'amx: not on this processor' "$out/kernels.txt" # the system may refuse tiles
+  if grep -x 'amx: not on this processor' "$out/kernels.txt"; then return 77; fi # the system may refuse tiles
 }
 caption() { # the same words with either kernel
   local words
@@ -53,16 +53,21 @@ caption() { # the same words with either kernel
   echo "$words"
   [ "$(MLLAMA_CPU_KERNEL=amx "$0" -m mllama_gguf caption examples/apple.png)" = "$words" ]
 }
+trial() { # what a first use finds, with the speeds of all tables
+  export XDG_CACHE_HOME=$out/cache
+  env -u MLLAMA_CPU_KERNEL "$0" -m mllama_gguf caption examples/apple.png && "$0" -m mllama_gguf devices | grep kernel
+}
 bench() { # NAME KERNEL OPTION...: a benchmark's figures in a file
   "$0" -c 'import torch, transformers' 2> /dev/null || { echo "the extra bench is not installed"; return 77; }
   MLLAMA_CPU_KERNEL=$2 "$0" "scripts/bench_$1.py" "${@:3}"
 }
-export -f kernels caption bench
+export -f kernels caption trial bench
 export out
 
 step machine 20 bash -c 'lscpu; nproc; "$0" -m mllama_gguf devices' "$python"
 step kernels 180 bash -c kernels "$python"
 step caption 60 bash -c caption "$python"
+step trial 60 bash -c trial "$python"
 step doctor 60 env MLLAMA_CPU_KERNEL=amx "$python" -m mllama_gguf doctor
 for round in 1 2; do # in turns
   for kernel in avx512bf16 amx; do

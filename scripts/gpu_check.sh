@@ -73,6 +73,8 @@ MLLAMA_GPU_FIGURES=$out/figures-layers.json tests layers 90 "number_of_layers or
 tests plan 90 "plan"
 tests life 60 "taps or abort or cache or child or default"
 step no_memory 60 "$torch_python" scripts/gpu/no_memory.py "$python"
+# Where the processor has AMX: see there
+step amx 120 env MLLAMA_STEPS="kernels caption trial" PYTHON="$python" scripts/amx_check.sh "$out/amx"
 sanitize() {
   command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer"; return 77; }
   compute-sanitizer --error-exitcode 9 "$0" -m mllama_gguf caption examples/apple.png

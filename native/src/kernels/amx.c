@@ -27,7 +27,8 @@ static bool has_tiles(void) {
 }
 
 // Linux keeps the tiles of a process that has asked for them. The answer holds for all its threads and for its
-// children. Older kernels do not know the request, and some sandboxes refuse it.
+// children. Older kernels do not know the request, some sandboxes refuse it, and so does Linux where the signal stack
+// of a thread is too small for tiles.
 static bool may_use_tiles(void) {
     static atomic_int answer; // 0: not asked
     if (atomic_load(&answer) == 0) {
