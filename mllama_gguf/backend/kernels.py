@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "MLLAMA_CPU_KERNEL"
 VERSION = 1  # of the trial and of its record; another number makes all trials again
-TRIAL_SECONDS = 20.0  # for all of it, at most; usually less than one
+TRIAL_SECONDS = 10.0  # of a process, at most; usually less than one
 NOISE = 1.05  # what is not faster by this is not faster: then the order of the list counts
 # What is not measured against the tables of a part: ggml would round the factors of F16 files, the portable
 # table has the smallest vectors, and ggml's attention has other operations around it.
@@ -317,10 +317,9 @@ def try_all(native: Native, offered: Candidates) -> Trials:
         for table in names
     ]
     failed: dict[_Task, Trial] = {}
-    end = time.monotonic() + TRIAL_SECONDS
     while left := [task for task in tasks if task not in failed]:
         sent = [(task.index, task.kernel) for task in left]
-        done = run(command(native.path, sent), max(1.0, (end - time.monotonic()) / 2), _environment())
+        done = run(command(native.path, sent), TRIAL_SECONDS, _environment())
         try:
             found, running = _read(done.output, len(left))
         except (ValueError, TypeError, IndexError):
