@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import TinyFiles, noisy_image
 
-from mllama_gguf import ImageError, Mllama, MllamaError, RequestError, preprocess_image
+from mllama_gguf import BackendError, ImageError, Mllama, MllamaError, RequestError, preprocess_image
+from mllama_gguf.backend import library
 from mllama_gguf.cli.main import run
 
 Files = Callable[[str], TinyFiles]
@@ -133,6 +134,25 @@ def test_the_home_of_nobody(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         Mllama.from_pretrained("demo").close()
     except MllamaError as e:
         assert "nosuchuser" in str(e)
+
+
+@pytest.mark.parametrize("variable", ["MLLAMA_MMPROJ", "MLLAMA_MODEL"])
+def test_variables_that_name_no_file(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loop of links, and a name longer than names can be."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    apple = str(Path(__file__).parents[1] / "examples" / "apple.png")
+    for name in (str(tmp_path / "loop"), "x" * 300, str(tmp_path / "loop" / "x")):
+        monkeypatch.setenv(variable, name)
+        for args in (["caption", apple, "-n", "1"], ["tune", name, "-o", str(tmp_path / "out")]):
+            assert run(args) in (1, 2)
+            said = capsys.readouterr().err
+            assert said.startswith("Error: ") and said.count("\n") == 1 and "unexpected" not in said
+        monkeypatch.setenv("MLLAMA_LIBRARY", name)
+        with pytest.raises(BackendError, match="no such file"):
+            library._library()
+        monkeypatch.delenv("MLLAMA_LIBRARY")
 
 
 def test_numbers_of_numpy(tiny_files: Files) -> None:

@@ -32,7 +32,7 @@ from ..errors import (
     RequestError,
 )
 from ..handles import ModuleLock
-from ..words import one_line
+from ..words import one_line, show_name
 
 logger = logging.getLogger("mllama_gguf.native")
 warnings = logging.getLogger("mllama_gguf.native.warnings")  # of libmllama itself, for everybody
@@ -182,8 +182,8 @@ def _library() -> Path:
     chosen = os.environ.get("MLLAMA_LIBRARY")
     if not chosen:
         return _installed(_LIBRARY)
-    if not Path(chosen).is_file():
-        raise BackendError(f"MLLAMA_LIBRARY: {chosen}: no such file")
+    if not os.path.isfile(chosen):
+        raise BackendError(f"MLLAMA_LIBRARY: {show_name(chosen)}: no such file")
     return Path(chosen)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -27,7 +28,7 @@ _SETTLED_SECONDS = 2.0
 def file_stamps(path: Path) -> tuple[FileStamp, ...]:
     """What tells the files of a model from others, and from what they were before they changed. Nothing of
     them is read. Raises OSError."""
-    infos = [(str(part), part.stat()) for part in _parts(path.resolve())]
+    infos = [(str(part), part.stat()) for part in _parts(Path(os.path.realpath(path)))]
     return tuple((name, info.st_ino, info.st_size, info.st_mtime_ns) for name, info in infos)
 
 

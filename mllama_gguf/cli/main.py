@@ -17,7 +17,7 @@ import click
 
 from .. import __version__
 from ..errors import Aborted, MllamaError
-from ..words import one_line, os_reason
+from ..words import one_line, os_reason, show_name
 from .terminal import NO_ROOM, discard, echo, fit_streams
 from .verbose import is_verbose, verbose_option
 
@@ -128,7 +128,8 @@ def run(args: Sequence[str]) -> int:
         return e.exit_code
     except click.UsageError as e:
         path = e.ctx.command_path if e.ctx else "mllama"
-        words = " ".join(e.format_message().split())  # click lists choices on lines of their own
+        # click lists choices on lines of their own
+        words = show_name(" ".join(e.format_message().split()), 600)
         echo(f"Error: {words} (see {path} --help)", err=True)
         return e.exit_code
     except click.ClickException as e:

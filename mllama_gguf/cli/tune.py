@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def tune_command(
     from ..tune.saved import check_tuned, config_path, key_of, write_tuned
     from ..tune.search import Results, Task, draw_plot, tune
 
-    if not image.is_file():
+    if not os.path.isfile(image):
         raise RequestError(f"{image}: no such file")
     files = find_files(choice)
     settings = settings_of(choice, files)

@@ -39,7 +39,7 @@ def is_sha256(words: object) -> bool:
 
 def stored_sha256(path: Path) -> str | None:
     """The digest in a path: blobs of the hub's cache and of Ollama's store are named by their digest."""
-    name = path.resolve().name.removeprefix("sha256-")
+    name = os.path.basename(os.path.realpath(path)).removeprefix("sha256-")
     return name if is_sha256(name) else None
 
 

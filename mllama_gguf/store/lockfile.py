@@ -100,7 +100,7 @@ def lock_paths() -> list[Path]:
     """The lock files that exist, the one with priority first."""
     chosen = os.environ.get("MLLAMA_LOCK")
     user = Path(os.path.expanduser(chosen)) if chosen else Path("models.lock")
-    own = chosen or (user.is_file() and not user.samefile(SHIPPED))
+    own = chosen or (os.path.isfile(user) and not user.samefile(SHIPPED))
     return [user, SHIPPED] if own else [SHIPPED]
 
 

@@ -97,7 +97,7 @@ def _from_path(path: Path) -> ModelFiles:
 
 def _bundled(name: str) -> ModelFiles:
     path = BUNDLED[name]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"the model {name!r} is missing from the installed package ({path})")
     return ModelFiles(name, path)
 

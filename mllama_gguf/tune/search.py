@@ -92,9 +92,9 @@ class Task:
     def measure_point(self, settings: Mapping[str, Any]) -> Point:
         """One point, in a process of its own. A failure is a point too."""
         request = {
-            "model": os.fspath(self.model.resolve()),
-            "mmproj": None if self.mmproj is None else os.fspath(self.mmproj.resolve()),
-            "image": os.fspath(self.image.resolve()),
+            "model": os.path.realpath(self.model),
+            "mmproj": None if self.mmproj is None else os.path.realpath(self.mmproj),
+            "image": os.path.realpath(self.image),
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "repeats": self.repeats,
