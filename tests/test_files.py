@@ -283,7 +283,7 @@ def test_a_file_that_came_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.Mo
                     if content is not None:
                         path.write_bytes(content)
             except FileExistsError as e:
-                assert "was made meanwhile" in str(e)
+                assert "made it meanwhile" in str(e)
             assert path.read_bytes() == kept
             assert names(tmp_path) == ["x"]
         monkeypatch.setattr(os, "link", no_links)

@@ -139,7 +139,7 @@ def test_a_caption_written_meanwhile_stays(tmp_path: Path) -> None:
     output = Sidecars(".txt", [str(tmp_path / "a.png")])
     assert list(output.records()) == []
     (tmp_path / "a.txt").write_text("by hand")
-    with pytest.raises(FileExistsError, match="was made meanwhile"):
+    with pytest.raises(FileExistsError, match="made or edited meanwhile"):
         output.write(Record(str(tmp_path / "a.png"), "ours", "stop", 1, ""))
     assert (tmp_path / "a.txt").read_text() == "by hand"
 
