@@ -58,11 +58,6 @@ class PhaseBar:
         self._bar, self._phase = bar, phase
         return bar
 
-    @property
-    def is_shown(self) -> bool:
-        """Whether the terminal shows a bar now."""
-        return self._bar is not None
-
     def stop(self) -> None:
         """Take the bar away; a phase that was stopped or failed has no other end."""
         bar, self._bar = self._bar, None

@@ -81,7 +81,8 @@ def _encode(raw: Array, dtype: str, type: str, where: str) -> Array:
 
 
 def piece_jobs(tensor: Tensor) -> Iterator[Job]:
-    """Jobs that each give a piece of whole rows of a tensor, in its output type."""
+    """Jobs that each give a piece of whole rows of a tensor, in its output type (bfloat16 as uint16,
+    quantized rows as uint8)."""
     value = tensor.value
     if value is not None:
         yield lambda: value
@@ -91,13 +92,6 @@ def piece_jobs(tensor: Tensor) -> Iterator[Job]:
     step = max(unit, _CHUNK_VALUES // max(columns, 1) // unit * unit)
     for first in range(0, rows, step):
         yield partial(_read_piece, tensor, first, min(step, rows - first))
-
-
-def read_pieces(tensor: Tensor) -> Iterator[Array]:
-    """The values of a tensor in its output type, in pieces of whole rows (bfloat16 as uint16, quantized rows
-    as uint8)."""
-    for job in piece_jobs(tensor):
-        yield job()
 
 
 def _read_piece(tensor: Tensor, first: int, n: int) -> Array:

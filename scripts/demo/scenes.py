@@ -203,7 +203,7 @@ def caption(things: list[Placed], relation: str | None) -> str:
 class Renderer:
     """Draws scenes from a set of drawings; `strong` turns the training augmentation on."""
 
-    def __init__(self, icons: Icons, tile: int, *, strong: bool, seed: int = 0, grouped: bool = True) -> None:
+    def __init__(self, icons: Icons, tile: int, *, strong: bool, seed: int = 0) -> None:
         self.tile, self.strong = tile, strong
         self.choices: dict[tuple[int, str | None], list[list[Drawing]]] = {}
         style = np.random.default_rng(seed)

@@ -182,7 +182,7 @@ def test_a_question_that_is_stopped_takes_its_bar_along(monkeypatch: pytest.Monk
 
     def pieces() -> Iterator[str]:
         bar("prompt", 1, 4)
-        assert bar.is_shown
+        assert bar._bar is not None
         raise KeyboardInterrupt
         yield ""
 
@@ -190,7 +190,7 @@ def test_a_question_that_is_stopped_takes_its_bar_along(monkeypatch: pytest.Monk
     terminal = chat_module._Terminal(Talk(session), session, None, bar, session)
     with pytest.raises(KeyboardInterrupt):
         terminal._write(pieces())
-    assert not bar.is_shown
+    assert bar._bar is None
 
 
 def test_a_reply_whose_form_was_cut(

@@ -26,7 +26,7 @@ from mllama_gguf.convert.checkpoint import Checkpoint, Source
 from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.convert.shape import read_shape, rope_factors
 from mllama_gguf.convert.tensors import Tensor, plan
-from mllama_gguf.convert.values import bf16_to_f32, f32_to_bf16, permute_rope_rows, read_pieces
+from mllama_gguf.convert.values import bf16_to_f32, f32_to_bf16, permute_rope_rows, piece_jobs
 from mllama_gguf.errors import MllamaError, ModelError
 
 GQA = tiny.ARCHS["gqa"]
@@ -67,6 +67,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, File]:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return tiny.make_checkpoint(GQA, tmp_path / "checkpoint")
+
+
+def pieces_of(tensor: Tensor) -> Iterator[Any]:
+    return (job() for job in piece_jobs(tensor))
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -506,7 +510,7 @@ def test_pieces_of_a_large_tensor_fit_in_little_memory(checkpoint: Path, tmp_pat
     for rope, kind in ((0, "f32"), (128, "bf16")):
         tensor = Tensor("large", (rows, columns), "text", kind, source, rope)  # type: ignore[arg-type]
         tracemalloc.start()
-        n_bytes = sum(piece.nbytes for piece in read_pieces(tensor))
+        n_bytes = sum(piece.nbytes for piece in pieces_of(tensor))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert n_bytes == tensor.n_bytes
@@ -519,9 +523,9 @@ def test_pieces_hold_whole_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tensor = next(
         t for t in plan(checkpoint, read_shape(checkpoint), "f32") if t.name == "blk.1.attn_q.weight"
     )
-    (whole,) = read_pieces(tensor)
+    (whole,) = pieces_of(tensor)
     monkeypatch.setattr(values_module, "_CHUNK_VALUES", 40 * GQA.width)
-    pieces = list(read_pieces(tensor))
+    pieces = list(pieces_of(tensor))
     assert [len(piece) for piece in pieces] == [32, 32, 32]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
 
@@ -664,7 +668,7 @@ def test_file_that_shrinks_while_it_is_read(checkpoint: Path) -> None:
     os.truncate(checkpoint / "model.safetensors", 4096)
     with pytest.raises(ModelError, match="truncated"):
         for tensor in tensors:
-            list(read_pieces(tensor))
+            list(pieces_of(tensor))
 
 
 def test_missing_shard_and_wrong_index(tmp_path: Path) -> None:
