@@ -549,7 +549,7 @@ def test_python_waits_for_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
             go.wait(FORK_SECONDS)
 
     monkeypatch.setattr(handles, "END_SECONDS", 20.0)
-    monkeypatch.setattr(handles, "_freeze_at_end", lambda: None)  # this thread is no daemon
+    monkeypatch.setattr(handles, "_freeze_at_end", lambda: None)  # this thread is not a daemon
     thread = threading.Thread(target=use)
     thread.start()
     assert inside.wait(FORK_SECONDS)

@@ -203,7 +203,7 @@ def _writable(finding: Finding, folder: Path, variable: str) -> Finding:
     there = _existing(folder)
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return finding
-    why = f"{there} cannot be written" if there.is_dir() else f"{there} is no folder"
+    why = f"{there} cannot be written" if there.is_dir() else f"{there} is not a folder"
     return replace(
         finding,
         mark="note",

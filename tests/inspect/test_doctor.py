@@ -158,10 +158,10 @@ def test_folders_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyP
     assert downloads.mark == "note" and downloads.words.endswith("closed cannot be written")
     assert downloads.advice.startswith("set MLLAMA_DOWNLOADS to a folder")
     found = doctor._writable(doctor.Finding("x", "ok", "y"), place / "file" / "z", "V")
-    assert found.mark == "note" and found.words.endswith("file is no folder")
+    assert found.mark == "note" and found.words.endswith("file is not a folder")
     monkeypatch.setenv("MLLAMA_IMAGE_CACHE_SIZE", "abc")
     cache, _ = doctor._disk()
-    assert cache.mark == "problem" and "is no size" in cache.words and not cache.advice
+    assert cache.mark == "problem" and "is not a size" in cache.words and not cache.advice
 
 
 def test_a_device_that_computes_nonsense_or_dies(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
