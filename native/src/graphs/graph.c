@@ -174,7 +174,8 @@ struct ggml_tensor * graph_linear(graph * g, struct ggml_tensor * w, struct ggml
     if (!is_on_cpu(w) || x->ne[2] > 1) {
         return mul_mat(g, x, w);
     }
-    const cpu_quantized * with = g->n_products < g->max_products ? cpu_product_with(g->env.kernel, w) : NULL;
+    const cpu_quantized * with = g->n_products < g->max_products
+                                     ? cpu_product_with(g->env.kernel, w, x->ne[1]) : NULL;
     if (with) {
         cpu_product * product = &g->products[g->n_products++];
         if (g->x != x || g->with != with) { // else another weight of the same input

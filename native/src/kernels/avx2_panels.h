@@ -17,11 +17,11 @@ enum {
 // 256 weights of each of eight rows. Weight i of a row is
 //     Q4_K, Q6_K    d * scales[s] * w[i] - less_d * less, with the scale of each 32 or 16 weights, and less that of
 //                   each 32, or, of 16, 32 times the scale
-//     Q8_0, Q4_0    factors[i / 32] * (w[i] - 128, or 8)
+//     Q4_0          factors[i / 32] * (w[i] - 8)
 typedef struct panel {
-    uint8_t w[Q8_0_PLANES][STEPS][PANEL][4]; // four weights of each row, as the columns' values come
-    int32_t scales[QUANT_BLOCK / 16][PANEL]; // as as_scale makes them
-    int16_t less[GROUPS][PANEL][2];          // pairs, Q4_K: four of them
+    uint8_t w[STEPS][PANEL][4];        // four weights of each row, as the columns' values come
+    int32_t scales[2 * GROUPS][PANEL]; // as as_scale makes them
+    int16_t less[GROUPS][PANEL][2];    // pairs, Q4_K: four of them
     float   d[PANEL], less_d[PANEL];
     float   factors[GROUPS][PANEL];
 } __attribute__((aligned(64))) panel;
@@ -60,8 +60,8 @@ static void unpack_q4_k(const char * const * rows, panel * p) {
         transpose(rows, offsetof(q4_k_block, q) + (size_t) (16 * j), w);
         UNROLL for (int i = 0; i < 4; i++) {
             const int step = j / 2 * 2 * GROUP_STEPS + j % 2 * 4 + i;
-            store(p->w[0][step], _mm256_and_si256(w[i], low));
-            store(p->w[0][step + GROUP_STEPS], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
+            store(p->w[step], _mm256_and_si256(w[i], low));
+            store(p->w[step + GROUP_STEPS], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
         }
     }
     __m256i head[4]; // d and dmin, scales
@@ -105,7 +105,7 @@ static void unpack_q6_k(const char * const * rows, panel * p) {
                 };
                 UNROLL for (int k = 0; k < 4; k++) {
                     const __m256i w = _mm256_or_si256(_mm256_and_si256(lower[k], low), _mm256_and_si256(upper[k], top));
-                    store(p->w[0][(4 * half + k) * GROUP_STEPS + 4 * j + i], w);
+                    store(p->w[(4 * half + k) * GROUP_STEPS + 4 * j + i], w);
                 }
             }
         }
@@ -131,47 +131,22 @@ static void unpack_q6_k(const char * const * rows, panel * p) {
     _mm256_store_ps(p->less_d, _mm256_mul_ps(_mm256_set1_ps(32.0f), wide));
 }
 
-// The factors of eight blocks of each row, `size` bytes apart
-INLINE void unpack_factors(const char * const * rows, size_t size, panel * p) {
-    ggml_fp16_t d[GROUPS][PANEL];
-    UNROLL for (int row = 0; row < PANEL; row++) {
-        UNROLL for (int i = 0; i < GROUPS; i++) {
-            memcpy(&d[i][row], rows[row] + (size_t) i * size, sizeof(ggml_fp16_t));
-        }
-    }
-    UNROLL for (int i = 0; i < GROUPS; i++) {
-        _mm256_store_ps(p->factors[i], _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) d[i])));
-    }
-}
-
-static void unpack_q8_0(const char * const * rows, panel * p) {
-    const __m256i middle = _mm256_set1_epi8((char) 0x80), low = _mm256_set1_epi8(0x0f);
-    unpack_factors(rows, sizeof(q8_0_block), p);
-    UNROLL for (int j = 0; j < 2 * GROUPS; j++) { // 16 bytes each
-        __m256i w[4];
-        transpose(rows, (size_t) (j / 2) * sizeof(q8_0_block) + offsetof(q8_0_block, q) + (size_t) (16 * (j % 2)), w);
-        UNROLL for (int i = 0; i < 4; i++) {
-            const __m256i above = _mm256_xor_si256(w[i], middle); // 128 more
-            if (Q8_0_PLANES == 1) {
-                store(p->w[0][4 * j + i], above);
-                continue;
-            }
-            store(p->w[0][4 * j + i], _mm256_and_si256(above, low));
-            store(p->w[Q8_0_PLANES - 1][4 * j + i], _mm256_and_si256(_mm256_srli_epi16(above, 4), low));
-        }
-    }
-}
-
 static void unpack_q4_0(const char * const * rows, panel * p) {
     const __m256i low = _mm256_set1_epi8(0x0f);
-    unpack_factors(rows, sizeof(q4_0_block), p);
+    ggml_fp16_t   d[GROUPS][PANEL];
+    UNROLL for (int row = 0; row < PANEL; row++) {
+        UNROLL for (int i = 0; i < GROUPS; i++) {
+            memcpy(&d[i][row], rows[row] + (size_t) i * sizeof(q4_0_block), sizeof(ggml_fp16_t));
+        }
+    }
     UNROLL for (int j = 0; j < GROUPS; j++) { // 16 bytes each
         __m256i w[4];
         transpose(rows, (size_t) j * sizeof(q4_0_block) + offsetof(q4_0_block, q), w);
         UNROLL for (int i = 0; i < 4; i++) {
-            store(p->w[0][GROUP_STEPS * j + i], _mm256_and_si256(w[i], low));
-            store(p->w[0][GROUP_STEPS * j + 4 + i], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
+            store(p->w[GROUP_STEPS * j + i], _mm256_and_si256(w[i], low));
+            store(p->w[GROUP_STEPS * j + 4 + i], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
         }
+        _mm256_store_ps(p->factors[j], _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) d[j])));
     }
 }
 
@@ -185,8 +160,8 @@ INLINE __m256i spread(const void * p) {
 }
 
 // dots = the panels' weights from step `first` on times those values of the columns, which lie n blocks apart
-INLINE void multiply_steps(const panel * p, const int plane, int first, const int steps, const q8_column * x,
-                           int64_t n, const int columns, __m256i (*dots)[PANELS]) {
+INLINE void multiply_steps(const panel * p, int first, const int steps, const q8_column * x, int64_t n,
+                           const int columns, __m256i (*dots)[PANELS]) {
     UNROLL for (int c = 0; c < columns; c++) {
         UNROLL for (int k = 0; k < PANELS; k++) {
             dots[c][k] = _mm256_setzero_si256();
@@ -195,7 +170,7 @@ INLINE void multiply_steps(const panel * p, const int plane, int first, const in
     UNROLL for (int i = 0; i < steps; i++) {
         __m256i w[PANELS];
         UNROLL for (int k = 0; k < PANELS; k++) {
-            w[k] = _mm256_load_si256((const __m256i *) p[k].w[plane][first + i]);
+            w[k] = _mm256_load_si256((const __m256i *) p[k].w[first + i]);
         }
         UNROLL for (int c = 0; c < columns; c++) {
             const __m256i four = spread(x[c * n].q + 4 * (first + i));
@@ -218,7 +193,7 @@ INLINE void multiply_256(const panel * p, const bool q4, const q8_column * x, in
     }
     for (int s = 0; s < STEPS / scaled; s++) {
         UNROLL for (int part = 0; part < scaled; part += steps) {
-            multiply_steps(p, 0, scaled * s + part, steps, x, n, columns, dots);
+            multiply_steps(p, scaled * s + part, steps, x, n, columns, dots);
             UNROLL for (int k = 0; k < PANELS; k++) {
                 const __m256i scale = _mm256_load_si256((const __m256i *) p[k].scales[s]);
                 UNROLL for (int c = 0; c < columns; c++) {
@@ -244,34 +219,21 @@ INLINE void multiply_256(const panel * p, const bool q4, const q8_column * x, in
     }
 }
 
-// The same with Q8_0 or Q4_0
-INLINE void multiply_32(const panel * p, const bool q4, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS],
-                        const int columns) {
-    const int planes = q4 ? 1 : Q8_0_PLANES, middle = q4 ? -8 : -128;
-    __m256i   dots[COLUMN_GROUP][PANELS], whole[COLUMN_GROUP][PANELS];
+// The same with Q4_0
+INLINE void multiply_32(const panel * p, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS], const int columns) {
+    const __m256i one = as_scale(_mm256_set1_epi32(1));
+    __m256i       dots[COLUMN_GROUP][PANELS];
     for (int s = 0; s < GROUPS; s++) {
-        const __m256i taken = _mm256_set1_epi32(s % 2 ? (int32_t) ((uint32_t) middle << 16) : middle & 0xffff);
-        UNROLL for (int c = 0; c < columns; c++) { // the middle times the sum of the column's values
-            const __m256i less = _mm256_madd_epi16(taken, spread(x[c * n].sums32 + s / 2 * 2));
-            UNROLL for (int k = 0; k < PANELS; k++) {
-                whole[c][k] = less;
-            }
-        }
-        UNROLL for (int plane = 0; plane < planes; plane++) {
-            multiply_steps(p, plane, GROUP_STEPS * s, GROUP_STEPS, x, n, columns, dots);
-            UNROLL for (int c = 0; c < columns; c++) {
-                UNROLL for (int k = 0; k < PANELS; k++) {
-                    const __m256i scale = as_scale(_mm256_set1_epi32(plane ? 16 : 1));
-                    whole[c][k] = add_scaled(whole[c][k], dots[c][k], scale);
-                }
-            }
-        }
+        const __m256i eight = _mm256_set1_epi32(s % 2 ? (int32_t) (UINT32_C(0xfff8) << 16) : 0xfff8); // -8 and 0
+        multiply_steps(p, GROUP_STEPS * s, GROUP_STEPS, x, n, columns, dots);
         UNROLL for (int c = 0; c < columns; c++) {
-            const __m256 d = _mm256_broadcast_ss(&x[c * n].d[s]);
+            const __m256i less = _mm256_madd_epi16(eight, spread(x[c * n].sums32 + s / 2 * 2));
+            const __m256  d    = _mm256_broadcast_ss(&x[c * n].d[s]);
             UNROLL for (int k = 0; k < PANELS; k++) {
-                const __m256 both = _mm256_mul_ps(d, _mm256_load_ps(p[k].factors[s]));
-                float *      sum  = sums[c] + PANEL * k;
-                _mm256_store_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[c][k]), both, _mm256_load_ps(sum)));
+                const __m256 whole = _mm256_cvtepi32_ps(add_scaled(less, dots[c][k], one));
+                const __m256 both  = _mm256_mul_ps(d, _mm256_load_ps(p[k].factors[s]));
+                float *      sum   = sums[c] + PANEL * k;
+                _mm256_store_ps(sum, _mm256_fmadd_ps(whole, both, _mm256_load_ps(sum)));
             }
         }
     }
@@ -284,28 +246,36 @@ typedef struct form {
     void (* multiply)(const panel * p, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS], int64_t columns);
 } form;
 
-#define MULTIPLY(name, with, q4)                                                                             \
-    static void name(const panel * p, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS], int64_t columns) { \
-        switch (columns) {                                                                                   \
-            case 1: with(p, q4, x, n, sums, 1); break;                                                       \
-            case 2: with(p, q4, x, n, sums, 2); break;                                                       \
-            case 3: with(p, q4, x, n, sums, 3); break;                                                       \
-            case 4: with(p, q4, x, n, sums, 4); break;                                                       \
-        }                                                                                                    \
+INLINE void multiply(const enum ggml_type type, const panel * p, const q8_column * x, int64_t n,
+                     float (*sums)[TASK_ROWS], const int columns) {
+    if (type == GGML_TYPE_Q4_0) {
+        multiply_32(p, x, n, sums, columns);
+    } else {
+        multiply_256(p, type == GGML_TYPE_Q4_K, x, n, sums, columns);
     }
-MULTIPLY(multiply_q4_k, multiply_256, true)
-MULTIPLY(multiply_q6_k, multiply_256, false)
-MULTIPLY(multiply_q4_0, multiply_32, true)
-MULTIPLY(multiply_q8_0, multiply_32, false)
+}
+
+#define MULTIPLY(name, type)                                                                    \
+    static void name(const panel * p, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS], \
+                     int64_t columns) {                                                         \
+        switch (columns) {                                                                      \
+            case 1: multiply(type, p, x, n, sums, 1); break;                                    \
+            case 2: multiply(type, p, x, n, sums, 2); break;                                    \
+            case 3: multiply(type, p, x, n, sums, 3); break;                                    \
+            case 4: multiply(type, p, x, n, sums, 4); break;                                    \
+        }                                                                                       \
+    }
+MULTIPLY(multiply_q4_k, GGML_TYPE_Q4_K)
+MULTIPLY(multiply_q6_k, GGML_TYPE_Q6_K)
+MULTIPLY(multiply_q4_0, GGML_TYPE_Q4_0)
 #undef MULTIPLY
 
 static const form Q4_K = { sizeof(q4_k_block), unpack_q4_k, multiply_q4_k };
 static const form Q6_K = { sizeof(q6_k_block), unpack_q6_k, multiply_q6_k };
 static const form Q4_0 = { GROUPS * sizeof(q4_0_block), unpack_q4_0, multiply_q4_0 };
-static const form Q8_0 = { GROUPS * sizeof(q8_0_block), unpack_q8_0, multiply_q8_0 };
 
 // All panels of a task. Meanwhile the rows from `then` on are fetched from memory.
-static void multiply_columns(const form * f, const struct ggml_tensor * w, const q8_column * x, int64_t n_columns,
+static void multiply_panels(const form * f, const struct ggml_tensor * w, const q8_column * x, int64_t n_columns,
                              int64_t first, int64_t then, float * out) {
     const int64_t n = w->ne[0] / QUANT_BLOCK, n_groups = (n_columns + COLUMN_GROUP - 1) / COLUMN_GROUP;
     const int64_t left = w->ne[1] - first < TASK_ROWS ? w->ne[1] - first : TASK_ROWS;
@@ -339,14 +309,4 @@ static void multiply_columns(const form * f, const struct ggml_tensor * w, const
     for (int64_t c = 0; c < n_columns; c++) {
         memcpy(out + c * w->ne[1] + first, sums[c], (size_t) left * sizeof(float));
     }
-}
-
-static void multiply_columns_256(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
-                                 int64_t then, float * out) {
-    multiply_columns(w->type == GGML_TYPE_Q4_K ? &Q4_K : &Q6_K, w, x, n_columns, first, then, out);
-}
-
-static void multiply_columns_32(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
-                                int64_t then, float * out) {
-    multiply_columns(w->type == GGML_TYPE_Q4_0 ? &Q4_0 : &Q8_0, w, x, n_columns, first, then, out);
 }

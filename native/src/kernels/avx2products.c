@@ -4,10 +4,7 @@
 #include <immintrin.h>
 
 // Sums of products are of 16 bits, in pairs. So many steps of four weights fit them:
-enum {
-    Q6_K_STEPS  = 2, // 2 * 2 * 63 * 127 < 2^15; of the weights of Q4_K and Q4_0 eight do
-    Q8_0_PLANES = 2, // its weights are the low halves and 16 times the high ones
-};
+enum { Q6_K_STEPS = 2 }; // 2 * 2 * 63 * 127 < 2^15; of the weights of Q4_K and Q4_0 eight do
 
 // sum + the weights times the column's values
 INLINE __m256i add_step(__m256i sum, __m256i w, __m256i x) {

@@ -13,6 +13,7 @@ enum {
     ROWS_GROUP   = 4,   // queries of a head that go over the rows of a cache together
     QUANT_BLOCK  = 256, // weights with a common factor, in Q4_K and Q6_K
     SMALL_BLOCK  = 32,  // the same in Q8_0 and Q4_0
+    Q8_0_COLUMNS = 4,   // of x, at most, in a product with Q8_0
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
 
@@ -168,8 +169,8 @@ struct cpu_kernel {
     cpu_kernel *          next;         // of all kernels
 };
 
-// The table for products with weights of this type, or NULL
-const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights);
+// The table for products of n columns with weights of this type, or NULL
+const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights, int64_t n);
 
 // Entry `index` of the list of kernels of this build, the best first: its name, or NULL beyond the last. *kernel: NULL
 // where this processor does not have it.

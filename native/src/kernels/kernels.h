@@ -130,8 +130,9 @@ typedef struct cpu_product {
     tasks                 tasks;
 } cpu_product;
 
-// What the kernel multiplies by this weight with; NULL: it does not. Weights that have the same share rounded columns.
-const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight);
+// What the kernel multiplies n columns by this weight with; NULL: it does not, as ggml is as fast. Weights that have
+// the same share rounded columns.
+const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight, int64_t n);
 // x [n_in, n] in contiguous rows -> rounded, for cpu_product_node alone
 struct ggml_tensor * cpu_quantize_node(struct ggml_context * ctx, const cpu_quantized * with, struct ggml_tensor * x);
 // weight [n_in, n_out], x [n_in, n] from cpu_quantize_node, both for a->with -> W x [n_out, n]

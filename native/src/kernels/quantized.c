@@ -4,16 +4,16 @@
 
 enum { ALIGNMENT = 64 }; // of columns; ggml aligns tensors to less
 
-const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight) {
+const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct ggml_tensor * weight, int64_t n) {
     const bool here = weight->buffer && weight->ne[0] % QUANT_BLOCK == 0 && guard_is_host(weight->buffer);
-    return kernel && here ? cpu_quantized_of(kernel, weight->type) : NULL;
+    return kernel && here ? cpu_quantized_of(kernel, weight->type, n) : NULL;
 }
 
-const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights) {
+const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights, int64_t n) {
     switch (weights) {
         case GGML_TYPE_Q4_K:
         case GGML_TYPE_Q6_K: return kernel->quantized;
-        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q8_0: return n <= Q8_0_COLUMNS ? kernel->quantized_32 : NULL;
         case GGML_TYPE_Q4_0: return kernel->quantized_32;
         default:             return NULL;
     }

@@ -157,7 +157,7 @@ static void add_products(trial * t) {
     for (int i = 0; i < MOST; i++) {
         const bool            alone = i % 2 == 0;
         const enum ggml_type  type  = QUANTIZED[i / 2].type;
-        const cpu_quantized * with  = cpu_quantized_of(&t->kernel, type);
+        const cpu_quantized * with  = cpu_quantized_of(&t->kernel, type, alone ? 1 : TOGETHER);
         struct ggml_tensor * w = input(t, type, TEXT_EMBD, alone ? QUANTIZED[i / 2].alone : QUANTIZED[i / 2].together);
         struct ggml_tensor * x = input(t, GGML_TYPE_F32, TEXT_EMBD, alone ? 1 : TOGETHER);
         t->products[i].with = with;

@@ -126,6 +126,9 @@ static void make_column(float * x, int64_t n, int size, bool extreme, double * r
 static void check(const cpu_kernel * kernel, const shape * c) {
     const int    values = FORMS[c->form].values;
     const size_t size   = FORMS[c->form].size;
+    if (FORMS[c->form].type == GGML_TYPE_Q8_0 && c->n > Q8_0_COLUMNS) {
+        return; // ggml's
+    }
     case_begin("%s, %d -> %d of %d columns, shift %d, %d threads%s", FORMS[c->form].name, (int) c->n_in, (int) c->n_out,
                (int) c->n, (int) c->shift, c->n_threads, c->extreme ? ", extreme" : "");
     struct ggml_tensor * w       = make_weight(c);
@@ -134,7 +137,7 @@ static void check(const cpu_kernel * kernel, const shape * c) {
     for (int64_t i = 0; i < c->n; i++) {
         make_column(tensor_row(x, i), c->n_in, values, c->extreme, rounded + i * c->n_in);
     }
-    cpu_product a = { .with = cpu_product_with(kernel, w) };
+    cpu_product a = { .with = cpu_product_with(kernel, w, c->n) };
     expect_true(a.with, "there is no product of this type");
     if (!a.with) {
         free(rounded);
