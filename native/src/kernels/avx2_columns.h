@@ -14,8 +14,8 @@ enum {
 typedef struct q8_column {
     int8_t  q[QUANT_BLOCK];
     int16_t sums16[QUANT_BLOCK / 16]; // of each 16 of q
-    int16_t sums32[GROUPS];
     float   d[GROUPS];
+    int16_t sums32[GROUPS];
 } __attribute__((aligned(32))) q8_column;
 
 // To the second-level cache. Nothing happens where there is no memory.

@@ -94,9 +94,9 @@ INLINE void dot_q6_k(const void * row, const q8_column * x, int64_t n, const cha
             block[c][0] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(least, 5));
             block[c][1] = _mm256_setzero_si256();
         }
+        // of each half of the block; Clang wants constants
+        const __m256i halves[2] = { _mm256_permute4x64_epi64(scales, 0x44), _mm256_permute4x64_epi64(scales, 0xee) };
         UNROLL for (int half = 0; half < 2; half++) {
-            const __m256i all  = half ? _mm256_permute4x64_epi64(scales, 0xee) // its scales; Clang wants constants
-                                      : _mm256_permute4x64_epi64(scales, 0x44);
             const __m256i high = load(w[i].high + 32 * half);
             const __m256i a    = load(w[i].low + 64 * half), b = load(w[i].low + 64 * half + 32);
             const __m256i lower[4] = { a, b, _mm256_srli_epi16(a, 4), _mm256_srli_epi16(b, 4) };
@@ -104,7 +104,7 @@ INLINE void dot_q6_k(const void * row, const q8_column * x, int64_t n, const cha
                                        _mm256_srli_epi16(high, 2) };
             UNROLL for (int j = 0; j < 4; j++) {
                 const __m256i q = _mm256_or_si256(_mm256_and_si256(lower[j], low), _mm256_and_si256(upper[j], top));
-                const __m256i scale = _mm256_shuffle_epi8(all, copies(2 * j, 2 * j + 1));
+                const __m256i scale = _mm256_shuffle_epi8(halves[half], copies(2 * j, 2 * j + 1));
                 UNROLL for (int c = 0; c < columns; c++) { // two products are at most 63 * 127
                     const __m256i products = _mm256_maddubs_epi16(q, load(x[c * n + i].q + 128 * half + 32 * j));
                     block[c][j % parts] = add_pairs(block[c][j % parts], products, scale);
