@@ -101,6 +101,8 @@ class Commands:
         if name == "system":
             self._system(_unquoted(words))
             return
+        if not name:
+            raise RequestError(f"name an option: {', '.join(SETTABLE)}; as in /set temperature 0.7")
         if name not in SETTABLE:
             raise RequestError(f"there is no option {brief(name)}; there are: {', '.join(SETTABLE)}")
         value = parse_value(name, words)

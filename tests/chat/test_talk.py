@@ -204,6 +204,7 @@ def test_the_commands(model: Mllama, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("frob", "", "no command /frob"),
         ("set", "nothing 5", "no option 'nothing'"),
         ("set", "seed x", "whole number"),
+        ("set", "", "name an option: temperature"),
         ("json", str(tmp_path / "none.json"), "cannot be read"),
         ("json", APPLE, "it is not JSON"),
         ("save", "", "name a file"),
