@@ -204,9 +204,7 @@ def main() -> None:
             for r in rows
         ),
     )  # fmt: skip
-    settings = {
-        name: getattr(args, name) for name in ("model", "mmproj", "images", "repeat", "encode_ahead")
-    }
+    settings = {name: getattr(args, name) for name in ("model", "mmproj", "images", "repeat", "encode_ahead")}
     report.write_json(args.json, {"about": report.about(**settings), "rows": rows})
 
 

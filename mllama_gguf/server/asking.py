@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from ..decode.options import PromptOptions, ReplyOptions
 from ..decode.reply import Reply
-from ..errors import ContextFullError
+from ..errors import ContextFullError, RequestError
 from ..vision.embedding import ImageEmbedding, ImageInput, LimitedImage
 from ..vision.preprocess import TiledImage
 from .contexts import pack, unpack
@@ -174,21 +174,50 @@ def _chat(ask: Ask, loaded: Usable, options: PromptOptions) -> tuple[list[int], 
         messages = list(loaded.model.defaults.precede(messages))
     messages = [_decoded(message, ask, loaded, options.max_tiles) for message in messages]
     n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length) - len(ask.context)
-    while True:
-        tokens, images = loaded.conversation.prompt(messages, options)
-        dropped = _oldest(messages) if ask.truncate and len(tokens) >= n_ctx else None
-        if dropped is None:
-            return tokens, [loaded.conversation.prepare_image(image) for image in images]
-        logger.info("the conversation has %d tokens of %d: an old message is left out", len(tokens), n_ctx)
-        del messages[dropped]
+
+    def prompt(n_left_out: int) -> tuple[list[int], tuple[ImageInput, ...]]:
+        left_out = set(old[:n_left_out])
+        kept = [message for i, message in enumerate(messages) if i not in left_out]
+        return loaded.conversation.prompt(kept, options)
+
+    def fits(n_left_out: int) -> bool:
+        try:
+            return len(prompt(n_left_out)[0]) < n_ctx
+        except RequestError:  # if so many must go, it is raised below
+            return True
+
+    old = _old(messages) if ask.truncate else []
+    tokens, images = prompt(0)
+    if old and len(tokens) >= n_ctx:
+        n = fewest(len(old), fits)
+        logger.info("the conversation has %d tokens of %d: %d messages are left out", len(tokens), n_ctx, n)
+        tokens, images = prompt(n)
+    return tokens, [loaded.conversation.prepare_image(image) for image in images]
 
 
-def _oldest(messages: Messages) -> int | None:
-    """The place of the oldest message that may be left out: no system message, and not the last ones."""
+def fewest(most: int, fits: Callable[[int], bool]) -> int:
+    """The least number from 1 on that fits, `most` if none does. What fits one fits all above it, so that few
+    are tried: of a conversation of thousands of messages each takes long."""
+    low = high = 1
+    while high < most and not fits(high):
+        low, high = high + 1, 2 * high
+    high = min(high, most)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _old(messages: Messages) -> list[int]:
+    """The places of the messages that may be left out, the oldest first: no system message, and not the last
+    ones."""
     last = len(messages) - 1
     if messages and messages[-1]["role"] == "assistant":
         last -= 1  # it is continued, and answers the one before
-    return next((i for i in range(last) if messages[i]["role"] != "system"), None)
+    return [i for i in range(last) if messages[i]["role"] != "system"]
 
 
 def _decoded(

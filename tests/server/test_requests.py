@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mllama_gguf.server import ollama_requests, openai_requests, responses
-from mllama_gguf.server.asking import _oldest
+from mllama_gguf.server.asking import _old, fewest
 from mllama_gguf.server.contexts import to_key, to_words
 from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.ollama_requests import chat, format_of, generate
@@ -107,14 +107,28 @@ def test_raw_prompts() -> None:
     assert raw("[img][img]", 1) == "<|image|>"
 
 
-def test_the_oldest_message() -> None:
-    def oldest(*roles: str) -> int | None:
-        return _oldest([{"role": role, "content": "x"} for role in roles])
+def test_the_oldest_messages() -> None:
+    def old(*roles: str) -> list[int]:
+        return _old([{"role": role, "content": "x"} for role in roles])
 
-    assert oldest("user") is oldest("system", "user") is oldest("user", "assistant") is None
-    assert oldest("user", "assistant", "user") == 0
-    assert oldest("system", "user", "assistant", "user") == 1
-    assert oldest("system", "user", "user", "assistant") == 1
+    assert old("user") == old("system", "user") == old("user", "assistant") == []
+    assert old("user", "assistant", "user") == [0, 1]
+    assert old("system", "user", "assistant", "system", "user") == [1, 2]
+    assert old("system", "user", "user", "assistant") == [1]
+
+
+def test_few_conversations_are_tried() -> None:
+    """Each is rendered and tokenized as a whole: one for each of thousands of messages would take hours."""
+    for most in (1, 2, 3, 7, 20_000):
+        for least in {1, 2, most // 3, most - 1, most, most + 1} - {0}:
+            tried: list[int] = []
+
+            def fits(n: int, least: int = least, tried: list[int] = tried) -> bool:
+                tried.append(n)
+                return n >= least
+
+            assert fewest(most, fits) == min(least, most)
+            assert len(tried) <= 2 * most.bit_length() and all(1 <= n <= most for n in tried)
 
 
 def test_parameters_of_openai() -> None:
