@@ -91,9 +91,12 @@ def tune_command(
     from ..files import cannot_write
     from ..tune.saved import check_tuned, config_path, key_of, write_tuned
     from ..tune.search import Results, Task, draw_plot, tune
+    from ..vision.loading import load_image
+    from ..words import show_name
 
     if not os.path.isfile(image):
-        raise RequestError(f"{image}: no such file")
+        raise RequestError(f"{show_name(image)}: no such file")
+    load_image(image)  # else every point fails for it
     files = find_files(choice)
     settings = settings_of(choice, files)
     fixed = {

@@ -298,3 +298,14 @@ def test_the_scripts_run(image: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "c.json").read_text())
     assert rows[0] == rows[1] and rows[0]["differs"] == []
     assert f"{rows[0]['vision'][0]:.5f}" in done.stdout and rows[0]["caption"] in done.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"my notes\n", b"GGUF", bytes(100)])
+def test_what_is_no_image_is_refused_before_anything_is_measured(
+    content: bytes, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / "notes").write_bytes(content)
+    assert run(["tune", str(tmp_path / "notes"), "-m", "demo", "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ") and said.count("\n") == 1 and "notes" in said
+    assert not (tmp_path / "out").exists()
