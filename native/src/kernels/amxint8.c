@@ -204,8 +204,10 @@ INLINE void add_tile(const panel * p, const bool q4, const q8_column * x, int64_
             memcpy(&high, sums[2 * k][c], sizeof(high));
             memcpy(&low, sums[2 * k + 1][c], sizeof(low));
             vf block = __builtin_convertvector(HIGH * high + low, vf) * LOAD(p[k].d);
-            UNROLL for (int j = 0; q4 && j < 8; j++) {
-                block -= values[j] * LOAD(p[k].mins[j]);
+            if (q4) {
+                UNROLL for (int j = 0; j < 8; j++) {
+                    block -= values[j] * LOAD(p[k].mins[j]);
+                }
             }
             float * to = out[c] + TILE * k;
             STORE(to, LOAD(to) + block * column->d);
