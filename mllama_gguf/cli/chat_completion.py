@@ -63,12 +63,12 @@ def paths(word: str, suffixes: frozenset[str]) -> Iterator[Completion]:
         begun += "/"
     folder, last = os.path.split(os.path.expanduser(begun))
     try:
-        entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)[:_MOST]
+        found = [entry for entry in os.scandir(folder or ".") if entry.name.startswith(last)]
     except (OSError, ValueError):
         return
-    for entry in entries:
+    for entry in sorted(found, key=lambda entry: entry.name)[:_MOST]:
         hidden = entry.name.startswith(".") and not last.startswith(".")
-        if hidden or not entry.name.startswith(last) or not entry.name.isprintable():
+        if hidden or not entry.name.isprintable():
             continue
         try:
             is_folder = entry.is_dir()

@@ -44,7 +44,7 @@ def script(shell: str) -> str:
 
 LINES = {
     "mllama ca": {"cache", "caption"},
-    "mllama caption --vis": {"--vision-device"},
+    "mllama caption --vis": {"--vision-device", "--vision-precision"},
     "mllama caption --vision-device ": {"auto", "cpu", "CUDA0"},
     "mllama caption -m de": {"demo"},
     "mllama plan --precision ": {"fast", "exact"},
