@@ -122,8 +122,19 @@ def _library() -> Finding:
     has_rpc = bool(native.lib.mllama_rpc_available())
     found = {device.name.rstrip("0123456789") for device in devices()} | ({"RPC"} if has_rpc else set())
     backends = sorted(found)
+    built = _build_flags()
     words = f"libmllama {native.text(native.lib.mllama_version())}, ggml {ggml} with {', '.join(backends)}"
-    return Finding("library", "ok", words, "", {"ggml": ggml, "backends": backends, "rpc": has_rpc})
+    words += f"; built with {built}" if built else ""
+    facts = {"ggml": ggml, "backends": backends, "rpc": has_rpc, "built_with": built}
+    return Finding("library", "ok", words, "", facts)
+
+
+def _build_flags() -> str:
+    """What ggml was built with, as it says itself: instructions of the processor, OpenMP and so on."""
+    from llama_cpp import llama_cpp
+
+    parts = llama_cpp.llama_print_system_info().decode("utf-8", "replace").replace("CPU :", "").split("|")
+    return " ".join(part.split("=")[0].strip() for part in parts if part.strip().endswith("= 1"))
 
 
 def _processor() -> Iterator[Finding]:

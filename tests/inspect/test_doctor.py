@@ -42,6 +42,7 @@ def test_a_sound_installation(capsys: Captured) -> None:
     code, found = findings(capsys)
     assert code == 0, found
     assert {"versions", "library", "processor", "memory", "image cache", "downloads", "caption"} <= set(found)
+    assert "; built with " in str(found["library"]["words"])
     assert found["model demo"]["mark"] == "ok"
     cpu = found["device CPU"]
     assert cpu["mark"] == "ok"
