@@ -14,26 +14,10 @@ cd "$(dirname "$0")/.."
 grep -qw amx_int8 /proc/cpuinfo 2> /dev/null && grep -qw amx_bf16 /proc/cpuinfo ||
   { echo "this processor has no AMX, so there is nothing to check"; exit 0; }
 out=$(mkdir -p "${1:-${OUT:-amx-check}}" && cd "${1:-${OUT:-amx-check}}" && pwd)
-python=${PYTHON:-python3} layers=${MLLAMA_LAYERS:-4} failed=0
-: > "$out/summary.txt"
-
-say() { echo "$*" | tee -a "$out/summary.txt"; }
-
-step() { # NAME SECONDS COMMAND...
-  local name=$1 limit=$2 start code word
-  shift 2
-  [[ -z "${MLLAMA_STEPS:-}" || " $MLLAMA_STEPS " == *" $name "* ]] || return 0
-  start=$(date +%s)
-  timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1
-  code=$?
-  case $code in
-    0) word=ok ;;
-    77) word="not possible here" ;;
-    124 | 137) word="STOPPED after its time limit" failed=1 ;;
-    *) word="FAILED ($code)" failed=1 ;;
-  esac
-  say "$(printf '%-18s %4d s  %-28s %s' "$name" "$(($(date +%s) - start))" "$word" "$(tail -1 "$out/$name.log" | cut -c1-110)")"
-}
+python=${PYTHON:-python3} layers=${MLLAMA_LAYERS:-4}
+failed=0 width=18 total=0
+# shellcheck source=scripts/steps.sh
+. scripts/steps.sh
 
 kernels() { # every kernel against double precision: here with real tiles
   local program=${MLLAMA_KERNELS_TEST:-}

@@ -7,13 +7,14 @@ mllama_gguf/backend/repack.py.
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, TypeVar
+
+from mllama_gguf.words import signal_name
 
 T = TypeVar("T")
 Setting = TypeVar("Setting")
@@ -84,10 +85,7 @@ def how_it_ended(code: int | None) -> str:
         return "hangs"
     if code >= 0:
         return f"ended with exit code {code}"
-    try:
-        return f"ended with {signal.Signals(-code).name}"
-    except ValueError:
-        return f"ended with signal {-code}"
+    return f"ended with {signal_name(-code)}"
 
 
 def first_that_lives(

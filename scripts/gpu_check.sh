@@ -10,30 +10,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-${OUT:-gpu-check}}" && cd "${1:-${OUT:-gpu-check}}" && pwd)
-began=$(date +%s) total=480 failed=0
+failed=0 width=14 total=480
 python=python3 torch_python=${MLLAMA_TORCH_PYTHON:-python3}
-: > "$out/summary.txt"
-
-say() { echo "$*" | tee -a "$out/summary.txt"; }
-
-# step NAME SECONDS COMMAND...: never longer than what is left of the whole
-step() {
-  local name=$1 limit=$2 start code left
-  shift 2
-  [[ -z "${MLLAMA_STEPS:-}" || " $MLLAMA_STEPS " == *" $name "* ]] || return 0
-  left=$((total - ($(date +%s) - began)))
-  if [ "$left" -lt 5 ]; then say "$(printf '%-14s not run: the time is up' "$name")"; failed=1; return 0; fi
-  start=$(date +%s)
-  timeout -k 5 "$((limit < left ? limit : left))" "$@" > "$out/$name.log" 2>&1
-  code=$?
-  case $code in
-    0) word=ok ;;
-    77) word="not possible here" ;;
-    124 | 137) word="STOPPED after its time limit" failed=1 ;;
-    *) word="FAILED ($code)" failed=1 ;;
-  esac
-  say "$(printf '%-14s %4d s  %-28s %s' "$name" "$(($(date +%s) - start))" "$word" "$(tail -1 "$out/$name.log" | cut -c1-110)")"
-}
+# shellcheck source=scripts/steps.sh
+. scripts/steps.sh
 
 if [ -n "${MLLAMA_CARRY:-}" ]; then
   site=$(mktemp -d)

@@ -172,9 +172,11 @@ class Child:
                 return Result(case, "late", self._seconds)
             if said != "died":
                 return Result(**values)
+        from mllama_gguf.words import signal_name  # not in the children, which have little memory
+
         code = process.wait()
         self._process = None
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        name = signal_name(-code) if code < 0 else f"exit code {code}"
         return Result(case, "died", words=f"{name}; {self._errors()}")
 
     def _started(self) -> subprocess.Popen[bytes]:

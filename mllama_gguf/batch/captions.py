@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from ..decode.reply import Reply
 from ..decode.writer import FinishReason
 from ..errors import Aborted, RequestError, TimeLimitError
 from ..model import Mllama
-from ..reading import read_text
+from ..reading import parse_json, read_text
 from ..settings import DEFAULT_PROMPT
 from ..store.defaults import Defaults
 from ..text.grammar import grammar_of, json_schema
@@ -223,10 +222,10 @@ def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
     obeyed."""
     name = os.fspath(path)
     try:
-        schema = json.loads(read_text(path))
+        schema = parse_json(read_text(path))
     except OSError as e:
         raise RequestError(f"{name}: cannot be read: {os_reason(e)}") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise RequestError(f"{name}: is not JSON: {one_line(e)}") from e
     if not isinstance(schema, dict):
         raise RequestError(f"{name}: is not a JSON schema: {type(schema).__name__}, not an object")

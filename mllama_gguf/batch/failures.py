@@ -8,7 +8,6 @@ alone, and the failures go to mllama-errors.jsonl.
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 from collections.abc import Container, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..files import write_whole
-from ..reading import open_regular
+from ..reading import open_regular, parse_json
 from ..temporary import open_locked
 from ..words import as_json, show_name
 from .outputs import append, remove_empty
@@ -137,8 +136,8 @@ def _is_free(path: Path) -> bool:
 def _entry_of(line: bytes) -> dict[str, str] | None:
     """A line of ours."""
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
+        entry = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(entry, dict) or set(entry) - {"output"} != _KEYS:
         return None
@@ -153,7 +152,7 @@ def _is_torn(line: bytes) -> bool:
     if not line or line.endswith(b"\n") or not (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
         return False
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return True
     return False

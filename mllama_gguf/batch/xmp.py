@@ -6,14 +6,13 @@ keep their work there.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
 from ..handles import ModuleLock
-from ..reading import decode_text
+from ..reading import decode_text, parse_json
 
 _X = "adobe:ns:meta/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -42,8 +41,8 @@ def parts_of(caption: str) -> tuple[str, list[str]]:
     """The description and the tags in a caption. One that is not a JSON object is a description alone; of an
     object the description is its text of that name, or else all of it."""
     try:
-        values = json.loads(caption)
-    except (ValueError, RecursionError):
+        values = parse_json(caption)
+    except ValueError:
         return caption, []
     if not isinstance(values, dict):
         return caption, []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import RequestError
-from ..reading import read_text
+from ..reading import parse_json, read_text
 from ..words import brief, os_reason, show_name
 from .talk import Attached, Talk
 
@@ -120,10 +119,10 @@ class Commands:
         path = file_name(rest)
         shown = show_name(path)
         try:
-            schema = json.loads(read_text(path))
+            schema = parse_json(read_text(path))
         except OSError as e:
             raise RequestError(f"{shown}: the schema cannot be read: {os_reason(e)}") from e
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise RequestError(f"{shown}: it is not JSON") from e
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
         grammar_of(form, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from ..errors import RequestError
+from ..reading import parse_json
 from ..words import brief, one_line
 
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
@@ -194,8 +194,8 @@ def _call(where: str, call: Any) -> Call:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as e:
+            arguments = parse_json(arguments or "{}")
+        except ValueError as e:
             raise RequestError(f"{where}: its arguments are not JSON: {one_line(e)}") from e
     if not isinstance(arguments, Mapping):
         raise RequestError(f"{where}: arguments must be a JSON object, as a text; not {brief(arguments)}")

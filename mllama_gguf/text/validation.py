@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import RequestError
+from ..reading import parse_json
 from ..words import brief, one_line
 from .pointers import is_list
 
@@ -58,8 +58,8 @@ def _plain(value: Any, rest: list[int], depth: int) -> Any:
 def check(text: str, schema: Any) -> None:
     """Raise RequestError if a text is not JSON of a schema, apart from its patterns."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        value = parse_json(text)
+    except ValueError as e:
         raise RequestError(f"the reply is not JSON that Python reads: {one_line(e)}") from e
     if not isinstance(schema, dict):
         return
