@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time, error and memory of the vision encoder at the shape of the 11B model, against transformers.
 
-    python scripts/bench_encode.py [--layers N] [--threads N] [--rounds N] [--json FILE]
+    python scripts/bench_encode.py [--layers N] [--threads N] [--rounds N] [--torch TYPE] [--json FILE]
 
 Needs the extra ``bench``. The weights are random, rounded to BF16, and the rows of the tile
 tables that a grid does not use are zero as in the published models. Every round runs every contestant once,
@@ -39,6 +39,7 @@ from mllama_gguf.backend.library import load  # noqa: E402
 from mllama_gguf.backend.local import LocalModel  # noqa: E402
 from mllama_gguf.convert.huggingface import convert  # noqa: E402
 
+TORCH = ("bfloat16", "float32")
 IMAGES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # tiles: (rows, columns)
 
 
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=report.folder, help="where the models go (default: a temporary folder)")
+    parser.add_argument("--torch", action="append", choices=TORCH, help="compare with this type only")
     parser.add_argument("--json", type=report.json_path, help="write the figures here")
     args = parser.parse_args()
     if not 1 <= args.layers <= 32 or args.rounds < 1:
@@ -132,7 +134,7 @@ def main() -> None:
             name: partial(timed, encode) for name, encode in encoders.items()
         }
         deaths: dict[str, str] = {}
-        for dtype in ("bfloat16", "float32"):
+        for dtype in args.torch or TORCH:
             try:
                 there = Contestant(theirs, checkpoint, dtype, args.threads)
                 contestants[f"torch {dtype}"] = partial(there.run, timed)
@@ -156,10 +158,10 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for tiles in IMAGES:
-        exact = None if "torch float32" in deaths else states[tiles, "torch float32"]
+        exact = states.get((tiles, "torch float32"))
         bf16, f32 = (
-            None if f"torch {t}" in deaths else statistics.median(seconds[tiles, f"torch {t}"])
-            for t in ("bfloat16", "float32")
+            statistics.median(seconds[tiles, f"torch {t}"]) if (tiles, f"torch {t}") in seconds else None
+            for t in TORCH
         )
         for name in contestants:
             if name in deaths:
