@@ -1,13 +1,15 @@
 """The command `mllama`, also `python -m mllama_gguf`. Small, so that Ctrl-C is obeyed from the first
 moment."""
 
+import atexit
 import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    obeyed = False
+    obeyed, code = False, 0
+    atexit.register(lambda: _end_interrupted() if code == 130 else None)  # the first one runs last
     try:
         import signal
 
@@ -40,6 +42,17 @@ def _end(*_: object) -> None:
         os.write(2, b"Interrupted\n")
     finally:
         os._exit(130)
+
+
+def _end_interrupted() -> None:
+    """End here, because `python -m` may end by SIGINT in place of the exit code: it does so if the exception
+    went through code that was text, as a dataclass has, even where it was caught."""
+    from contextlib import suppress
+
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it
+            stream.flush()
+    os._exit(130)
 
 
 def _open_closed_streams() -> None:

@@ -43,14 +43,14 @@ sys.exit(code[0] if code else "the process has crashed")
 @contextmanager
 def forks(folder: Path) -> Iterator[Path]:
     """The folder with the programs, for PATH, while the process runs."""
-    import mllama_gguf
+    from helpers import python_path
 
     path, programs = folder / "socket", folder / "bin"
     programs.mkdir()
     for name in ("mllama", "run-python"):
         (programs / name).write_text(_CLIENT.format(python=sys.executable, path=str(path)), "utf-8")
         (programs / name).chmod(0o755)
-    env = {**os.environ, "PYTHONPATH": str(Path(mllama_gguf.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     with subprocess.Popen(
         [sys.executable, __file__, str(path)], cwd=folder, env=env, stdout=subprocess.PIPE
     ) as process:

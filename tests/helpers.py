@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,26 @@ def noisy_image(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
+def python_path() -> str:
+    """PYTHONPATH for another Python: the package that this one uses, then its own, whose folders may hold
+    what the package needs. A relative name is one of this folder."""
+    folders = [Path(mllama_gguf.__file__).parents[1]]
+    folders += [Path(one).absolute() for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    return os.pathsep.join(dict.fromkeys(map(str, folders)))
+
+
 def elsewhere(**env: str) -> dict[str, Any]:
     """How to start another Python: outside the source tree, with the package that this one uses."""
-    package = Path(mllama_gguf.__file__).parents[1]
-    return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": str(package), **env}}
+    return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": python_path(), **env}}
+
+
+def wait_until_open(process: subprocess.Popen[Any], path: Path | str) -> None:
+    """Wait until a process has a file mapped into its memory, as a model is. How long its start takes depends
+    on the machine and on what else runs there."""
+    maps, name = Path(f"/proc/{process.pid}/maps"), f"{Path(path).resolve()}\n"
+    if not maps.exists():
+        time.sleep(2.5)  # macOS does not tell
+        return
+    while name not in maps.read_text("utf-8", "replace"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)

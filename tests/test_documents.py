@@ -25,11 +25,10 @@ import pytest
 import tiny
 from documented import KINDS, Command, agrees, blocks, commands, inline, pages, promised
 from forking import forks
-from helpers import TinyFiles
+from helpers import TinyFiles, python_path
 from PIL import Image
 from stores import in_store
 
-import mllama_gguf
 from mllama_gguf.cli.main import COMMANDS, cli
 from mllama_gguf.store.resolve import BUNDLED
 
@@ -173,7 +172,7 @@ def place(tmp_path: Path, programs: Path, tiny_files: Callable[[str], TinyFiles]
         port = free.getsockname()[1]
     env = {
         "HOME": str(home),
-        "PYTHONPATH": str(Path(mllama_gguf.__file__).parents[1]),
+        "PYTHONPATH": python_path(),
         "PATH": f"{programs}:{os.environ['PATH']}",
         "LANG": "C.UTF-8",
         "MLLAMA_CONFIG_DIR": str(home / "config"),

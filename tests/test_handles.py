@@ -337,7 +337,8 @@ print("well")
 def test_a_forked_process_ends_by_itself(tiny_files: Files, isolate: bool, end: str) -> None:
     """With finalizers, or with the garbage collector: neither takes anything from the parent."""
     script = ENDS.format(path=str(tiny_files("square").text), isolate=isolate, end=end)
-    command = [sys.executable, "-c", script]
+    # From 3.12 on Python warns of every fork of a process with threads.
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=FORK_SECONDS, **elsewhere())
     assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
 

@@ -90,9 +90,10 @@ def test_repacked_weights(
             assert np.array_equal(model.logits(tokens), logits[repack][0])
     (plain, mapped), (repacked, copied) = logits[False], logits[True]
     assert np.linalg.norm(repacked - plain) <= 0.05 * np.linalg.norm(plain)
-    # Which types have such a layout depends on the processor.
+    # Which types have such a layout depends on the processor. AMX has sums beside the blocks.
     assert copied.mapped <= mapped.mapped
-    assert copied.mapped + copied.weights == pytest.approx(mapped.mapped + mapped.weights, abs=4096)
+    before, after = mapped.mapped + mapped.weights, copied.mapped + copied.weights
+    assert before - 4096 <= after <= (1.125 * before if "AMX" in layouts else before) + 4096
     if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text() and kind != "q8_0":
         assert copied.mapped < 0.9 * mapped.mapped
 

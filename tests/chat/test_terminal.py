@@ -119,11 +119,25 @@ def test_control_c(chat: Chat, tmp_path: Path) -> None:
     assert chat.leave() == 0
 
 
+# `mllama` that waits long for the answers of a terminal, which is a test on a loaded machine
+PATIENT = f"""
+import select, sys
+wait = select.select
+select.select = lambda r, w, x, seconds=None: wait(r, w, x, {SECONDS})
+from mllama_gguf.__main__ import main
+main()
+"""
+
+
 def test_images_keep_their_proportions(tmp_path: Path) -> None:
     """A terminal that says it has sixel, and cells of 10 x 20 pixels."""
     there = elsewhere(HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path), TERM="xterm-256color")
     child: Any = pexpect.spawn(
-        sys.executable, [*COMMAND, "--no-history", TALL], **there, encoding="latin-1", dimensions=(30, 100)
+        sys.executable,
+        ["-c", PATIENT, *COMMAND[2:], "--no-history", TALL],
+        **there,
+        encoding="latin-1",
+        dimensions=(30, 100),
     )
     try:
         child.expect(r"\x1b\[c", SECONDS)

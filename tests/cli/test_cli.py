@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from helpers import STOP_SECONDS, TinyFiles, elsewhere, noisy_image
+from helpers import STOP_SECONDS, TinyFiles, elsewhere, noisy_image, wait_until_open
 from PIL import Image
 
 from mllama_gguf import Mllama
@@ -262,14 +263,16 @@ def test_ctrl_c_while_encoding(slow: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.fromarray(noisy_image(1, 900, 900)).save(path)
     child = process("caption", str(path), "-m", str(slow))
-    time.sleep(2.5)
+    wait_until_open(child, slow)
+    time.sleep(0.5)
     assert child.poll() is None, child.communicate()
     assert_interrupted(child)
 
 
 def test_ctrl_c_while_reading_the_prompt(photo: str, one: str) -> None:
     child = process("caption", photo, "-m", one, "-c", "0", "-p", "\x01\x02" * 60000)  # a token a byte
-    time.sleep(2.5)
+    wait_until_open(child, one)
+    time.sleep(0.5)
     assert child.poll() is None, child.communicate()
     assert_interrupted(child)
 
@@ -294,6 +297,22 @@ def test_ctrl_c_at_the_start(photo: str, endless: str, module: str) -> None:
     assert child.returncode == 130, err
     assert [line for line in err.splitlines() if not line.startswith("import time:")] == ["Interrupted"]
     assert seconds < STOP_SECONDS
+
+
+def test_ctrl_c_in_code_that_was_text(tmp_path: Path) -> None:
+    """While the code of a dataclass is made, say: Python remembers that, and would end by the signal."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mllama_gguf.cli.devices': exec('raise KeyboardInterrupt')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    there = elsewhere()
+    there["env"]["PYTHONPATH"] = os.pathsep.join([str(tmp_path), there["env"]["PYTHONPATH"]])
+    command = [sys.executable, "-m", "mllama_gguf", "devices"]
+    child = subprocess.run(command, **there, capture_output=True, text=True, timeout=60)
+    assert (child.returncode, child.stdout, child.stderr) == (130, "", "Interrupted\n")
 
 
 def test_ctrl_c_at_the_end() -> None:

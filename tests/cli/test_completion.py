@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
+from helpers import elsewhere, python_path
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": python_path(),
         "OLLAMA_MODELS": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
@@ -39,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def script(shell: str) -> str:
     command = [sys.executable, "-m", "mllama_gguf", "completion", shell]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, **elsewhere()).stdout
 
 
 LINES = {
@@ -112,5 +111,5 @@ def test_a_tab_is_quick() -> None:
         "import sys; from mllama_gguf.cli.completing import offered; offered(['caption', '-m'], '')\n"
         "print([name for name in ('numpy', 'llama_cpp', 'PIL', 'huggingface_hub') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **elsewhere())
     assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -515,10 +515,9 @@ def test_the_shipped_lock_file() -> None:
             assert model.licence is not None
             assert model.licence.notice.startswith("Built with Llama.")
     assert [result.ok for result in verify(resolve("demo"))] == [True]
-    # The package may be installed elsewhere; in the repository there is one file with two names.
-    root = Path(__file__).parents[2]
-    assert (root / "models.lock").resolve() == (root / "mllama_gguf" / "data" / "models.lock").resolve()
-    assert (root / "models.lock").read_bytes() == SHIPPED.read_bytes()
+    # The package may be installed elsewhere; in the repository there is one file with two
+    # names, or two files where links are not kept.
+    assert (Path(__file__).parents[2] / "models.lock").read_bytes() == SHIPPED.read_bytes()
 
 
 def entry(source: str = "ollama:m", **file: object) -> str:
