@@ -159,6 +159,12 @@ INLINE __m256i spread(const void * p) {
     return _mm256_set1_epi32(x);
 }
 
+// x, ready here. Else GCC begins many steps together, and what they wait for goes to memory and back.
+INLINE __m256i in_register(__m256i x) {
+    __asm__("" : "+x"(x));
+    return x;
+}
+
 // dots = the panels' weights from step `first` on times those values of the columns, which lie n blocks apart
 INLINE void multiply_steps(const panel * p, int first, const int steps, const q8_column * x, int64_t n,
                            const int columns, __m256i (*dots)[PANELS]) {
@@ -175,7 +181,7 @@ INLINE void multiply_steps(const panel * p, int first, const int steps, const q8
         UNROLL for (int c = 0; c < columns; c++) {
             const __m256i four = spread(x[c * n].q + 4 * (first + i));
             UNROLL for (int k = 0; k < PANELS; k++) {
-                dots[c][k] = add_step(dots[c][k], w[k], four);
+                dots[c][k] = in_register(add_step(dots[c][k], w[k], four));
             }
         }
     }
