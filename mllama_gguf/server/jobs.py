@@ -57,49 +57,63 @@ Event: TypeAlias = "Piece | Ended | Done | Refused"
 
 
 class Mailbox:
-    """What the engine's threads tell the event loop. A reader who is busy gets all that came meanwhile."""
+    """What the engine's threads tell the event loop. A reader who is busy gets all that came meanwhile.
+
+    Every wake-up of the event loop takes time from the model, so there is none that the reader does not want.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, whole: bool) -> None:
         """whole: the reader wants nothing before the end."""
         self._loop = loop
         self._whole = whole
         self._items: deque[Event] = deque()
-        self._ready = asyncio.Event()
-        self._ended = asyncio.Event()
-        self._woken = False
+        self._has_ended = False
+        self._wants_any = False  # the reader waits for the next thing, and not only for the end
+        self._waiter: asyncio.Future[bool] | None = None  # of the reader; the result: not too late
 
     def put(self, item: Event) -> None:
         """From the thread that computes."""
         self._items.append(item)
-        is_end = isinstance(item, (Done, Refused))
-        if not is_end and (self._woken or self._whole):
+        if isinstance(item, (Done, Refused)):
+            self._has_ended = True
+        elif not self._wants_any:
             return
-        self._woken = True
+        self._wants_any = False
         with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._wake, is_end)
+            self._loop.call_soon_threadsafe(self._wake)
 
-    def _wake(self, is_end: bool) -> None:
-        self._ready.set()
-        if is_end:
-            self._ended.set()
+    def _wake(self, in_time: bool = True) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(in_time)
 
     async def gather(self, seconds: float) -> None:
         """Let things come for so long, or up to the end."""
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), seconds)
+        if not self._has_ended:
+            await self._wait(seconds)
 
     async def take(self, seconds: float | None) -> list[Event]:
-        """What has come, at least one thing; [] if nothing came for so long."""
-        try:
-            await asyncio.wait_for(self._ready.wait(), seconds)
-        except asyncio.TimeoutError:
-            return []
-        self._ready.clear()
-        self._woken = False
+        """What has come, up to the end if the reader wants nothing before; [] if nothing came for so long."""
+        self._wants_any = not self._whole
+        # The thread adds first and looks then; here it is the other way round, so that nothing is missed.
+        while not (self._has_ended if self._whole else self._items):
+            if not await self._wait(seconds):
+                break
+        self._wants_any = self._has_ended = False
         found = []
         while self._items:
             found.append(self._items.popleft())
         return found
+
+    async def _wait(self, seconds: float | None) -> bool:
+        """Wait for `_wake`; False: it did not come for so many seconds. `asyncio.wait_for` makes a task."""
+        self._waiter = self._loop.create_future()
+        timer = None if seconds is None else self._loop.call_later(seconds, self._wake, False)
+        try:
+            return await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
 
 
 class Usable(Protocol):

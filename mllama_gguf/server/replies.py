@@ -14,12 +14,17 @@ _JSON = "application/json; charset=utf-8"
 _NO_REPEAT = {"x-should-retry": "false"}  # OpenAI's clients obey it
 
 
+# `json.dumps` with settings makes one for each value.
+_PLAIN = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_ESCAPED = json.JSONEncoder(separators=(",", ":"))
+
+
 def to_bytes(value: Any) -> bytes:
     """JSON in UTF-8. Half a surrogate pair, which a request may hold, is written as an escape."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _PLAIN.encode(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return _ESCAPED.encode(value).encode()
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -18,9 +18,9 @@ from .problems import Refused
 from .replies import error_reply, to_bytes
 
 # A reader who is told every token of a fast model costs more than the model: what comes within this time, a
-# frame of a screen, is sent together, and after so many tokens as one chunk.
+# frame of a screen, is sent together, and after the first few tokens as one chunk.
 GATHER_SECONDS = 0.016
-TOLD_ALONE = 32
+TOLD_ALONE = 8
 
 
 class Writer(Protocol):
@@ -114,7 +114,8 @@ class Computed(Response):
                 started = True
                 await _start(send, 200, self._writer.media_type, _UNBUFFERED)
             parts: list[bytes] = []
-            for event in events if n_events < TOLD_ALONE else joined(events):
+            alone = max(0, TOLD_ALONE - n_events)
+            for event in (*events[:alone], *joined(events[alone:])):
                 if isinstance(event, Refused):
                     parts.append(self._writer.failure(event))
                     break

@@ -15,7 +15,7 @@ from helpers import TinyFiles
 from serving import Running, running
 
 from mllama_gguf.errors import RequestError
-from mllama_gguf.server.catalog import Catalog, Offer, canonical, offer_of, show_count
+from mllama_gguf.server.catalog import FRESH_SECONDS, Catalog, Offer, canonical, offer_of, show_count
 from mllama_gguf.server.problems import Refused
 from mllama_gguf.store.resolve import BUNDLED
 
@@ -160,3 +160,19 @@ def test_images_are_counted_by_where_they_came_from(folder: Path) -> None:
         served.post("/api/chat", {"model": "demo", "messages": [], "keep_alive": 0})
         assert served.post("/api/chat", body).is_success
         assert served.metric('mllama_images_total{source="disk"}') == 1
+
+
+def test_a_model_found_a_short_time_ago_is_found_without_a_look_at_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    catalog = Catalog([offer_of("demo")])
+    assert catalog.recent("demo") is None  # nobody looked yet
+    card = catalog.find("demo")
+    assert catalog.recent("demo") is catalog.recent("DEMO:latest") is card
+    assert catalog.recent("other") is catalog.recent("d" * 1000) is None
+    catalog.forget()
+    assert catalog.recent("demo") is None
+    catalog.find("demo")
+    later = time.monotonic() + FRESH_SECONDS
+    monkeypatch.setattr("mllama_gguf.server.catalog.time.monotonic", lambda: later)
+    assert catalog.recent("demo") is None

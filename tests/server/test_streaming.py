@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mllama_gguf.server.jobs import Done, Piece
+import asyncio
+
+from mllama_gguf.server.jobs import Done, Mailbox, Piece
 from mllama_gguf.server.problems import Refused
 from mllama_gguf.server.streaming import joined
 from mllama_gguf.text.logprobs import TokenLogprob
@@ -28,3 +30,39 @@ def test_other_events_stay_where_they_are() -> None:
     assert list(joined(events)) == events
     assert list(joined([])) == []
     assert list(joined([Piece("")])) == [Piece("")]
+
+
+def test_a_reader_of_a_mailbox_is_woken_for_what_it_wants() -> None:
+    async def read(whole: bool) -> None:
+        loop = asyncio.get_running_loop()
+        mailbox, done = Mailbox(loop, whole=whole), Done(0.0, 1.0)
+
+        def put(*events: Piece | Done | Refused) -> asyncio.Future[None]:
+            return loop.run_in_executor(None, lambda: [mailbox.put(event) for event in events] and None)
+
+        # Nothing came; a wake-up that is late is not taken for something.
+        start = loop.time()
+        loop.call_soon(mailbox._wake)
+        assert await mailbox.take(0.05) == []
+        assert loop.time() - start > 0.04
+        reading = asyncio.create_task(mailbox.take(5))
+        await put(Piece("a"))
+        await asyncio.sleep(0.05)
+        assert reading.done() != whole
+        start = loop.time()
+        ending = put(Piece("b"), done)
+        if not whole:
+            assert await reading == [Piece("a")]
+            await mailbox.gather(5)  # up to the end
+            reading = asyncio.create_task(mailbox.take(5))
+        await ending
+        found = await reading
+        assert found[-2:] == [Piece("b"), done]
+        assert loop.time() - start < 2
+        # What follows an end, as after a client that is gone, is waited for too.
+        await put(Refused(499, "gone"), Piece("c"))
+        assert [type(event) for event in await mailbox.take(5)] == [Refused, Piece]
+        assert await mailbox.take(0.01) == []
+
+    for whole in (True, False):
+        asyncio.run(read(whole))
