@@ -8,6 +8,11 @@ The direct call is `Conversation.reply` in this process, asked for one reply aft
 in a process of its own, as `mllama serve`, with the same threads; its clients here read streams of Ollama's
 API and of OpenAI's. Every reply has exactly N tokens, greedy, to a new question.
 
+On few cores a client takes time from the server. So the clients are bare sockets: their requests are made
+before, and they only look for the first text and the end. `--client http` reads lines by http.client, as
+programs in Python do. "CPU ms" is the processor time for each reply: of this process for the direct call,
+else of the server alone.
+
 Every round runs all three, in turns. The figures are medians of the rounds. With 8 clients the direct call
 answers as many prompts one after the other, for the server computes them in that way too.
 """
@@ -18,6 +23,8 @@ import argparse
 import http.client
 import json
 import os
+import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,13 +37,15 @@ from pathlib import Path
 from typing import Any
 
 import full_shape
+import psutil
 import report
 
 from mllama_gguf import LoadedModel
 
 # A reply of this form does not end before its tokens do.
 FORM = {"type": "object", "properties": {"a": {"type": "string", "minLength": 9000}}, "required": ["a"]}
-COLUMNS = ("way", "clients", "tokens/s", "of direct", "first token, ms")
+COLUMNS = ("way", "clients", "tokens/s", "of direct", "first token, ms", "CPU ms")
+TEXT = re.compile(rb'"content":"[^"]')
 PROMPT = "Question {}: what is in this picture?"
 
 
@@ -67,11 +76,12 @@ class Client:
     """A reader of streams, on one connection."""
 
     def __init__(self, address: tuple[str, int], api: str, n_tokens: int) -> None:
-        self.connection = http.client.HTTPConnection(*address)
+        self.address = address
         self.api = api
         self.n_tokens = n_tokens
 
-    def run(self, number: int) -> tuple[float, float]:
+    def request(self, number: int) -> tuple[str, bytes]:
+        """A path and a body."""
         message = {"role": "user", "content": PROMPT.format(number)}
         body: dict[str, Any] = {"model": "bench", "messages": [message], "stream": True}
         if self.api == "ollama":
@@ -82,14 +92,26 @@ class Client:
             path = "/v1/chat/completions"
             form = {"type": "json_schema", "json_schema": {"schema": FORM}}
             body |= {"temperature": 0, "max_tokens": self.n_tokens, "response_format": form}
-        data = json.dumps(body)
+        return path, json.dumps(body).encode()
+
+
+class HttpClient(Client):
+    """Reads lines by http.client."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.connection = http.client.HTTPConnection(*self.address)
+
+    def run(self, number: int) -> tuple[float, float]:
+        """Seconds to the first text, and in all."""
+        path, data = self.request(number)
         start = time.perf_counter()
         self.connection.request("POST", path, data)
         answer = self.connection.getresponse()
         assert answer.status == 200, answer.read()
         first, last = None, b""
         while line := answer.readline():
-            if first is None and b'"content":"' in line and b'"content":""' not in line:
+            if first is None and TEXT.search(line):
                 first = time.perf_counter() - start
             last = line if b"eval_count" in line else last
         assert first is not None
@@ -98,9 +120,40 @@ class Client:
         return first, time.perf_counter() - start
 
 
+class SocketClient(Client):
+    """Reads bytes: of HTTP it knows only how the last chunk ends."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.socket = socket.create_connection(self.address)
+
+    def run(self, number: int) -> tuple[float, float]:
+        """Seconds to the first text, and in all."""
+        path, data = self.request(number)
+        head = f"POST {path} HTTP/1.1\r\nHost: {self.address[0]}\r\nContent-Length: {len(data)}\r\n\r\n"
+        request = head.encode() + data
+        first, got = None, b""
+        start = time.perf_counter()
+        self.socket.sendall(request)
+        while not got.endswith(b"\r\n0\r\n\r\n"):
+            more = self.socket.recv(1 << 16)
+            assert more, got
+            got += more
+            if first is None and TEXT.search(got):
+                first = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        assert first is not None and got.startswith(b"HTTP/1.1 200"), got
+        if self.api == "ollama":
+            assert b'"eval_count":%d,' % self.n_tokens in got
+        return first, seconds
+
+
+CLIENTS: dict[str, Callable[..., Any]] = {"socket": SocketClient, "http": HttpClient}
+
+
 @contextmanager
-def server(model: str, threads: int | None) -> Iterator[tuple[str, int]]:
-    """The address of a server."""
+def server(model: str, threads: int | None) -> Iterator[tuple[tuple[str, int], psutil.Process]]:
+    """The address of a server, and its process."""
     command = [sys.executable, "-m", "mllama_gguf", "serve", "-m", f"bench={model}", "--port", "0"]
     command += ["--no-cache", *([] if threads is None else ["-t", str(threads)])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -108,19 +161,21 @@ def server(model: str, threads: int | None) -> Iterator[tuple[str, int]]:
         line = child.stdout.readline()
         try:
             host, port = line.split()[2].removeprefix("http://").split(":")
-            yield host, int(port)
+            yield (host, int(port)), psutil.Process(child.pid)
         finally:
             child.terminate()
 
 
 def measure(
-    runs: Callable[[int], list[tuple[float, float]]], start: int, n_tokens: int
-) -> tuple[float, float]:
-    """Tokens a second of all replies together, and the median time to the first text."""
-    began = time.perf_counter()
+    runs: Callable[[int], list[tuple[float, float]]], start: int, n_tokens: int, process: psutil.Process
+) -> tuple[float, float, float]:
+    """Tokens a second of all replies together, the median time to the first text, and the seconds of
+    processors that a process takes for each reply."""
+    before, began = process.cpu_times(), time.perf_counter()
     found = runs(start)
-    seconds = time.perf_counter() - began
-    return len(found) * n_tokens / seconds, statistics.median(first for first, _ in found)
+    seconds, after = time.perf_counter() - began, process.cpu_times()
+    cpu = after.user + after.system - before.user - before.system
+    return len(found) * n_tokens / seconds, statistics.median(first for first, _ in found), cpu / len(found)
 
 
 def main() -> None:
@@ -133,6 +188,7 @@ def main() -> None:
     parser.add_argument("--replies", type=int, default=1, help="replies of one client in a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--client", choices=CLIENTS, default="socket", help="see above")
     parser.add_argument("--json", type=report.json_path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
@@ -145,7 +201,10 @@ def main() -> None:
     settings = {"model": args.model, "layers": args.layers, "tokens": args.tokens, "threads": args.threads}
     report.write_json(
         args.json,
-        {"about": report.about(**settings), "rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows]},
+        {
+            "about": report.about(**settings, client=args.client),
+            "rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
+        },
     )
 
 
@@ -154,7 +213,7 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
     direct.run(0)
     rows: list[tuple[Any, ...]] = []
     number = 1
-    with server(model, args.threads) as address:
+    with server(model, args.threads) as (address, process):
         for n_clients in map(int, args.clients.split(",")):
             n_replies = args.replies if n_clients == 1 else 1
 
@@ -162,7 +221,7 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
                 return [direct.run(start + i) for i in range(n)]
 
             def by(api: str, n: int = n_clients, each: int = n_replies) -> Any:
-                clients = [Client(address, api, args.tokens) for _ in range(n)]
+                clients = [CLIENTS[args.client](address, api, args.tokens) for _ in range(n)]
                 for client in clients:
                     client.run(0)
 
@@ -176,17 +235,20 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
                 return together
 
             ways = {"direct": straight, "Ollama's API": by("ollama"), "OpenAI's API": by("openai")}
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            processes = {name: process if name != "direct" else psutil.Process() for name in ways}
+            found: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
             for turn in range(args.rounds):
                 names = list(ways) if turn % 2 == 0 else list(ways)[::-1]
                 for name in names:
-                    found[name].append(measure(ways[name], number, args.tokens))
+                    found[name].append(measure(ways[name], number, args.tokens, processes[name]))
                     number += 100
-            base = statistics.median(speed for speed, _ in found["direct"])
+            base = statistics.median(speed for speed, *_ in found["direct"])
             for name, figures in found.items():
-                speed = statistics.median(speed for speed, _ in figures)
-                first = statistics.median(first for _, first in figures)
-                rows.append((name, n_clients, f"{speed:.1f}", f"{speed / base:.3f}", f"{first * 1e3:.1f}"))
+                speed, first, _ = map(statistics.median, zip(*figures, strict=True))
+                # A process's time counts in steps of 10 ms.
+                cpu = statistics.mean(seconds for *_, seconds in figures)
+                row = f"{speed:.1f}", f"{speed / base:.3f}", f"{first * 1e3:.1f}", f"{cpu * 1e3:.1f}"
+                rows.append((name, n_clients, *row))
     return rows
 
 
