@@ -47,7 +47,9 @@ class Service:
     async def find(self, name: str) -> Card:
         """The model of a name. Raises Refused."""
         # To look at files takes a thread; most requests need none.
-        return self.catalog.recent(name) or await anyio.to_thread.run_sync(self.catalog.find, name)
+        if (card := self.catalog.recent(name)) is not None:
+            return card
+        return await anyio.to_thread.run_sync(self.catalog.find, name)
 
     async def cards(self) -> list[Card]:
         """The models on offer."""
