@@ -11,7 +11,7 @@ mask:         `Matcher.mask`, which is llguidance's
 choice:       `Mask.likeliest` of logits whose greatest is never allowed: the dearest case of a greedy reply
 accept:       `Matcher.accept`
 all:          these three together, which the target of 0.3 ms is for
-ids:          `Mask.ids`, which samplers with a temperature need in place of "choice"
+candidates:   `Mask.candidates`, which samplers with a temperature need in place of "choice"
 in a thread:  handing a task to another thread and waiting for it, which must be less than the mask itself if
               computing it beside the model is to win
 llama.cpp:    its grammar sampler applied to all tokens, and `accept`; it is given what llama_cpp converts a
@@ -41,6 +41,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from vocabulary import N_TOKENS, write_vocabulary
 
 from mllama_gguf.errors import RequestError
+from mllama_gguf.text.constraint import CANDIDATE
 from mllama_gguf.text.grammar import Grammar, gbnf, grammar_of
 from mllama_gguf.text.vocab import Vocab
 
@@ -143,6 +144,7 @@ def ours(vocab: Vocab, form: dict[str, Any], tokens: list[int], pool: ThreadPool
     begin = time.perf_counter() - start
     logits = np.zeros(vocab.n_tokens, np.float32)
     logits[vocab.bos] = 2  # no form allows it
+    room = np.zeros(vocab.n_tokens, CANDIDATE)
     masks, choices, lists, accepts, handed = [], [], [], [], []
     for token in tokens:
         start = time.perf_counter()
@@ -161,7 +163,7 @@ def ours(vocab: Vocab, form: dict[str, Any], tokens: list[int], pool: ThreadPool
             raise RequestError(f"token {chosen} is chosen, not {token}")
         logits[token] = 0
         start = clock()
-        allowed.ids()
+        allowed.candidates(logits, room)
         lists.append(clock() - start)
         start = clock()
         matcher.accept(token)
@@ -172,8 +174,8 @@ def ours(vocab: Vocab, form: dict[str, Any], tokens: list[int], pool: ThreadPool
         "choice": choices,
         "accept": accepts,
         "all": [sum(one) for one in zip(masks, choices, accepts, strict=True)],
-        "ids": lists,
-        "handed": handed,
+        "candidates": lists,
+        "in a thread": handed,
     }
 
 
@@ -242,8 +244,8 @@ def main() -> None:
         vocab.constraints.begin(vocab, grammar_of_form({"regex": "a"}))
         build = time.perf_counter() - start
         print(f"{vocab.n_tokens} tokens; llguidance's tokenizer: {build:.2f} s, once for a model\n")
-        parts = ("mask", "choice", "accept", "all", "ids", "handed")
-        head = ("form", "tokens", "begin", *parts[:4], "most", "ids", "in a thread", "llama.cpp", "most")
+        parts = ("mask", "choice", "accept", "all", "candidates", "in a thread")
+        head = ("form", "tokens", "begin", *parts[:4], "most", *parts[4:], "llama.cpp", "most")
         print(f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |")
         rival: Contestant | None = None
         for name, form, reply in FORMS:
@@ -263,7 +265,7 @@ def main() -> None:
             found = {part: [s for r in rounds for s in r[part]] for part in parts}
             cells = [name, str(len(tokens)), f"{rounds[0]['begin'] * 1000:.1f}"]
             cells += [ms(found[part]) for part in parts[:4]]
-            cells += [most(found["all"]), ms(found["ids"]), ms(found["handed"])]
+            cells += [most(found["all"]), ms(found["candidates"]), ms(found["in a thread"])]
             cells += [other, ""] if isinstance(other, str) else [ms(other), most(other)]
             print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |", flush=True)
             results[name] = {"tokens": len(tokens), "rounds": rounds, "llama.cpp": other}

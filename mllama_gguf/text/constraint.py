@@ -13,6 +13,7 @@ from weakref import ref
 import numpy as np
 import numpy.typing as npt
 
+from ..backend import library as _native
 from ..errors import OutOfMemoryError, RequestError
 from ..words import one_line
 from .aside import aside
@@ -34,6 +35,8 @@ class Vocabulary(Protocol):
 
 
 T = TypeVar("T")
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 # llguidance's own limits. What is allowed in schemas and grammars (text/schema.py, text/gbnf.py) is such that
 # these are reached by few, and that a grammar is built in well under a second.
@@ -138,20 +141,14 @@ class Constraints:
             raise RequestError(f"the {what} cannot be obeyed: {e}") from e
 
 
-# What to add to the logits of eight tokens whose bits are a byte: 0 if one is allowed, else -inf.
-_PENALTIES = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
-).astype(np.float32)
-
-
 class Mask:
     """Some tokens of a vocabulary."""
 
     def __init__(self, n_words: int) -> None:
         """bits: uint32 words, the lowest bit first; bit i of them: if token i is among the tokens"""
         self.bits = np.zeros(n_words, np.uint32)
-        # Kept, because fresh memory of this size costs more than the work.
-        self._logits = np.empty(n_words * 32, np.float32)
+        self._native = _native.load()
+        self._words = self._native.ffi.from_buffer("uint32_t[]", self.bits)
 
     def __contains__(self, token: int) -> bool:
         return token >> 5 < len(self.bits) and bool(self.bits[token >> 5] >> (token & 31) & 1)
@@ -159,14 +156,11 @@ class Mask:
     def ids(self) -> npt.NDArray[np.intp]:
         """The tokens, in ascending order."""
         words = np.flatnonzero(self.bits)
-        if self._has_most(words):
+        if len(words) * 4 > len(self.bits):
             return np.flatnonzero(_flags(self.bits))
         bits = np.flatnonzero(_flags(self.bits[words]))
         ids: npt.NDArray[np.intp] = (words[bits >> 5] << 5) + (bits & 31)
         return ids
-
-    def _has_most(self, words: npt.NDArray[np.intp]) -> bool:
-        return len(words) * 4 > len(self.bits)
 
     def likeliest(self, logits: npt.NDArray[np.float32]) -> int:
         """The token with the greatest logit, the first of equal ones; much cheaper than by `ids`.
@@ -175,26 +169,32 @@ class Mask:
 
         Raises RequestError if no token has a logit.
         """
-        token = int(logits.argmax())
-        if token in self:
-            return token
-        if self._has_most(np.flatnonzero(self.bits)):
-            token = int(self._masked(logits).argmax())
-        else:
-            ids = self.ids()
-            ids = ids[: np.searchsorted(ids, len(logits))]
-            token = int(ids[logits[ids].argmax()]) if len(ids) else -1
-        if token < 0 or token not in self:
+        lib, values = self._native.lib, self._values(logits)
+        token = int(lib.mllama_likeliest(values, len(values), self._words, len(self.bits)))
+        if token < 0:
             raise RequestError(_NOTHING)
         return token
 
-    def _masked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The logits, -inf for all other tokens."""
-        masked = self._logits
-        # Every byte is a row of the table. "clip" spares numpy a copy that it makes for its error.
-        np.take(_PENALTIES, self.bits.view(np.uint8), axis=0, out=masked.reshape(-1, 8), mode="clip")
-        n = min(len(logits), len(masked))
-        return np.add(masked[:n], logits[:n], out=masked[:n])
+    def candidates(self, logits: npt.NDArray[np.float32], candidates: npt.NDArray[Any]) -> int:
+        """Write the tokens and their logits, in ascending order of tokens, and return how many they are.
+
+        logits:     as for `likeliest`
+        candidates: `CANDIDATE` [n_vocab]
+
+        Raises RequestError if no token has a logit.
+        """
+        if candidates.dtype != CANDIDATE or len(candidates) < len(logits):
+            raise ValueError("candidates have another type than CANDIDATE, or are fewer than the logits")
+        lib, ffi, values = self._native.lib, self._native.ffi, self._values(logits)
+        room = ffi.from_buffer("mllama_candidate[]", candidates, require_writable=True)
+        n = int(lib.mllama_candidates(values, len(values), self._words, len(self.bits), room))
+        if not n:
+            raise RequestError(_NOTHING)
+        return n
+
+    def _values(self, logits: npt.NDArray[np.float32]) -> Any:
+        """For C."""
+        return self._native.ffi.from_buffer("float[]", np.ascontiguousarray(logits, np.float32))
 
 
 def _flags(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:

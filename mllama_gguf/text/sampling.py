@@ -17,6 +17,7 @@ from ..checks import AnyWhole, Check, Number, Switch, Whole, checked
 from ..errors import RequestError
 from ..handles import OneProcess, finalize
 from ..words import brief
+from .constraint import CANDIDATE
 from .grammar import Grammar
 from .vocab import Vocab
 
@@ -27,9 +28,6 @@ MAX_TOP_LOGPROBS = 20
 # The samplers in the order in which they work, unless options say otherwise; and in Ollama's.
 SAMPLERS = ("top_k", "top_p", "min_p", "temperature")
 OLLAMA_SAMPLERS = ("top_k", "temperature", "top_p", "min_p")
-
-# llama_token_data
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 _CHECKS: Mapping[str, Check] = {
     "temperature": Number(0, 100),
@@ -140,7 +138,7 @@ class Sampler(OneProcess):
 
         self._llama = llama
         self._options = options
-        self._candidates = np.zeros(vocab_size, _CANDIDATE)
+        self._candidates = np.zeros(vocab_size, CANDIDATE)
         self._ids = np.arange(vocab_size, dtype=np.int32)
         self._array = llama.llama_token_data_array()
         self._matcher = None if options.grammar is None else vocab.constraints.begin(vocab, options.grammar)
@@ -196,15 +194,15 @@ class Sampler(OneProcess):
         if self._matcher is None and self._is_greedy:
             token = int(wanted.argmax())  # as llama.cpp's greedy sampler: the first of equal ones
         elif self._matcher is None:
-            token = self._choose(self._ids, wanted)
+            self._candidates["id"] = self._ids
+            self._candidates["logit"] = wanted
+            token = self._choose(len(wanted))
         else:
             mask = self._matcher.mask()
             if self._is_greedy:
                 token = mask.likeliest(wanted)
             else:
-                ids = mask.ids()
-                ids = ids[: np.searchsorted(ids, len(logits))]  # the image token has no logit
-                token = self._choose(ids, wanted[ids])
+                token = self._choose(mask.candidates(wanted, self._candidates))
             self._matcher.accept(token)
         self._llama.llama_sampler_accept(self._chain, token)
         self._said[token] += 1
@@ -229,11 +227,9 @@ class Sampler(OneProcess):
             changed[said] -= np.float32(o.presence_penalty) + np.float32(o.frequency_penalty) * times
         return changed
 
-    def _choose(self, ids: npt.NDArray[Any], logits: npt.NDArray[np.float32]) -> int:
-        candidates = self._candidates[: len(ids)]
-        candidates["id"] = ids
-        candidates["logit"] = logits
-        array = self._fill(candidates)
+    def _choose(self, n: int) -> int:
+        """By llama.cpp's samplers, of the first n candidates."""
+        array = self._fill(self._candidates[:n])
         self._llama.llama_sampler_apply(self._chain, ctypes.byref(array))
         # The samplers may have put the candidates elsewhere.
         return int(array.data[array.selected].id)

@@ -339,6 +339,24 @@ mllama_status mllama_decode_many(mllama_context * ctx, int32_t n_items, mllama_i
 typedef bool (*mllama_tap_callback)(const char * name, const int64_t * ne, const float * data, void * user_data);
 void mllama_set_tap(mllama_context * ctx, mllama_tap_callback callback, void * user_data); // NULL: off
 
+// ---- tokens that are allowed --------------------------------------------------------------------------------------
+
+// A mask has a bit for each token, the lowest bit of a word first; n_words words. Tokens beyond it are not allowed, and
+// those without a logit are passed over. Safe from any number of threads.
+//
+// The allowed token with the greatest logit, the first of equal ones; -1: there is none. NaN counts as -infinity.
+int64_t mllama_likeliest(const float * logits, int64_t n_logits, const uint32_t * bits, int64_t n_words);
+
+typedef struct mllama_candidate { // llama.cpp's llama_token_data
+    int32_t token;
+    float   logit;
+    float   p;
+} mllama_candidate;
+
+// All allowed tokens in ascending order, with p 0. candidates has room for n_logits of them. Returns how many they are.
+int64_t mllama_candidates(const float * logits, int64_t n_logits, const uint32_t * bits, int64_t n_words,
+                          mllama_candidate * candidates);
+
 // ---- quantizing ---------------------------------------------------------------------------------------------------
 
 // Converts n_rows rows of n_per_row values between two ggml types. src_type: any type that ggml can read as numbers;

@@ -17,7 +17,7 @@ from replies import follows
 
 from mllama_gguf.errors import MllamaError, RequestError
 from mllama_gguf.text import constraint
-from mllama_gguf.text.constraint import Mask, Matcher
+from mllama_gguf.text.constraint import CANDIDATE, Mask, Matcher
 from mllama_gguf.text.grammar import gbnf, grammar_of, json_schema, lark, regex
 from mllama_gguf.text.vocab import Vocab
 
@@ -253,9 +253,9 @@ except KeyboardInterrupt:
 # ---- masks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0005, 0.02, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.1, 0.5, 0.999, 1.0])
 def test_a_mask_of_some_tokens(share: float) -> None:
-    """ids, `in` and likeliest say the same, for few tokens and for most."""
+    """ids, `in`, likeliest and candidates say the same, for few tokens and for most."""
     rng = np.random.default_rng(int(share * 10000))
     flags = rng.random(128 * 32) < share
     flags[77] = True
@@ -264,16 +264,62 @@ def test_a_mask_of_some_tokens(share: float) -> None:
     assert np.array_equal(mask.ids(), np.flatnonzero(flags))
     assert all((token in mask) == flags[token] for token in range(len(flags)))
     assert len(flags) not in mask
-    for n_vocab in (100, 4000, len(flags), len(flags) + 5):
-        for _ in range(20):
-            logits = rng.integers(-3, 3, n_vocab).astype(np.float32)  # with many equal ones
-            ids = mask.ids()[: np.searchsorted(mask.ids(), n_vocab)]
+    for n_vocab in (78, 95, 96, 97, 100, 1023, 1056, 4000, 4095, len(flags), len(flags) + 5):
+        candidates = np.full(n_vocab + 1, 7, CANDIDATE)
+        ids = mask.ids()[: np.searchsorted(mask.ids(), n_vocab)]
+        for i in range(20):
+            logits = rng.integers(-3, 3, n_vocab).astype(
+                np.float32
+            )  # with many equal ones, and zeros of both
+            logits[logits == 0] *= rng.choice((-1, 1), (logits == 0).sum())  # signs
+            if i % 2:
+                logits = rng.standard_normal(n_vocab).astype(np.float32)
             assert mask.likeliest(logits) == ids[logits[ids].argmax()]
+            n = mask.candidates(logits, candidates[:-1])
+            assert np.array_equal(candidates["id"][:n], ids)
+            assert np.array_equal(candidates["logit"][:n], logits[ids])
+            assert not candidates["p"][:n].any()
+        assert candidates[-1] == np.full(1, 7, CANDIDATE)[0]  # beyond its room
 
 
 def test_a_mask_of_tokens_without_logits() -> None:
-    mask = Mask(2)
+    mask, candidates = Mask(2), np.zeros(64, CANDIDATE)
     mask.bits[:] = 0, 1 << 31
     assert mask.likeliest(np.zeros(64, np.float32)) == 63
-    with pytest.raises(RequestError, match="allows no token"):
-        mask.likeliest(np.zeros(63, np.float32))
+    assert mask.candidates(np.zeros(64, np.float32), candidates) == 1
+    for n_words, n_vocab in ((2, 63), (2, 33), (2, 32), (2, 1), (2, 0), (0, 5)):
+        mask, logits = Mask(n_words), np.zeros(n_vocab, np.float32)
+        mask.bits[:] = (0, 1 << 31)[:n_words]
+        with pytest.raises(RequestError, match="allows no token"):
+            mask.likeliest(logits)
+        with pytest.raises(RequestError, match="allows no token"):
+            mask.candidates(logits, candidates)
+
+
+@pytest.mark.parametrize("word", [0x80000001, 0x0F0F00F0, 0xFFFFFFFF])
+def test_logits_at_the_edges(word: int) -> None:
+    """What models do not compute: infinities, and NaN, which counts as the least."""
+    for n_words in (1, 33, 70):
+        mask = Mask(n_words)
+        mask.bits[:] = word
+        ids = mask.ids()
+        for others in (-np.inf, np.nan, np.finfo(np.float32).min):
+            logits = np.full(n_words * 32, others, np.float32)
+            assert mask.likeliest(logits) == ids[0]
+            for token in (ids[0], ids[len(ids) // 2], ids[-1]):
+                for greatest in (0.0, np.inf, np.finfo(np.float32).max):
+                    logits[token] = greatest
+                    assert mask.likeliest(logits) == token
+                logits[token] = others
+
+
+def test_logits_of_another_kind() -> None:
+    mask = Mask(3)
+    mask.bits[:] = 2**32 - 1
+    logits = np.arange(192, dtype=np.float64)
+    assert mask.likeliest(logits[:96]) == 95  # type: ignore[arg-type]
+    assert mask.likeliest(logits[::-2].astype(np.float32)[:96]) == 0
+    assert mask.likeliest(logits.astype(np.float32)[::-2]) == 0
+    for candidates in (np.zeros(95, CANDIDATE), np.zeros(96, np.float64)):
+        with pytest.raises(ValueError, match="candidates"):
+            mask.candidates(logits[:96].astype(np.float32), candidates)
