@@ -33,7 +33,9 @@ from mllama_gguf.decode.scheduler import Scheduler
 from mllama_gguf.errors import RequestError
 from mllama_gguf.loaded import LoadedModel
 from mllama_gguf.server.catalog import Offer
-from mllama_gguf.server.models import Need, Opening, need_of
+from mllama_gguf.server.engine import Engine
+from mllama_gguf.server.jobs import Job
+from mllama_gguf.server.models import Loaded, Need, Opening, need_of
 from mllama_gguf.server.settings import ServerSettings, from_environment
 
 IMAGES = ("apple.png", "wide.png", "tall.png", "apple-and-cat.png")
@@ -177,19 +179,34 @@ def test_models_change_only_when_nobody_uses_them(together: Running) -> None:
         assert [one["name"] for one in served.get("/api/ps").json()["models"]] == ["demo:latest"]
 
 
-def test_unload_and_keep_alive_wait_for_the_last_one(together: Running) -> None:
+def test_unload_and_keep_alive_wait_for_the_last_one(
+    together: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def loaded() -> list[str]:
         return [one["name"] for one in together.get("/api/ps").json()["models"]]
 
-    limited = endless(stream=False) | {"options": {"temperature": 0, "num_predict": 200}}
+    computes, go, compute = threading.Event(), threading.Event(), Engine._compute
+
+    def held(self: Engine, job: Job, loaded: Loaded) -> None:
+        if not computes.is_set():  # the first one
+            computes.set()
+            assert go.wait(60)
+        compute(self, job, loaded)
+
+    monkeypatch.setattr(Engine, "_compute", held)
+    options = {"temperature": 0, "num_predict": 200}
+    limited = endless(stream=False, keep_alive=0) | {"options": options}
     for body in ({"model": "demo", "keep_alive": 0}, {**SHORT, "keep_alive": 0}):
+        computes.clear()
+        go.clear()
         with ThreadPoolExecutor(2) as pool:
-            run = pool.submit(together.client().post, "/api/generate", json={**limited, "keep_alive": 0})
-            wait_for(lambda: together.metric(PROCESSING) == 1)
+            run = pool.submit(together.client().post, "/api/generate", json=limited)
+            assert computes.wait(60)
             assert together.post("/api/generate", body).is_success
             assert loaded() == ["demo:latest"]
+            go.set()
             assert run.result().json()["eval_count"] == 200
-        assert loaded() == []
+        wait_for(lambda: loaded() == [])
         assert together.post("/api/generate", SHORT).is_success
         assert loaded() == ["demo:latest"]
 

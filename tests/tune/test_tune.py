@@ -41,7 +41,7 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def task(image: Path) -> Task:
     fixed = {"n_ctx": 256}
-    return Task(DEMO, None, image, "What is it?", 3, 1, fixed, timeout=5, function="crashing:measure")
+    return Task(DEMO, None, image, "What is it?", 3, 1, fixed, timeout=60, function="crashing:measure")
 
 
 def calls(task: Task) -> list[str]:
@@ -53,6 +53,7 @@ CHOICE = Range(BASE, n_layer=4, others={"flash_attn": [True, False], "n_batch": 
 
 def test_a_sweep_survives_crashes_and_goes_on_where_it_was(task: Task, tmp_path: Path) -> None:
     heard: list[tuple[Point, int, int]] = []
+    task = replace(task, timeout=5)
     results = Results(tmp_path / "out", task)
     best = tune(task, CHOICE, results, lambda *args: heard.append(args))
     assert not best.error
