@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,6 +152,25 @@ def test_a_long_prompt_goes_in_pieces(model: LoadedModel, scheduler: Scheduler) 
     assert CHUNK < 512
     error = abs(logits - expected).max() / abs(expected).max()
     assert error < 1e-3  # F16 caches; in F32: tests/native/test_many.py
+
+
+@pytest.mark.parametrize(("n_tokens", "n_steps"), [(2, 1), (128, 1), (129, 2), (300, 2)])
+def test_a_newcomer_takes_few_steps(scheduler: Scheduler, n_tokens: int, n_steps: int) -> None:
+    """128 tokens of its prompt in a step with seven others, and what is left when these have ended."""
+    context = scheduler.context
+    numbers = [context.sequence_new(512) for _ in range(8)]
+
+    def decode(i: int) -> None:
+        scheduler.decode(numbers[i], [5] * (1 if i else n_tokens), -1, 0, "last", bool)
+
+    with ThreadPoolExecutor(8) as pool:
+        with scheduler.exclusive(bool):
+            done = [pool.submit(decode, i) for i in range(8)]
+            while len(scheduler._waiting) < 8:
+                time.sleep(0.001)
+        for one in done:
+            one.result(30)
+    assert scheduler.n_steps == n_steps
 
 
 def test_images_are_encoded_once_and_their_slots_shared(model: LoadedModel, scheduler: Scheduler) -> None:
