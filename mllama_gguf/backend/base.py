@@ -21,8 +21,8 @@ Logits: TypeAlias = Literal["none", "last", "all"]
 RELEASES = {"image_fill": "image_free", "image_map": "image_free", "sequence_new": "sequence_free"}
 
 
-# Most tokens of prompts in a step with others, so that a running reply never waits for more than these. A prompt
-# that fits takes one step: each further one reads the weights again, and waits for the running replies.
+# Most tokens of prompts in a step with others, so that a running reply never waits for more than these.
+# A prompt that fits takes one step. Each further one reads the weights again and waits for the others.
 CHUNK = 128
 
 
