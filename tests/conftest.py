@@ -30,6 +30,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A backend that the user has named brings devices, and only tests/gpu is about those."""
+    named = [config.invocation_params.dir / arg for arg in config.args]
+    if not any("gpu" in path.parts for path in named):
+        os.environ.pop("GGML_BACKEND_PATH", None)
+
+
 def children() -> set[int]:
     """The ids of the processes that this one has started, but for the one by which multiprocessing cleans
     up."""
