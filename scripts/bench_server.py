@@ -13,7 +13,8 @@ before, and they only look for the first text and the end. `--client http` reads
 programs in Python do. "CPU ms" is the processor time for each reply: of this process for the direct call,
 else of the server alone.
 
-Every round runs all three, in turns. The figures are medians of the rounds. With 8 clients the direct call
+Every round runs all three, in another order each time: what runs first after another process is slower. The
+figures are medians of the rounds; "of direct" is the median of the rounds' shares. With 8 clients the direct call
 answers as many prompts one after the other, for the server computes them in that way too.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import re
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--replies", type=int, default=1, help="replies of one client in a round")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--client", choices=CLIENTS, default="socket", help="see above")
     parser.add_argument("--json", type=report.json_path)
@@ -235,19 +237,20 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
                 return together
 
             ways = {"direct": straight, "Ollama's API": by("ollama"), "OpenAI's API": by("openai")}
+            orders = list(itertools.permutations(ways))
             processes = {name: process if name != "direct" else psutil.Process() for name in ways}
             found: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
             for turn in range(args.rounds):
-                names = list(ways) if turn % 2 == 0 else list(ways)[::-1]
-                for name in names:
+                for name in orders[turn % len(orders)]:
                     found[name].append(measure(ways[name], number, args.tokens, processes[name]))
                     number += 100
-            base = statistics.median(speed for speed, *_ in found["direct"])
+            base = [speed for speed, *_ in found["direct"]]
             for name, figures in found.items():
                 speed, first, _ = map(statistics.median, zip(*figures, strict=True))
                 # A process's time counts in steps of 10 ms.
                 cpu = statistics.mean(seconds for *_, seconds in figures)
-                row = f"{speed:.1f}", f"{speed / base:.3f}", f"{first * 1e3:.1f}", f"{cpu * 1e3:.1f}"
+                share = statistics.median(one[0] / direct for one, direct in zip(figures, base, strict=True))
+                row = f"{speed:.1f}", f"{share:.3f}", f"{first * 1e3:.1f}", f"{cpu * 1e3:.1f}"
                 rows.append((name, n_clients, *row))
     return rows
 
