@@ -14,8 +14,8 @@ programs in Python do. "CPU ms" is the processor time for each reply: of this pr
 else of the server alone.
 
 Every round runs all three, in another order each time: what runs first after another process is slower. The
-figures are medians of the rounds; "of direct" is the median of the rounds' shares. With 8 clients the direct call
-answers as many prompts one after the other, for the server computes them in that way too.
+figures are medians of the rounds; "of direct" is the median of the rounds' shares. With 8 clients the direct
+call answers as many prompts one after the other, for the server computes them in that way too.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
                 speed, first, _ = map(statistics.median, zip(*figures, strict=True))
                 # A process's time counts in steps of 10 ms.
                 cpu = statistics.mean(seconds for *_, seconds in figures)
-                share = statistics.median(one[0] / direct for one, direct in zip(figures, base, strict=True))
+                share = statistics.median(a[0] / b for a, b in zip(figures, base, strict=True))
                 row = f"{speed:.1f}", f"{share:.3f}", f"{first * 1e3:.1f}", f"{cpu * 1e3:.1f}"
                 rows.append((name, n_clients, *row))
     return rows
