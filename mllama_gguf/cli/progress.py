@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,6 +13,8 @@ from ..words import printable
 from .terminal import echo, is_live
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.progress import Progress, ProgressColumn, TaskID
 
 _PHASES = {"load": "loading", "encode": "looking", "prompt": "reading"}
@@ -27,6 +31,23 @@ def _new(*columns: ProgressColumn) -> Progress:
     from rich.progress import Progress
 
     return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Let Ctrl-C wait: a bar that is half begun or half taken away stays, and draws over what follows."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 class PhaseBar:
@@ -54,15 +75,17 @@ class PhaseBar:
 
         bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         bar.add_task(_PHASES[phase], total=total)
-        bar.start()
-        self._bar, self._phase = bar, phase
+        with _whole():
+            bar.start()
+            self._bar, self._phase = bar, phase
         return bar
 
     def stop(self) -> None:
         """Take the bar away; a phase that was stopped or failed has no other end."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            bar.stop()
+        with _whole():
+            bar, self._bar = self._bar, None
+            if bar is not None:
+                bar.stop()
 
     def __enter__(self) -> PhaseBar:
         return self
@@ -93,7 +116,10 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with _new(*columns) as bar:
+    bar = _new(*columns)
+    try:
+        with _whole():
+            bar.start()
         tasks: dict[str, TaskID] = {}
 
         def progress(phase: str, done: int, total: int) -> None:
@@ -104,6 +130,9 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
                 bar.remove_task(tasks.pop(phase))  # the next file gets a bar of its own
 
         yield progress
+    finally:
+        with _whole():
+            bar.stop()
 
 
 class BatchBar:

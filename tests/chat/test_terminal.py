@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -205,6 +206,35 @@ def test_a_question_that_is_stopped_takes_its_bar_along(monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         terminal._write(pieces())
     assert bar._bar is None
+
+
+@pytest.mark.parametrize("moment", ["start", "stop"])
+def test_ctrl_c_while_a_bar_begins_or_ends(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is heard when the bar is whole: half of one stays on the screen and draws over the next prompt."""
+    from rich.live import Live
+
+    monkeypatch.setattr(progress, "is_live", lambda stream: True)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    real, lives = getattr(Live, moment), []
+
+    def interrupted(live: Live, *rest: Any, **more: Any) -> None:
+        lives.append(live)
+        if moment == "stop":
+            signal.raise_signal(signal.SIGINT)
+        real(live, *rest, **more)
+        if moment == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Live, moment, interrupted)
+    bar = progress.PhaseBar()
+    try:
+        with pytest.raises(KeyboardInterrupt), bar:
+            bar("prompt", 1, 4)
+            if moment == "start":
+                pytest.fail("Ctrl-C was lost")
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert lives and not any(live.is_started for live in lives) and bar._bar is None
 
 
 def test_a_reply_whose_form_was_cut(
