@@ -50,6 +50,17 @@ def _whole() -> Iterator[None]:
             handler(*came[0])
 
 
+def _start(bar: Progress) -> None:
+    """For `__enter__`: if Ctrl-C came meanwhile there is no `__exit__`."""
+    try:
+        with _whole():
+            bar.start()
+    except KeyboardInterrupt:
+        with _whole():
+            bar.stop()
+        raise
+
+
 class PhaseBar:
     """A callback for `Mllama` that draws a bar for each phase; draws nothing if stderr is not a terminal."""
 
@@ -152,11 +163,12 @@ class BatchBar:
         self._failed = 0
 
     def __enter__(self) -> BatchBar:
-        self._bar.start()
+        _start(self._bar)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        with _whole():
+            self._bar.stop()
 
     def begin(self, total: int, done: int) -> None:
         """Begin with `total` images, `done` of them done before."""
@@ -194,12 +206,13 @@ class StepBar:
 
     def __enter__(self) -> StepBar:
         if self._bar is not None:
-            self._bar.start()
+            _start(self._bar)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with _whole():
+                self._bar.stop()
 
     def advance(self, done: int, total: int, what: str, result: str) -> None:
         """One step is done. what: the step; result: what came out."""

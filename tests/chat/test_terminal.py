@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -226,15 +226,22 @@ def test_ctrl_c_while_a_bar_begins_or_ends(moment: str, monkeypatch: pytest.Monk
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Live, moment, interrupted)
-    bar = progress.PhaseBar()
+    phases, batch, steps = progress.PhaseBar(), progress.BatchBar(), progress.StepBar("measuring")
+    bars: list[tuple[Any, Callable[[], None]]] = [
+        (phases, lambda: phases("prompt", 1, 4)),
+        (batch, lambda: batch.begin(4, 1)),
+        (steps, lambda: steps.advance(1, 4, "a step", "fast")),
+    ]
     try:
-        with pytest.raises(KeyboardInterrupt), bar:
-            bar("prompt", 1, 4)
-            if moment == "start":
-                pytest.fail("Ctrl-C was lost")
+        for n, (bar, use) in enumerate(bars, 1):
+            with pytest.raises(KeyboardInterrupt), bar:
+                use()
+                if moment == "start":
+                    pytest.fail("Ctrl-C was lost")
+            assert len(lives) >= n and not any(live.is_started for live in lives)
     finally:
         signal.signal(signal.SIGINT, old)
-    assert lives and not any(live.is_started for live in lives) and bar._bar is None
+    assert phases._bar is None
 
 
 def test_a_reply_whose_form_was_cut(
