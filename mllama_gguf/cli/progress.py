@@ -26,13 +26,6 @@ _TRANSFERS = {
 }
 
 
-def _new(*columns: ProgressColumn) -> Progress:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
 @contextmanager
 def _whole() -> Iterator[None]:
     """Let Ctrl-C wait: a bar that is half begun or half taken away stays, and draws over what follows."""
@@ -50,15 +43,24 @@ def _whole() -> Iterator[None]:
             handler(*came[0])
 
 
-def _start(bar: Progress) -> None:
-    """For `__enter__`: if Ctrl-C came meanwhile there is no `__exit__`."""
-    try:
-        with _whole():
-            bar.start()
-    except KeyboardInterrupt:
-        with _whole():
-            bar.stop()
-        raise
+def _new(*columns: ProgressColumn) -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    class Whole(Progress):
+        def start(self) -> None:
+            try:
+                with _whole():
+                    super().start()
+            except KeyboardInterrupt:  # in a `with` nobody else would stop it
+                self.stop()
+                raise
+
+        def stop(self) -> None:
+            with _whole():
+                super().stop()
+
+    return Whole(*columns, console=Console(stderr=True), transient=True)
 
 
 class PhaseBar:
@@ -86,17 +88,16 @@ class PhaseBar:
 
         bar = _new(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         bar.add_task(_PHASES[phase], total=total)
-        with _whole():
-            bar.start()
-            self._bar, self._phase = bar, phase
+        self._bar, self._phase = bar, phase
+        bar.start()
         return bar
 
     def stop(self) -> None:
         """Take the bar away; a phase that was stopped or failed has no other end."""
         with _whole():
-            bar, self._bar = self._bar, None
-            if bar is not None:
-                bar.stop()
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
 
     def __enter__(self) -> PhaseBar:
         return self
@@ -127,10 +128,7 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    bar = _new(*columns)
-    try:
-        with _whole():
-            bar.start()
+    with _new(*columns) as bar:
         tasks: dict[str, TaskID] = {}
 
         def progress(phase: str, done: int, total: int) -> None:
@@ -141,9 +139,6 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None] | None]:
                 bar.remove_task(tasks.pop(phase))  # the next file gets a bar of its own
 
         yield progress
-    finally:
-        with _whole():
-            bar.stop()
 
 
 class BatchBar:
@@ -163,12 +158,11 @@ class BatchBar:
         self._failed = 0
 
     def __enter__(self) -> BatchBar:
-        _start(self._bar)
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _whole():
-            self._bar.stop()
+        self._bar.stop()
 
     def begin(self, total: int, done: int) -> None:
         """Begin with `total` images, `done` of them done before."""
@@ -206,13 +200,12 @@ class StepBar:
 
     def __enter__(self) -> StepBar:
         if self._bar is not None:
-            _start(self._bar)
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            with _whole():
-                self._bar.stop()
+            self._bar.stop()
 
     def advance(self, done: int, total: int, what: str, result: str) -> None:
         """One step is done. what: the step; result: what came out."""
