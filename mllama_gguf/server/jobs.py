@@ -93,10 +93,10 @@ class Mailbox:
 
     async def take(self, seconds: float | None) -> list[Event]:
         """What has come, up to the end if the reader wants nothing before; [] if nothing came for so long."""
-        self._wants_any = not self._whole
-        # The thread adds first and looks then; here it is the other way round, so that nothing is missed.
-        while not (self._has_ended if self._whole else self._items):
-            if not await self._wait(seconds):
+        while True:
+            # The thread adds first and looks then; here it is the other way round, so that nothing is missed.
+            self._wants_any = not self._whole
+            if (self._has_ended if self._whole else self._items) or not await self._wait(seconds):
                 break
         self._wants_any = self._has_ended = False
         found = []
