@@ -268,10 +268,9 @@ def test_a_mask_of_some_tokens(share: float) -> None:
         candidates = np.full(n_vocab + 1, 7, CANDIDATE)
         ids = mask.ids()[: np.searchsorted(mask.ids(), n_vocab)]
         for i in range(20):
-            logits = rng.integers(-3, 3, n_vocab).astype(
-                np.float32
-            )  # with many equal ones, and zeros of both
-            logits[logits == 0] *= rng.choice((-1, 1), (logits == 0).sum())  # signs
+            # With many equal ones, and zeros of both signs.
+            logits = rng.integers(-3, 3, n_vocab).astype(np.float32)
+            logits[logits == 0] *= rng.choice((-1, 1), (logits == 0).sum())
             if i % 2:
                 logits = rng.standard_normal(n_vocab).astype(np.float32)
             assert mask.likeliest(logits) == ids[logits[ids].argmax()]
