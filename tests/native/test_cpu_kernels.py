@@ -234,8 +234,13 @@ def quantized(tiny_files: Files, folder: Path, type: str, **changes: Any) -> Pat
 @pytest.mark.parametrize("changes", [{}, {"heads": 16, "kv_heads": 1, "vocab_size": 389}])
 @pytest.mark.parametrize(
     ("target", "type", "tolerance"),
-    # ggml rounds the factors of columns for the last two to F16.
-    [("q4_k_m", "q4_K", 1e-5), ("q6_k", "q6_K", 1e-5), ("q8_0", "q8_0", 5e-4), ("q4_0", "q4_0", 5e-4)],
+    [
+        ("q4_k_m", "q4_K", 1e-5),
+        ("q5_k_m", "q5_K", 1e-5),
+        ("q6_k", "q6_K", 1e-5),
+        ("q8_0", "q8_0", 5e-4),  # ggml rounds the factors of columns for these two to F16
+        ("q4_0", "q4_0", 5e-4),
+    ],
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_products_of_quantized_weights(

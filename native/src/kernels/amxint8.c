@@ -1,11 +1,12 @@
-// Products with Q4_K and Q6_K for several columns by AMX; a single column by AVX512-VNNI, see vnni.c.
+// Products with Q4_K, Q5_K and Q6_K for several columns by AMX; a few columns by AVX512-VNNI, see vnni.c.
 //
-// Each 32 (Q4_K) or 16 (Q6_K) weights have a scale of their own, 6 or 8 bits, so that a sum of 64 products, as a tile
-// gives it, is worth nothing. Sums of 32 or 16 would leave half or three quarters of each instruction unused, and
+// Each 32 (Q4_K, Q5_K) or 16 (Q6_K) weights have a scale of their own, 6 or 8 bits, so that a sum of 64 products, as a
+// tile gives it, is worth nothing. Sums of 32 or 16 would leave half or three quarters of each instruction unused, and
 // would all be fetched from tiles and scaled. Instead weights are multiplied by their scales when they are unpacked:
 // at most 14 bits with the sign, in two planes of 8 bits, 256 high + low, of which high is signed. Then a block of 256
 // weights needs as many instructions as sums of 32, and only two sums are fetched. Whole numbers are exact throughout.
 #include "kernels/amx.h"
+#include "kernels/k_panels.h"
 #include "kernels/q8_column.h"
 
 enum {
@@ -29,7 +30,7 @@ typedef uint32_t tile_sums[TILE][TILE];
 typedef struct panel {
     uint32_t planes[2][STEPS][TILE]; // high, low; four weights of each row, as the columns' values come
     float    d[TILE];
-    float    mins[8][TILE];          // Q4_K: of 32 weights each, from the first to the last; times dmin
+    float    mins[8][TILE];          // of 32 weights each, from the first to the last, times dmin; not Q6_K
 } __attribute__((aligned(64))) panel;
 
 INLINE v4i four_dwords(const char * p) {
@@ -89,35 +90,49 @@ INLINE void store_step(panel * p, int step, vw w, const factors * f) {
     memcpy(p->planes[1][step], &low, sizeof(low));
 }
 
-static void unpack_q4_k(const char * const * rows, panel * p) {
-    ggml_fp16_t d[TILE], dmin[TILE];
+// Blocks of Q4_K or, `five`, of Q5_K
+INLINE void unpack_with_mins(const bool five, const char * const * rows, panel * p) {
+    const size_t at = five ? offsetof(q5_k_block, q) : offsetof(q4_k_block, q);
+    ggml_fp16_t  d[TILE], dmin[TILE];
     for (int i = 0; i < TILE; i++) {
-        const q4_k_block * block = (const void *) rows[i];
+        const q4_k_block * block = (const void *) rows[i]; // Q5_K: the same up to the scales
         d[i]    = block->d;
         dmin[i] = block->dmin;
     }
     STORE(p->d, widen(d));
     const vf least = widen(dmin);
-    vw       head[4]; // d and dmin, scales
-    transpose(rows, 0, head);
-    const vw low = (vw) { 0 } + 0x0f0f0f0f, six = (vw) { 0 } + 0x3f3f3f3f, top = (vw) { 0 } + 0x30303030;
-    const vw scales[2] = { head[1] & six, (head[3] & low) | (head[1] >> 2 & top) }; // 0 to 3 and 4 to 7, bytes
-    const vw mins[2]   = { head[2] & six, (head[3] >> 4 & low) | (head[2] >> 2 & top) };
+    vw       first[4];
+    transpose(rows, 0, first);
+    const k_head head = k_head_of(first);
     UNROLL for (int j = 0; j < 8; j++) {
-        STORE(p->mins[j], least * __builtin_convertvector((vi) (mins[j / 4] >> (8 * (j % 4)) & 0xff), vf));
+        STORE(p->mins[j], least * __builtin_convertvector((vi) byte_at(head.mins, j), vf));
     }
-    UNROLL for (int j = 0; j < 4; j++) { // 32 bytes: low halves for one scale, high halves for the next
-        const factors first = factors_of(scales[j / 2] >> (16 * (j % 2)) & 0xff, 0);
-        const factors then  = factors_of(scales[j / 2] >> (16 * (j % 2) + 8) & 0xff, 0);
-        UNROLL for (int i = 0; i < 2; i++) {
+    UNROLL for (int half = 0; half < 2; half++) { // 16 of the 32 bytes of two groups
+        vw high[4];
+        if (five) {
+            transpose(rows, offsetof(q5_k_block, high) + (size_t) (16 * half), high);
+        }
+        UNROLL for (int j = 0; j < 8; j += 2) {
+            const factors scales[2] = { factors_of(byte_at(head.scales, j), 0),
+                                        factors_of(byte_at(head.scales, j + 1), 0) };
             vw w[4];
-            transpose(rows, offsetof(q4_k_block, q) + (size_t) (32 * j + 16 * i), w);
-            UNROLL for (int k = 0; k < 4; k++) {
-                store_step(p, 8 * PLACE[2 * j] + 4 * i + k, w[k] & low, &first);
-                store_step(p, 8 * PLACE[2 * j + 1] + 4 * i + k, w[k] >> 4 & low, &then);
+            transpose(rows, at + (size_t) (16 * j + 16 * half), w);
+            UNROLL for (int i = 0; i < 4; i++) {
+                UNROLL for (int k = j; k < j + 2; k++) {
+                    const vw q = five ? q5_k_weights(w[i], high[i], k) : q4_k_weights(w[i], k);
+                    store_step(p, 8 * PLACE[k] + 4 * half + i, q, &scales[k - j]);
+                }
             }
         }
     }
+}
+
+static void unpack_q4_k(const char * const * rows, panel * p) {
+    unpack_with_mins(false, rows, p);
+}
+
+static void unpack_q5_k(const char * const * rows, panel * p) {
+    unpack_with_mins(true, rows, p);
 }
 
 static void unpack_q6_k(const char * const * rows, panel * p) {
@@ -126,27 +141,24 @@ static void unpack_q6_k(const char * const * rows, panel * p) {
         d[i] = ((const q6_k_block *) (const void *) rows[i])->d;
     }
     STORE(p->d, widen(d));
-    vw bytes[4];
-    transpose(rows, offsetof(q6_k_block, scales), bytes);
-    const vw low = (vw) { 0 } + 0x0f0f0f0f, top = (vw) { 0 } + 0x30303030;
+    vw all[4];
+    transpose(rows, offsetof(q6_k_block, scales), all);
     UNROLL for (int half = 0; half < 2; half++) {
         UNROLL for (int j = 0; j < 2; j++) { // 16 weights of each of four groups
-            const size_t at = (size_t) (64 * half + 16 * j);
+            const size_t at = offsetof(q6_k_block, low) + (size_t) (64 * half + 16 * j);
             vw           a[4], b[4], high[4];
             factors      scales[4];
-            transpose(rows, offsetof(q6_k_block, low) + at, a);
-            transpose(rows, offsetof(q6_k_block, low) + at + 32, b);
+            transpose(rows, at, a);
+            transpose(rows, at + 32, b);
             transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
             UNROLL for (int k = 0; k < 4; k++) {
                 const int scale = 8 * half + 2 * k + j;
-                const vi  one   = (vi) (bytes[scale / 4] << (24 - 8 * (scale % 4))) >> 24;
+                const vi  one   = (vi) (all[scale / 4] << (24 - 8 * (scale % 4))) >> 24;
                 scales[k] = factors_of((vw) one, 32);
             }
             UNROLL for (int i = 0; i < 4; i++) {
-                const vw lower[4] = { a[i], b[i], a[i] >> 4, b[i] >> 4 };
-                const vw upper[4] = { high[i] << 4, high[i] << 2, high[i], high[i] >> 2 };
                 UNROLL for (int k = 0; k < 4; k++) {
-                    const vw w = (lower[k] & low) | (upper[k] & top);
+                    const vw w = q6_k_weights(a[i], b[i], high[i], k);
                     store_step(p, 8 * PLACE[4 * half + k] + 4 * j + i, w, &scales[k]);
                 }
             }
@@ -191,12 +203,12 @@ static void multiply_tile(const panel * p, const q8_column * x, int64_t n, tile_
 }
 
 // out[c] += what the sums of column c, first <= c < end, are worth
-INLINE void add_tile(const panel * p, const bool q4, const q8_column * x, int64_t n, const tile_sums * sums,
+INLINE void add_tile(const panel * p, const bool with_mins, const q8_column * x, int64_t n, const tile_sums * sums,
                      int64_t first, int64_t end, float (*out)[PANELS * TILE]) {
     for (int64_t c = first; c < end; c++) {
         const q8_column * column = x + c * n;
         float             values[8];
-        for (int j = 0; q4 && j < 8; j++) {
+        for (int j = 0; with_mins && j < 8; j++) {
             values[j] = column->sums32[j];
         }
         UNROLL for (int k = 0; k < PANELS; k++) {
@@ -204,7 +216,7 @@ INLINE void add_tile(const panel * p, const bool q4, const q8_column * x, int64_
             memcpy(&high, sums[2 * k][c], sizeof(high));
             memcpy(&low, sums[2 * k + 1][c], sizeof(low));
             vf block = __builtin_convertvector(HIGH * high + low, vf) * LOAD(p[k].d);
-            if (q4) {
+            if (with_mins) {
                 UNROLL for (int j = 0; j < 8; j++) {
                     block -= values[j] * LOAD(p[k].mins[j]);
                 }
@@ -227,11 +239,14 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
     const q8_column * x = columns;
     const int64_t     n = w->ne[0] / QUANT_BLOCK, n_tiles = (n_columns + TILE - 1) / TILE;
     const int64_t     full = n_columns < TILE ? n_columns : TILE;
-    const bool        q4   = w->type == GGML_TYPE_Q4_K;
+    const size_t      size = k_block_size(w->type);
     panel             panels[PANELS];
     tile_sums         sums[2][2 * PANELS] __attribute__((aligned(64)));
     float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
     const char *      rows[PANELS * TILE];
+    void           (* unpack)(const char * const * rows, panel * p) = w->type == GGML_TYPE_Q4_K   ? unpack_q4_k
+                                                                      : w->type == GGML_TYPE_Q5_K ? unpack_q5_k
+                                                                                                  : unpack_q6_k;
     for (int64_t i = 0; i < PANELS * TILE; i++) { // the last row for those that do not exist
         rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
     }
@@ -242,7 +257,7 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
     for (int64_t block = 0; block < n; block++) {
         for (int k = 0; k < PANELS; k++, fetched += piece) {
             fetch(fetched, piece);
-            (q4 ? unpack_q4_k : unpack_q6_k)(rows + TILE * k, &panels[k]);
+            unpack(rows + TILE * k, &panels[k]);
         }
         // While a tile is multiplied, the sums of the one before it are added. The last tile begins among the columns
         // of the one before it.
@@ -257,7 +272,7 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
                 const int64_t column = (t - 1) * TILE, begin = column + full > n_columns ? n_columns - full : column;
                 const tile_sums * of = (const tile_sums *) sums[(t - 1) % 2];
                 const q8_column * at = x + begin * n + block;
-                if (q4) {
+                if (w->type != GGML_TYPE_Q6_K) {
                     add_tile(panels, true, at, n, of, column - begin, full, totals + begin);
                 } else {
                     add_tile(panels, false, at, n, of, column - begin, full, totals + begin);
@@ -265,7 +280,7 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
             }
         }
         for (int i = 0; i < PANELS * TILE; i++) {
-            rows[i] += q4 ? sizeof(q4_k_block) : sizeof(q6_k_block);
+            rows[i] += size;
         }
     }
     AMX_RELEASE();

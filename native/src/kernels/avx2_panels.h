@@ -3,6 +3,10 @@
 
 #include "kernels/avx2_columns.h"
 
+typedef uint32_t vw __attribute__((vector_size(32)));
+
+#include "kernels/k_panels.h"
+
 enum {
     PANEL        = 8,  // rows, one for each 32-bit lane
     PANELS       = 2,  // that are multiplied together
@@ -15,13 +19,13 @@ enum {
 };
 
 // 256 weights of each of eight rows. Weight i of a row is
-//     Q4_K, Q6_K    d * scales[s] * w[i] - less_d * less, with the scale of each 32 or 16 weights, and less that of
-//                   each 32, or, of 16, 32 times the scale
+//     K-quants      d * scales[s] * w[i] - less_d * less, with the scale of each 32 weights, and less that of them; in
+//                   Q6_K with the scale of each 16, and less 32 times the scale
 //     Q4_0          factors[i / 32] * (w[i] - 8)
 typedef struct panel {
     uint8_t w[STEPS][PANEL][4];        // four weights of each row, as the columns' values come
     int32_t scales[2 * GROUPS][PANEL]; // as as_scale makes them
-    int16_t less[GROUPS][PANEL][2];    // pairs, Q4_K: four of them
+    int16_t less[GROUPS][PANEL][2];    // pairs; four of them, but in Q6_K
     float   d[PANEL], less_d[PANEL];
     float   factors[GROUPS][PANEL];
 } __attribute__((aligned(64))) panel;
@@ -31,15 +35,15 @@ INLINE void store(void * p, __m256i x) {
 }
 
 // Of these low halves of 32-bit lanes
-INLINE __m256 floats_of(__m256i halves) {
-    const __m256i packed = _mm256_packus_epi32(halves, halves);
+INLINE __m256 floats_of(vw halves) {
+    const __m256i packed = _mm256_packus_epi32((__m256i) halves, (__m256i) halves);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
 // out[i] = dword i of the 16 bytes at `at` of each row's block
-INLINE void transpose(const char * const * rows, size_t at, __m256i * out) {
+INLINE void transpose(const char * const * rows, size_t at, vw * out) {
     __m256i v[4];
     UNROLL for (int i = 0; i < 4; i++) { // rows i and 4 + i
         const __m128i row = _mm_loadu_si128((const __m128i *) (rows[i] + at));
@@ -47,104 +51,104 @@ INLINE void transpose(const char * const * rows, size_t at, __m256i * out) {
     }
     const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
     const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-    out[0] = _mm256_unpacklo_epi64(a, c);
-    out[1] = _mm256_unpackhi_epi64(a, c);
-    out[2] = _mm256_unpacklo_epi64(b, d);
-    out[3] = _mm256_unpackhi_epi64(b, d);
+    out[0] = (vw) _mm256_unpacklo_epi64(a, c);
+    out[1] = (vw) _mm256_unpackhi_epi64(a, c);
+    out[2] = (vw) _mm256_unpacklo_epi64(b, d);
+    out[3] = (vw) _mm256_unpackhi_epi64(b, d);
 }
 
-static void unpack_q4_k(const char * const * rows, panel * p) {
-    const __m256i low = _mm256_set1_epi8(0x0f), byte = _mm256_set1_epi32(0xff);
-    UNROLL for (int j = 0; j < 8; j++) { // 16 bytes each
-        __m256i w[4];
-        transpose(rows, offsetof(q4_k_block, q) + (size_t) (16 * j), w);
-        UNROLL for (int i = 0; i < 4; i++) {
-            const int step = j / 2 * 2 * GROUP_STEPS + j % 2 * 4 + i;
-            store(p->w[step], _mm256_and_si256(w[i], low));
-            store(p->w[step + GROUP_STEPS], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
+// Blocks of Q4_K or, `five`, of Q5_K
+INLINE void unpack_with_mins(const bool five, const char * const * rows, panel * p) {
+    const size_t at = five ? offsetof(q5_k_block, q) : offsetof(q4_k_block, q);
+    UNROLL for (int half = 0; half < 2; half++) { // 16 of the 32 bytes of two groups
+        vw high[4];
+        if (five) {
+            transpose(rows, offsetof(q5_k_block, high) + (size_t) (16 * half), high);
         }
-    }
-    __m256i head[4]; // d and dmin, scales
-    transpose(rows, 0, head);
-    _mm256_store_ps(p->d, floats_of(_mm256_and_si256(head[0], _mm256_set1_epi32(0xffff))));
-    _mm256_store_ps(p->less_d, floats_of(_mm256_srli_epi32(head[0], 16)));
-    const __m256i six = _mm256_set1_epi8(0x3f), top = _mm256_set1_epi8(0x30);
-    const __m256i high = _mm256_srli_epi16(head[3], 4);
-    const __m256i scales[2] = { // 0 to 3 and 4 to 7, bytes
-        _mm256_and_si256(head[1], six),
-        _mm256_or_si256(_mm256_and_si256(head[3], low), _mm256_and_si256(_mm256_srli_epi16(head[1], 2), top)),
-    };
-    const __m256i mins[2] = {
-        _mm256_and_si256(head[2], six),
-        _mm256_or_si256(_mm256_and_si256(high, low), _mm256_and_si256(_mm256_srli_epi16(head[2], 2), top)),
-    };
-    UNROLL for (int j = 0; j < 8; j++) {
-        store(p->scales[j], as_scale(_mm256_and_si256(_mm256_srli_epi32(scales[j / 4], 8 * (j % 4)), byte)));
-    }
-    UNROLL for (int j = 0; j < 4; j++) {
-        const __m256i two  = _mm256_srli_epi32(mins[j / 2], 16 * (j % 2));
-        const __m256i then = _mm256_and_si256(_mm256_slli_epi32(two, 8), _mm256_set1_epi32(0xff0000));
-        store(p->less[j], _mm256_or_si256(_mm256_and_si256(two, byte), then));
-    }
-}
-
-static void unpack_q6_k(const char * const * rows, panel * p) {
-    const __m256i low = _mm256_set1_epi8(0x0f), top = _mm256_set1_epi8(0x30);
-    for (int half = 0; half < 2; half++) {
-        UNROLL for (int j = 0; j < 2; j++) { // 16 bytes each
-            const size_t at = (size_t) (64 * half + 16 * j);
-            __m256i      a[4], b[4], high[4];
-            transpose(rows, offsetof(q6_k_block, low) + at, a);
-            transpose(rows, offsetof(q6_k_block, low) + at + 32, b);
-            transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
+        UNROLL for (int j = 0; j < 8; j += 2) {
+            vw w[4];
+            transpose(rows, at + (size_t) (16 * j + 16 * half), w);
             UNROLL for (int i = 0; i < 4; i++) {
-                const __m256i lower[4] = { a[i], b[i], _mm256_srli_epi16(a[i], 4), _mm256_srli_epi16(b[i], 4) };
-                const __m256i upper[4] = {
-                    _mm256_slli_epi16(high[i], 4), _mm256_slli_epi16(high[i], 2), high[i],
-                    _mm256_srli_epi16(high[i], 2),
-                };
-                UNROLL for (int k = 0; k < 4; k++) {
-                    const __m256i w = _mm256_or_si256(_mm256_and_si256(lower[k], low), _mm256_and_si256(upper[k], top));
-                    store(p->w[(4 * half + k) * GROUP_STEPS + 4 * j + i], w);
+                UNROLL for (int k = j; k < j + 2; k++) {
+                    const vw q = five ? q5_k_weights(w[i], high[i], k) : q4_k_weights(w[i], k);
+                    store(p->w[k * GROUP_STEPS + 4 * half + i], (__m256i) q);
                 }
             }
         }
     }
-    __m256i scales[4], d;
+    vw first[4];
+    transpose(rows, 0, first);
+    const k_head head = k_head_of(first);
+    _mm256_store_ps(p->d, floats_of(head.factors & 0xffff));
+    _mm256_store_ps(p->less_d, floats_of(head.factors >> 16));
+    UNROLL for (int j = 0; j < 8; j++) {
+        store(p->scales[j], as_scale((__m256i) byte_at(head.scales, j)));
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        store(p->less[j], (__m256i) pair_at(head.mins, j));
+    }
+}
+
+static void unpack_q4_k(const char * const * rows, panel * p) {
+    unpack_with_mins(false, rows, p);
+}
+
+static void unpack_q5_k(const char * const * rows, panel * p) {
+    unpack_with_mins(true, rows, p);
+}
+
+static void unpack_q6_k(const char * const * rows, panel * p) {
+    for (int half = 0; half < 2; half++) {
+        UNROLL for (int j = 0; j < 2; j++) { // 16 bytes each
+            const size_t at = offsetof(q6_k_block, low) + (size_t) (64 * half + 16 * j);
+            vw           a[4], b[4], high[4];
+            transpose(rows, at, a);
+            transpose(rows, at + 32, b);
+            transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
+            UNROLL for (int i = 0; i < 4; i++) {
+                UNROLL for (int k = 0; k < 4; k++) {
+                    const vw w = q6_k_weights(a[i], b[i], high[i], k);
+                    store(p->w[(4 * half + k) * GROUP_STEPS + 4 * j + i], (__m256i) w);
+                }
+            }
+        }
+    }
+    vw scales[4];
     transpose(rows, offsetof(q6_k_block, scales), scales);
     UNROLL for (int j = 0; j < 4; j++) { // four bytes
         __m256i s[4];
         UNROLL for (int i = 0; i < 4; i++) {
-            s[i] = _mm256_srai_epi32(_mm256_slli_epi32(scales[j], 24 - 8 * i), 24);
+            s[i] = _mm256_srai_epi32((__m256i) (scales[j] << (24 - 8 * i)), 24);
             store(p->scales[4 * j + i], as_scale(s[i]));
         }
         store(p->less[2 * j], _mm256_blend_epi16(s[0], _mm256_slli_epi32(s[1], 16), 0xaa));
         store(p->less[2 * j + 1], _mm256_blend_epi16(s[2], _mm256_slli_epi32(s[3], 16), 0xaa));
     }
     ggml_fp16_t factors[PANEL];
+    __m128i     d;
     for (int i = 0; i < PANEL; i++) {
         factors[i] = ((const q6_k_block *) rows[i])->d;
     }
-    memcpy(&d, factors, sizeof(factors));
-    const __m256 wide = _mm256_cvtph_ps(_mm256_castsi256_si128(d));
+    memcpy(&d, factors, sizeof(d));
+    const __m256 wide = _mm256_cvtph_ps(d);
     _mm256_store_ps(p->d, wide);
     _mm256_store_ps(p->less_d, _mm256_mul_ps(_mm256_set1_ps(32.0f), wide));
 }
 
 static void unpack_q4_0(const char * const * rows, panel * p) {
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    ggml_fp16_t   d[GROUPS][PANEL];
+    const vw    low = bytes(0x0f0f0f0f);
+    ggml_fp16_t d[GROUPS][PANEL];
     UNROLL for (int row = 0; row < PANEL; row++) {
         UNROLL for (int i = 0; i < GROUPS; i++) {
             memcpy(&d[i][row], rows[row] + (size_t) i * sizeof(q4_0_block), sizeof(ggml_fp16_t));
         }
     }
     UNROLL for (int j = 0; j < GROUPS; j++) { // 16 bytes each
-        __m256i w[4];
+        vw w[4];
         transpose(rows, (size_t) j * sizeof(q4_0_block) + offsetof(q4_0_block, q), w);
         UNROLL for (int i = 0; i < 4; i++) {
-            store(p->w[GROUP_STEPS * j + i], _mm256_and_si256(w[i], low));
-            store(p->w[GROUP_STEPS * j + 4 + i], _mm256_and_si256(_mm256_srli_epi16(w[i], 4), low));
+            store(p->w[GROUP_STEPS * j + i], (__m256i) (w[i] & low));
+            store(p->w[GROUP_STEPS * j + 4 + i], (__m256i) (w[i] >> 4 & low));
         }
         _mm256_store_ps(p->factors[j], _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) d[j])));
     }
@@ -187,11 +191,15 @@ INLINE void multiply_steps(const panel * p, int first, const int steps, const q8
     }
 }
 
-// sums[c] += the panels' block times that of column c, Q4_K or Q6_K
-INLINE void multiply_256(const panel * p, const bool q4, const q8_column * x, int64_t n, float (*sums)[TASK_ROWS],
-                         const int columns) {
-    const int steps = q4 ? GROUP_STEPS : Q6_K_STEPS, scaled = q4 ? GROUP_STEPS : 4; // with the same scale
-    __m256i   block[COLUMN_GROUP][PANELS], dots[COLUMN_GROUP][PANELS];
+// sums[c] += the panels' block times that of column c, of a K-quant
+INLINE void multiply_256(const enum ggml_type type, const panel * p, const q8_column * x, int64_t n,
+                         float (*sums)[TASK_ROWS], const int columns) {
+    const bool with_mins = type != GGML_TYPE_Q6_K;
+    const int  steps     = type == GGML_TYPE_Q4_K   ? GROUP_STEPS
+                           : type == GGML_TYPE_Q5_K ? Q5_K_STEPS
+                                                    : Q6_K_STEPS;
+    const int  scaled    = with_mins ? GROUP_STEPS : 4; // with the same scale
+    __m256i    block[COLUMN_GROUP][PANELS], dots[COLUMN_GROUP][PANELS];
     UNROLL for (int c = 0; c < columns; c++) {
         UNROLL for (int k = 0; k < PANELS; k++) {
             block[c][k] = _mm256_setzero_si256();
@@ -208,14 +216,14 @@ INLINE void multiply_256(const panel * p, const bool q4, const q8_column * x, in
             }
         }
     }
-    const int pairs = q4 ? GROUPS / 2 : GROUPS;
+    const int pairs = with_mins ? GROUPS / 2 : GROUPS;
     UNROLL for (int c = 0; c < columns; c++) {
         const q8_column * column = &x[c * n];
         UNROLL for (int k = 0; k < PANELS; k++) {
             __m256i less = _mm256_setzero_si256();
             UNROLL for (int j = 0; j < pairs; j++) {
                 const __m256i two = _mm256_load_si256((const __m256i *) p[k].less[j]);
-                less = add_pairs(less, two, spread((q4 ? column->sums32 : column->sums16) + 2 * j));
+                less = add_pairs(less, two, spread((with_mins ? column->sums32 : column->sums16) + 2 * j));
             }
             const __m256 all   = _mm256_mul_ps(_mm256_cvtepi32_ps(block[c][k]), _mm256_load_ps(p[k].d));
             const __m256 taken = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(less), _mm256_load_ps(p[k].less_d), all);
@@ -257,7 +265,7 @@ INLINE void multiply(const enum ggml_type type, const panel * p, const q8_column
     if (type == GGML_TYPE_Q4_0) {
         multiply_32(p, x, n, sums, columns);
     } else {
-        multiply_256(p, type == GGML_TYPE_Q4_K, x, n, sums, columns);
+        multiply_256(type, p, x, n, sums, columns);
     }
 }
 
@@ -272,11 +280,13 @@ INLINE void multiply(const enum ggml_type type, const panel * p, const q8_column
         }                                                                                       \
     }
 MULTIPLY(multiply_q4_k, GGML_TYPE_Q4_K)
+MULTIPLY(multiply_q5_k, GGML_TYPE_Q5_K)
 MULTIPLY(multiply_q6_k, GGML_TYPE_Q6_K)
 MULTIPLY(multiply_q4_0, GGML_TYPE_Q4_0)
 #undef MULTIPLY
 
 static const form Q4_K = { sizeof(q4_k_block), unpack_q4_k, multiply_q4_k };
+static const form Q5_K = { sizeof(q5_k_block), unpack_q5_k, multiply_q5_k };
 static const form Q6_K = { sizeof(q6_k_block), unpack_q6_k, multiply_q6_k };
 static const form Q4_0 = { GROUPS * sizeof(q4_0_block), unpack_q4_0, multiply_q4_0 };
 

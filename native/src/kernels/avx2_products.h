@@ -1,7 +1,7 @@
-// Products with Q4_K and Q6_K, and with Q8_0 and Q4_0, in vectors of 256 bits. The file that includes this one defines
-// before what it does with its instructions, see avx2products.c:
+// Products with Q4_K, Q5_K and Q6_K, and with Q8_0 and Q4_0, in vectors of 256 bits. The file that includes this one
+// defines before what it does with its instructions, see avx2products.c:
 //
-//     Q6_K_STEPS, add_step, add_pairs, as_scale, add_scaled
+//     Q5_K_STEPS, Q6_K_STEPS, add_step, add_pairs, as_scale, add_scaled
 #pragma once
 
 #include "kernels/avx2_panels.h"
@@ -27,7 +27,8 @@ static void multiply_columns_256(const struct ggml_tensor * w, const void * x, i
     if (n_columns <= FEW) {
         multiply_few_256(w, x, n_columns, first, end_of(w, first), then, out);
     } else {
-        multiply_panels(w->type == GGML_TYPE_Q4_K ? &Q4_K : &Q6_K, w, x, n_columns, first, then, out);
+        const form * f = w->type == GGML_TYPE_Q4_K ? &Q4_K : w->type == GGML_TYPE_Q5_K ? &Q5_K : &Q6_K;
+        multiply_panels(f, w, x, n_columns, first, then, out);
     }
 }
 

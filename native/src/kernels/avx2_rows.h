@@ -26,40 +26,48 @@ INLINE __m256i copies(int low, int high) {
                             _mm_set1_epi16((int16_t) (0x0101 * 2 * low + 0x100)));
 }
 
-// A row of n blocks times columns, which lie n blocks apart, while the row at `ahead` is fetched
-INLINE void dot_q4_k(const void * row, const q8_column * x, int64_t n, const char * ahead, const int columns,
-                     float * out) {
-    const q4_k_block * w     = row;
-    const __m256i      low   = _mm256_set1_epi8(0x0f);
-    const int          parts = columns == 1 ? 2 : 1; // sums that do not wait for each other
-    __m256             sum[FEW];
-    __m128             taken[FEW];
+// A row of n blocks of Q4_K or, `five`, of Q5_K times columns, which lie n blocks apart, while the row at `ahead` is
+// fetched
+INLINE void dot_with_mins(const bool five, const char * row, const q8_column * x, int64_t n, const char * ahead,
+                          const int columns, float * out) {
+    const int64_t size  = five ? sizeof(q5_k_block) : sizeof(q4_k_block);
+    const __m256i low   = _mm256_set1_epi8(0x0f), fifth = _mm256_set1_epi8(0x10);
+    const int     parts = columns == 1 ? 2 : 1; // sums that do not wait for each other
+    __m256        sum[FEW];
+    __m128        taken[FEW];
     UNROLL for (int c = 0; c < columns; c++) {
         sum[c]   = _mm256_setzero_ps();
         taken[c] = _mm_setzero_ps();
     }
     for (int64_t i = 0; i < n; i++) {
-        fetch(ahead + (size_t) i * sizeof(*w), sizeof(*w));
+        const char * block_at = row + i * size;
+        fetch(ahead + i * size, size);
         uint64_t packed_scales, packed_mins;
-        q4_k_scales(&w[i], &packed_scales, &packed_mins);
+        k_scales((const uint8_t *) block_at + offsetof(q4_k_block, scales), &packed_scales, &packed_mins);
         const __m128i scales = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) packed_scales));
         const __m128i mins   = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t) packed_mins));
         const __m256i all    = _mm256_broadcastsi128_si256(scales);
+        const char *  at     = block_at + (five ? offsetof(q5_k_block, q) : offsetof(q4_k_block, q));
+        const __m256i high   = five ? load(block_at + offsetof(q5_k_block, high)) : _mm256_setzero_si256();
         __m256i       block[FEW][2];
         UNROLL for (int c = 0; c < columns; c++) {
             block[c][0] = block[c][1] = _mm256_setzero_si256();
         }
         UNROLL for (int j = 0; j < 8; j++) { // halves of the bytes from 32 (j / 2) on
-            const __m256i both  = load(w[i].q + j / 2 * 32);
-            const __m256i q     = _mm256_and_si256(j % 2 ? _mm256_srli_epi16(both, 4) : both, low);
+            const __m256i both  = load(at + j / 2 * 32);
+            __m256i       q     = _mm256_and_si256(j % 2 ? _mm256_srli_epi16(both, 4) : both, low);
+            if (five) {
+                const __m256i above = j <= 4 ? _mm256_slli_epi16(high, 4 - j) : _mm256_srli_epi16(high, j - 4);
+                q = _mm256_or_si256(q, _mm256_and_si256(above, fifth));
+            }
             const __m256i scale = _mm256_shuffle_epi8(all, copies(j, j));
-            UNROLL for (int c = 0; c < columns; c++) { // two products are at most 15 * 127
+            UNROLL for (int c = 0; c < columns; c++) { // two products are at most 31 * 127
                 const __m256i products = _mm256_maddubs_epi16(q, load(x[c * n + i].q + SMALL_BLOCK * j));
                 block[c][j % parts] = add_pairs(block[c][j % parts], products, scale);
             }
         }
         int32_t factors; // d and dmin
-        memcpy(&factors, &w[i], sizeof(factors));
+        memcpy(&factors, block_at, sizeof(factors));
         const __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(factors));
         UNROLL for (int c = 0; c < columns; c++) {
             const q8_column * in    = &x[c * n + i];
@@ -177,7 +185,8 @@ INLINE void dot_32(const void * row, const bool q4, const q8_column * x, int64_t
 INLINE void dot(const enum ggml_type type, const char * row, const q8_column * x, int64_t n, const char * ahead,
                 const int columns, float * out) {
     switch (type) {
-        case GGML_TYPE_Q4_K: dot_q4_k(row, x, n, ahead, columns, out); break;
+        case GGML_TYPE_Q4_K: dot_with_mins(false, row, x, n, ahead, columns, out); break;
+        case GGML_TYPE_Q5_K: dot_with_mins(true, row, x, n, ahead, columns, out); break;
         case GGML_TYPE_Q6_K: dot_q6_k(row, x, n, ahead, columns, out); break;
         default:             dot_32(row, type == GGML_TYPE_Q4_0, x, n, ahead, columns, out); break;
     }
@@ -211,10 +220,10 @@ INLINE void multiply_few(const enum ggml_type type, const struct ggml_tensor * w
 
 static void multiply_few_256(const struct ggml_tensor * w, const q8_column * x, int64_t n_columns, int64_t first,
                              int64_t end, int64_t then, float * out) {
-    if (w->type == GGML_TYPE_Q4_K) {
-        multiply_few(GGML_TYPE_Q4_K, w, x, n_columns, first, end, then, out);
-    } else {
-        multiply_few(GGML_TYPE_Q6_K, w, x, n_columns, first, end, then, out);
+    switch (w->type) {
+        case GGML_TYPE_Q4_K: multiply_few(GGML_TYPE_Q4_K, w, x, n_columns, first, end, then, out); break;
+        case GGML_TYPE_Q5_K: multiply_few(GGML_TYPE_Q5_K, w, x, n_columns, first, end, then, out); break;
+        default:             multiply_few(GGML_TYPE_Q6_K, w, x, n_columns, first, end, then, out); break;
     }
 }
 

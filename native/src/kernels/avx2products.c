@@ -4,7 +4,10 @@
 #include <immintrin.h>
 
 // Sums of products are of 16 bits, in pairs. So many steps of four weights fit them:
-enum { Q6_K_STEPS = 2 }; // 2 * 2 * 63 * 127 < 2^15; of the weights of Q4_K and Q4_0 eight do
+enum {
+    Q5_K_STEPS = 4, // 4 * 2 * 31 * 127 < 2^15
+    Q6_K_STEPS = 2, // 2 * 2 * 63 * 127 < 2^15; of the weights of Q4_K and Q4_0 eight do
+};
 
 // sum + the weights times the column's values
 INLINE __m256i add_step(__m256i sum, __m256i w, __m256i x) {

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 
 // Sums of products are of 32 bits: any number of steps fits them.
-enum { Q6_K_STEPS = 4 };
+enum { Q5_K_STEPS = 8, Q6_K_STEPS = 4 };
 
 // sum + the weights times the column's values
 INLINE __m256i add_step(__m256i sum, __m256i w, __m256i x) {

@@ -11,7 +11,7 @@ enum {
     KEYS         = 128, // in one block
     COLUMNS      = 96,  // of x, in one task of a linear layer
     ROWS_GROUP   = 4,   // queries of a head that go over the rows of a cache together
-    QUANT_BLOCK  = 256, // weights with a common factor, in Q4_K and Q6_K
+    QUANT_BLOCK  = 256, // weights with a common factor, in Q4_K, Q5_K and Q6_K
     SMALL_BLOCK  = 32,  // the same in Q8_0 and Q4_0
     Q8_0_COLUMNS = 4,   // of x, at most, in a product with Q8_0
 };
@@ -104,7 +104,7 @@ typedef struct cpu_bf16 {
     void (* linear)(const linear_args * args);
 } cpu_bf16;
 
-// Products with Q4_K and Q6_K, or with Q8_0 and Q4_0. A column is rounded to blocks in a form of the table's own.
+// Products with Q4_K, Q5_K and Q6_K, or with Q8_0 and Q4_0. A column is rounded to blocks in a form of the table's own.
 struct cpu_quantized {
     size_t  block_size;   // bytes of QUANT_BLOCK rounded values
     int64_t rows_alone;   // of W, in a task of a single column
@@ -141,7 +141,7 @@ typedef struct cpu_table {
     bool                  untried;          // nobody has run it yet: it is used by name, or after a trial
     const cpu_f32 *       f32;
     const cpu_bf16 *      bf16;
-    const cpu_quantized * quantized;        // of Q4_K and Q6_K
+    const cpu_quantized * quantized;        // of Q4_K, Q5_K and Q6_K
     const cpu_quantized * quantized_32;     // of Q8_0 and Q4_0; NULL: by ggml
 } cpu_table;
 

@@ -121,8 +121,8 @@ struct ggml_tensor * cpu_cache_attention_node(struct ggml_context * ctx, cpu_cac
 
 // ---- products with quantized weights (quantized.c) ----------------------------------------------------------------
 
-// Q4_K and Q6_K, Q8_0 and Q4_0 in memory, as the file has them. Columns are rounded to 8 bits, as many values at a time
-// as ggml rounds for such weights: 256, or 32.
+// Q4_K, Q5_K and Q6_K, Q8_0 and Q4_0 in memory, as the file has them. Columns are rounded to 8 bits, as many values at
+// a time as ggml rounds for such weights: 256, or 32.
 typedef struct cpu_quantized cpu_quantized;
 
 typedef struct cpu_product {

@@ -1,4 +1,4 @@
-// Products with Q4_K and Q6_K by ARM's SDOT, and by SMMLA in files that may use it
+// Products with Q4_K, Q5_K and Q6_K by ARM's SDOT, and by SMMLA in files that may use it
 #pragma once
 
 #include "kernels/k_quants.h"
@@ -64,21 +64,31 @@ INLINE float half_to_float(ggml_fp16_t x) {
     return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x))), 0);
 }
 
-INLINE void unpack_q4_k(const q4_k_block * b, row_block * out) {
-    for (int i = 0; i < 8; i++) { // 16 bytes: 16 weights in the low halves, those 32 further on in the high ones
-        const uint8x16_t byte = vld1q_u8(b->q + 16 * i);
-        const int        at   = i / 2 * 4 + i % 2;
-        out->w[at]     = vreinterpretq_s8_u8(vandq_u8(byte, vdupq_n_u8(0x0f)));
-        out->w[at + 2] = vreinterpretq_s8_u8(vshrq_n_u8(byte, 4));
+// Of Q4_K or, `five`, of Q5_K
+INLINE void unpack_with_mins(const bool five, const char * block, row_block * out) {
+    const q5_k_block * b   = (const void *) block; // Q4_K: the same up to the scales
+    const uint8_t *    q   = five ? b->q : ((const q4_k_block *) b)->q;
+    const uint8x16_t   bit = vdupq_n_u8(0x10);
+    UNROLL for (int i = 0; i < 8; i++) { // 16 bytes: 16 weights in the low halves, those 32 further on in the high ones
+        const uint8x16_t byte    = vld1q_u8(q + 16 * i);
+        const int        at      = i / 2 * 4 + i % 2;
+        uint8x16_t       both[2] = { vandq_u8(byte, vdupq_n_u8(0x0f)), vshrq_n_u8(byte, 4) };
+        if (five) {
+            const uint8x16_t high = vld1q_u8(b->high + 16 * (i % 2));
+            UNROLL for (int j = 0; j < 2; j++) { // bit 2 (i / 2) + j to bit 4
+                const int8x16_t up = vdupq_n_s8((int8_t) (4 - i / 2 * 2 - j));
+                both[j] = vorrq_u8(both[j], vandq_u8(vshlq_u8(high, up), bit));
+            }
+        }
+        out->w[at]     = vreinterpretq_s8_u8(both[0]);
+        out->w[at + 2] = vreinterpretq_s8_u8(both[1]);
     }
-    int16_t mins[8];
-    for (int i = 0; i < 8; i++) {
-        const uint8_t * s     = b->scales;
-        const int       scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | (s[i - 4] >> 6) << 4;
-        out->scales[2 * i] = out->scales[2 * i + 1] = (int16_t) scale;
-        mins[i] = (int16_t) (i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | (s[i] >> 6) << 4);
-    }
-    out->mins = vld1q_s16(mins);
+    uint64_t scales, mins;
+    k_scales(b->scales, &scales, &mins);
+    const uint8x8_t each = vcreate_u8(scales);
+    vst1q_s16(out->scales, vreinterpretq_s16_u16(vmovl_u8(vzip1_u8(each, each))));
+    vst1q_s16(out->scales + 8, vreinterpretq_s16_u16(vmovl_u8(vzip2_u8(each, each))));
+    out->mins = vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(mins)));
     out->d    = half_to_float(b->d);
     out->dmin = half_to_float(b->dmin);
 }
@@ -109,11 +119,11 @@ INLINE void unpack_q6_k(const q6_k_block * b, row_block * out) {
     out->dmin = 0.0f;
 }
 
-INLINE void unpack(const char * row, bool q4, int64_t block, row_block * out) {
-    if (q4) {
-        unpack_q4_k((const q4_k_block *) row + block, out);
-    } else {
-        unpack_q6_k((const q6_k_block *) row + block, out);
+INLINE void unpack(enum ggml_type type, const char * block, row_block * out) {
+    switch (type) {
+        case GGML_TYPE_Q4_K: unpack_with_mins(false, block, out); break;
+        case GGML_TYPE_Q5_K: unpack_with_mins(true, block, out); break;
+        default:             unpack_q6_k((const void *) block, out); break;
     }
 }
 
@@ -136,9 +146,9 @@ INLINE float dot(const row_block * w, const q8_column * x) {
 
 static void multiply_column(const struct ggml_tensor * w, const void * columns, int64_t first, int64_t end,
                             int64_t then, float * out) {
-    const q8_column * x = columns;
-    const int64_t     n = w->ne[0] / QUANT_BLOCK;
-    const bool        q4 = w->type == GGML_TYPE_Q4_K;
+    const q8_column * x    = columns;
+    const int64_t     n    = w->ne[0] / QUANT_BLOCK;
+    const size_t      size = k_block_size(w->type);
     for (int64_t i = first; i < end; i++) {
         const char * row  = (const char *) w->data + (size_t) i * w->nb[1];
         const char * next = (const char *) w->data + (size_t) (i + 1 < end ? i + 1 : then) * w->nb[1];
@@ -148,7 +158,7 @@ static void multiply_column(const struct ggml_tensor * w, const void * columns, 
         }
         for (int64_t block = 0; block < n; block++) {
             row_block b;
-            unpack(row, q4, block, &b);
+            unpack(w->type, row + (size_t) block * size, &b);
             sum += dot(&b, x + block);
         }
         out[i] = sum;
@@ -246,7 +256,7 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
     const q8_column * x      = columns;
     const int64_t     n      = w->ne[0] / QUANT_BLOCK, left = w->ne[1] - first;
     const int64_t     n_rows = left < TASK_ROWS ? left : TASK_ROWS;
-    const bool        q4     = w->type == GGML_TYPE_Q4_K;
+    const size_t      size   = k_block_size(w->type);
     const char *      next   = (const char *) w->data + (size_t) then * w->nb[1];
     float             sums[TASK_COLUMNS][TASK_ROWS];
     row_block         rows[TASK_ROWS];
@@ -254,8 +264,8 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
     for (int64_t block = 0; block < n; block++) {
         for (int64_t r = 0; r < TASK_ROWS; r++) { // the last row for those that do not exist
             const int64_t row = first + (r < n_rows ? r : n_rows - 1);
-            unpack((const char *) w->data + (size_t) row * w->nb[1], q4, block, &rows[r]);
-            __builtin_prefetch(next + (size_t) r * w->nb[1] + (size_t) block * w->nb[0]);
+            unpack(w->type, (const char *) w->data + (size_t) row * w->nb[1] + (size_t) block * size, &rows[r]);
+            __builtin_prefetch(next + (size_t) r * w->nb[1] + (size_t) block * size);
         }
         multiply_block(rows, x + block, n, n_columns, sums);
     }

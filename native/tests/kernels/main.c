@@ -163,7 +163,7 @@ static subject subject_of(int32_t index, const cpu_kernel * kernel) {
 static void test_kernel(const subject * s) {
     kernel_name = cpu_kernel_name(s->kernel);
     printf("%s:%s%s%s%s\n", kernel_name, s->f32 ? " F32" : "", s->bf16 ? " BF16" : "",
-           s->quantized ? " Q4_K, Q6_K" : "", s->quantized_32 ? " Q8_0, Q4_0" : "");
+           s->quantized ? " Q4_K, Q5_K, Q6_K" : "", s->quantized_32 ? " Q8_0, Q4_0" : "");
     for (size_t i = 0; i < sizeof(TESTS) / sizeof(TESTS[0]); i++) {
         const int before = n_cases;
         worst = 0.0;

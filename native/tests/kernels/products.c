@@ -28,17 +28,24 @@ static void put_half(uint8_t * p, double x) {
     memcpy(p, &half, sizeof(half));
 }
 
-// Weight i is d * scale * q - dmin * min. `size`: that of the two terms
-static double q4_k_weight(const uint8_t * b, int i, double * size) {
+// Weight i is d * scale * q - dmin * min, with q of its byte and `more`. `size`: that of the two terms
+static double with_mins(const uint8_t * b, int i, uint8_t byte, int more, double * size) {
     const int       group = i / 32;
     const uint8_t * s     = b + 4;
     const int       scale = group < 4 ? s[group] & 63 : (s[group + 4] & 15) | (s[group - 4] >> 6) << 4;
     const int       least = group < 4 ? s[group + 4] & 63 : s[group + 4] >> 4 | (s[group] >> 6) << 4;
-    const uint8_t   byte  = b[16 + i / 64 * 32 + i % 32];
-    const double    above = half_at(b) * scale * (i % 64 < 32 ? byte & 15 : byte >> 4);
+    const double    above = half_at(b) * scale * ((i % 64 < 32 ? byte & 15 : byte >> 4) + more);
     const double    below = half_at(b + 2) * least;
     *size = fabs(above) + fabs(below);
     return above - below;
+}
+
+static double q4_k_weight(const uint8_t * b, int i, double * size) {
+    return with_mins(b, i, b[16 + i / 64 * 32 + i % 32], 0, size);
+}
+
+static double q5_k_weight(const uint8_t * b, int i, double * size) {
+    return with_mins(b, i, b[48 + i / 64 * 32 + i % 32], b[16 + i % 32] >> (i / 32) & 1 ? 16 : 0, size);
 }
 
 static double q6_k_weight(const uint8_t * b, int i, double * size) {
@@ -73,6 +80,7 @@ static const struct {
     double      (* weight)(const uint8_t * block, int i, double * size);
 } FORMS[] = {
     { "Q4_K", GGML_TYPE_Q4_K, 256, 144, 0, q4_k_weight },
+    { "Q5_K", GGML_TYPE_Q5_K, 256, 176, 0, q5_k_weight },
     { "Q6_K", GGML_TYPE_Q6_K, 256, 210, 208, q6_k_weight },
     { "Q8_0", GGML_TYPE_Q8_0, 32, 34, 0, q8_0_weight },
     { "Q4_0", GGML_TYPE_Q4_0, 32, 18, 0, q4_0_weight },
@@ -92,7 +100,7 @@ static struct ggml_tensor * make_weight(const shape * c) {
             const double d     = 0.01 * chance();
             const bool   small = type == GGML_TYPE_Q6_K && row % 7 == 3; // also below the normal range of F16
             put_half(b + FORMS[c->form].d, small ? 0x1p-20 * d : d);
-            if (type == GGML_TYPE_Q4_K) {
+            if (type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K) {
                 put_half(b + 2, 0.05 * chance());
             }
             for (int j = 0; c->extreme && type == GGML_TYPE_Q6_K && j < 16; j++) {

@@ -233,6 +233,7 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) {
         [GGML_TYPE_Q8_0] = { .blck_size = 32, .type_size = 34 },
         [GGML_TYPE_Q4_0] = { .blck_size = 32, .type_size = 18 },
         [GGML_TYPE_Q4_K] = { .blck_size = 256, .type_size = 144 },
+        [GGML_TYPE_Q5_K] = { .blck_size = 256, .type_size = 176 },
         [GGML_TYPE_Q6_K] = { .blck_size = 256, .type_size = 210 },
     };
     if (traits[type].blck_size == 0) {
