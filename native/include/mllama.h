@@ -389,12 +389,14 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
 //
 // A kernel is put together of parts, each with a table of functions. A name may change some of them:
 // "avx2,quantized=ggml". Without a name before them they change the best kernel.
-//     attention  of the encoder, in F32
-//     linear     layers of the encoder, with factors in F32
-//     bf16       both of these for BF16 weights; "f32" widens the weights instead
-//     cache      the text's attention
-//     quantized  products with quantized weights
-//     f16        "bf16" rounds F16 weights of the encoder to BF16, for the part bf16; without a table there it is "f32"
+//     attention    of the encoder, in F32
+//     linear       layers of the encoder, with factors in F32
+//     bf16         both of these for BF16 weights; "f32" widens the weights instead
+//     cache        the text's attention
+//     quantized    products with weights of Q4_K, Q5_K and Q6_K
+//     quantized32  products with weights of Q8_0 and Q4_0
+//     f16          "bf16" rounds F16 weights of the encoder to BF16, for the part bf16; without a table there it is
+//                  "f32"
 // "ggml" stands for ggml's own operations.
 //
 // The kernel that the environment chooses now; NULL: no such kernel.

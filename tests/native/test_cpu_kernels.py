@@ -391,7 +391,7 @@ def mixed_kernels() -> list[tuple[str, str]]:
     """The best kernel here with one other table, of every part, and the part."""
     native, found = load(), []
     text, lib = native.text, native.lib
-    for index in range(6):
+    for index in range(7):
         part = text(lib.mllama_cpu_part(index))
         tables = [text(lib.mllama_cpu_table(index, i)) for i in range(10)]
         used = text(lib.mllama_cpu_kernel_uses(KERNELS[0].encode(), index))
@@ -405,6 +405,7 @@ def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytes
     f32_text, f32_mmproj = (path.with_suffix(".f32.gguf") for path in (text, mmproj))
     convert(tmp_path / "checkpoint", f32_text, mmproj=f32_mmproj, type="f32")
     q4 = quantized(tiny_files, tmp_path, "q4_k_m")
+    q4_0 = quantized(tiny_files, tmp_path, "q4_0")
     image = tiled(arch, GoldenImage(6))
 
     def results(kernel: str) -> dict[str, Floats]:
@@ -412,13 +413,15 @@ def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytes
         with (
             Mllama(text, mmproj, n_ctx=64, image_cache=False) as bf16,
             Mllama(f32_text, f32_mmproj, n_ctx=64, image_cache=False, type_k="f32", type_v="f32") as f32,
-            Mllama(q4, n_ctx=64) as small,
+            Mllama(q4, n_ctx=64) as k_quants,
+            Mllama(q4_0, n_ctx=64) as blocks_of_32,
         ):
             return {
                 "bf16": bf16.encode_image(image).states,
                 "f32": f32.encode_image(image).states,
                 "text": f32.logits(list(range(2, 40))),
-                "quantized": small.logits(list(range(2, 40))),
+                "quantized": k_quants.logits(list(range(2, 40))),
+                "quantized32": blocks_of_32.logits(list(range(2, 40))),
             }
 
     # Which results depend on a part
@@ -426,10 +429,12 @@ def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytes
         "attention": {"f32", "bf16"},
         "linear": {"f32", "bf16"},
         "bf16": {"bf16"},
-        "cache": {"text", "quantized"},
-        "quantized": {"quantized"},
+        "cache": {"text", "quantized", "quantized32"},
+        "quantized": {"quantized", "quantized32"},  # its output is of Q6_K
+        "quantized32": {"quantized32"},
         "f16": set(),
     }
+    bounds = {"bf16": 1e-2, "f32": 1e-5, "text": 2e-3, "quantized": 3e-2, "quantized32": 3e-2}
     best = results(KERNELS[0])
     mixed = mixed_kernels()
     assert {part for _, part in mixed} >= {"attention", "cache"}
@@ -437,7 +442,7 @@ def test_parts_of_a_kernel(tiny_files: Files, tmp_path: Path, monkeypatch: pytes
         found = results(kernel)
         for name, values in found.items():
             error = relative_error(values, best[name])
-            assert error <= {"bf16": 1e-2, "f32": 1e-5, "text": 2e-3, "quantized": 3e-2}[name], (kernel, name)
+            assert error <= bounds[name], (kernel, name)
             assert error == 0 or name in reached[part], (kernel, name)
 
 

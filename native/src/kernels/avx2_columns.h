@@ -1,22 +1,13 @@
 // Columns rounded to 8 bits, for avx2_products.h
 #pragma once
 
-#include "kernels/k_quants.h"
+#include "kernels/q8_groups.h"
 
 #include <immintrin.h>
 
-enum {
-    GROUPS = QUANT_BLOCK / SMALL_BLOCK,
-    LINE   = 64, // bytes
-};
+enum { LINE = 64 }; // bytes
 
-// 256 values of a column: value i is q[i] times d[0], or d[i / 32] where each 32 have a factor of their own.
-typedef struct q8_column {
-    int8_t  q[QUANT_BLOCK];
-    int16_t sums16[QUANT_BLOCK / 16]; // of each 16 of q
-    float   d[GROUPS];
-    int16_t sums32[GROUPS];
-} __attribute__((aligned(32))) q8_column;
+typedef q8_groups q8_column;
 
 // To the second-level cache. Nothing happens where there is no memory.
 INLINE void fetch(const char * p, int64_t n) {

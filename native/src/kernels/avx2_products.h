@@ -34,7 +34,7 @@ static void multiply_columns_256(const struct ggml_tensor * w, const void * x, i
 
 static void multiply_columns_32(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                                 int64_t then, float * out) {
-    if (n_columns <= FEW) { // so are those of Q8_0
+    if (n_columns <= FEW) { // as are those with Q8_0
         multiply_few_32(w, x, n_columns, first, end_of(w, first), then, out);
     } else {
         multiply_panels(&Q4_0, w, x, n_columns, first, then, out);
@@ -47,6 +47,7 @@ static void multiply_columns_32(const struct ggml_tensor * w, const void * x, in
         .rows_alone       = 64,                  \
         .rows             = TASK_ROWS,           \
         .columns          = TASK_COLUMNS,        \
+        .q8_0_columns     = FEW,                 \
         .quantize         = quantize_columns,    \
         .multiply_column  = one,                 \
         .multiply_columns = several,             \

@@ -3,8 +3,6 @@
 
 #include "kernels/avx2_columns.h"
 
-_Static_assert(Q8_0_COLUMNS <= 4, "products with Q8_0 are of rows in place");
-
 enum {
     AHEAD = 8192, // bytes of rows that are on their way from memory while one is multiplied
     FEW   = 4,    // most columns; with more, unpacking rows gains more than it costs

@@ -9,24 +9,24 @@
 // The tables of a kernel by their names. NULL of bf16: ggml's where it has instructions for BF16, else F32 factors.
 // Those that are not in this build do not count.
 typedef struct named {
-    const char * name, * f32, * bf16, * quantized;
+    const char * name, * f32, * bf16, * quantized, * quantized_32;
 } named;
 
 // The best first. Several may have the same name: the first of them that is supported, and needs no trial, counts.
 static const named NAMED[] = {
-    { "amx", "avx512", "amx", "amx" },
-    { "avx512bf16", "avx512", "avx512bf16", "vnni" },
-    { "avx512bf16", "avx512", "avx512bf16", "avx2" },
-    { "avx512", "avx512", NULL, "vnni" },
-    { "avx512", "avx512", NULL, "avx2" },
-    { "avx2", "avx2", NULL, "avxvnni" },
-    { "avx2", "avx2", NULL, "avx2" },
-    { "neonbf16", "neon", "neonbf16", "neoni8mm" },
-    { "neonbf16", "neon", "neonbf16", "neondot" },
-    { "neon", "neon", NULL, "neoni8mm" },
-    { "neon", "neon", NULL, "neondot" },
-    { "neon", "neon", NULL, "ggml" },
-    { "portable", "portable", NULL, "ggml" },
+    { "amx", "avx512", "amx", "amx", "amx" },
+    { "avx512bf16", "avx512", "avx512bf16", "vnni", "avx2" },
+    { "avx512bf16", "avx512", "avx512bf16", "avx2", "avx2" },
+    { "avx512", "avx512", NULL, "vnni", "avx2" },
+    { "avx512", "avx512", NULL, "avx2", "avx2" },
+    { "avx2", "avx2", NULL, "avxvnni", "avxvnni" },
+    { "avx2", "avx2", NULL, "avx2", "avx2" },
+    { "neonbf16", "neon", "neonbf16", "neoni8mm", "ggml" },
+    { "neonbf16", "neon", "neonbf16", "neondot", "ggml" },
+    { "neon", "neon", NULL, "neoni8mm", "ggml" },
+    { "neon", "neon", NULL, "neondot", "ggml" },
+    { "neon", "neon", NULL, "ggml", "ggml" },
+    { "portable", "portable", NULL, "ggml", "ggml" },
 };
 enum { N_NAMED = sizeof(NAMED) / sizeof(NAMED[0]) };
 
@@ -38,10 +38,11 @@ typedef enum use { NOT_BUILT, NOT_HERE, AFTER_TRIAL, USABLE } use;
 static use tables_of(const named * entry, const cpu_table * parts[CPU_PARTS]) {
     use found = USABLE;
     for (cpu_part part = 0; part < CPU_PARTS; part++) {
-        const char * name = part == CPU_BF16        ? entry->bf16
-                            : part == CPU_QUANTIZED ? entry->quantized
-                            : part == CPU_F16       ? "f32"
-                                                    : entry->f32;
+        const char * name = part == CPU_BF16           ? entry->bf16
+                            : part == CPU_QUANTIZED    ? entry->quantized
+                            : part == CPU_QUANTIZED_32 ? entry->quantized_32
+                            : part == CPU_F16          ? "f32"
+                                                       : entry->f32;
         if (!name) {
             name = cpu_ggml_has_bf16() ? "ggml" : "f32";
         }
@@ -144,7 +145,7 @@ static mllama_status keep(const cpu_table * parts[CPU_PARTS], const cpu_kernel *
         .attention = parts[CPU_ATTENTION]->f32, .linear = parts[CPU_LINEAR]->f32, .cache = parts[CPU_CACHE]->f32,
         .bf16 = parts[CPU_BF16]->bf16, .bf16_by_ggml = strcmp(parts[CPU_BF16]->name, "ggml") == 0,
         .f16_as_bf16 = parts[CPU_F16] != cpu_tables(CPU_F16), .quantized = parts[CPU_QUANTIZED]->quantized,
-        .quantized_32 = parts[CPU_QUANTIZED]->quantized_32,
+        .quantized_32 = parts[CPU_QUANTIZED_32]->quantized,
     };
     memcpy(made->parts, parts, sizeof(made->parts));
     made->f32 = made->linear ? made->linear : made->attention ? made->attention : made->cache;
@@ -170,8 +171,8 @@ static mllama_status change_part(const char * word, size_t length, const char * 
         part++;
     }
     if (part == CPU_PARTS) {
-        return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s': the parts are attention, linear, bf16, cache, quantized "
-                    "and f16", by, (int) length, word);
+        return fail(MLLAMA_ERR_ARGUMENT, "%s has '%.*s': the parts are attention, linear, bf16, cache, quantized, "
+                    "quantized32 and f16", by, (int) length, word);
     }
     const cpu_table * table = cpu_table_named(part, equals + 1, length - n - 1);
     if (table && table->supported()) {

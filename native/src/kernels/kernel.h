@@ -13,7 +13,6 @@ enum {
     ROWS_GROUP   = 4,   // queries of a head that go over the rows of a cache together
     QUANT_BLOCK  = 256, // weights with a common factor, in Q4_K, Q5_K and Q6_K
     SMALL_BLOCK  = 32,  // the same in Q8_0 and Q4_0
-    Q8_0_COLUMNS = 4,   // of x, at most, in a product with Q8_0
 };
 static const float NO_KEY = -1e30f; // score of a row that only fills a panel
 
@@ -110,6 +109,7 @@ struct cpu_quantized {
     int64_t rows_alone;   // of W, in a task of a single column
     int64_t rows;         // of W, in a task of several columns
     int64_t columns;      // most of them in a task
+    int64_t q8_0_columns; // most of them in a product with Q8_0; with more ggml is faster
     void (* quantize)(const float * x, int64_t n, void * out); // `out` is aligned to 64 bytes
     // out[first .. end - 1] of W x, for a single column. The rows from `then` on come next.
     void (* multiply_column)(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
@@ -124,12 +124,13 @@ struct cpu_quantized {
 
 // What a kernel is put together of
 typedef enum cpu_part {
-    CPU_ATTENTION, // the encoder's, in F32
-    CPU_LINEAR,    // the encoder's linear layers, with factors in F32
-    CPU_BF16,      // both of these for BF16 weights
-    CPU_CACHE,     // the text's attention to rows of a cache
-    CPU_QUANTIZED, // the text's products with quantized weights
-    CPU_F16,       // no work of its own: whether F16 weights of the encoder are rounded to BF16, for CPU_BF16
+    CPU_ATTENTION,    // the encoder's, in F32
+    CPU_LINEAR,       // the encoder's linear layers, with factors in F32
+    CPU_BF16,         // both of these for BF16 weights
+    CPU_CACHE,        // the text's attention to rows of a cache
+    CPU_QUANTIZED,    // the text's products with Q4_K, Q5_K and Q6_K, blocks of 256 weights
+    CPU_QUANTIZED_32, // the same with Q8_0 and Q4_0, blocks of 32
+    CPU_F16,          // no work of its own: whether F16 weights of the encoder are rounded to BF16, for CPU_BF16
     CPU_PARTS,
 } cpu_part;
 
@@ -141,8 +142,7 @@ typedef struct cpu_table {
     bool                  untried;          // nobody has run it yet: it is used by name, or after a trial
     const cpu_f32 *       f32;
     const cpu_bf16 *      bf16;
-    const cpu_quantized * quantized;        // of Q4_K, Q5_K and Q6_K
-    const cpu_quantized * quantized_32;     // of Q8_0 and Q4_0; NULL: by ggml
+    const cpu_quantized * quantized;        // of Q4_K, Q5_K and Q6_K, or of Q8_0 and Q4_0
 } cpu_table;
 
 const char *      cpu_part_name(cpu_part part);
@@ -180,7 +180,7 @@ extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f
 extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_amx, cpu_bf16_neon;
 extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_amx, cpu_quantized_neondot, cpu_quantized_neoni8mm;
 extern const cpu_quantized cpu_quantized_avx2, cpu_quantized_avxvnni;
-extern const cpu_quantized cpu_quantized_avx2_32, cpu_quantized_avxvnni_32;
+extern const cpu_quantized cpu_quantized_amx_32, cpu_quantized_avx2_32, cpu_quantized_avxvnni_32;
 
 // Whether this processor has AMX for BF16 and 8 bits, and the system lets this process use it. The first call asks.
 bool amx_supported(void);

@@ -10,12 +10,13 @@ const cpu_quantized * cpu_product_with(const cpu_kernel * kernel, const struct g
 }
 
 const cpu_quantized * cpu_quantized_of(const cpu_kernel * kernel, enum ggml_type weights, int64_t n) {
+    const cpu_quantized * with_32 = kernel->quantized_32;
     switch (weights) {
         case GGML_TYPE_Q4_K:
         case GGML_TYPE_Q5_K:
         case GGML_TYPE_Q6_K: return kernel->quantized;
-        case GGML_TYPE_Q8_0: return n <= Q8_0_COLUMNS ? kernel->quantized_32 : NULL;
-        case GGML_TYPE_Q4_0: return kernel->quantized_32;
+        case GGML_TYPE_Q8_0: return with_32 && n <= with_32->q8_0_columns ? with_32 : NULL;
+        case GGML_TYPE_Q4_0: return with_32;
         default:             return NULL;
     }
 }

@@ -129,15 +129,27 @@ static const cpu_table QUANTIZED_TABLES[] = {
 #if defined(__x86_64__)
     { .name = "vnni", .supported = has_avx512vnni, .quantized = &cpu_quantized_vnni },
 #ifdef MLLAMA_AVXVNNI
-    { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni,
-      .quantized_32 = &cpu_quantized_avxvnni_32 },
+    { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni },
 #endif
-    { .name = "avx2", .supported = has_avx2, .quantized = &cpu_quantized_avx2,
-      .quantized_32 = &cpu_quantized_avx2_32 },
+    { .name = "avx2", .supported = has_avx2, .quantized = &cpu_quantized_avx2 },
 #endif
 #ifdef MLLAMA_NEON
     { .name = "neoni8mm", .supported = has_i8mm, .quantized = &cpu_quantized_neoni8mm },
     { .name = "neondot", .supported = has_dot, .quantized = &cpu_quantized_neondot },
+#endif
+    { .name = "ggml", .supported = always },
+    { .name = NULL },
+};
+
+static const cpu_table QUANTIZED_32_TABLES[] = {
+#ifdef MLLAMA_AMX
+    { .name = "amx", .supported = has_amx, .untried = true, .quantized = &cpu_quantized_amx_32 },
+#endif
+#if defined(__x86_64__)
+#ifdef MLLAMA_AVXVNNI
+    { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni_32 },
+#endif
+    { .name = "avx2", .supported = has_avx2, .quantized = &cpu_quantized_avx2_32 },
 #endif
     { .name = "ggml", .supported = always },
     { .name = NULL },
@@ -153,9 +165,13 @@ static const struct {
     const char *      name;
     const cpu_table * tables;
 } PARTS[CPU_PARTS] = {
-    [CPU_ATTENTION] = { "attention", F32_TABLES }, [CPU_LINEAR]    = { "linear", F32_TABLES },
-    [CPU_BF16]      = { "bf16", BF16_TABLES },     [CPU_CACHE]     = { "cache", F32_TABLES },
-    [CPU_QUANTIZED] = { "quantized", QUANTIZED_TABLES }, [CPU_F16] = { "f16", F16_TABLES },
+    [CPU_ATTENTION]    = { "attention", F32_TABLES },
+    [CPU_LINEAR]       = { "linear", F32_TABLES },
+    [CPU_BF16]         = { "bf16", BF16_TABLES },
+    [CPU_CACHE]        = { "cache", F32_TABLES },
+    [CPU_QUANTIZED]    = { "quantized", QUANTIZED_TABLES },
+    [CPU_QUANTIZED_32] = { "quantized32", QUANTIZED_32_TABLES },
+    [CPU_F16]          = { "f16", F16_TABLES },
 };
 
 const char * cpu_part_name(cpu_part part) {

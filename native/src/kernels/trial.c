@@ -144,43 +144,50 @@ static void add_cache_attention(trial * t) {
     }
 }
 
-// Types of weights, with the rows that are multiplied by a single column and by several: most files are Q4_K_M, of Q4_K
-// and some Q6_K. The others count little.
-static const struct {
+// Types of weights of a part, with the rows that are multiplied by a single column and by several: most files are
+// Q4_K_M, of Q4_K and some Q6_K. Q5_K counts little.
+typedef struct quantized_work {
     enum ggml_type type;
     int64_t        alone, together;
-} QUANTIZED[] = {
-    { GGML_TYPE_Q4_K, 1024, 64 }, { GGML_TYPE_Q6_K, 512, 32 }, { GGML_TYPE_Q8_0, 128, 20 }, { GGML_TYPE_Q4_0, 128, 20 },
+} quantized_work;
+static const quantized_work QUANTIZED[] = {
+    { GGML_TYPE_Q4_K, 1024, 64 }, { GGML_TYPE_Q6_K, 512, 32 }, { GGML_TYPE_Q5_K, 128, 32 }, { GGML_TYPE_COUNT, 0, 0 },
+};
+static const quantized_work QUANTIZED_32[] = {
+    { GGML_TYPE_Q8_0, 512, 32 }, { GGML_TYPE_Q4_0, 512, 32 }, { GGML_TYPE_COUNT, 0, 0 },
 };
 
-static void add_products(trial * t) {
-    for (int i = 0; i < MOST; i++) {
-        const bool            alone = i % 2 == 0;
-        const enum ggml_type  type  = QUANTIZED[i / 2].type;
-        const cpu_quantized * with  = cpu_quantized_of(&t->kernel, type, alone ? 1 : TOGETHER);
-        struct ggml_tensor * w = input(t, type, TEXT_EMBD, alone ? QUANTIZED[i / 2].alone : QUANTIZED[i / 2].together);
-        struct ggml_tensor * x = input(t, GGML_TYPE_F32, TEXT_EMBD, alone ? 1 : TOGETHER);
-        t->products[i].with = with;
-        if (with) {
-            struct ggml_tensor * rounded = cpu_quantize_node(t->ctx, with, x);
-            add(t, cpu_product_node(t->ctx, &t->products[i], w, rounded, x->ne[1]), 1, &t->products[i].tasks);
-        } else {
-            add(t, ggml_mul_mat(t->ctx, w, x), -1, NULL);
-        }
+static void add_product(trial * t, enum ggml_type type, int64_t n_out, int64_t n) {
+    cpu_product *        product = &t->products[t->n_results];
+    struct ggml_tensor * w       = input(t, type, TEXT_EMBD, n_out), * x = input(t, GGML_TYPE_F32, TEXT_EMBD, n);
+    product->with = cpu_quantized_of(&t->kernel, type, n);
+    if (product->with) {
+        struct ggml_tensor * rounded = cpu_quantize_node(t->ctx, product->with, x);
+        add(t, cpu_product_node(t->ctx, product, w, rounded, n), 1, &product->tasks);
+    } else {
+        add(t, ggml_mul_mat(t->ctx, w, x), -1, NULL);
+    }
+}
+
+static void add_products(trial * t, const quantized_work * work) {
+    for (; work->type != GGML_TYPE_COUNT; work++) {
+        add_product(t, work->type, work->alone, 1);
+        add_product(t, work->type, work->together, TOGETHER);
     }
 }
 
 static void add_work(trial * t) {
     const cpu_kernel * kernel = &t->kernel;
     switch (t->part) {
-        case CPU_ATTENTION: add_attention(t, false); break;
-        case CPU_LINEAR:    add_linear(t, GGML_TYPE_F16, kernel->linear); break;
+        case CPU_ATTENTION:    add_attention(t, false); break;
+        case CPU_LINEAR:       add_linear(t, GGML_TYPE_F16, kernel->linear); break;
         case CPU_BF16:
             add_linear(t, GGML_TYPE_BF16, kernel->bf16 || (kernel->linear && !kernel->bf16_by_ggml));
             add_attention(t, kernel->bf16);
             break;
-        case CPU_CACHE:     add_cache_attention(t); break;
-        default:            add_products(t); break;
+        case CPU_CACHE:        add_cache_attention(t); break;
+        case CPU_QUANTIZED_32: add_products(t, QUANTIZED_32); break;
+        default:               add_products(t, QUANTIZED); break;
     }
 }
 
@@ -234,6 +241,7 @@ static mllama_status begin(trial * t, const cpu_kernel * kernel, cpu_part part, 
 // wrong value is off by about 1.
 static const double BOUNDS[CPU_F16] = {
     [CPU_ATTENTION] = 1e-3, [CPU_LINEAR] = 1e-2, [CPU_BF16] = 0.05, [CPU_CACHE] = 1e-3, [CPU_QUANTIZED] = 0.1,
+    [CPU_QUANTIZED_32] = 0.1,
 };
 
 // What should be there
@@ -344,7 +352,8 @@ mllama_status mllama_cpu_try(const char * kernel, int32_t part, int32_t n_thread
     mllama_status status = begin(&t, chosen, (cpu_part) part, n_threads);
     *result = (mllama_cpu_trial) { .right = true };
     if (status == MLLAMA_OK && check) {
-        status = part == CPU_QUANTIZED ? product_error(&t, &result->error) : portable_error(&t, &result->error);
+        const bool products = part == CPU_QUANTIZED || part == CPU_QUANTIZED_32;
+        status = products ? product_error(&t, &result->error) : portable_error(&t, &result->error);
         result->right = result->error <= BOUNDS[part];
     }
     if (status == MLLAMA_OK) {

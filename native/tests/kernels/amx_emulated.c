@@ -3,6 +3,7 @@
 #include "check.h"
 #include "kernels/amx.h"
 #include "kernels/q8_column.h"
+#include "kernels/q8_groups.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -157,26 +158,58 @@ void amx_emulated_multiply_bytes(const uint8_t * a, const int8_t * b, int16_t * 
 
 // ---- columns ------------------------------------------------------------------------------------------------------
 
+// The largest of n values without their signs
+static float largest_of(const float * x, int n) {
+    float largest = 0.0f;
+    for (int i = 0; i < n; i++) {
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    return largest;
+}
+
+static int8_t rounded(float x, float largest) {
+    return (int8_t) lrintf(largest > 0.0f ? x * (127.0f / largest) : 0.0f);
+}
+
 void amx_emulated_quantize(const float * x, int64_t n, void * to) {
     q8_column * out = to;
     for (; n > 0; n -= QUANT_BLOCK, x += QUANT_BLOCK, out++) {
-        float largest = 0.0f;
-        for (int i = 0; i < QUANT_BLOCK; i++) {
-            largest = fmaxf(largest, fabsf(x[i]));
-        }
+        const float largest = largest_of(x, QUANT_BLOCK);
         memset(out, 0, sizeof(*out));
         out->d = largest / 127.0f;
         for (int i = 0; i < QUANT_BLOCK; i++) {
-            const int q = (int) lrintf(largest > 0.0f ? x[i] * (127.0f / largest) : 0.0f);
-            out->q[32 * PLACE[i / 32] + i % 32] = (int8_t) q;
+            const int8_t q = rounded(x[i], largest);
+            out->q[32 * PLACE[i / 32] + i % 32] = q;
             out->sums32[i / 32] = (int16_t) (out->sums32[i / 32] + q);
         }
     }
 }
 
+void amx_emulated_quantize_32(const float * x, int64_t n, void * to) {
+    q8_groups * out = to;
+    for (; n > 0; n -= QUANT_BLOCK, x += QUANT_BLOCK, out++) {
+        memset(out, UNWRITTEN, sizeof(*out));
+        for (int i = 0; i < QUANT_BLOCK; i++) {
+            const float largest = largest_of(x + i / SMALL_BLOCK * SMALL_BLOCK, SMALL_BLOCK);
+            out->d[i / SMALL_BLOCK] = largest / 127.0f;
+            out->q[i] = rounded(x[i], largest);
+        }
+    }
+}
+
+static void multiply_column(const cpu_quantized * with, const struct ggml_tensor * w, const void * x, int64_t first,
+                            int64_t end, int64_t then, float * out) {
+    for (int64_t i = first; i < end; i += with->rows) {
+        with->multiply_columns(w, x, 1, i, then, out);
+    }
+}
+
 void amx_emulated_multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end,
                                   int64_t then, float * out) {
-    for (int64_t i = first; i < end; i += cpu_quantized_amx_emulated.rows) {
-        cpu_quantized_amx_emulated.multiply_columns(w, x, 1, i, then, out);
-    }
+    multiply_column(&cpu_quantized_amx_emulated, w, x, first, end, then, out);
+}
+
+void amx_emulated_multiply_column_32(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end,
+                                     int64_t then, float * out) {
+    multiply_column(&cpu_quantized_amx_32_emulated, w, x, first, end, then, out);
 }

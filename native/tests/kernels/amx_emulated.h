@@ -28,6 +28,9 @@ void amx_emulated_multiply_bytes(const uint8_t * a, const int8_t * b, int16_t * 
 void amx_emulated_quantize(const float * x, int64_t n, void * out);
 void amx_emulated_multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end,
                                   int64_t then, float * out);
+void amx_emulated_quantize_32(const float * x, int64_t n, void * out);
+void amx_emulated_multiply_column_32(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end,
+                                     int64_t then, float * out);
 
 INLINE vf vmax(vf a, vf b) {
     const vi mask = a > b;

@@ -46,11 +46,11 @@ typedef struct subject {
 
 // The tables of AMX over tiles in plain C, on every processor: see amx_emulated.h.
 extern const cpu_bf16      cpu_bf16_amx_emulated;
-extern const cpu_quantized cpu_quantized_amx_emulated;
+extern const cpu_quantized cpu_quantized_amx_emulated, cpu_quantized_amx_32_emulated;
 bool amx_emulated_in_use(void);
 // The same with the processor's own instructions, see amx_trapped.c
 extern const cpu_bf16      cpu_bf16_amx_trapped;
-extern const cpu_quantized cpu_quantized_amx_trapped;
+extern const cpu_quantized cpu_quantized_amx_trapped, cpu_quantized_amx_32_trapped;
 // Takes over the signal that an unknown instruction raises.
 void amx_trap(void (* otherwise)(int signal));
 #ifdef MLLAMA_AVXVNNI

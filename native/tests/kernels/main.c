@@ -208,15 +208,17 @@ int main(void) {
     const cpu_kernel emulated = {
         .name = "amx, emulated", .attention = &cpu_f32_portable, .f32 = &cpu_f32_portable,
         .bf16 = &cpu_bf16_amx_emulated, .quantized = &cpu_quantized_amx_emulated,
+        .quantized_32 = &cpu_quantized_amx_32_emulated,
     };
-    test_kernel(&(subject) { .kernel = &emulated, .bf16 = true, .quantized = true });
+    test_kernel(&(subject) { .kernel = &emulated, .bf16 = true, .quantized = true, .quantized_32 = true });
 #ifdef MLLAMA_AMX
     amx_trap(on_signal);
     cpu_kernel trapped = emulated;
-    trapped.bf16      = &cpu_bf16_amx_trapped;
-    trapped.quantized = &cpu_quantized_amx_trapped;
+    trapped.bf16         = &cpu_bf16_amx_trapped;
+    trapped.quantized    = &cpu_quantized_amx_trapped;
+    trapped.quantized_32 = &cpu_quantized_amx_32_trapped;
     snprintf(trapped.name, sizeof(trapped.name), "amx, trapped");
-    test_kernel(&(subject) { .kernel = &trapped, .bf16 = true, .quantized = true });
+    test_kernel(&(subject) { .kernel = &trapped, .bf16 = true, .quantized = true, .quantized_32 = true });
 #endif
     printf("%d cases, %d failed\n", n_cases, n_failed);
     return n_failed || n_cases == 0;

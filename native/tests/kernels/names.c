@@ -52,12 +52,15 @@ static void test_tables(const char * base) {
             expect_true((kernel == plain) == (strcmp(kernel->name, plain->name) == 0), "two have one name");
             const cpu_f32 * f32[] = {
                 [CPU_ATTENTION] = kernel->attention, [CPU_LINEAR] = kernel->linear, [CPU_BF16] = NULL,
-                [CPU_CACHE] = kernel->cache, [CPU_QUANTIZED] = NULL, [CPU_F16] = NULL,
+                [CPU_CACHE] = kernel->cache, [CPU_QUANTIZED] = NULL, [CPU_QUANTIZED_32] = NULL,
+                [CPU_F16] = NULL,
             };
             expect_true(f32[part] == table->f32, "the table is not in its place");
             expect_true(part != CPU_BF16 || kernel->bf16 == table->bf16, "the table for BF16 is not in its place");
             expect_true(part != CPU_QUANTIZED || kernel->quantized == table->quantized,
                         "the table for quantized weights is not in its place");
+            expect_true(part != CPU_QUANTIZED_32 || kernel->quantized_32 == table->quantized,
+                        "the table for blocks of 32 weights is not in its place");
             expect_true(kernel->f32 != NULL, "nothing computes GELU");
             case_end();
         }
@@ -87,7 +90,7 @@ void test_names(void) {
     expect_refused("abacus,quantized=ggml", "is 'abacus");
     expect_refused("off,quantized=ggml", "is 'off");
     expect_refused("portable,off", "has 'off' after the first word");
-    expect_refused("portable,abacus=ggml", "the parts are attention, linear, bf16, cache, quantized and f16");
+    expect_refused("portable,abacus=ggml", "the parts are attention, linear, bf16, cache, quantized, quantized32 and f16");
     expect_refused("portable,=ggml", "has '=ggml': the parts are");
     expect_refused("bf=f32", "has 'bf=f32': the parts are");
     expect_refused("bf16=abacus", "here the part bf16 can be ");

@@ -134,7 +134,7 @@ static void make_column(float * x, int64_t n, int size, bool extreme, double * r
 static void check(const cpu_kernel * kernel, const shape * c) {
     const int    values = FORMS[c->form].values;
     const size_t size   = FORMS[c->form].size;
-    if (FORMS[c->form].type == GGML_TYPE_Q8_0 && c->n > Q8_0_COLUMNS) {
+    if (FORMS[c->form].type == GGML_TYPE_Q8_0 && c->n > kernel->quantized_32->q8_0_columns) {
         return; // ggml's
     }
     case_begin("%s, %d -> %d of %d columns, shift %d, %d threads%s", FORMS[c->form].name, (int) c->n_in, (int) c->n_out,

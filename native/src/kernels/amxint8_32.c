@@ -1,0 +1,213 @@
+// Products with Q8_0 and Q4_0 for several columns by AMX; a few columns by AVX2, see avx2products.c.
+//
+// Each 32 weights, and each 32 values of a column, have a factor of their own, in floats. So a sum ends after 32
+// products: half of each instruction is unused, and all sums are fetched from tiles, converted and scaled by vectors.
+// They are, while the tiles of the next four groups are multiplied.
+#include "kernels/amx_rows.h"
+#include "kernels/q8_groups.h"
+
+enum {
+    PANELS       = 2,               // of 16 rows, that are multiplied together
+    STEPS        = QUANT_BLOCK / 4, // fours of weights
+    GROUP_STEPS  = SMALL_BLOCK / 4, // in a tile of weights
+    PART         = 4,               // groups whose sums are fetched together
+    TASK_COLUMNS = 256,
+    FEW          = 4,               // columns for which unpacking is not worth it
+};
+_Static_assert(PART == 4 && GROUPS % PART == 0, "multiply_tile has two times two groups");
+
+typedef int8_t vb __attribute__((vector_size(64)));
+
+// 256 weights of each of 16 rows. Weight i is d[i / 32] * w[i].
+typedef struct panel {
+    uint32_t w[STEPS][TILE]; // four weights of each row, as the columns' values come
+    float    d[GROUPS][TILE];
+} __attribute__((aligned(64))) panel;
+
+// ---- weights to lanes ---------------------------------------------------------------------------------------------
+
+INLINE void store_step(panel * p, int step, vw w) {
+    memcpy(p->w[step], &w, sizeof(w));
+}
+
+// The factors of blocks of so many bytes
+INLINE void unpack_factors(const char * const * rows, size_t size, panel * p) {
+    UNROLL for (int j = 0; j < GROUPS; j++) {
+        ggml_fp16_t d[TILE];
+        for (int i = 0; i < TILE; i++) {
+            memcpy(&d[i], rows[i] + (size_t) j * size, sizeof(d[i]));
+        }
+        STORE(p->d[j], widen(d));
+    }
+}
+
+static void unpack_q8_0(const char * const * rows, panel * p) {
+    unpack_factors(rows, sizeof(q8_0_block), p);
+    UNROLL for (int j = 0; j < 2 * GROUPS; j++) { // 16 weights each
+        vw w[4];
+        transpose(rows, (size_t) (j / 2) * sizeof(q8_0_block) + offsetof(q8_0_block, q) + (size_t) (j % 2 * 16), w);
+        UNROLL for (int i = 0; i < 4; i++) {
+            store_step(p, 4 * j + i, w[i]);
+        }
+    }
+}
+
+static void unpack_q4_0(const char * const * rows, panel * p) {
+    const vw low = (vw) { 0 } + 0x0f0f0f0f;
+    unpack_factors(rows, sizeof(q4_0_block), p);
+    UNROLL for (int j = 0; j < GROUPS; j++) { // 16 bytes each
+        vw w[4];
+        transpose(rows, (size_t) j * sizeof(q4_0_block) + offsetof(q4_0_block, q), w);
+        UNROLL for (int i = 0; i < 4; i++) {
+            store_step(p, GROUP_STEPS * j + i, (vw) ((vb) (w[i] & low) - 8));
+            store_step(p, GROUP_STEPS * j + 4 + i, (vw) ((vb) (w[i] >> 4 & low) - 8));
+        }
+    }
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+// Sums in 0 to 3 for `n` columns; 32 values of columns in 4 and 5, weights in 6 and 7
+#define COLUMN_TILES(n)                                                              \
+    { .palette   = 1,                                                                \
+      .row_bytes = { ROW, ROW, ROW, ROW, SMALL_BLOCK, SMALL_BLOCK, ROW, ROW },       \
+      .rows      = { (n), (n), (n), (n), (n), (n), GROUP_STEPS, GROUP_STEPS } }
+static const amx_tiles column_tiles[TILE] = { // for that many columns plus one
+    COLUMN_TILES(1),  COLUMN_TILES(2),  COLUMN_TILES(3),  COLUMN_TILES(4),  COLUMN_TILES(5),  COLUMN_TILES(6),
+    COLUMN_TILES(7),  COLUMN_TILES(8),  COLUMN_TILES(9),  COLUMN_TILES(10), COLUMN_TILES(11), COLUMN_TILES(12),
+    COLUMN_TILES(13), COLUMN_TILES(14), COLUMN_TILES(15), COLUMN_TILES(16),
+};
+
+// sums[i][k] of a tile of columns, which lie n blocks apart, and panel k, of the groups from `first` on
+static void multiply_tile(const panel * p, const q8_groups * x, int64_t n, int first, tile_sums (*sums)[PANELS]) {
+    const int64_t stride = n * (int64_t) sizeof(q8_groups);
+    for (int i = 0; i < PART; i += 2) {
+        const int group = first + i, step = GROUP_STEPS * group;
+        AMX_ZERO(0);
+        AMX_ZERO(1);
+        AMX_ZERO(2);
+        AMX_ZERO(3);
+        AMX_LOAD(4, x->q + SMALL_BLOCK * group, stride);
+        AMX_LOAD(6, p[0].w[step], ROW);
+        AMX_MULTIPLY_INT8(0, 4, 6);
+        AMX_LOAD(7, p[1].w[step], ROW);
+        AMX_MULTIPLY_INT8(1, 4, 7);
+        AMX_LOAD(5, x->q + SMALL_BLOCK * (group + 1), stride);
+        AMX_LOAD(6, p[0].w[step + GROUP_STEPS], ROW);
+        AMX_MULTIPLY_INT8(2, 5, 6);
+        AMX_LOAD(7, p[1].w[step + GROUP_STEPS], ROW);
+        AMX_MULTIPLY_INT8(3, 5, 7);
+        AMX_STORE(0, sums[i][0], ROW);
+        AMX_STORE(1, sums[i][1], ROW);
+        AMX_STORE(2, sums[i + 1][0], ROW);
+        AMX_STORE(3, sums[i + 1][1], ROW);
+    }
+}
+
+// out[c] += what the sums of column c, first <= c < end, are worth; `group` is the first of theirs.
+INLINE void add_tile(const panel * p, const q8_groups * x, int64_t n, int group, const tile_sums (*sums)[PANELS],
+                     int64_t first, int64_t end, float (*out)[PANELS * TILE]) {
+    for (int64_t c = first; c < end; c++) {
+        const float * d = x[c * n].d + group;
+        UNROLL for (int k = 0; k < PANELS; k++) {
+            float * to    = out[c] + TILE * k;
+            vf      total = LOAD(to);
+            UNROLL for (int i = 0; i < PART; i++) {
+                vi sum;
+                memcpy(&sum, sums[i][k][c], sizeof(sum));
+                total += __builtin_convertvector(sum, vf) * (LOAD(p[k].d[group + i]) * d[i]);
+            }
+            STORE(to, total);
+        }
+    }
+}
+
+// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
+static void multiply_columns(const struct ggml_tensor * w, const void * columns, int64_t n_columns, int64_t first,
+                             int64_t then, float * out) {
+    const q8_groups * x    = columns;
+    const bool        q4   = w->type == GGML_TYPE_Q4_0;
+    const size_t      size = GROUPS * (q4 ? sizeof(q4_0_block) : sizeof(q8_0_block));
+    const int64_t     n    = w->ne[0] / QUANT_BLOCK, n_parts = (n_columns + TILE - 1) / TILE * (GROUPS / PART);
+    const int64_t     full = n_columns < TILE ? n_columns : TILE;
+    panel             panels[PANELS];
+    tile_sums         sums[2][PART][PANELS] __attribute__((aligned(64)));
+    float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
+    const char *      rows[PANELS * TILE];
+    for (int64_t i = 0; i < PANELS * TILE; i++) { // the last row for those that do not exist
+        rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
+    }
+    memset(totals, 0, sizeof(totals[0]) * (size_t) n_columns);
+    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
+    const int64_t piece   = round_up(PANELS * TILE * (int64_t) size / (PANELS + n_parts), LINE);
+    AMX_CONFIGURE(&column_tiles[full - 1]);
+    for (int64_t block = 0; block < n; block++) {
+        for (int k = 0; k < PANELS; k++, fetched += piece) {
+            fetch(fetched, piece);
+            (q4 ? unpack_q4_0 : unpack_q8_0)(rows + TILE * k, &panels[k]);
+        }
+        // While a part of the groups of a tile is multiplied, the sums of the part before it are added. The last tile
+        // begins among the columns of the one before it.
+        for (int64_t i = 0; i <= n_parts; i++) {
+            if (i < n_parts) {
+                const int64_t column = i / (GROUPS / PART) * TILE;
+                const int64_t begin  = column + full > n_columns ? n_columns - full : column;
+                fetch(fetched, piece);
+                fetched += piece;
+                multiply_tile(panels, x + begin * n + block, n, i % (GROUPS / PART) * PART, sums[i % 2]);
+            }
+            if (i > 0) {
+                const int64_t column = (i - 1) / (GROUPS / PART) * TILE;
+                const int64_t begin  = column + full > n_columns ? n_columns - full : column;
+                add_tile(panels, x + begin * n + block, n, (i - 1) % (GROUPS / PART) * PART,
+                         (const tile_sums (*)[PANELS]) sums[(i - 1) % 2], column - begin, full, totals + begin);
+            }
+        }
+        for (int i = 0; i < PANELS * TILE; i++) {
+            rows[i] += size;
+        }
+    }
+    AMX_RELEASE();
+    const int64_t left = w->ne[1] - first < PANELS * TILE ? w->ne[1] - first : PANELS * TILE;
+    for (int64_t c = 0; c < n_columns; c++) {
+        memcpy(out + c * w->ne[1] + first, totals[c], (size_t) left * sizeof(float));
+    }
+}
+
+// ---- few columns --------------------------------------------------------------------------------------------------
+
+#ifdef MLLAMA_AMX_EMULATED
+const cpu_quantized cpu_quantized_amx_32 = {
+    .quantize         = amx_emulated_quantize_32,
+    .multiply_column  = amx_emulated_multiply_column_32,
+    .multiply_columns = multiply_columns,
+#else
+static void quantize(const float * x, int64_t n, void * out) {
+    cpu_quantized_avx2_32.quantize(x, n, out);
+}
+
+static void multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
+                            float * out) {
+    cpu_quantized_avx2_32.multiply_column(w, x, first, end, then, out);
+}
+
+static void multiply(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first, int64_t then,
+                     float * out) {
+    if (n_columns <= FEW) {
+        cpu_quantized_avx2_32.multiply_columns(w, x, n_columns, first, then, out);
+    } else {
+        multiply_columns(w, x, n_columns, first, then, out);
+    }
+}
+
+const cpu_quantized cpu_quantized_amx_32 = {
+    .quantize         = quantize,
+    .multiply_column  = multiply_column,
+    .multiply_columns = multiply,
+#endif
+    .block_size       = sizeof(q8_groups),
+    .rows_alone       = 64,
+    .rows             = PANELS * TILE,
+    .columns          = TASK_COLUMNS,
+    .q8_0_columns     = INT64_MAX,
+};
