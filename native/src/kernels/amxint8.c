@@ -63,19 +63,20 @@ INLINE void unpack_with_mins(const bool five, const char * const * rows, panel *
     UNROLL for (int j = 0; j < 8; j++) {
         STORE(p->mins[j], least * __builtin_convertvector((vi) byte_at(head.mins, j), vf));
     }
-    UNROLL for (int half = 0; half < 2; half++) { // 16 of the 32 bytes of two groups
-        vw high[4];
-        if (five) {
-            transpose(rows, offsetof(q5_k_block, high) + (size_t) (16 * half), high);
-        }
-        UNROLL for (int j = 0; j < 8; j += 2) {
-            const factors scales[2] = { factors_of(byte_at(head.scales, j), 0),
-                                        factors_of(byte_at(head.scales, j + 1), 0) };
+    vw high[2][4];
+    if (five) {
+        transpose(rows, offsetof(q5_k_block, high), high[0]);
+        transpose(rows, offsetof(q5_k_block, high) + 16, high[1]);
+    }
+    UNROLL for (int j = 0; j < 8; j += 2) { // 32 bytes: low halves for one scale, high halves for the next
+        const factors scales[2] = { factors_of(byte_at(head.scales, j), 0),
+                                    factors_of(byte_at(head.scales, j + 1), 0) };
+        UNROLL for (int half = 0; half < 2; half++) {
             vw w[4];
             transpose(rows, at + (size_t) (16 * j + 16 * half), w);
             UNROLL for (int i = 0; i < 4; i++) {
                 UNROLL for (int k = j; k < j + 2; k++) {
-                    const vw q = five ? q5_k_weights(w[i], high[i], k) : q4_k_weights(w[i], k);
+                    const vw q = five ? q5_k_weights(w[i], high[half][i], k) : q4_k_weights(w[i], k);
                     store_step(p, 8 * PLACE[k] + 4 * half + i, q, &scales[k - j]);
                 }
             }
