@@ -42,6 +42,7 @@ int main(void) { return 0; }" MLLAMA_X86_64)
     endif()
     kernel_with(${target} avx512 -mavx512f)
     kernel_with(${target} vnni -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
+    kernel_with(${target} vnni_32 -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
     check_c_compiler_flag(-mavx512bf16 MLLAMA_AVX512BF16) # GCC 10 and later
     if(MLLAMA_AVX512BF16)
       kernel_with(${target} avx512bf16 -mavx512f -mavx512bf16)

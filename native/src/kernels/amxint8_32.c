@@ -1,8 +1,8 @@
-// Products with Q8_0 and Q4_0 for several columns by AMX; a few columns by AVX2, see avx2products.c.
+// Products with Q8_0 and Q4_0 for several columns by AMX; a few columns by AVX512-VNNI, see vnni_32.c.
 //
 // Each 32 weights, and each 32 values of a column, have a factor of their own, in floats. So a sum ends after 32
 // products: half of each instruction is unused, and all sums are fetched from tiles, converted and scaled by vectors.
-// They are, while the tiles of the next four groups are multiplied.
+// That happens while the tiles of the next four groups are multiplied.
 #include "kernels/amx_rows.h"
 #include "kernels/q8_groups.h"
 
@@ -12,7 +12,7 @@ enum {
     GROUP_STEPS  = SMALL_BLOCK / 4, // in a tile of weights
     PART         = 4,               // groups whose sums are fetched together
     TASK_COLUMNS = 256,
-    FEW          = 4,               // columns for which unpacking is not worth it
+    FEW          = 8,               // columns that tiles are not worth
 };
 _Static_assert(PART == 4 && GROUPS % PART == 0, "multiply_tile has two times two groups");
 
@@ -183,18 +183,18 @@ const cpu_quantized cpu_quantized_amx_32 = {
     .multiply_columns = multiply_columns,
 #else
 static void quantize(const float * x, int64_t n, void * out) {
-    cpu_quantized_avx2_32.quantize(x, n, out);
+    cpu_quantized_vnni_32.quantize(x, n, out);
 }
 
 static void multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
                             float * out) {
-    cpu_quantized_avx2_32.multiply_column(w, x, first, end, then, out);
+    cpu_quantized_vnni_32.multiply_column(w, x, first, end, then, out);
 }
 
 static void multiply(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first, int64_t then,
                      float * out) {
-    if (n_columns <= FEW) {
-        cpu_quantized_avx2_32.multiply_columns(w, x, n_columns, first, then, out);
+    if (n_columns < FEW) {
+        cpu_quantized_vnni_32.multiply_columns(w, x, n_columns, first, then, out);
     } else {
         multiply_columns(w, x, n_columns, first, then, out);
     }

@@ -15,9 +15,9 @@ typedef struct named {
 // The best first. Several may have the same name: the first of them that is supported, and needs no trial, counts.
 static const named NAMED[] = {
     { "amx", "avx512", "amx", "amx", "amx" },
-    { "avx512bf16", "avx512", "avx512bf16", "vnni", "avx2" },
+    { "avx512bf16", "avx512", "avx512bf16", "vnni", "vnni" },
     { "avx512bf16", "avx512", "avx512bf16", "avx2", "avx2" },
-    { "avx512", "avx512", NULL, "vnni", "avx2" },
+    { "avx512", "avx512", NULL, "vnni", "vnni" },
     { "avx512", "avx512", NULL, "avx2", "avx2" },
     { "avx2", "avx2", NULL, "avxvnni", "avxvnni" },
     { "avx2", "avx2", NULL, "avx2", "avx2" },

@@ -180,7 +180,8 @@ extern const cpu_f32       cpu_f32_portable, cpu_f32_avx2, cpu_f32_avx512, cpu_f
 extern const cpu_bf16      cpu_bf16_avx512bf16, cpu_bf16_amx, cpu_bf16_neon;
 extern const cpu_quantized cpu_quantized_vnni, cpu_quantized_amx, cpu_quantized_neondot, cpu_quantized_neoni8mm;
 extern const cpu_quantized cpu_quantized_avx2, cpu_quantized_avxvnni;
-extern const cpu_quantized cpu_quantized_amx_32, cpu_quantized_avx2_32, cpu_quantized_avxvnni_32;
+extern const cpu_quantized cpu_quantized_amx_32, cpu_quantized_vnni_32, cpu_quantized_avx2_32;
+extern const cpu_quantized cpu_quantized_avxvnni_32;
 
 // Whether this processor has AMX for BF16 and 8 bits, and the system lets this process use it. The first call asks.
 bool amx_supported(void);

@@ -1,5 +1,5 @@
-// A column of the text's products, rounded to 8 bits: the form that the kernels of AVX2 share with those of AMX for
-// blocks of 32 weights.
+// A column of the text's products, rounded to 8 bits: the form that the kernels of AVX2 share with those of AVX512-VNNI
+// and AMX for blocks of 32 weights.
 #pragma once
 
 #include "kernels/k_quants.h"

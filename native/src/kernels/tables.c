@@ -43,6 +43,10 @@ static bool has_avx512vnni(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
 }
 
+static bool has_vnni_32(void) { // a single column is AVX2's
+    return has_avx512vnni() && has_avx2();
+}
+
 #ifdef MLLAMA_AVX512BF16
 static bool has_avx512bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16");
@@ -146,6 +150,7 @@ static const cpu_table QUANTIZED_32_TABLES[] = {
     { .name = "amx", .supported = has_amx, .untried = true, .quantized = &cpu_quantized_amx_32 },
 #endif
 #if defined(__x86_64__)
+    { .name = "vnni", .supported = has_vnni_32, .quantized = &cpu_quantized_vnni_32 },
 #ifdef MLLAMA_AVXVNNI
     { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni_32 },
 #endif

@@ -1,60 +1,12 @@
 // Products with Q4_K, Q5_K and Q6_K by AVX512-VNNI, with AVX-512BW, FMA and F16C
 #include "kernels/vnni_rows.h"
 
-#include <string.h>
-
-typedef uint32_t vw __attribute__((vector_size(64)));
-
 #include "kernels/k_panels.h"
 
-enum {
-    PANEL        = 16, // rows, one for each 32-bit lane
-    PANELS       = 2,  // that are multiplied together
-    STEPS        = QUANT_BLOCK / 4,
-    COLUMN_GROUP = 6,  // columns whose sums are in registers
-    TASK_COLUMNS = 96,
-};
-
-// ---- several columns: rows unpacked to lanes ----------------------------------------------------------------------
-
-// A block of each of 16 rows
-typedef struct panel {
-    uint8_t w[STEPS][PANEL][4];  // four weights of each row, as the columns' values come
-    float   scales[16][PANEL];   // d times the scale of every 32 (the first eight) or 16 (Q6_K) weights, in the same
-                                 // order
-    int16_t mins[4][PANEL][2];   // of weights 64 j + i and 64 j + 32 + i; not Q6_K
-    float   dmin[PANEL];
-} __attribute__((aligned(64))) panel;
-
-// out[i] = dword i of the 16 bytes at `at` of each row's block
-INLINE void transpose(const char * const * rows, size_t at, vw * out) {
-    __m512i v[4];
-    UNROLL for (int i = 0; i < 4; i++) { // rows i, 4 + i, 8 + i, 12 + i
-        v[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) (rows[i] + at)));
-        UNROLL for (int j = 1; j < 4; j++) {
-            const __m128i row = _mm_loadu_si128((const __m128i *) (rows[4 * j + i] + at));
-            v[i] = _mm512_mask_broadcast_i32x4(v[i], (__mmask16) (0xf << 4 * j), row);
-        }
-    }
-    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    out[0] = (vw) _mm512_unpacklo_epi64(a, c);
-    out[1] = (vw) _mm512_unpackhi_epi64(a, c);
-    out[2] = (vw) _mm512_unpacklo_epi64(b, d);
-    out[3] = (vw) _mm512_unpackhi_epi64(b, d);
-}
-
-INLINE void store(void * p, vw x) {
-    _mm512_store_si512(p, (__m512i) x);
-}
+// ---- rows ---------------------------------------------------------------------------------------------------------
 
 INLINE void store_step(panel * p, int group, int i, vw w) {
     store(p->w[8 * PLACE[group] + i], w);
-}
-
-// Of the low halves of lanes
-INLINE __m512 floats_of(vw halves) {
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i) halves));
 }
 
 INLINE __m512 scaled(__m512 d, vw scale) {
@@ -128,12 +80,7 @@ static void unpack_q6_k(const char * const * rows, panel * p) {
     }
 }
 
-// The 32 bits at p, of a column's values or two sums, for all rows
-INLINE __m512i spread(const void * p) {
-    int32_t x;
-    memcpy(&x, p, sizeof(x));
-    return _mm512_set1_epi32(x);
-}
+// ---- products -----------------------------------------------------------------------------------------------------
 
 // sums[c] += the panels' block times that of column c; the columns lie n blocks apart
 INLINE void multiply_block(const panel * p, const bool with_mins, const q8_column * x, int64_t n,
@@ -188,63 +135,17 @@ INLINE void multiply_block(const panel * p, const bool with_mins, const q8_colum
     }
 }
 
-static __attribute__((noinline)) void multiply_group(const panel * p, bool with_mins, const q8_column * x, int64_t n,
-                                                            float (*sums)[PANELS * PANEL], int64_t columns) {
-#define CASE(c)                                      \
-    case c:                                          \
-        if (with_mins) {                                    \
-            multiply_block(p, true, x, n, sums, c);  \
-        } else {                                     \
-            multiply_block(p, false, x, n, sums, c); \
-        }                                            \
-        break;
-    switch (columns) {
-        CASE(1)
-        CASE(2)
-        CASE(3)
-        CASE(4)
-        CASE(5)
-        CASE(6)
-    }
-#undef CASE
-}
+MULTIPLY(multiply_with_mins, true)
+MULTIPLY(multiply_q6_k, false)
 
-// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
-static void multiply_columns(const struct ggml_tensor * w, const void * columns, int64_t n_columns, int64_t first,
+static const form Q4_K = { sizeof(q4_k_block), unpack_q4_k, multiply_with_mins };
+static const form Q5_K = { sizeof(q5_k_block), unpack_q5_k, multiply_with_mins };
+static const form Q6_K = { sizeof(q6_k_block), unpack_q6_k, multiply_q6_k };
+
+static void multiply_columns(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                              int64_t then, float * out) {
-    const q8_column * x = columns;
-    const int64_t     n = w->ne[0] / QUANT_BLOCK, n_groups = (n_columns + COLUMN_GROUP - 1) / COLUMN_GROUP;
-    const size_t      size = k_block_size(w->type);
-    panel             panels[PANELS];
-    float             sums[TASK_COLUMNS][PANELS * PANEL] __attribute__((aligned(64)));
-    const char *      rows[PANELS * PANEL];
-    void           (* unpack)(const char * const * rows, panel * p) = w->type == GGML_TYPE_Q4_K   ? unpack_q4_k
-                                                                      : w->type == GGML_TYPE_Q5_K ? unpack_q5_k
-                                                                                                  : unpack_q6_k;
-    for (int64_t i = 0; i < PANELS * PANEL; i++) { // the last row for those that do not exist
-        rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
-    }
-    memset(sums, 0, sizeof(sums[0]) * (size_t) n_columns);
-    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
-    const int64_t piece   = round_up(PANELS * PANEL * (int64_t) w->nb[1] / n / (PANELS + n_groups), LINE);
-    for (int64_t block = 0; block < n; block++) {
-        for (int k = 0; k < PANELS; k++, fetched += piece) {
-            fetch(fetched, piece);
-            unpack(rows + PANEL * k, &panels[k]);
-        }
-        for (int64_t i = 0; i < n_groups; i++, fetched += piece) {
-            fetch(fetched, piece);
-            const int64_t c = n_columns * i / n_groups, end = n_columns * (i + 1) / n_groups;
-            multiply_group(panels, w->type != GGML_TYPE_Q6_K, x + c * n + block, n, sums + c, end - c);
-        }
-        for (int i = 0; i < PANELS * PANEL; i++) {
-            rows[i] += size;
-        }
-    }
-    const int64_t left = w->ne[1] - first < PANELS * PANEL ? w->ne[1] - first : PANELS * PANEL;
-    for (int64_t c = 0; c < n_columns; c++) {
-        memcpy(out + c * w->ne[1] + first, sums[c], (size_t) left * sizeof(float));
-    }
+    const form * f = w->type == GGML_TYPE_Q4_K ? &Q4_K : w->type == GGML_TYPE_Q5_K ? &Q5_K : &Q6_K;
+    multiply_panels(f, w, x, n_columns, first, then, out);
 }
 
 const cpu_quantized cpu_quantized_vnni = {

@@ -2,13 +2,9 @@
 #pragma once
 
 #include "kernels/q8_column.h"
+#include "kernels/vnni_panels.h"
 
-#include <immintrin.h>
-
-enum {
-    LINE  = 64,   // bytes
-    AHEAD = 8192, // bytes of rows that are on their way from memory while one is multiplied
-};
+enum { AHEAD = 8192 }; // bytes of rows that are on their way from memory while one is multiplied
 
 // ---- columns ------------------------------------------------------------------------------------------------------
 
@@ -34,13 +30,6 @@ static void quantize(const float * x, int64_t n, void * to) {
         for (int i = 0; i < 8; i++) {
             out->sums32[i] = (int16_t) (out->sums16[2 * i] + out->sums16[2 * i + 1]);
         }
-    }
-}
-
-// To the second-level cache. Nothing happens where there is no memory.
-INLINE void fetch(const char * p, int64_t n) {
-    for (int64_t i = 0; i < n; i += LINE) {
-        _mm_prefetch(p + i, _MM_HINT_T1);
     }
 }
 
