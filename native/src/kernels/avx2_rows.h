@@ -205,31 +205,39 @@ INLINE void multiply_rows(const enum ggml_type type, const struct ggml_tensor * 
     }
 }
 
-// 1 to FEW columns
-INLINE void multiply_few(const enum ggml_type type, const struct ggml_tensor * w, const q8_column * x,
-                         int64_t n_columns, int64_t first, int64_t end, int64_t then, float * out) {
-    switch (n_columns) {
-        case 1: multiply_rows(type, w, x, 1, first, end, then, out); break;
-        case 2: multiply_rows(type, w, x, 2, first, end, then, out); break;
-        case 3: multiply_rows(type, w, x, 3, first, end, then, out); break;
-        case 4: multiply_rows(type, w, x, 4, first, end, then, out); break;
+// 1 to FEW columns. A function for each type: all in one are slower as GCC compiles them.
+#define MULTIPLY_FEW(name, type)                                                                                  \
+    static __attribute__((noinline)) void name(const struct ggml_tensor * w, const q8_column * x,                 \
+                                               int64_t n_columns, int64_t first, int64_t end, int64_t then,       \
+                                               float * out) {                                                     \
+        switch (n_columns) {                                                                                      \
+            case 1: multiply_rows(type, w, x, 1, first, end, then, out); break;                                   \
+            case 2: multiply_rows(type, w, x, 2, first, end, then, out); break;                                   \
+            case 3: multiply_rows(type, w, x, 3, first, end, then, out); break;                                   \
+            case 4: multiply_rows(type, w, x, 4, first, end, then, out); break;                                   \
+        }                                                                                                         \
     }
-}
+MULTIPLY_FEW(multiply_few_q4_k, GGML_TYPE_Q4_K)
+MULTIPLY_FEW(multiply_few_q5_k, GGML_TYPE_Q5_K)
+MULTIPLY_FEW(multiply_few_q6_k, GGML_TYPE_Q6_K)
+MULTIPLY_FEW(multiply_few_q8_0, GGML_TYPE_Q8_0)
+MULTIPLY_FEW(multiply_few_q4_0, GGML_TYPE_Q4_0)
+#undef MULTIPLY_FEW
 
 static void multiply_few_256(const struct ggml_tensor * w, const q8_column * x, int64_t n_columns, int64_t first,
                              int64_t end, int64_t then, float * out) {
     switch (w->type) {
-        case GGML_TYPE_Q4_K: multiply_few(GGML_TYPE_Q4_K, w, x, n_columns, first, end, then, out); break;
-        case GGML_TYPE_Q5_K: multiply_few(GGML_TYPE_Q5_K, w, x, n_columns, first, end, then, out); break;
-        default:             multiply_few(GGML_TYPE_Q6_K, w, x, n_columns, first, end, then, out); break;
+        case GGML_TYPE_Q4_K: multiply_few_q4_k(w, x, n_columns, first, end, then, out); break;
+        case GGML_TYPE_Q5_K: multiply_few_q5_k(w, x, n_columns, first, end, then, out); break;
+        default:             multiply_few_q6_k(w, x, n_columns, first, end, then, out); break;
     }
 }
 
 static void multiply_few_32(const struct ggml_tensor * w, const q8_column * x, int64_t n_columns, int64_t first,
                             int64_t end, int64_t then, float * out) {
     if (w->type == GGML_TYPE_Q4_0) {
-        multiply_few(GGML_TYPE_Q4_0, w, x, n_columns, first, end, then, out);
+        multiply_few_q4_0(w, x, n_columns, first, end, then, out);
     } else {
-        multiply_few(GGML_TYPE_Q8_0, w, x, n_columns, first, end, then, out);
+        multiply_few_q8_0(w, x, n_columns, first, end, then, out);
     }
 }

@@ -90,7 +90,8 @@ void test_names(void) {
     expect_refused("abacus,quantized=ggml", "is 'abacus");
     expect_refused("off,quantized=ggml", "is 'off");
     expect_refused("portable,off", "has 'off' after the first word");
-    expect_refused("portable,abacus=ggml", "the parts are attention, linear, bf16, cache, quantized, quantized32 and f16");
+    expect_refused("portable,abacus=ggml",
+                   "the parts are attention, linear, bf16, cache, quantized, quantized32 and f16");
     expect_refused("portable,=ggml", "has '=ggml': the parts are");
     expect_refused("bf=f32", "has 'bf=f32': the parts are");
     expect_refused("bf16=abacus", "here the part bf16 can be ");
