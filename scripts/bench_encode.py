@@ -82,16 +82,19 @@ def theirs(checkpoint: Path, dtype: str, threads: int) -> Callable[[np.ndarray[A
     model = MllamaForConditionalGeneration.from_pretrained(
         checkpoint, torch_dtype=getattr(torch, dtype)
     ).eval()
+    core = getattr(model, "model", model)  # where releases of transformers keep the two parts
+    vision = getattr(core, "vision_model", None) or model.vision_model
+    projector = getattr(core, "multi_modal_projector", None) or model.multi_modal_projector
 
     def encode(pixels: np.ndarray[Any, Any], ratio: int, tiles: int) -> np.ndarray[Any, Any]:
         mask = (torch.arange(4) < tiles).long()[None, None]
         with torch.no_grad():
-            out = model.vision_model(
+            out = vision(
                 pixel_values=torch.from_numpy(pixels).to(model.dtype)[None, None],
                 aspect_ratio_ids=torch.tensor([[ratio]]),
                 aspect_ratio_mask=mask,
             )
-            states = model.model.multi_modal_projector(out.last_hidden_state)
+            states = projector(out.last_hidden_state)
         return states[0, 0, :tiles].float().numpy()
 
     return encode

@@ -18,8 +18,7 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sch
     if (!patches) {
         return MLLAMA_OK;
     }
-    TRY(guard_set(vg->patches, patches, 0, ggml_nbytes(vg->patches)));
-    TRY(guard_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id)));
+    TRY(vision_graph_set(vg, patches, aspect_ratio_id));
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
     TRY(context_compute(ctx, *sched, vg->g.gf, "encoding the image"));
     context_report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);

@@ -217,16 +217,14 @@ typedef struct attention_args {
     int64_t              n_head;
 } attention_args;
 
-// Attention as one operation, or NULL where the device lacks it for these sizes or is to be exact: CUDA's rounds F32 to
-// F16. Only this operation can read quantized values, which are not exact in any case.
-static struct ggml_tensor * flash_attention(graph * g, struct ggml_tensor * heads, const attention_args * a,
-                                            float scale) {
-    const bool needed = ggml_is_quantized(a->v->type);
+struct ggml_tensor * graph_flash_attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k,
+                                           struct ggml_tensor * v, struct ggml_tensor * mask, float scale) {
+    const bool needed = ggml_is_quantized(v->type);
     if (!g->env.flash_attn || (g->env.exact && !needed)) {
         return NULL;
     }
-    struct ggml_tensor *        out    = ggml_flash_attn_ext(g->ctx, heads, a->k, a->v, a->mask, scale, 0.0f, 0.0f);
-    const ggml_backend_buffer_t cache  = a->k->view_src ? a->k->view_src->buffer : NULL;
+    struct ggml_tensor *        out    = ggml_flash_attn_ext(g->ctx, q, k, v, mask, scale, 0.0f, 0.0f);
+    const ggml_backend_buffer_t cache  = k->view_src ? k->view_src->buffer : NULL;
     const ggml_backend_dev_t    device = cache ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(cache))
                                                : g->device;
     bool ok = true;
@@ -245,7 +243,7 @@ static struct ggml_tensor * attend_columns(graph * g, struct ggml_tensor * q, vo
                                                   ggml_row_size(q->type, n_embd / a->n_head), q->nb[1], 0);
     heads = ggml_permute(g->ctx, heads, 0, 2, 1, 3); // [head_dim, n, n_head]
 
-    struct ggml_tensor * flash = flash_attention(g, heads, a, scale);
+    struct ggml_tensor * flash = graph_flash_attention(g, heads, a->k, a->v, a->mask, scale);
     if (flash) {
         return ggml_reshape_2d(g->ctx, flash, n_embd, n);
     }

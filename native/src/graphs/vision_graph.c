@@ -24,6 +24,7 @@ typedef struct encoder {
     int64_t                n_used, tiles; // tiles of the image; tiles that are computed
     int64_t                n_real;        // tokens that are not pads
     compute_env            env;           // kernel NULL: ggml's own operations
+    vision_attention *     attention;
     cpu_attention *        next_attention;
     cpu_linear *           next_linear;
 } encoder;
@@ -128,60 +129,6 @@ static struct ggml_tensor * add_gated(graph * g, struct ggml_tensor * x, struct 
     return ggml_add(g->ctx, x, gate == 1.0f ? y : ggml_scale(g->ctx, y, gate));
 }
 
-// Rows of the unused tile that stands for several: [from, to), its pad rows after it
-static void repeated_rows(const encoder * e, int64_t rows[2][2]) {
-    const int64_t positions = e->p->n_positions, pads = e->p->n_positions_padded - positions;
-    rows[0][0] = positions * e->n_used;
-    rows[0][1] = positions * e->tiles;
-    rows[1][0] = rows[0][1] + pads * e->n_used;
-    rows[1][1] = rows[0][1] + pads * e->tiles;
-}
-
-// x [n_embd, n_all] with the rows of that tile as often as there are unused tiles
-static struct ggml_tensor * repeat_unused(const encoder * e, struct ggml_tensor * x) {
-    struct ggml_context * ctx   = e->g->ctx;
-    const int64_t         times = e->p->max_tiles - e->tiles;
-    int64_t               rows[2][2];
-    struct ggml_tensor *  out = x;
-    repeated_rows(e, rows);
-    for (int j = 0; j < 2; j++) {
-        const int64_t n = rows[j][1] - rows[j][0];
-        if (n > 0 && times > 0) {
-            const size_t         at   = x->nb[1] * (size_t) rows[j][0];
-            struct ggml_tensor * more = ggml_view_2d(ctx, x, x->ne[0], n, x->nb[1], at);
-            more = ggml_reshape_2d(ctx, ggml_repeat_4d(ctx, more, x->ne[0], n, times, 1), x->ne[0], n * times);
-            out  = ggml_concat(ctx, out, more, 1);
-        }
-    }
-    return out;
-}
-
-// q, k, v [n_embd, n_all], or q [n_embd, n_real] -> as q
-static struct ggml_tensor * plain_attention(encoder * e, struct ggml_tensor * q, struct ggml_tensor * k,
-                                            struct ggml_tensor * v) {
-    graph *               g      = e->g;
-    struct ggml_context * ctx    = g->ctx;
-    const int64_t         n_embd = q->ne[0], n = q->ne[1], n_real = e->n_real, n_head = e->p->vision_head;
-    k = repeat_unused(e, k);
-    v = repeat_unused(e, v);
-    if (e->env.flash_attn && !e->env.exact && graph_on_gpu(g)) { // else it does so in each of its calls
-        k = ggml_cast(ctx, k, GGML_TYPE_F16);
-        v = ggml_cast(ctx, v, GGML_TYPE_F16);
-    }
-    k = graph_split_heads(g, k, n_head); // [head_dim, keys, n_head]
-    v = graph_split_heads(g, v, n_head);
-
-    struct ggml_tensor * q_real = ggml_view_2d(ctx, q, n_embd, n_real, q->nb[1], 0);
-    struct ggml_tensor * attn   = graph_attention(g, q_real, k, v, NULL, n_head);
-    if (n == n_real) {
-        return attn;
-    }
-    struct ggml_tensor * q_pad  = ggml_view_2d(ctx, q, n_embd, n - n_real, q->nb[1], q->nb[1] * (size_t) n_real);
-    struct ggml_tensor * k_real = ggml_view_3d(ctx, k, k->ne[0], n_real, n_head, k->nb[1], k->nb[2], 0);
-    struct ggml_tensor * v_real = ggml_view_3d(ctx, v, v->ne[0], n_real, n_head, v->nb[1], v->nb[2], 0);
-    return ggml_concat(ctx, attn, graph_attention(g, q_pad, k_real, v_real, NULL, n_head), 1);
-}
-
 // x [n_embd, n_all] -> [n_embd, n_all], or [n_embd, n_real] when nobody reads the pads afterwards
 static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, const char * prefix, int32_t il,
                                           struct ggml_tensor * x, bool only_real) {
@@ -201,7 +148,7 @@ static struct ggml_tensor * encoder_layer(encoder * e, const vision_layer * l, c
     const bool           bf16 = cpu_in_bf16(e->env.kernel, l->q->type);
     struct ggml_tensor * attn = cpu_attention_supported(e->env.kernel, bf16)
                                     ? cpu_attention_node(ctx, new_attention(e, bf16), q, k, v)
-                                    : plain_attention(e, q, k, v);
+                                    : vision_attention_node(g, e->attention, q, k, v);
     attn = graph_named(project(e, l->o, NULL, attn), prefix, il, "attn_out");
     x    = graph_named(add_gated(g, x, attn, l->attn_gate), prefix, il, "attn_residual");
 
@@ -311,8 +258,8 @@ static mllama_status init_kernels(encoder * e, vision_graph * vg) {
         a->head_dim  = p->vision_embd / p->vision_head;
         a->n_real    = e->n_real;
         a->n_all     = p->n_positions_padded * e->tiles;
-        a->repeats   = (float) (1 + p->max_tiles - e->tiles);
-        repeated_rows(e, a->repeated);
+        a->repeats   = (float) vg->attention.times;
+        memcpy(a->repeated, vg->attention.repeated, sizeof(a->repeated));
     }
     for (size_t i = 0; i < linears; i++) {
         vg->linears[i].kernel = e->env.kernel;
@@ -357,6 +304,19 @@ static bool uses_kernel(const mllama_model * model) {
     return model->plan.vision == model->plan.cpu && cpu_kernel_has_head_dim(p->vision_embd / p->vision_head);
 }
 
+static void init_attention(const encoder * e, vision_attention * a) {
+    const mllama_hparams * p         = e->p;
+    const int64_t          positions = p->n_positions, pads = p->n_positions_padded - positions;
+    a->n_real = e->n_real;
+    a->n_all  = p->n_positions_padded * e->tiles;
+    a->n_head = p->vision_head;
+    a->times  = 1 + p->max_tiles - e->tiles;
+    a->repeated[0][0] = positions * e->n_used;
+    a->repeated[0][1] = positions * e->tiles;
+    a->repeated[1][0] = a->repeated[0][1] + pads * e->n_used;
+    a->repeated[1][1] = a->repeated[0][1] + pads * e->tiles;
+}
+
 mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int32_t aspect_ratio_id,
                                  const compute_env * env, vision_graph * vg) {
     const mllama_hparams * p = &model->hp.pub;
@@ -374,7 +334,9 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
 
     struct ggml_tensor * inputs[1024]; // hparams allows no more layers
     encoder              e = { .g = &vg->g, .model = model, .p = p, .n_used = n_used, .tiles = vg->n_tiles,
-                               .n_real = (int64_t) n_used * p->n_positions, .env = *env };
+                               .n_real = (int64_t) n_used * p->n_positions, .env = *env,
+                               .attention = &vg->attention };
+    init_attention(&e, &vg->attention);
     if (!uses_kernel(model)) {
         e.env.kernel = NULL;
     }
@@ -383,6 +345,12 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     }
     build(&e, vg, inputs);
     return MLLAMA_OK;
+}
+
+mllama_status vision_graph_set(const vision_graph * vg, const float * patches, int32_t aspect_ratio_id) {
+    TRY(guard_set(vg->patches, patches, 0, ggml_nbytes(vg->patches)));
+    TRY(guard_set(vg->aspect_ratio_id, &aspect_ratio_id, 0, sizeof(aspect_ratio_id)));
+    return vision_attention_set(&vg->attention);
 }
 
 void vision_graph_free(vision_graph * vg) {
