@@ -248,12 +248,17 @@ def fill(file: IO[bytes], size: int, data: bytes) -> None:
 
 
 def write_mllama(
-    path: Path, n_layer: int = N_LAYER, *, vision: bool, vision_layers: tuple[int, int] = VISION_LAYERS
+    path: Path,
+    n_layer: int = N_LAYER,
+    *,
+    vision: bool,
+    vision_layers: tuple[int, int] = VISION_LAYERS,
+    target: str = "q4_k_m",
 ) -> list[Tensor]:
-    """The 11B model, or its first layers, Q4_K_M; returns its text tensors. vision False: holes of zeros in
-    place of the vision encoder's weights, for what does not run it."""
+    """The 11B model, or its first layers; returns its text tensors. target: types as in `mllama quantize`.
+    vision False: holes of zeros in place of the vision encoder's weights, for what does not run it."""
     cross = [i for i in CROSS if i < n_layer]
-    text = text_tensors(n_layer=n_layer, cross=cross)
+    text = text_tensors(target, n_layer=n_layer, cross=cross)
     keys = {**mllama_keys(n_layer, cross, vision_layers), **vocabulary(VOCAB + 1)}
     data = RandomBlocks(sparse=lambda name: not vision and name.startswith(("v.", "mm.")))
     write_gguf(path, "mllama", keys, [*text, *vision_tensors(vision_layers)], data)
