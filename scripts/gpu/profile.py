@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where a GPU's time goes at the shape of the 11B model: kernels and copies, by torch's profiler.
 
-    python scripts/gpu/profile.py [--layers N] [--dir DIR]
+    python scripts/gpu/profile.py [--layers N] [--model FILE] [--dir DIR]
 
 Needs a torch with CUDA, which only watches. For each phase: seconds as a caller sees them, seconds in which
 the GPU works, and what it does. Exit code 77: no torch with CUDA.
@@ -34,7 +34,7 @@ from mllama_gguf.backend.callbacks import Callbacks
 from mllama_gguf.backend.library import load
 from mllama_gguf.backend.local import open_model
 
-ROWS = 14
+ROWS = 24
 
 
 def watch(phase: str, work: Callable[[], Any], times: int = 1) -> None:
@@ -58,14 +58,16 @@ def watch(phase: str, work: Callable[[], Any], times: int = 1) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Where a GPU's time goes at the 11B shape")
     parser.add_argument("--layers", type=int, default=N_LAYER, help="only the first layers of the text")
+    parser.add_argument("--model", type=Path, help="take this file, which full_shape.py wrote")
     parser.add_argument("--dir", type=Path, help="where 8 GB of files go")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device")
         return 77
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        path = Path(folder) / "mllama.gguf"
-        write_mllama(path, args.layers, vision=True)
+        path = args.model or Path(folder) / "mllama.gguf"
+        if args.model is None:
+            write_mllama(path, args.layers, vision=True)
         callbacks = Callbacks(load())
         model = open_model(path, None, callbacks=callbacks, n_gpu_layers=-1)
     h = model.hparams
