@@ -10,6 +10,20 @@
 
 // ---- encoding ---------------------------------------------------------------------------------------------------
 
+enum { PIECE = 1 << 20 }; // values: what stays in a processor's cache between copying and looking
+
+// Copies a tensor of floats out; *finite: whether all are finite.
+static mllama_status get_floats(const struct ggml_tensor * t, float * out, bool * finite) {
+    const int64_t n = ggml_nelements(t);
+    *finite = true;
+    for (int64_t at = 0; at < n; at += PIECE) {
+        const int64_t piece = n - at < PIECE ? n - at : PIECE;
+        TRY(guard_get(t, out + at, (size_t) at * sizeof(float), (size_t) piece * sizeof(float)));
+        *finite = *finite && finite_f32(out + at, piece);
+    }
+    return MLLAMA_OK;
+}
+
 // patches NULL: only the buffers are made.
 static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sched, vision_graph * vg,
                                 const float * patches, int32_t aspect_ratio_id, float * states) {
@@ -22,9 +36,10 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sch
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
     TRY(context_compute(ctx, *sched, vg->g.gf, "encoding the image"));
     context_report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
-    TRY(guard_get(vg->states, states, 0, ggml_nbytes(vg->states)));
+    bool finite = true;
+    TRY(get_floats(vg->states, states, &finite));
     const mllama_model * model = ctx->model;
-    return model->damage[PART_VISION] || !finite_f32(states, ggml_nelements(vg->states))
+    return model->damage[PART_VISION] || !finite
                ? context_not_finite(model->vision_file, "encoding the image", model->damage[PART_VISION])
                : MLLAMA_OK;
 }
