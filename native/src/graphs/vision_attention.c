@@ -14,63 +14,78 @@ static int64_t rounded_up(int64_t n, int64_t to) {
     return (n + to - 1) / to * to;
 }
 
+static struct ggml_tensor * new_input(graph * g, enum ggml_type type, int64_t n, const char * name) {
+    struct ggml_tensor * t = ggml_new_tensor_1d(g->ctx, type, n);
+    ggml_set_input(graph_named(t, "v", -1, name));
+    return t;
+}
+
 static void make_mask(graph * g, key_mask * m, int64_t n_keys, int64_t n_queries, const char * name) {
     const int64_t n_kv = rounded_up(n_keys, KEYS), n_rows = rounded_up(n_queries, HEADS) / HEADS;
     m->n_keys = n_keys;
-    m->row    = ggml_new_tensor_1d(g->ctx, GGML_TYPE_F32, n_kv);
-    ggml_set_input(graph_named(m->row, "v", -1, name));
+    m->row    = new_input(g, GGML_TYPE_F32, n_kv, name);
     m->mask   = ggml_cast(g->ctx, ggml_repeat_4d(g->ctx, m->row, n_kv, n_rows, 1, 1), GGML_TYPE_F16);
 }
 
-// q [n_embd, n]; k, v [head_dim, n_kv, n_head] F16 -> as q, or NULL where the device has no such operation
-static struct ggml_tensor * shared_keys(graph * g, struct ggml_tensor * q, struct ggml_tensor * k,
-                                        struct ggml_tensor * v, const key_mask * m, int64_t n_head) {
+static void make_shared(graph * g, vision_attention * a, int64_t n_embd) {
+    struct ggml_context * ctx = g->ctx;
+    make_mask(g, &a->real, a->n_all, a->n_real, "keys");
+    a->rows = new_input(g, GGML_TYPE_I64, a->n_all, "rows");
+    a->one  = new_input(g, GGML_TYPE_F32, 1, "one");
+    struct ggml_tensor * zeros = ggml_repeat_4d(ctx, ggml_scale(ctx, a->one, 0.0f), n_embd, a->real.row->ne[0], 1, 1);
+    a->k = ggml_cast(ctx, zeros, GGML_TYPE_F16);
+    a->v = ggml_cast(ctx, zeros, GGML_TYPE_F16);
+}
+
+// As ggml_cont, which takes three times as long on CUDA for such rows of a head
+static struct ggml_tensor * copied(graph * g, const vision_attention * a, struct ggml_tensor * x) {
+    return ggml_mul(g->ctx, x, a->one);
+}
+
+// The rows [first, first + n) of q; k, v [head_dim, n_kv, n_head] F16 -> [n_embd, n], or NULL where the device has no such
+// operation
+static struct ggml_tensor * shared_keys(graph * g, const vision_attention * a, const key_mask * m,
+                                        struct ggml_tensor * q, int64_t first, int64_t n, struct ggml_tensor * k,
+                                        struct ggml_tensor * v) {
     struct ggml_context * ctx    = g->ctx;
-    const int64_t         n_embd = q->ne[0], n = q->ne[1], n_rows = m->mask->ne[1], n_kv = m->mask->ne[0];
-    if (n < n_rows * HEADS) {
-        q = ggml_pad(ctx, q, 0, (int) (n_rows * HEADS - n), 0, 0);
+    const int64_t         n_embd = q->ne[0], head_dim = n_embd / a->n_head, n_rows = m->mask->ne[1];
+    const int64_t         n_wide = n_rows * HEADS, n_kv = m->mask->ne[0], there = q->ne[1] - first;
+    // the rows after those that are asked for, if there are any, else zeros
+    q = ggml_view_2d(ctx, q, n_embd, there < n_wide ? there : n_wide, q->nb[1], q->nb[1] * (size_t) first);
+    if (there < n_wide) {
+        q = ggml_pad(ctx, q, 0, (int) (n_wide - there), 0, 0);
     }
-    q = ggml_reshape_4d(ctx, q, n_embd / n_head, n_head, n_rows, HEADS);
-    q = ggml_cont_3d(ctx, ggml_permute(ctx, q, 0, 3, 1, 2), n_embd / n_head, n_rows, HEADS * n_head);
-    k = ggml_view_3d(ctx, k, k->ne[0], n_kv, n_head, k->nb[1], k->nb[2], 0);
-    v = ggml_view_3d(ctx, v, v->ne[0], n_kv, n_head, v->nb[1], v->nb[2], 0);
-    struct ggml_tensor * x = graph_flash_attention(g, q, k, v, m->mask, 1.0f / sqrtf((float) (n_embd / n_head)));
+    q = ggml_permute(ctx, ggml_reshape_4d(ctx, q, head_dim, a->n_head, n_rows, HEADS), 0, 3, 1, 2);
+    q = ggml_reshape_3d(ctx, copied(g, a, q), head_dim, n_rows, HEADS * a->n_head);
+    k = ggml_view_3d(ctx, k, k->ne[0], n_kv, a->n_head, k->nb[1], k->nb[2], 0);
+    v = ggml_view_3d(ctx, v, v->ne[0], n_kv, a->n_head, v->nb[1], v->nb[2], 0);
+    struct ggml_tensor * x = graph_flash_attention(g, q, k, v, m->mask, 1.0f / sqrtf((float) head_dim));
     if (!x) {
         return NULL;
     }
-    x = ggml_reshape_4d(ctx, x, n_embd / n_head, HEADS, n_head, n_rows);
-    x = ggml_cont_2d(ctx, ggml_permute(ctx, x, 0, 3, 1, 2), n_embd, n_rows * HEADS);
-    return n < n_rows * HEADS ? ggml_view_2d(ctx, x, n_embd, n, x->nb[1], 0) : x;
-}
-
-// k [n_embd, n_all] -> [head_dim, n_kv, n_head] F16
-static struct ggml_tensor * padded_keys(graph * g, struct ggml_tensor * k, int64_t n_kv, int64_t n_head) {
-    if (k->ne[1] < n_kv) {
-        k = ggml_pad(g->ctx, k, 0, (int) (n_kv - k->ne[1]), 0, 0);
-    }
-    return graph_split_heads(g, ggml_cast(g->ctx, k, GGML_TYPE_F16), n_head);
+    x = ggml_permute(ctx, ggml_reshape_4d(ctx, x, head_dim, HEADS, a->n_head, n_rows), 0, 3, 1, 2);
+    x = ggml_reshape_2d(ctx, copied(g, a, x), n_embd, n_wide);
+    return n < n_wide ? ggml_view_2d(ctx, x, n_embd, n, x->nb[1], 0) : x;
 }
 
 // As vision_attention_node, or NULL where the device has no such operation
 static struct ggml_tensor * masked_attention(graph * g, vision_attention * a, struct ggml_tensor * q,
                                              struct ggml_tensor * k, struct ggml_tensor * v) {
-    struct ggml_context * ctx = g->ctx;
-    const int64_t         n = q->ne[1], n_pads = n - a->n_real;
+    struct ggml_context * ctx    = g->ctx;
+    const int64_t         n_pads = q->ne[1] - a->n_real;
     if (!a->real.row) {
-        make_mask(g, &a->real, a->n_all, a->n_real, "keys");
+        make_shared(g, a, q->ne[0]);
     }
-    k = padded_keys(g, k, a->real.row->ne[0], a->n_head);
-    v = padded_keys(g, v, a->real.row->ne[0], a->n_head);
-    struct ggml_tensor * q_real = ggml_view_2d(ctx, q, q->ne[0], a->n_real, q->nb[1], 0);
-    struct ggml_tensor * real   = shared_keys(g, q_real, k, v, &a->real, a->n_head);
+    k = graph_split_heads(g, ggml_set_rows(ctx, a->k, k, a->rows), a->n_head);
+    v = graph_split_heads(g, ggml_set_rows(ctx, a->v, v, a->rows), a->n_head);
+    struct ggml_tensor * real = shared_keys(g, a, &a->real, q, 0, a->n_real, k, v);
     if (!real || n_pads == 0) {
         return real;
     }
     if (!a->pads.row) {
         make_mask(g, &a->pads, a->n_real, n_pads, "keys_of_pads");
     }
-    struct ggml_tensor * q_pads = ggml_view_2d(ctx, q, q->ne[0], n_pads, q->nb[1], q->nb[1] * (size_t) a->n_real);
-    struct ggml_tensor * pads   = shared_keys(g, q_pads, k, v, &a->pads, a->n_head);
+    struct ggml_tensor * pads = shared_keys(g, a, &a->pads, q, a->n_real, n_pads, k, v);
     return pads ? ggml_concat(ctx, real, pads, 1) : NULL;
 }
 
@@ -114,14 +129,7 @@ struct ggml_tensor * vision_attention_node(graph * g, vision_attention * a, stru
     return ggml_concat(ctx, attn, graph_attention(g, q_pad, k_real, v_real, NULL, n_head), 1);
 }
 
-static mllama_status set_mask(const vision_attention * a, const key_mask * m) {
-    if (!m->row || a->no_masks) {
-        return MLLAMA_OK;
-    }
-    float * values = malloc(ggml_nbytes(m->row));
-    if (!values) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
+static void mask_values(const vision_attention * a, const key_mask * m, float * values) {
     for (int64_t i = 0; i < m->row->ne[0]; i++) {
         values[i] = i < m->n_keys ? 0.0f : -INFINITY;
     }
@@ -130,12 +138,34 @@ static mllama_status set_mask(const vision_attention * a, const key_mask * m) {
             values[i] = logf((float) a->times);
         }
     }
-    const mllama_status status = guard_set(m->row, values, 0, ggml_nbytes(m->row));
-    free(values);
-    return status;
+}
+
+// values: of any of the inputs
+static mllama_status set_inputs(const vision_attention * a, void * values) {
+    const key_mask * masks[] = { &a->real, &a->pads };
+    for (int i = 0; i < 2; i++) {
+        if (masks[i]->row) {
+            mask_values(a, masks[i], values);
+            TRY(guard_set(masks[i]->row, values, 0, ggml_nbytes(masks[i]->row)));
+        }
+    }
+    for (int64_t i = 0; i < a->n_all; i++) {
+        ((int64_t *) values)[i] = i;
+    }
+    TRY(guard_set(a->rows, values, 0, ggml_nbytes(a->rows)));
+    const float one = 1.0f;
+    return guard_set(a->one, &one, 0, sizeof(one));
 }
 
 mllama_status vision_attention_set(const vision_attention * a) {
-    TRY(set_mask(a, &a->real));
-    return set_mask(a, &a->pads);
+    if (!a->real.row || a->no_masks) {
+        return MLLAMA_OK;
+    }
+    void * values = malloc(ggml_nbytes(a->rows) + ggml_nbytes(a->real.row));
+    if (!values) {
+        return fail(MLLAMA_ERR_MEMORY, "out of memory");
+    }
+    const mllama_status status = set_inputs(a, values);
+    free(values);
+    return status;
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where a GPU's time goes at the shape of the 11B model: kernels and copies, by torch's profiler.
 
-    python scripts/gpu/profile.py [--layers N] [--model FILE] [--dir DIR]
+    python scripts/gpu/where_time_goes.py [--layers N] [--model FILE] [--dir DIR]
 
 Needs a torch with CUDA, which only watches. For each phase: seconds as a caller sees them, seconds in which
 the GPU works, and what it does. Exit code 77: no torch with CUDA.
