@@ -126,6 +126,11 @@ mllama_status guard_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_t
     return on_device(device, "telling its kind of memory", [&] { *type = ggml_backend_dev_buffer_type(device); });
 }
 
+mllama_status guard_host_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t * type) {
+    *type = nullptr;
+    return on_device(device, "telling its kind of memory", [&] { *type = ggml_backend_dev_host_buffer_type(device); });
+}
+
 mllama_status guard_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op, bool * ok) {
     *ok = false;
     return on_device(device, "telling what it computes", [&] { *ok = ggml_backend_dev_supports_op(device, op); });
@@ -265,9 +270,13 @@ mllama_status guard_sched_measure(ggml_backend_sched_t * sched, struct ggml_cgra
     return status;
 }
 
-mllama_status guard_sched_compute(ggml_backend_sched_t sched, struct ggml_cgraph * gf, enum ggml_status * status) {
+mllama_status guard_sched_begin(ggml_backend_sched_t sched, struct ggml_cgraph * gf, enum ggml_status * status) {
     *status = GGML_STATUS_FAILED;
-    return in_sched(sched, "computing", [&] { *status = ggml_backend_sched_graph_compute(sched, gf); });
+    return in_sched(sched, "computing", [&] { *status = ggml_backend_sched_graph_compute_async(sched, gf); });
+}
+
+mllama_status guard_sched_wait(ggml_backend_sched_t sched) {
+    return in_sched(sched, "computing", [&] { ggml_backend_sched_synchronize(sched); });
 }
 
 mllama_status guard_compute(ggml_backend_t backend, struct ggml_cgraph * gf, enum ggml_status * status) {

@@ -26,6 +26,8 @@ mllama_status guard_registry_name(ggml_backend_dev_t device, const char ** name)
 mllama_status guard_memory(ggml_backend_dev_t device, size_t * free_bytes, size_t * total_bytes);
 mllama_status guard_start(ggml_backend_dev_t device, ggml_backend_t * backend);
 mllama_status guard_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t * type);
+// *type: memory of the CPU that the device reads and writes fast, or NULL
+mllama_status guard_host_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t * type);
 mllama_status guard_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op, bool * ok);
 const char *  guard_layout_name(ggml_backend_buffer_type_t type); // "" if that cannot be told
 // A function that the device's backend has beyond the common ones, or NULL.
@@ -70,7 +72,9 @@ mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, siz
 // again.
 mllama_status guard_sched_alloc(ggml_backend_sched_t * sched, struct ggml_cgraph * gf, bool place, bool * ok);
 mllama_status guard_sched_measure(ggml_backend_sched_t * sched, struct ggml_cgraph * gf, size_t * sizes);
-mllama_status guard_sched_compute(ggml_backend_sched_t sched, struct ggml_cgraph * gf, enum ggml_status * status);
+// Begins to compute; meanwhile the caller may do something else, before guard_sched_wait.
+mllama_status guard_sched_begin(ggml_backend_sched_t sched, struct ggml_cgraph * gf, enum ggml_status * status);
+mllama_status guard_sched_wait(ggml_backend_sched_t sched);
 // On one backend
 mllama_status guard_compute(ggml_backend_t backend, struct ggml_cgraph * gf, enum ggml_status * status);
 void          guard_sched_free(ggml_backend_sched_t sched);     // what it throws is logged

@@ -5,7 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ABORT_EVERY = 50000 }; // microseconds between two looks at the caller's abort callback
+enum {
+    ABORT_EVERY = 50000, // microseconds between two looks at the caller's abort callback
+    PAGE        = 4096,
+};
 
 // ---- aborting, progress, taps -------------------------------------------------------------------------------------
 
@@ -186,9 +189,18 @@ mllama_status context_alloc(const mllama_context * ctx, ggml_backend_sched_t * s
 
 mllama_status context_compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf,
                               const char * what) {
+    return context_compute_for(ctx, sched, gf, what, NULL, 0);
+}
+
+mllama_status context_compute_for(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf,
+                                  const char * what, void * to, size_t size) {
     enum ggml_status status;
     log_forget();
-    TRY(guard_sched_compute(sched, gf, &status));
+    TRY(guard_sched_begin(sched, gf, &status));
+    for (size_t i = 0; i < size; i += PAGE) {
+        ((volatile char *) to)[i] = 0;
+    }
+    TRY(guard_sched_wait(sched));
     TRY(ctx->tap_status);
     if (ctx->aborted || status == GGML_STATUS_ABORTED) {
         return fail(MLLAMA_ERR_ABORTED, "%s was stopped", what);

@@ -168,6 +168,7 @@ void mllama_context_free(mllama_context * ctx) {
         free(ctx->more[i]);
     }
     free(ctx->more);
+    guard_buffer_free(ctx->patches);
     for (int32_t i = 0; i < ctx->n_backends; i++) {
         guard_backend_free(ctx->backends[i]);
     }

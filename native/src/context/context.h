@@ -43,6 +43,8 @@ struct mllama_context {
     uint64_t              compute[MAX_DEVICES + 1];   // of sched, whose buffers never shrink
     uint64_t              vision[MAX_DEVICES + 1];    // the most so far
 
+    ggml_backend_buffer_t patches;                    // of an image, from where a GPU reads fast; NULL: not used yet
+
     // of the call that runs
     bool                  aborted;
     int64_t               looked_at;                  // when the abort callback was last asked, microseconds
@@ -69,6 +71,9 @@ mllama_status context_alloc(const mllama_context * ctx, ggml_backend_sched_t * s
                             uint64_t * most, const char * what, const char * remedy);
 mllama_status context_compute(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf,
                               const char * what);
+// The same, for results that go to `to` afterwards: while a GPU computes, this memory gets its pages.
+mllama_status context_compute_for(mllama_context * ctx, ggml_backend_sched_t sched, struct ggml_cgraph * gf,
+                                  const char * what, void * to, size_t size);
 mllama_status context_check_memory(const mllama_context * ctx); // that the model was not opened for measuring only
 // The error about results that are not finite. doing: as in "the results of DOING"; weight: one that is not finite
 // itself, or NULL

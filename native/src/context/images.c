@@ -24,6 +24,29 @@ static mllama_status get_floats(const struct ggml_tensor * t, float * out, bool 
     return MLLAMA_OK;
 }
 
+// Memory from where a GPU reads fast, if the encoder is on one. It stays, so it has room for the largest image.
+static void make_patches(mllama_context * ctx) {
+    const mllama_hparams *     p    = &ctx->model->hp.pub;
+    const size_t               most = sizeof(float) * 3 * (size_t) p->max_tiles * (size_t) (p->image_size * p->image_size);
+    ggml_backend_buffer_type_t type = NULL;
+    if (ctx->model->plan.vision == ctx->model->plan.cpu || ctx->patches ||
+        guard_host_buffer_type(ctx->model->plan.vision, &type) != MLLAMA_OK || !type) {
+        return;
+    }
+    if (guard_alloc_buffer(type, most, &ctx->patches) != MLLAMA_OK) {
+        ctx->patches = NULL; // other memory serves too
+    }
+}
+
+// *own: to be freed afterwards
+static mllama_status patches_memory(mllama_context * ctx, size_t size, float ** patches, float ** own) {
+    make_patches(ctx);
+    const bool fits = ctx->patches && size <= ggml_backend_buffer_get_size(ctx->patches);
+    *own     = fits ? NULL : malloc(size);
+    *patches = fits ? ggml_backend_buffer_get_base(ctx->patches) : *own;
+    return *patches ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+}
+
 // patches NULL: only the buffers are made.
 static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sched, vision_graph * vg,
                                 const float * patches, int32_t aspect_ratio_id, float * states) {
@@ -34,7 +57,7 @@ static mllama_status run_encode(mllama_context * ctx, ggml_backend_sched_t * sch
     }
     TRY(vision_graph_set(vg, patches, aspect_ratio_id));
     ctx->nodes_total = ggml_graph_n_nodes(vg->g.gf);
-    TRY(context_compute(ctx, *sched, vg->g.gf, "encoding the image"));
+    TRY(context_compute_for(ctx, *sched, vg->g.gf, "encoding the image", states, ggml_nbytes(vg->states)));
     context_report(ctx, MLLAMA_PHASE_ENCODE, ctx->nodes_total, ctx->nodes_total);
     bool finite = true;
     TRY(get_floats(vg->states, states, &finite));
@@ -52,14 +75,13 @@ mllama_status context_encode(mllama_context * ctx, const float * pixels, int32_t
     const mllama_hparams * p      = &model->hp.pub;
     vision_graph         vg;
     ggml_backend_sched_t sched   = NULL;
-    float *              patches = NULL;
+    float *              patches = NULL, * own = NULL;
     mllama_status        status  = vision_graph_build(model, n_tiles, aspect_ratio_id, &ctx->env, &vg);
     if (status == MLLAMA_OK) {
         status = context_new_sched(ctx, (size_t) ggml_graph_size(vg.g.gf), &sched);
     }
     if (status == MLLAMA_OK && pixels) {
-        patches = malloc(ggml_nbytes(vg.patches));
-        status  = patches ? MLLAMA_OK : fail(MLLAMA_ERR_MEMORY, "out of memory");
+        status = patches_memory(ctx, ggml_nbytes(vg.patches), &patches, &own);
     }
     if (status == MLLAMA_OK) {
         if (patches) {
@@ -67,7 +89,7 @@ mllama_status context_encode(mllama_context * ctx, const float * pixels, int32_t
         }
         status = run_encode(ctx, &sched, &vg, patches, aspect_ratio_id, states);
     }
-    free(patches);
+    free(own);
     guard_sched_free(sched);
     vision_graph_free(&vg);
     return status;
