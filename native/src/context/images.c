@@ -27,13 +27,13 @@ static mllama_status get_floats(const struct ggml_tensor * t, float * out, bool 
 // Memory from where a GPU reads fast, if the encoder is on one. It stays, so it has room for the largest image.
 static void make_patches(mllama_context * ctx) {
     const mllama_hparams *     p    = &ctx->model->hp.pub;
-    const size_t               most = sizeof(float) * 3 * (size_t) p->max_tiles * (size_t) (p->image_size * p->image_size);
+    const size_t               tile = sizeof(float) * 3 * (size_t) (p->image_size * p->image_size);
     ggml_backend_buffer_type_t type = NULL;
     if (ctx->model->plan.vision == ctx->model->plan.cpu || ctx->patches ||
         guard_host_buffer_type(ctx->model->plan.vision, &type) != MLLAMA_OK || !type) {
         return;
     }
-    if (guard_alloc_buffer(type, most, &ctx->patches) != MLLAMA_OK) {
+    if (guard_alloc_buffer(type, tile * (size_t) p->max_tiles, &ctx->patches) != MLLAMA_OK) {
         ctx->patches = NULL; // other memory serves too
     }
 }

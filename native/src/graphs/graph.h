@@ -59,9 +59,9 @@ struct ggml_tensor * graph_layer_norm(graph * g, struct ggml_tensor * x, struct 
 struct ggml_tensor * graph_attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
                                      struct ggml_tensor * mask, int64_t n_head);
 
-// q [head_dim, n, n_head] -> [head_dim, n_head, n] as one operation, or NULL where the device lacks it for these sizes or
-// is to be exact: CUDA's rounds F32 to F16. Only this operation can read quantized values, which are not exact in any
-// case.
+// q [head_dim, n, n_head] -> [head_dim, n_head, n] as one operation, or NULL where the device lacks it for these sizes
+// or is to be exact: CUDA's rounds F32 to F16. Only this operation can read quantized values, which are not exact in
+// any case.
 struct ggml_tensor * graph_flash_attention(graph * g, struct ggml_tensor * q, struct ggml_tensor * k,
                                            struct ggml_tensor * v, struct ggml_tensor * mask, float scale);
 

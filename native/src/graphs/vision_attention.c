@@ -42,8 +42,8 @@ static struct ggml_tensor * copied(graph * g, const vision_attention * a, struct
     return ggml_mul(g->ctx, x, a->one);
 }
 
-// The rows [first, first + n) of q; k, v [head_dim, n_kv, n_head] F16 -> [n_embd, n], or NULL where the device has no such
-// operation
+// The rows [first, first + n) of q; k, v [head_dim, n_kv, n_head] F16 -> [n_embd, n], or NULL where the device has no
+// such operation
 static struct ggml_tensor * shared_keys(graph * g, const vision_attention * a, const key_mask * m,
                                         struct ggml_tensor * q, int64_t first, int64_t n, struct ggml_tensor * k,
                                         struct ggml_tensor * v) {
