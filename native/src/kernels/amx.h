@@ -68,6 +68,13 @@ INLINE vs multiply_bytes(vw a, vw b) {
 }
 #endif
 
+#ifdef __AVX512VNNI__
+// sums + the two products of 16 bits, signed, in each lane
+INLINE vi add_products(vi sums, vw a, vw b) {
+    return (vi) _mm512_dpwssd_epi32((__m512i) sums, (__m512i) a, (__m512i) b);
+}
+#endif
+
 #ifdef __AVX512BF16__
 // 32 values become 16 pairs
 INLINE void narrow_two(vf a, vf b, bf16_pair * to) {

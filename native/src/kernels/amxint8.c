@@ -24,7 +24,8 @@ enum {
 typedef struct panel {
     uint32_t planes[2][STEPS][TILE]; // high, low; four weights of each row, as the columns' values come
     float    d[TILE];
-    float    mins[8][TILE];          // of 32 weights each, from the first to the last, times dmin; not Q6_K
+    float    dmin[TILE];             // these not of Q6_K
+    uint32_t mins[4][TILE];          // two of 16 bits: of 32 weights each, from the first to the last
 } __attribute__((aligned(64))) panel;
 
 // A scale of each row, 8 bits: for the even weights and for the odd ones; and what is less for all
@@ -56,12 +57,13 @@ INLINE void unpack_with_mins(const bool five, const char * const * rows, panel *
         dmin[i] = block->dmin;
     }
     STORE(p->d, widen(d));
-    const vf least = widen(dmin);
-    vw       first[4];
+    STORE(p->dmin, widen(dmin));
+    vw first[4];
     transpose(rows, 0, first);
     const k_head head = k_head_of(first);
-    UNROLL for (int j = 0; j < 8; j++) {
-        STORE(p->mins[j], least * __builtin_convertvector((vi) byte_at(head.mins, j), vf));
+    UNROLL for (int j = 0; j < 4; j++) {
+        const vw mins = pair_at(head.mins, j);
+        memcpy(p->mins[j], &mins, sizeof(mins));
     }
     vw high[2][4];
     if (five) {
@@ -136,51 +138,99 @@ static const amx_tiles column_tiles[TILE] = { // for that many columns plus one
     COLUMN_TILES(13), COLUMN_TILES(14), COLUMN_TILES(15), COLUMN_TILES(16),
 };
 
-// sums[2 k + plane] of a tile of columns, which lie n blocks apart, and a block of panel k
-static void multiply_tile(const panel * p, const q8_column * x, int64_t n, tile_sums * sums) {
-    AMX_ZERO(0);
-    AMX_ZERO(1);
-    AMX_ZERO(2);
-    AMX_ZERO(3);
-    for (int i = 0; i < STEPS; i += TILE_STEPS) {
-        AMX_LOAD(4, x->q + 4 * i, n * (int64_t) sizeof(q8_column));
-        AMX_LOAD(5, p[0].planes[0][i], ROW);
-        AMX_MULTIPLY_INT8(0, 4, 5);
-        AMX_LOAD(6, p[0].planes[1][i], ROW);
-        AMX_MULTIPLY_UINT8(1, 4, 6);
-        AMX_LOAD(7, p[1].planes[0][i], ROW);
-        AMX_MULTIPLY_INT8(2, 4, 7);
-        AMX_LOAD(5, p[1].planes[1][i], ROW);
-        AMX_MULTIPLY_UINT8(3, 4, 5);
-    }
-    AMX_STORE(0, sums[0], ROW);
-    AMX_STORE(1, sums[1], ROW);
-    AMX_STORE(2, sums[2], ROW);
-    AMX_STORE(3, sums[3], ROW);
+// Adds the products of a tile of columns, `stride` bytes apart, and a block of each panel, 64 weights from step i on
+INLINE void multiply_step(const panel * p, const q8_column * x, int64_t stride, int i) {
+    AMX_LOAD(4, x->q + 4 * i, stride);
+    AMX_LOAD(5, p[0].planes[0][i], ROW);
+    AMX_MULTIPLY_INT8(0, 4, 5);
+    AMX_LOAD(6, p[0].planes[1][i], ROW);
+    AMX_MULTIPLY_UINT8(1, 4, 6);
+    AMX_LOAD(7, p[1].planes[0][i], ROW);
+    AMX_MULTIPLY_INT8(2, 4, 7);
+    AMX_LOAD(5, p[1].planes[1][i], ROW);
+    AMX_MULTIPLY_UINT8(3, 4, 5);
 }
 
-// out[c] += what the sums of column c, first <= c < end, are worth
-INLINE void add_tile(const panel * p, const bool with_mins, const q8_column * x, int64_t n, const tile_sums * sums,
-                     int64_t first, int64_t end, float (*out)[PANELS * TILE]) {
-    for (int64_t c = first; c < end; c++) {
-        const q8_column * column = x + c * n;
-        float             values[8];
-        for (int j = 0; with_mins && j < 8; j++) {
-            values[j] = column->sums32[j];
+// What a block's sums are worth: vectors that stay in registers for all columns
+typedef struct worth {
+    vf d[PANELS], dmin[PANELS];
+    vw mins[PANELS][4];
+} worth;
+
+INLINE worth worth_of(const panel * p, const bool with_mins) {
+    worth w = { 0 };
+    UNROLL for (int k = 0; k < PANELS; k++) {
+        w.d[k] = LOAD(p[k].d);
+        if (with_mins) {
+            w.dmin[k] = LOAD(p[k].dmin);
+            memcpy(w.mins[k], p[k].mins, sizeof(w.mins[k]));
         }
-        UNROLL for (int k = 0; k < PANELS; k++) {
-            vi high, low;
-            memcpy(&high, sums[2 * k][c], sizeof(high));
-            memcpy(&low, sums[2 * k + 1][c], sizeof(low));
-            vf block = __builtin_convertvector(HIGH * high + low, vf) * LOAD(p[k].d);
-            if (with_mins) {
-                UNROLL for (int j = 0; j < 8; j++) {
-                    block -= values[j] * LOAD(p[k].mins[j]);
-                }
+    }
+    return w;
+}
+
+// out += what the sums of column c of a tile are worth
+INLINE void add_column(const worth * w, const bool with_mins, const q8_column * column, const tile_sums * sums,
+                       int64_t c, float * out) {
+    UNROLL for (int k = 0; k < PANELS; k++) {
+        vi high, low;
+        memcpy(&high, sums[2 * k][c], sizeof(high));
+        memcpy(&low, sums[2 * k + 1][c], sizeof(low));
+        vf block = __builtin_convertvector(HIGH * high + low, vf) * w->d[k];
+        if (with_mins) {
+            vi less = { 0 };
+            UNROLL for (int j = 0; j < 4; j++) {
+                uint32_t two;
+                memcpy(&two, &column->sums32[2 * j], sizeof(two));
+                less = add_products(less, bytes(two), w->mins[k][j]);
             }
-            float * to = out[c] + TILE * k;
-            STORE(to, LOAD(to) + block * column->d);
+            block -= __builtin_convertvector(less, vf) * w->dmin[k];
         }
+        STORE(out + TILE * k, LOAD(out + TILE * k) + block * column->d);
+    }
+}
+
+// out[c] += a block of each panel times column c; columns lie n blocks apart. Meanwhile a piece of memory is fetched
+// for each tile of columns.
+//
+// The unit of the tiles and those of vectors work at the same time, but the processor looks only some hundreds of
+// operations ahead. So the sums of the tile before are added in four parts, one after each step's products. The last
+// tile begins among the columns of the one before it.
+INLINE void multiply_block(const panel * p, const bool with_mins, const q8_column * x, int64_t n, int64_t n_columns,
+                           const char * fetched, int64_t piece, float (*out)[PANELS * TILE]) {
+    const int64_t n_tiles = (n_columns + TILE - 1) / TILE, full = n_columns < TILE ? n_columns : TILE;
+    const worth   w = worth_of(p, with_mins);
+    tile_sums     sums[2][2 * PANELS] __attribute__((aligned(64))); // [2 k + plane] of panel k
+    int64_t       before = 0, first = TILE; // the tile before begins there, and its columns are added from `first` on
+    for (int64_t t = 0; t <= n_tiles; t++) {
+        const int64_t begin = t * TILE + full > n_columns ? n_columns - full : t * TILE;
+        tile_sums *   of    = sums[(t + 1) % 2];
+        if (t < n_tiles) {
+            fetch(fetched + t * piece, piece);
+            AMX_ZERO(0);
+            AMX_ZERO(1);
+            AMX_ZERO(2);
+            AMX_ZERO(3);
+        }
+        for (int i = 0; i < STEPS; i += TILE_STEPS) {
+            if (t < n_tiles) {
+                multiply_step(p, x + begin * n, n * (int64_t) sizeof(q8_column), i);
+            }
+            const int64_t end = i / 4 + 4 < full ? i / 4 + 4 : full;
+            for (; first < end; first++) {
+                const int64_t c = before + first;
+                add_column(&w, with_mins, x + c * n, of, first, out[c]);
+            }
+        }
+        if (t < n_tiles) {
+            tile_sums * to = sums[t % 2];
+            AMX_STORE(0, to[0], ROW);
+            AMX_STORE(1, to[1], ROW);
+            AMX_STORE(2, to[2], ROW);
+            AMX_STORE(3, to[3], ROW);
+        }
+        before = begin;
+        first  = t * TILE - begin;
     }
 }
 
@@ -192,7 +242,6 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
     const int64_t     full = n_columns < TILE ? n_columns : TILE;
     const size_t      size = k_block_size(w->type);
     panel             panels[PANELS];
-    tile_sums         sums[2][2 * PANELS] __attribute__((aligned(64)));
     float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
     const char *      rows[PANELS * TILE];
     void           (* unpack)(const char * const * rows, panel * p) = w->type == GGML_TYPE_Q4_K   ? unpack_q4_k
@@ -210,26 +259,12 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
             fetch(fetched, piece);
             unpack(rows + TILE * k, &panels[k]);
         }
-        // While a tile is multiplied, the sums of the one before it are added. The last tile begins among the columns
-        // of the one before it.
-        for (int64_t t = 0; t <= n_tiles; t++) {
-            if (t < n_tiles) {
-                const int64_t begin = t * TILE + full > n_columns ? n_columns - full : t * TILE;
-                fetch(fetched, piece);
-                fetched += piece;
-                multiply_tile(panels, x + begin * n + block, n, sums[t % 2]);
-            }
-            if (t > 0) {
-                const int64_t column = (t - 1) * TILE, begin = column + full > n_columns ? n_columns - full : column;
-                const tile_sums * of = (const tile_sums *) sums[(t - 1) % 2];
-                const q8_column * at = x + begin * n + block;
-                if (w->type != GGML_TYPE_Q6_K) {
-                    add_tile(panels, true, at, n, of, column - begin, full, totals + begin);
-                } else {
-                    add_tile(panels, false, at, n, of, column - begin, full, totals + begin);
-                }
-            }
+        if (w->type != GGML_TYPE_Q6_K) {
+            multiply_block(panels, true, x + block, n, n_columns, fetched, piece, totals);
+        } else {
+            multiply_block(panels, false, x + block, n, n_columns, fetched, piece, totals);
         }
+        fetched += n_tiles * piece;
         for (int i = 0; i < PANELS * TILE; i++) {
             rows[i] += size;
         }

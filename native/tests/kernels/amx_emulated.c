@@ -156,6 +156,12 @@ void amx_emulated_multiply_bytes(const uint8_t * a, const int8_t * b, int16_t * 
     }
 }
 
+void amx_emulated_add_products(int32_t * sums, const int16_t * a, const int16_t * b) {
+    for (int i = 0; i < 32; i++) {
+        sums[i / 2] += a[i] * b[i];
+    }
+}
+
 // ---- columns ------------------------------------------------------------------------------------------------------
 
 // The largest of n values without their signs

@@ -25,6 +25,7 @@ void amx_emulated_multiply_int8(int sums, int rows, int columns, bool columns_si
 void amx_emulated_widen(const ggml_fp16_t * from, float * to); // 16 values
 void amx_emulated_narrow(const float * from, bf16_pair * to);  // 32 values
 void amx_emulated_multiply_bytes(const uint8_t * a, const int8_t * b, int16_t * out); // 64 each, and 32
+void amx_emulated_add_products(int32_t * sums, const int16_t * a, const int16_t * b);  // 16, and 32 each
 void amx_emulated_quantize(const float * x, int64_t n, void * out);
 void amx_emulated_multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end,
                                   int64_t then, float * out);
@@ -47,6 +48,11 @@ INLINE vs multiply_bytes(vw a, vw b) {
     vs out;
     amx_emulated_multiply_bytes((const uint8_t *) &a, (const int8_t *) &b, (int16_t *) &out);
     return out;
+}
+
+INLINE vi add_products(vi sums, vw a, vw b) {
+    amx_emulated_add_products((int32_t *) &sums, (const int16_t *) &a, (const int16_t *) &b);
+    return sums;
 }
 
 INLINE void narrow_two(vf a, vf b, bf16_pair * to) {
