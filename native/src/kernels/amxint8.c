@@ -5,6 +5,7 @@
 // would all be fetched from tiles and scaled. Instead weights are multiplied by their scales when they are unpacked:
 // at most 14 bits with the sign, in two planes of 8 bits, 256 high + low, of which high is signed. Then a block of 256
 // weights needs as many instructions as sums of 32, and only two sums are fetched. Whole numbers are exact throughout.
+// The mins of Q4_K and Q5_K are multiplied by sums of each 32 of a column's values, pairs of 16 bits, by AVX512-VNNI.
 #include "kernels/amx_rows.h"
 #include "kernels/k_panels.h"
 #include "kernels/q8_column.h"

@@ -10,11 +10,11 @@ enum {
     PANELS       = 2,               // of 16 rows, that are multiplied together
     STEPS        = QUANT_BLOCK / 4, // fours of weights
     GROUP_STEPS  = SMALL_BLOCK / 4, // in a tile of weights
-    PART         = 4,               // groups whose sums are fetched together
+    PART         = 4,               // groups whose sums are added together
     TASK_COLUMNS = 256,
     FEW          = 8,               // columns that tiles are not worth
 };
-_Static_assert(PART == 4 && GROUPS % PART == 0, "multiply_tile has two times two groups");
+_Static_assert(PART == 4 && GROUPS % PART == 0, "a part has two times two groups, and a tile four times four columns");
 
 typedef int8_t vb __attribute__((vector_size(64)));
 
@@ -78,47 +78,111 @@ static const amx_tiles column_tiles[TILE] = { // for that many columns plus one
     COLUMN_TILES(13), COLUMN_TILES(14), COLUMN_TILES(15), COLUMN_TILES(16),
 };
 
-// sums[i][k] of a tile of columns, which lie n blocks apart, and panel k, of the groups from `first` on
-static void multiply_tile(const panel * p, const q8_groups * x, int64_t n, int first, tile_sums (*sums)[PANELS]) {
-    const int64_t stride = n * (int64_t) sizeof(q8_groups);
-    for (int i = 0; i < PART; i += 2) {
-        const int group = first + i, step = GROUP_STEPS * group;
-        AMX_ZERO(0);
-        AMX_ZERO(1);
-        AMX_ZERO(2);
-        AMX_ZERO(3);
-        AMX_LOAD(4, x->q + SMALL_BLOCK * group, stride);
-        AMX_LOAD(6, p[0].w[step], ROW);
-        AMX_MULTIPLY_INT8(0, 4, 6);
-        AMX_LOAD(7, p[1].w[step], ROW);
-        AMX_MULTIPLY_INT8(1, 4, 7);
-        AMX_LOAD(5, x->q + SMALL_BLOCK * (group + 1), stride);
-        AMX_LOAD(6, p[0].w[step + GROUP_STEPS], ROW);
-        AMX_MULTIPLY_INT8(2, 5, 6);
-        AMX_LOAD(7, p[1].w[step + GROUP_STEPS], ROW);
-        AMX_MULTIPLY_INT8(3, 5, 7);
-        AMX_STORE(0, sums[i][0], ROW);
-        AMX_STORE(1, sums[i][1], ROW);
-        AMX_STORE(2, sums[i + 1][0], ROW);
-        AMX_STORE(3, sums[i + 1][1], ROW);
-    }
+// The products of a group of a tile of columns, `stride` bytes apart: an even group's sums go to 0 and 1, an odd one's
+// to 2 and 3.
+INLINE void multiply_even(const panel * p, const q8_groups * x, int64_t stride, int group) {
+    AMX_ZERO(0);
+    AMX_ZERO(1);
+    AMX_LOAD(4, x->q + SMALL_BLOCK * group, stride);
+    AMX_LOAD(6, p[0].w[GROUP_STEPS * group], ROW);
+    AMX_MULTIPLY_INT8(0, 4, 6);
+    AMX_LOAD(7, p[1].w[GROUP_STEPS * group], ROW);
+    AMX_MULTIPLY_INT8(1, 4, 7);
 }
 
-// out[c] += what the sums of column c, first <= c < end, are worth; `group` is the first of theirs.
-INLINE void add_tile(const panel * p, const q8_groups * x, int64_t n, int group, const tile_sums (*sums)[PANELS],
-                     int64_t first, int64_t end, float (*out)[PANELS * TILE]) {
-    for (int64_t c = first; c < end; c++) {
-        const float * d = x[c * n].d + group;
+INLINE void multiply_odd(const panel * p, const q8_groups * x, int64_t stride, int group) {
+    AMX_ZERO(2);
+    AMX_ZERO(3);
+    AMX_LOAD(5, x->q + SMALL_BLOCK * group, stride);
+    AMX_LOAD(6, p[0].w[GROUP_STEPS * group], ROW);
+    AMX_MULTIPLY_INT8(2, 5, 6);
+    AMX_LOAD(7, p[1].w[GROUP_STEPS * group], ROW);
+    AMX_MULTIPLY_INT8(3, 5, 7);
+}
+
+INLINE void store_even(tile_sums * sums) { // of each panel
+    AMX_STORE(0, sums[0], ROW);
+    AMX_STORE(1, sums[1], ROW);
+}
+
+INLINE void store_odd(tile_sums * sums) {
+    AMX_STORE(2, sums[0], ROW);
+    AMX_STORE(3, sums[1], ROW);
+}
+
+// A part of the groups of a tile of columns
+typedef struct part {
+    const q8_groups * x;           // n blocks apart
+    int64_t           n;
+    int64_t           first, full; // columns that are still to be added
+    int               group;       // the first
+    tile_sums      (* sums)[PANELS];
+    float          (* out)[PANELS * TILE];
+} part;
+
+// out[c] += what the sums of the columns c before `end` are worth that were not added yet; `d` are the panels' factors.
+INLINE void add_columns(part * a, int64_t end, const vf (*d)[PANELS]) {
+    for (end = end < a->full ? end : a->full; a->first < end; a->first++) {
+        const int64_t c      = a->first;
+        const float * column = a->x[c * a->n].d + a->group;
         UNROLL for (int k = 0; k < PANELS; k++) {
-            float * to    = out[c] + TILE * k;
+            float * to    = a->out[c] + TILE * k;
             vf      total = LOAD(to);
             UNROLL for (int i = 0; i < PART; i++) {
                 vi sum;
-                memcpy(&sum, sums[i][k][c], sizeof(sum));
-                total += __builtin_convertvector(sum, vf) * (LOAD(p[k].d[group + i]) * d[i]);
+                memcpy(&sum, a->sums[i][k][c], sizeof(sum));
+                total += __builtin_convertvector(sum, vf) * (d[i][k] * column[i]);
             }
             STORE(to, total);
         }
+    }
+}
+
+// out[c] += a block of each panel times column c; columns lie n blocks apart. Meanwhile a piece of memory is fetched
+// for each part.
+//
+// The unit of the tiles and those of vectors work at the same time, but the processor looks only some hundreds of
+// operations ahead. So a quarter of the part before is added after each group's products. The last tile begins among
+// the columns of the one before it.
+static void multiply_block(const panel * p, const q8_groups * x, int64_t n, int64_t n_columns, const char * fetched,
+                           int64_t piece, float (*out)[PANELS * TILE]) {
+    const int64_t n_parts = (n_columns + TILE - 1) / TILE * (GROUPS / PART);
+    const int64_t full    = n_columns < TILE ? n_columns : TILE, stride = n * (int64_t) sizeof(q8_groups);
+    tile_sums     sums[2][PART][PANELS] __attribute__((aligned(64)));
+    part          before = { .first = TILE }; // none
+    for (int64_t i = 0; i <= n_parts; i++) {
+        const bool    more   = i < n_parts;
+        const int64_t column = i / (GROUPS / PART) * TILE;
+        const int64_t begin  = column + full > n_columns ? n_columns - full : column;
+        const int     group  = i % (GROUPS / PART) * PART;
+        const part    now    = { x + begin * n, n, column - begin, full, group, sums[i % 2], out + begin };
+        vf            d[PART][PANELS];
+        UNROLL for (int j = 0; j < PART; j++) {
+            UNROLL for (int k = 0; k < PANELS; k++) {
+                d[j][k] = LOAD(p[k].d[before.group + j]);
+            }
+        }
+        if (more) {
+            fetch(fetched + i * piece, piece);
+        }
+        for (int j = 0; j < PART; j += 2) { // sums are stored a group later, when they are complete
+            if (more) {
+                multiply_even(p, now.x, stride, group + j);
+                if (j > 0) {
+                    store_odd(now.sums[j - 1]);
+                }
+            }
+            add_columns(&before, 4 * j + 4, d);
+            if (more) {
+                multiply_odd(p, now.x, stride, group + j + 1);
+                store_even(now.sums[j]);
+            }
+            add_columns(&before, 4 * j + 8, d);
+        }
+        if (more) {
+            store_odd(now.sums[PART - 1]);
+        }
+        before = now;
     }
 }
 
@@ -131,7 +195,6 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
     const int64_t     n    = w->ne[0] / QUANT_BLOCK, n_parts = (n_columns + TILE - 1) / TILE * (GROUPS / PART);
     const int64_t     full = n_columns < TILE ? n_columns : TILE;
     panel             panels[PANELS];
-    tile_sums         sums[2][PART][PANELS] __attribute__((aligned(64)));
     float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
     const char *      rows[PANELS * TILE];
     for (int64_t i = 0; i < PANELS * TILE; i++) { // the last row for those that do not exist
@@ -146,23 +209,8 @@ static void multiply_columns(const struct ggml_tensor * w, const void * columns,
             fetch(fetched, piece);
             (q4 ? unpack_q4_0 : unpack_q8_0)(rows + TILE * k, &panels[k]);
         }
-        // While a part of the groups of a tile is multiplied, the sums of the part before it are added. The last tile
-        // begins among the columns of the one before it.
-        for (int64_t i = 0; i <= n_parts; i++) {
-            if (i < n_parts) {
-                const int64_t column = i / (GROUPS / PART) * TILE;
-                const int64_t begin  = column + full > n_columns ? n_columns - full : column;
-                fetch(fetched, piece);
-                fetched += piece;
-                multiply_tile(panels, x + begin * n + block, n, i % (GROUPS / PART) * PART, sums[i % 2]);
-            }
-            if (i > 0) {
-                const int64_t column = (i - 1) / (GROUPS / PART) * TILE;
-                const int64_t begin  = column + full > n_columns ? n_columns - full : column;
-                add_tile(panels, x + begin * n + block, n, (i - 1) % (GROUPS / PART) * PART,
-                         (const tile_sums (*)[PANELS]) sums[(i - 1) % 2], column - begin, full, totals + begin);
-            }
-        }
+        multiply_block(panels, x + block, n, n_columns, fetched, piece, totals);
+        fetched += n_parts * piece;
         for (int i = 0; i < PANELS * TILE; i++) {
             rows[i] += size;
         }
