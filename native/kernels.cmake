@@ -45,7 +45,7 @@ int main(void) { return 0; }" MLLAMA_X86_64)
     kernel_with(${target} vnni_32 -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
     check_c_compiler_flag(-mavx512bf16 MLLAMA_AVX512BF16) # GCC 10 and later
     if(MLLAMA_AVX512BF16)
-      kernel_with(${target} avx512bf16 -mavx512f -mavx512bf16)
+      kernel_with(${target} avx512bf16 -mavx512f -mavx512dq -mavx512bf16)
       target_compile_definitions(${target} PRIVATE MLLAMA_AVX512BF16)
       # binutils 2.34 and GCC 12, or Clang; the request for tiles is Linux's
       check_c_source_compiles("
@@ -61,7 +61,7 @@ int main(void) {
 }" MLLAMA_AMX)
       if(MLLAMA_AMX)
         kernel_with(${target} amx)
-        kernel_with(${target} amxbf16 -mavx512f -mavx512bf16 -mfma)
+        kernel_with(${target} amxbf16 -mavx512f -mavx512dq -mavx512bf16 -mfma)
         kernel_with(${target} amxint8 -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
         kernel_with(${target} amxint8_32 -mavx512f -mavx512bw -mfma -mf16c)
         target_compile_definitions(${target} PRIVATE MLLAMA_AMX)

@@ -2,9 +2,7 @@
 // panel: [n / 2][width] pairs are tiles already, whose rows are a panel's row apart.
 #include "kernels/amx.h"
 
-#include "kernels/simd_math.h"
-
-typedef bf16_pair factor;
+#include "kernels/simd_bf16.h"
 
 enum {
     WIDTH      = 32,              // of a panel: two tiles
@@ -33,13 +31,6 @@ INLINE void pack_row(const float * from, float scale, int64_t n, factor * to) {
         float __attribute__((aligned(64))) some[2 * LANES] = { 0 };
         memcpy(some, from, sizeof(float) * (size_t) n);
         narrow_two(LOAD(some) * scale, LOAD(some + LANES) * scale, to);
-    }
-}
-
-// n values in whole rows of a tile become pairs, in place.
-INLINE void narrow(float * s, int64_t n) {
-    for (int64_t i = 0; i < n; i += 2 * LANES) {
-        narrow_two(LOAD(s + i), LOAD(s + i + LANES), (factor *) (s + i / 2));
     }
 }
 
@@ -138,7 +129,8 @@ INLINE void add_values(const factor * weights, const factor * v, int64_t n, int6
 static void attend(const attend_args * a) {
     float __attribute__((aligned(64))) s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
     factor __attribute__((aligned(64))) q[QUERIES / TILE][Q_STEPS][TILE_SIZE];
-    float         top[QUERIES], sum[QUERIES];
+    float         top[QUERIES];
+    vf            sum[QUERIES];
     const int64_t dim = a->head_dim, depth = dim / 2, n_out = round_up(dim, LANES);
     const int     tiles = (int) ((a->n + TILE - 1) / TILE), rows = tiles * TILE;
 
@@ -146,7 +138,7 @@ static void attend(const attend_args * a) {
     memset(out, 0, sizeof(float) * (size_t) (rows * n_out));
     for (int64_t i = 0; i < rows; i++) {
         top[i] = NO_KEY;
-        sum[i] = 0.0f;
+        sum[i] = (vf) { 0 };
     }
     for (int64_t i = 0; i < a->n; i++) {
         const float * row = (const float *) ((const char *) a->q + (size_t) i * a->q_stride);
@@ -161,10 +153,8 @@ static void attend(const attend_args * a) {
             score(q, panel, keys, depth, tiles, s + j);
             score(q, panel + TILE, keys + TILE, depth, tiles, s + j + TILE);
         }
-        for (int64_t i = 0; i < rows; i++) {
-            softmax_step(s + i * KEYS, n, &top[i], &sum[i], out + i * n_out, n_out);
-            narrow(s + i * KEYS, n);
-        }
+        softmax_tops(s, rows, n, top, sum, out, n_out);
+        softmax_weights(s, rows, n, top, sum);
         const factor * v = (const factor *) a->v + key / 2 * n_out;
         for (int64_t j = 0; j < n_out; j += TILE) {
             add_values((const factor *) s, v + j, n / 2, n_out, tiles, out + j);
@@ -173,7 +163,7 @@ static void attend(const attend_args * a) {
     AMX_RELEASE();
     for (int64_t i = 0; i < a->n; i++) {
         float *     row   = (float *) ((char *) a->out + (size_t) i * a->out_stride);
-        const float share = 1.0f / sum[i];
+        const float share = 1.0f / total(sum[i]);
         for (int64_t j = 0; j < dim; j++) {
             row[j] = out[i * n_out + j] * share;
         }

@@ -10,12 +10,9 @@ INLINE vf vmax(vf a, vf b) {
     return _mm512_max_ps(a, b);
 }
 
-// n values in whole vectors become factors, in place.
-INLINE void narrow(float * s, int64_t n) {
-    for (int64_t i = 0; i < n; i += 2 * LANES) {
-        const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(s + i + LANES), _mm512_loadu_ps(s + i));
-        _mm512_storeu_si512(s + i / 2, (__m512i) pairs);
-    }
+// 32 values become 16 pairs
+INLINE void narrow_two(vf a, vf b, bf16_pair * to) {
+    _mm512_storeu_si512(to, (__m512i) _mm512_cvtne2ps_pbh(b, a));
 }
 
 #include "kernels/simd_bf16.h"

@@ -12,13 +12,9 @@ INLINE vf vmax(vf a, vf b) {
     return vbslq_f32(vcgtq_f32(a, b), a, b); // vmaxq_f32 gives what is not a number
 }
 
-// n values in whole vectors become factors, in place.
-INLINE void narrow(float * s, int64_t n) {
-    for (int64_t i = 0; i < n; i += 2 * LANES) {
-        const bfloat16x8_t low = vcvtq_low_bf16_f32(vld1q_f32(s + i));
-        const bfloat16x8_t all = vcvtq_high_bf16_f32(low, vld1q_f32(s + i + LANES));
-        vst1q_u8((uint8_t *) (s + i / 2), vreinterpretq_u8_bf16(all));
-    }
+// 8 values become 4 pairs
+INLINE void narrow_two(vf a, vf b, bf16_pair * to) {
+    vst1q_u8((uint8_t *) to, vreinterpretq_u8_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(a), b)));
 }
 
 #include "kernels/simd_bf16.h"

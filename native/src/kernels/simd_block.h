@@ -61,7 +61,8 @@ INLINE void accumulate(const factor * a, const factor * b, int64_t n, int64_t st
 static void attend(const attend_args * a) {
     float __attribute__((aligned(64))) s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
     factor __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM / PER_FACTOR];
-    float         top[QUERIES], sum[QUERIES];
+    float         top[QUERIES];
+    vf            sum[QUERIES];
     const int64_t dim = a->head_dim, depth = dim / PER_FACTOR, n_out = (dim + LANES - 1) / LANES * LANES;
     const int64_t tiles = (a->n + ROWS - 1) / ROWS;
 
@@ -69,7 +70,7 @@ static void attend(const attend_args * a) {
     memset(out, 0, sizeof(float) * (size_t) (tiles * ROWS * n_out));
     for (int64_t i = 0; i < tiles * ROWS; i++) {
         top[i] = NO_KEY;
-        sum[i] = 0.0f;
+        sum[i] = (vf) { 0 };
     }
     for (int64_t i = 0; i < a->n; i++) {
         const float * row = (const float *) ((const char *) a->q + (size_t) i * a->q_stride);
@@ -84,10 +85,8 @@ static void attend(const attend_args * a) {
                 product(q + t * depth * ROWS, keys, depth, panel, 0, s + t * ROWS * KEYS + j, KEYS);
             }
         }
-        for (int64_t i = 0; i < tiles * ROWS; i++) {
-            softmax_step(s + i * KEYS, n, &top[i], &sum[i], out + i * n_out, n_out);
-            narrow(s + i * KEYS, n);
-        }
+        softmax_tops(s, tiles * ROWS, n, top, sum, out, n_out);
+        softmax_weights(s, tiles * ROWS, n, top, sum);
         const factor * weights = (const factor *) s, * v = (const factor *) a->v + key / PER_FACTOR * n_out;
         const int64_t  some    = n / PER_FACTOR;
         int64_t        j       = 0;
@@ -104,7 +103,7 @@ static void attend(const attend_args * a) {
     }
     for (int64_t i = 0; i < a->n; i++) {
         float *     row    = (float *) ((char *) a->out + (size_t) i * a->out_stride);
-        const float share = 1.0f / sum[i];
+        const float share = 1.0f / total(sum[i]);
         for (int64_t j = 0; j < dim; j++) {
             row[j] = out[i * n_out + j] * share;
         }

@@ -18,9 +18,18 @@ INLINE void spread(const float * from, float scale, int64_t n, factor * to, int6
     }
 }
 
-// n values in whole vectors become factors, in place.
-INLINE void narrow(float * s, int64_t n) {
-    (void) s, (void) n;
+// After softmax_tops: rows of n scores become weights, which are factors, and their sums are added up.
+INLINE void softmax_weights(float * s, int64_t rows, int64_t n, const float * top, vf * sum) {
+    for (int64_t i = 0; i < rows; i++, s += KEYS) {
+        const vf now  = (vf) { 0 } + top[i];
+        vf       sums = sum[i];
+        for (int64_t j = 0; j < n; j += LANES) {
+            const vf p = vexp2(LOAD(s + j) - now);
+            STORE(s + j, p);
+            sums += p;
+        }
+        sum[i] = sums;
+    }
 }
 
 static void erf_array(const float * x, float * y, int64_t n) {

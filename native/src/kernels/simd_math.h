@@ -57,27 +57,41 @@ INLINE float total(vf x) {
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-// One step of the online softmax for one query: s [n] becomes 2^(s - top), and the sums so far are scaled down to the
-// new top.
-INLINE void softmax_step(float * s, int64_t n, float * top, float * sum, float * out, int64_t n_out) {
+// ---- softmax ------------------------------------------------------------------------------------------------------
+//
+// Blocks of scores one after the other, for some rows of KEYS. A score s weighs 2^(s - top). `top` is no smaller than
+// the largest score of the row so far minus SLACK: so it seldom moves, and what follows does not wait for it. A sum of
+// weights is kept as a vector; total() of it comes last.
+
+static const float SLACK = 8.0f;
+
+INLINE vf highest(const float * s, int64_t n) {
     vf high = LOAD(s);
     for (int64_t i = LANES; i < n; i += LANES) {
         high = vmax(high, LOAD(s + i));
     }
-    const float now = largest(high, *top);
-    if (!(now <= *top)) {
-        const vf factor = vexp2((vf) { 0 } + (*top - now));
-        for (int64_t i = 0; i < n_out; i += LANES) {
-            STORE(out + i, LOAD(out + i) * factor);
+    return high;
+}
+
+// First for a block: tops that its scores n to a row need. Where one moves, the sums so far are scaled down to it. Then
+// comes softmax_weights of simd_f32.h or simd_bf16.h.
+INLINE void softmax_tops(const float * s, int64_t rows, int64_t n, float * top, vf * sum, float * out, int64_t n_out) {
+    vf beyond = (vf) { 0 };
+    for (int64_t i = 0; i < rows; i++) {
+        beyond = vmax(beyond, highest(s + i * KEYS, n) - (top[i] + SLACK));
+    }
+    if (largest(beyond, 0.0f) <= 0.0f) {
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        const float now = largest(highest(s + i * KEYS, n), top[i]);
+        if (!(now <= top[i])) {
+            const vf factor = vexp2((vf) { 0 } + (top[i] - now));
+            for (int64_t j = 0; j < n_out; j += LANES) {
+                STORE(out + i * n_out + j, LOAD(out + i * n_out + j) * factor);
+            }
+            sum[i] *= factor;
+            top[i] = now;
         }
-        *sum *= factor[0];
-        *top = now;
     }
-    vf sums = { 0 };
-    for (int64_t i = 0; i < n; i += LANES) {
-        const vf p = vexp2(LOAD(s + i) - now);
-        STORE(s + i, p);
-        sums += p;
-    }
-    *sum += total(sums);
 }

@@ -151,7 +151,8 @@ INLINE void hide(const rows_args * a, int64_t key, int64_t n, float * s) {
 static void attend_rows(const rows_args * a) {
     float __attribute__((aligned(64))) q[QUERIES * MAX_HEAD_DIM], s[QUERIES * KEYS], out[QUERIES * MAX_HEAD_DIM];
     float __attribute__((aligned(64))) buffer[KEYS * MAX_HEAD_DIM]; // of keys, then of values
-    float         top[QUERIES], sum[QUERIES];
+    float         top[QUERIES];
+    vf            sum[QUERIES];
     const int64_t dim = a->head_dim, size = (dim + LANES - 1) / LANES * LANES;
     const int64_t n_q = (a->n + ROWS_GROUP - 1) / ROWS_GROUP * ROWS_GROUP; // of a head
     const size_t  k_bytes = (a->k_half ? sizeof(ggml_fp16_t) : sizeof(float)) * (size_t) dim;
@@ -162,7 +163,7 @@ static void attend_rows(const rows_args * a) {
     memset(out, 0, sizeof(float) * (size_t) (a->n_heads * n_q * size));
     for (int64_t i = 0; i < a->n_heads * n_q; i++) {
         top[i] = NO_KEY;
-        sum[i] = 0.0f;
+        sum[i] = (vf) { 0 };
     }
     for (int64_t h = 0; h < a->n_heads; h++) {
         for (int64_t i = 0; i < a->n; i++) {
@@ -216,8 +217,9 @@ static void attend_rows(const rows_args * a) {
                 for (int64_t j = n; j < (n + LANES - 1) / LANES * LANES; j++) {
                     s_head[i * KEYS + j] = NO_KEY;
                 }
-                softmax_step(s_head + i * KEYS, n, &top[h * n_q + i], &sum[h * n_q + i], out_head + i * size, size);
             }
+            softmax_tops(s_head, n_q, n, top + h * n_q, sum + h * n_q, out_head, size);
+            softmax_weights(s_head, n_q, n, top + h * n_q, sum + h * n_q);
             if (!direct) {
                 v_rows = widen_rows(v_rows, &v_stride, &v_half, n, dim, size, buffer);
             }
@@ -241,13 +243,13 @@ static void attend_rows(const rows_args * a) {
             if (a->part) {
                 float * part = a->part + (h * a->n + i) * (2 + dim);
                 part[0] = top[from];
-                part[1] = sum[from];
+                part[1] = total(sum[from]);
                 memcpy(part + 2, out + from * size, sizeof(float) * (size_t) dim);
                 continue;
             }
             float *     token = (float *) ((char *) a->out + (size_t) (i / a->group) * a->out_stride);
             float *     row   = token + (h * a->group + i % a->group) * dim;
-            const float share = 1.0f / sum[from];
+            const float share = 1.0f / total(sum[from]);
             for (int64_t j = 0; j < dim; j++) {
                 row[j] = out[from * size + j] * share;
             }

@@ -5,9 +5,9 @@
 //                        vf  vmax(vf a, vf b)                  larger of each lane; b where either is not a number
 //                        vf  widen(const ggml_fp16_t * p)      LANES F16 numbers in memory as floats
 //                        v4f totals(vf a, vf b, vf c, vf d)    the sums of four vectors
-//     simd_math.h    2^x, erf, GELU, softmax; needs vmax
-//     simd_f32.h     factors of F32 for simd_block.h; arrays of erf and GELU
-//     simd_bf16.h    factors of BF16 instead; needs narrow
+//     simd_math.h    2^x, erf, GELU, the tops of softmax; needs vmax
+//     simd_f32.h     factors of F32 for simd_block.h; weights of softmax as such; arrays of erf and GELU
+//     simd_bf16.h    factors of BF16 instead, and weights as such; needs narrow_two
 //     simd_block.h   attention and linear layers over packed blocks; needs ROWS and VECTORS, the rows and vectors of
 //                    the block of sums that is kept in registers, and multiply_add, which simd_f32.h defines:
 //                        vf multiply_add(vf sum, factor a, const factor * p)    sum + a times LANES factors in memory

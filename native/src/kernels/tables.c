@@ -49,7 +49,7 @@ static bool has_vnni_32(void) { // a single column is AVX2's
 
 #ifdef MLLAMA_AVX512BF16
 static bool has_avx512bf16(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return has_avx512() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
 }
 
 #ifdef MLLAMA_AMX

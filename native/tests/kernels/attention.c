@@ -60,7 +60,8 @@ static void check_query(const shape * c, bool bf16, double * const qkv[3], const
     }
     // Errors of scores have nothing to do with each other, nor has rounding to BF16; sums are scaled at each block.
     const double alone   = expm1(error) + (bf16 ? SAFE * 2 * U_BF16 : 0.0);
-    const double in_sums = 2 * ((double) (2 + n_keys / KEYS) * EXP2_ERROR + sum_error(n_keys));
+    const double of_exp2 = (double) (2 + n_keys / KEYS) * EXP2_ERROR + (bf16 ? EXP2_ERROR_BF16 : 0.0);
+    const double in_sums = 2 * (of_exp2 + sum_error(n_keys));
     for (int64_t i = 0; i < c->head_dim; i++) {
         double sum = 0.0, sizes = 0.0, squares = 0.0;
         for (int64_t j = 0; j < n_keys; j++) {

@@ -12,6 +12,7 @@
 #define U_F32  0x1p-24 // half of the last bit of 1.0 in F32
 #define U_BF16 0x1p-8 // the same of BF16
 #define EXP2_ERROR 3e-7 // relative, of simd_math.h
+#define EXP2_ERROR_BF16 1e-4 // the same of weights that are rounded to BF16
 #define ERF_ERROR  5e-7 // absolute
 
 static inline double sum_error(int64_t n) {
