@@ -61,7 +61,7 @@ int main(void) {
 }" MLLAMA_AMX)
       if(MLLAMA_AMX)
         kernel_with(${target} amx)
-        kernel_with(${target} amxbf16 -mavx512f -mavx512dq -mavx512bf16 -mfma)
+        kernel_with(${target} amxbf16 -mavx512f -mavx512dq -mavx512bf16 -mfma -mprfchw)
         kernel_with(${target} amxint8 -mavx512f -mavx512bw -mavx512vnni -mfma -mf16c)
         kernel_with(${target} amxint8_32 -mavx512f -mavx512bw -mfma -mf16c)
         target_compile_definitions(${target} PRIVATE MLLAMA_AMX)

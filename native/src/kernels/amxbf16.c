@@ -12,7 +12,7 @@ enum {
     PANEL_ROW  = WIDTH * (int) sizeof(factor), // bytes
     ROWS       = 192,             // of x in one task: weights come from far away
     DEPTH      = 640,             // pairs of x that are packed together, for the second-level cache
-    NEAR_DEPTH = 256,             // pairs of a panel that stay in the first-level cache while all rows pass by
+    NEAR_DEPTH = 320,             // pairs of a panel that stay in the first-level cache while all rows pass by
     LINE       = 64,
 };
 _Static_assert(QUERIES % TILE == 0 && QUERIES <= 3 * TILE, "three tiles of queries");
@@ -32,6 +32,32 @@ INLINE void pack_row(const float * from, float scale, int64_t n, factor * to) {
         memcpy(some, from, sizeof(float) * (size_t) n);
         narrow_two(LOAD(some) * scale, LOAD(some + LANES) * scale, to);
     }
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+// What will be read next: to the second-level cache, a part with each step. And rows of sums that will be written.
+typedef struct ahead {
+    const char *  at;
+    int64_t       lines;  // with each step
+    const float * out;    // NULL: none
+    int64_t       stride; // values
+    int64_t       rows;   // two with each step
+} ahead;
+
+INLINE void fetch(ahead * a) {
+    for (int64_t i = 0; i < a->lines; i++, a->at += LINE) {
+        __builtin_prefetch(a->at, 0, 2);
+    }
+    for (int i = 0; a->out && i < 2 && a->rows > 0; i++, a->rows--, a->out += a->stride) {
+        __builtin_prefetch(a->out, 1);
+        __builtin_prefetch((const char *) a->out + LINE, 1);
+    }
+}
+
+// `size` bytes at `at` in so many steps
+INLINE ahead fetch_in(const void * at, int64_t size, int64_t steps) {
+    return (ahead) { .at = at, .lines = (size / LINE + steps - 1) / steps };
 }
 
 // ---- attention ----------------------------------------------------------------------------------------------------
@@ -183,18 +209,6 @@ static const amx_tiles linear_tiles[STEP] = { // of that many pairs plus one
     LINEAR_TILES(13), LINEAR_TILES(14), LINEAR_TILES(15), LINEAR_TILES(16),
 };
 
-// What will be read after these weights: to the second-level cache, a part with each step
-typedef struct ahead {
-    const char * at;
-    int64_t      lines;
-} ahead;
-
-INLINE void fetch(ahead * a) {
-    for (int64_t i = 0; i < a->lines; i++, a->at += LINE) {
-        __builtin_prefetch(a->at, 0, 2);
-    }
-}
-
 // to[16 or, with `both`, 32 rows][WIDTH] = first + x w for some steps of a panel. x: tiles of the first rows; those of
 // the others are `then` pairs further on. Strides are bytes; first_stride 0: one row for all.
 INLINE void multiply(const factor * x, int64_t then, const bool both, const factor * w, int64_t steps,
@@ -228,36 +242,65 @@ INLINE void multiply(const factor * x, int64_t then, const bool both, const fact
     }
 }
 
-// One panel: sums = first + x w or, if `first` is NULL, sums + x w, for so many pairs of x, in tiles [..][steps].
-// Meanwhile what lies at `next` is fetched.
-static void multiply_panel(const factor * x, int64_t n, int64_t pairs, const factor * w, const float * first,
-                           float (*sums)[WIDTH], const char * next) {
-    const int64_t steps = (pairs + STEP - 1) / STEP, tiles = (n + TILE - 1) / TILE;
-    const int64_t passes = (steps * STEP + NEAR_DEPTH - 1) / NEAR_DEPTH;
-    const int64_t lines = PANEL_ROW / LINE * pairs, share = (tiles + 1) / 2 * steps; // each of which fetches some
-    ahead         then  = { next, next ? (lines + share - 1) / share : 0 };
+// to[i][j] = from[i][j]; strides are values
+INLINE void copy(const float * from, int64_t from_stride, int64_t rows, int64_t width, float * to, int64_t stride) {
+    for (int64_t i = 0; i < rows; i++) {
+        memcpy(to + i * stride, from + i * from_stride, sizeof(float) * (size_t) width);
+    }
+}
+
+// One panel: a->n rows of out, `width` columns, = first + x w or, if `first` is NULL, out + x w, for so many pairs of x,
+// in tiles [..][steps]. Sums wait in the nearest caches for the last pass; those that fill no pair of tiles are copied.
+// Meanwhile the weights at `next` are fetched, if there is another panel.
+static void multiply_panel(const linear_args * a, const factor * x, int64_t pairs, const factor * w,
+                           const float * first, int64_t width, float * out, const char * next) {
+    float __attribute__((aligned(64))) sums[ROWS][WIDTH];
+    const int64_t steps = (pairs + STEP - 1) / STEP, tiles = (a->n + TILE - 1) / TILE;
+    const int64_t passes = (steps * STEP + NEAR_DEPTH - 1) / NEAR_DEPTH, stride = a->out_stride;
+    ahead         then   = fetch_in(next, next ? PANEL_ROW * pairs : 0, (tiles + 1) / 2 * steps);
+    then.stride = stride;
     for (int64_t pass = 0; pass < passes; pass++) {
-        const int64_t at = steps * pass / passes, end = steps * (pass + 1) / passes;
+        const int64_t  at      = steps * pass / passes, end = steps * (pass + 1) / passes;
+        const bool     last    = pass + 1 == passes;
+        const factor * columns = w + at * STEP * WIDTH;
         for (int64_t t = 0; t < tiles; t += 2) {
-            const bool     begins = first && pass == 0;
-            float *        to     = sums[t * TILE];
-            const float *  from   = begins ? first : to;
-            const factor * rows   = x + (t * steps + at) * TILE_SIZE, * columns = w + at * STEP * WIDTH;
-            if (t + 1 < tiles) {
-                multiply(rows, steps * TILE_SIZE, true, columns, end - at, from, begins ? 0 : PANEL_ROW, to, PANEL_ROW,
-                         &then);
+            const bool     both  = t + 1 < tiles;
+            const int64_t  left  = a->n - t * TILE, rows = left < 2 * TILE ? left : 2 * TILE;
+            const bool     whole = width == WIDTH && rows % TILE == 0;
+            const factor * in    = x + (t * steps + at) * TILE_SIZE;
+            float *        near  = sums[t * TILE], * far = out + t * TILE * stride, * to = last && whole ? far : near;
+            const float *  from  = near;
+            int64_t        apart = PANEL_ROW, to_apart = to == far ? (int64_t) sizeof(float) * stride : PANEL_ROW;
+            if (pass == 0) {
+                if (first) {
+                    from = first, apart = 0;
+                } else if (whole) {
+                    from = far, apart = (int64_t) sizeof(float) * stride;
+                } else {
+                    copy(far, stride, rows, width, near, WIDTH);
+                }
+            }
+            then.out = NULL;
+            if (left > rows && (last || (pass == 0 && !first))) { // the next rows come to their turn
+                then.out = far + rows * stride, then.rows = left - rows < 2 * TILE ? left - rows : 2 * TILE;
+            } else if (last && next) { // the first ones of the next panel
+                then.out = out + WIDTH, then.rows = a->n < 2 * TILE ? a->n : 2 * TILE;
+            }
+            if (both) {
+                multiply(in, steps * TILE_SIZE, true, columns, end - at, from, apart, to, to_apart, &then);
             } else {
-                multiply(rows, 0, false, columns, end - at, from, begins ? 0 : PANEL_ROW, to, PANEL_ROW, &then);
+                multiply(in, 0, false, columns, end - at, from, apart, to, to_apart, &then);
+            }
+            if (last && !whole) {
+                copy(near, WIDTH, rows, width, far, stride);
             }
         }
     }
 }
 
-// Rows of x times whole panels of weights. The sums of a panel are collected in the nearest caches, and go to `out`
-// once for each DEPTH of x.
+// Rows of x times whole panels of weights. The sums of a panel go to `out` once for each DEPTH of x.
 static void linear(const linear_args * a) {
     factor __attribute__((aligned(64))) x[ROWS * DEPTH];
-    float __attribute__((aligned(64))) sums[ROWS][WIDTH];
     const int64_t pairs = a->n_in / 2, tiles = (a->n + TILE - 1) / TILE, panels = (a->n_out + WIDTH - 1) / WIDTH;
 
     for (int64_t at = 0, depth; at < pairs; at += depth) {
@@ -274,15 +317,8 @@ static void linear(const linear_args * a) {
             const float *  first = a->w + p * size;
             const factor * w     = (const factor *) first + WIDTH * (1 + at);
             const int64_t  width = a->n_out - p * WIDTH < WIDTH ? a->n_out - p * WIDTH : WIDTH;
-            float *        out   = a->out + p * WIDTH;
-            for (int64_t i = 0; at && i < a->n; i++) {
-                memcpy(sums[i], out + i * a->out_stride, sizeof(float) * (size_t) width);
-            }
-            multiply_panel(x, a->n, depth, w, at ? NULL : first, sums,
+            multiply_panel(a, x, depth, w, at ? NULL : first, width, a->out + p * WIDTH,
                            p + 1 < panels ? (const char *) (w + size) : NULL);
-            for (int64_t i = 0; i < a->n; i++) {
-                memcpy(out + i * a->out_stride, sums[i], sizeof(float) * (size_t) width);
-            }
         }
     }
     AMX_RELEASE();

@@ -127,7 +127,7 @@ static void check_mlp(const cpu_kernel * kernel, const shape * c, int64_t n_betw
 static void check_type(const cpu_kernel * kernel, enum ggml_type type) {
     static const int64_t sizes[][3] = { // n_in, n_out, columns
         { 2, 1, 1 }, { 6, 3, 2 }, { 8, 7, 5 }, { 64, 65, 13 }, { 66, 33, 49 }, { 62, 31, 97 }, { 642, 17, 7 },
-        { 1290, 34, 3 }, { 1280, 64, 12 }, { 1922, 9, 1 }, { 128, 96, 200 },
+        { 1290, 34, 3 }, { 1280, 64, 12 }, { 1922, 9, 1 }, { 128, 96, 200 }, { 1290, 65, 48 },
     };
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         const shape c = {
