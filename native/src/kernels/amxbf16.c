@@ -75,7 +75,7 @@ enum { Q_STEPS = MAX_HEAD_DIM / 2 / STEP };
 
 // Scores of 16 keys: s[query] = bias + q k^T, for `tiles` tiles of queries
 INLINE void score(factor (*q)[Q_STEPS][TILE_SIZE], const float * bias, const factor * keys, int64_t depth, int tiles,
-                  float * s) {
+                  float * s, ahead * next) {
     AMX_LOAD(0, bias, 0);
     if (tiles > 1) {
         AMX_LOAD(1, bias, 0);
@@ -96,6 +96,7 @@ INLINE void score(factor (*q)[Q_STEPS][TILE_SIZE], const float * bias, const fac
             AMX_LOAD(3, q[2][i], ROW);
             AMX_MULTIPLY_BF16(2, 3, 6);
         }
+        fetch(next);
     }
     if (depth % STEP) {
         AMX_LOAD(7, keys, PANEL_ROW);
@@ -109,6 +110,7 @@ INLINE void score(factor (*q)[Q_STEPS][TILE_SIZE], const float * bias, const fac
             AMX_LOAD(5, q[2][i], ROW);
             AMX_MULTIPLY_BF16(2, 5, 7);
         }
+        fetch(next);
     }
     const int64_t row = sizeof(float) * KEYS;
     AMX_STORE(0, s, row);
@@ -121,7 +123,8 @@ INLINE void score(factor (*q)[Q_STEPS][TILE_SIZE], const float * bias, const fac
 }
 
 // 16 columns of out += weights v, for n pairs of keys; rows of v and out hold n_out pairs or values
-INLINE void add_values(const factor * weights, const factor * v, int64_t n, int64_t n_out, int tiles, float * out) {
+INLINE void add_values(const factor * weights, const factor * v, int64_t n, int64_t n_out, int tiles, float * out,
+                       ahead * next) {
     const int64_t row = (int64_t) sizeof(float) * n_out, keys = sizeof(factor) * KEYS;
     AMX_LOAD(0, out, row);
     if (tiles > 1) {
@@ -142,6 +145,7 @@ INLINE void add_values(const factor * weights, const factor * v, int64_t n, int6
             AMX_LOAD(3, weights + 2 * TILE * KEYS + i, keys);
             AMX_MULTIPLY_BF16(2, 3, 6);
         }
+        fetch(next);
     }
     AMX_STORE(0, out, row);
     if (tiles > 1) {
@@ -172,18 +176,25 @@ static void attend(const attend_args * a) {
     }
     AMX_CONFIGURE(&attend_tiles[depth % STEP / 4]);
     for (int64_t key = 0; key < a->n_keys; key += KEYS) {
-        const int64_t n = a->n_keys - key < KEYS ? a->n_keys - key : KEYS;
+        const int64_t left = a->n_keys - key, n = left < KEYS ? left : KEYS, then = left < 2 * KEYS ? left - n : KEYS;
+        // The next values are fetched with tiles, and the next keys with weights.
+        const float *  k_then = a->k + (key + n) * (1 + depth), * v = a->v + key / 2 * n_out;
+        const int64_t  slots  = n / TILE * ((depth + STEP - 1) / STEP) + n_out / TILE * (n / 2 / STEP);
+        ahead          values = fetch_in(v + n / 2 * n_out, (int64_t) sizeof(factor) * then / 2 * n_out, slots);
+        ahead          keys   = fetch_in(k_then, (int64_t) sizeof(float) * then * (1 + depth), rows);
         for (int64_t j = 0; j < n; j += WIDTH) {
             const float *  panel = a->k + (key + j) * (1 + depth);
-            const factor * keys  = (const factor *) (panel + WIDTH);
-            score(q, panel, keys, depth, tiles, s + j);
-            score(q, panel + TILE, keys + TILE, depth, tiles, s + j + TILE);
+            const factor * pairs = (const factor *) (panel + WIDTH);
+            score(q, panel, pairs, depth, tiles, s + j, &values);
+            score(q, panel + TILE, pairs + TILE, depth, tiles, s + j + TILE, &values);
         }
         softmax_tops(s, rows, n, top, sum, out, n_out);
-        softmax_weights(s, rows, n, top, sum);
-        const factor * v = (const factor *) a->v + key / 2 * n_out;
+        for (int64_t i = 0; i < rows; i++) {
+            softmax_weights(s + i * KEYS, 1, n, top + i, sum + i);
+            fetch(&keys);
+        }
         for (int64_t j = 0; j < n_out; j += TILE) {
-            add_values((const factor *) s, v + j, n / 2, n_out, tiles, out + j);
+            add_values((const factor *) s, (const factor *) v + j, n / 2, n_out, tiles, out + j, &values);
         }
     }
     AMX_RELEASE();
