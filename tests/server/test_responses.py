@@ -64,7 +64,7 @@ def test_a_long_response_comes_in_pieces(served: Running) -> None:
     form = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
     events = events_of(served, respond(text=form, max_output_tokens=300))
     pieces = [one["delta"] for one in events if one["type"] == "response.output_text.delta"]
-    assert 1 < len(pieces) < 300  # 16 ms of tokens each
+    assert 1 < len(pieces) < 300  # 33 ms of tokens each
 
 
 def test_a_response_in_a_form(served: Running) -> None:
