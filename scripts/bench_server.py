@@ -3,6 +3,7 @@
 
     python scripts/bench_server.py [--model NAME|PATH] [--clients 1,8] [--tokens N] [--rounds N] [--json FILE]
     python scripts/bench_server.py --layers 5 --dir DIR     # the shape of the 11B model, its first 5 layers
+    python scripts/bench_server.py --parts --clients 1      # where the time goes
 
 The direct call is `Conversation.reply` in this process, asked for one reply after the other. The server runs
 in a process of its own, as `mllama serve`, with the same threads; its clients here read streams of Ollama's
@@ -11,7 +12,11 @@ API and of OpenAI's. Every reply has exactly N tokens, greedy, to a new question
 On few cores a client takes time from the server. So the clients are bare sockets: their requests are made
 before, and they only look for the first text and the end. `--client http` reads lines by http.client, as
 programs in Python do. "CPU ms" is the processor time for each reply: of this process for the direct call,
-else of the server alone.
+else of the server alone; "of one thread": of its busiest one, which computes. The rest is the event loop's.
+
+`--parts` adds what tells whose the time is: the direct call in a second thread, and after a rest of the
+machine, as between the requests of one client; a reply that is not streamed; the processor time that the
+clients take.
 
 Every round runs all three, in another order each time: what runs first after another process is slower. The
 figures are medians of the rounds; "of direct" is the median of the rounds' shares. With 8 clients the direct
@@ -35,6 +40,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +52,8 @@ from mllama_gguf import LoadedModel
 
 # A reply of this form does not end before its tokens do.
 FORM = {"type": "object", "properties": {"a": {"type": "string", "minLength": 9000}}, "required": ["a"]}
-COLUMNS = ("way", "clients", "tokens/s", "of direct", "first token, ms", "CPU ms")
+COLUMNS = ("way", "clients", "tokens/s", "of direct", "first token, ms", "CPU ms", "of one thread")
+REST = 0.003  # seconds
 TEXT = re.compile(rb'"content":"[^"]')
 PROMPT = "Question {}: what is in this picture?"
 
@@ -73,6 +80,11 @@ class Direct:
         assert reply.stats.completion_tokens == self.n_tokens
         return first, time.perf_counter() - start
 
+    def rested(self, number: int) -> tuple[float, float]:
+        """The same after a rest."""
+        time.sleep(REST)
+        return self.run(number)
+
 
 class Client:
     """A reader of streams, on one connection."""
@@ -85,8 +97,8 @@ class Client:
     def request(self, number: int) -> tuple[str, bytes]:
         """A path and a body."""
         message = {"role": "user", "content": PROMPT.format(number)}
-        body: dict[str, Any] = {"model": "bench", "messages": [message], "stream": True}
-        if self.api == "ollama":
+        body: dict[str, Any] = {"model": "bench", "messages": [message], "stream": self.api != "whole"}
+        if self.api != "openai":
             path, body = "/api/chat", body | {"format": FORM}
             # Ollama's own default of 1.1 would be work that the direct call does not have.
             body["options"] = {"temperature": 0, "num_predict": self.n_tokens, "repeat_penalty": 1}
@@ -137,7 +149,7 @@ class SocketClient(Client):
         first, got = None, b""
         start = time.perf_counter()
         self.socket.sendall(request)
-        while not got.endswith(b"\r\n0\r\n\r\n"):
+        while not got.endswith(b"}" if self.api == "whole" else b"\r\n0\r\n\r\n"):
             more = self.socket.recv(1 << 16)
             assert more, got
             got += more
@@ -145,7 +157,7 @@ class SocketClient(Client):
                 first = time.perf_counter() - start
         seconds = time.perf_counter() - start
         assert first is not None and got.startswith(b"HTTP/1.1 200"), got
-        if self.api == "ollama":
+        if self.api != "openai":
             assert b'"eval_count":%d,' % self.n_tokens in got
         return first, seconds
 
@@ -168,16 +180,38 @@ def server(model: str, threads: int | None) -> Iterator[tuple[tuple[str, int], p
             child.terminate()
 
 
+def thread_seconds(process: psutil.Process) -> dict[int, float]:
+    """The processor time of each thread. Linux counts nanoseconds, others steps of 10 ms."""
+    tasks = Path(f"/proc/{process.pid}/task")
+    try:
+        texts = {int(one.name): (one / "schedstat").read_text() for one in tasks.iterdir()}
+        return {number: int(text.split()[0]) / 1e9 for number, text in texts.items()}
+    except OSError:
+        return {one.id: one.user_time + one.system_time for one in process.threads()}
+
+
 def measure(
-    runs: Callable[[int], list[tuple[float, float]]], start: int, n_tokens: int, process: psutil.Process
-) -> tuple[float, float, float]:
-    """Tokens a second of all replies together, the median time to the first text, and the seconds of
-    processors that a process takes for each reply."""
-    before, began = process.cpu_times(), time.perf_counter()
+    runs: Callable[[int], list[tuple[float, float]]],
+    start: int,
+    n_tokens: int,
+    process: psutil.Process,
+    *,
+    one_by_one: bool,
+) -> tuple[float, ...]:
+    """Tokens a second of all replies together; the median time to the first text; for each reply the seconds
+    of processors that a process takes, those of its busiest thread, and those of this process.
+
+    one_by_one: the time between replies does not count
+    """
+    own, before, began = time.process_time(), thread_seconds(process), time.perf_counter()
     found = runs(start)
-    seconds, after = time.perf_counter() - began, process.cpu_times()
-    cpu = after.user + after.system - before.user - before.system
-    return len(found) * n_tokens / seconds, statistics.median(first for first, _ in found), cpu / len(found)
+    seconds, after = time.perf_counter() - began, thread_seconds(process)
+    own = time.process_time() - own
+    if one_by_one:
+        seconds = sum(one for _, one in found)
+    taken = [n - before.get(thread, 0.0) for thread, n in after.items()]
+    cpu = [one / len(found) for one in (sum(taken), max(taken), own)]
+    return len(found) * n_tokens / seconds, statistics.median(first for first, _ in found), *cpu
 
 
 def main() -> None:
@@ -191,6 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--client", choices=CLIENTS, default="socket", help="see above")
+    parser.add_argument("--parts", action="store_true", help="see above")
     parser.add_argument("--json", type=report.json_path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
@@ -215,12 +250,15 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
     direct.run(0)
     rows: list[tuple[Any, ...]] = []
     number = 1
-    with server(model, args.threads) as (address, process):
+    with server(model, args.threads) as (address, process), ThreadPoolExecutor(1) as second:
         for n_clients in map(int, args.clients.split(",")):
             n_replies = args.replies if n_clients == 1 else 1
 
-            def straight(start: int, n: int = n_clients * n_replies) -> list[tuple[float, float]]:
-                return [direct.run(start + i) for i in range(n)]
+            def straight(start: int, run: Any = direct.run, n: int = n_clients * n_replies) -> list[Any]:
+                return [run(start + i) for i in range(n)]
+
+            def in_thread(start: int, straight: Any = straight) -> list[Any]:
+                return second.submit(straight, start).result()
 
             def by(api: str, n: int = n_clients, each: int = n_replies) -> Any:
                 clients = [CLIENTS[args.client](address, api, args.tokens) for _ in range(n)]
@@ -237,21 +275,28 @@ def compare(model: str, args: Any) -> list[tuple[Any, ...]]:
                 return together
 
             ways = {"direct": straight, "Ollama's API": by("ollama"), "OpenAI's API": by("openai")}
+            if args.parts:
+                ways["direct, second thread"] = in_thread
+                ways["direct, after a rest"] = partial(straight, run=direct.rested)
+                ways["Ollama's API, whole"] = by("whole")
             orders = list(itertools.permutations(ways))
-            processes = {name: process if name != "direct" else psutil.Process() for name in ways}
             found: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
             for turn in range(args.rounds):
-                for name in orders[turn % len(orders)]:
-                    found[name].append(measure(ways[name], number, args.tokens, processes[name]))
+                for name in orders[turn * (len(orders) // args.rounds or 1) % len(orders)]:
+                    is_direct = name.startswith("direct")
+                    one_by_one = is_direct or n_clients == 1
+                    computes = psutil.Process() if is_direct else process
+                    figures = measure(ways[name], number, args.tokens, computes, one_by_one=one_by_one)
+                    found[name].append(figures)
                     number += 100
             base = [speed for speed, *_ in found["direct"]]
-            for name, figures in found.items():
-                speed, first, _ = map(statistics.median, zip(*figures, strict=True))
-                # A process's time counts in steps of 10 ms.
-                cpu = statistics.mean(seconds for *_, seconds in figures)
-                share = statistics.median(a[0] / b for a, b in zip(figures, base, strict=True))
-                row = f"{speed:.1f}", f"{share:.3f}", f"{first * 1e3:.1f}", f"{cpu * 1e3:.1f}"
-                rows.append((name, n_clients, *row))
+            for name, rounds in found.items():
+                speed, first, *cpu, own = map(statistics.median, zip(*rounds, strict=True))
+                share = statistics.median(a[0] / b for a, b in zip(rounds, base, strict=True))
+                times = [f"{seconds * 1e3:.1f}" for seconds in (first, *cpu)]
+                rows.append((name, n_clients, f"{speed:.1f}", f"{share:.3f}", *times))
+                if args.parts and name == "Ollama's API":
+                    rows.append(("its clients", n_clients, "", "", "", f"{own * 1e3:.1f}", ""))
     return rows
 
 
