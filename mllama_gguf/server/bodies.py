@@ -6,11 +6,12 @@ as the file that its base64 stands for. So it is cut out of the body before the 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -46,36 +47,33 @@ class Bodies:
         if encoding not in ("", "identity"):
             raise Refused(415, f"Content-Encoding {encoding[:40]!r} is not read; send the JSON as it is")
         with self._room() as take:
-            data = bytearray()
-            async for chunk in self._chunks(request):
-                take(len(chunk))
-                data += chunk
+            data = await self._data(request, take)
             if not data.strip():
                 raise Refused(400, "missing request body")
             if len(data) > LARGE:
                 return await anyio.to_thread.run_sync(parse_object, data)
             return parse_object(data)
 
-    async def _chunks(self, request: Request) -> Any:
+    async def _data(self, request: Request, take: Callable[[int], None]) -> bytearray:
+        """The bytes of a body. take: asks for memory. Raises Refused, ClientDisconnect."""
         settings = self._settings
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > settings.max_body:
             raise _too_large(settings.max_body)
-        chunks, n_bytes = request.stream().__aiter__(), 0
-        while True:
-            try:
-                # Most bodies are there already; `asyncio.wait_for` would make a task for each chunk.
-                with anyio.fail_after(settings.body_seconds):
-                    chunk = await chunks.__anext__()
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                words = f"no more of the request came for {settings.body_seconds:g} s"
-                raise Refused(408, words, headers={"Connection": "close"}) from None
-            n_bytes += len(chunk)
-            if n_bytes > settings.max_body:
-                raise _too_large(settings.max_body)
-            yield chunk
+        data, loop = bytearray(), asyncio.get_running_loop()
+        try:
+            # Most bodies are there already. `asyncio.wait_for` would make a task for each chunk.
+            with anyio.fail_after(settings.body_seconds) as pause:
+                async for chunk in request.stream():
+                    if len(data) + len(chunk) > settings.max_body:
+                        raise _too_large(settings.max_body)
+                    take(len(chunk))
+                    data += chunk
+                    pause.deadline = loop.time() + settings.body_seconds
+        except TimeoutError:
+            words = f"no more of the request came for {settings.body_seconds:g} s"
+            raise Refused(408, words, headers={"Connection": "close"}) from None
+        return data
 
     @contextmanager
     def _room(self) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import io
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -82,6 +83,17 @@ def test_a_body_that_does_not_come_is_given_up(small: Running) -> None:
     with socket.create_connection((host, int(port)), 60) as connection:
         connection.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         assert b" 408 " in connection.recv(4096)
+
+
+def test_a_slow_body_is_waited_for(small: Running) -> None:
+    """The limit is of a pause, not of the whole request."""
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 60) as connection:
+        connection.sendall(b"POST /api/show HTTP/1.1\r\nHost: localhost\r\nContent-Length: 17\r\n\r\n")
+        for part in (b'{"mod', b'el": ', b'"none', b'"}'):
+            time.sleep(0.8)  # of 2 s
+            connection.sendall(part)
+        assert b" 404 " in connection.recv(4096)
 
 
 def test_an_encoded_body_is_refused(served: Running) -> None:
