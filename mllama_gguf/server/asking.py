@@ -127,8 +127,9 @@ def _told(
     for text in reply:
         if ask.gives_context:
             said.append(text)
-        yield Piece(text, choice, tuple(reply.logprobs[n_told:]))
-        n_told = len(reply.logprobs)
+        told = tuple(reply.logprobs[n_told:])
+        n_told += len(told)
+        yield Piece(text, choice, told)
     if len(reply.logprobs) > n_told:
         yield Piece("", choice, tuple(reply.logprobs[n_told:]))
     context = context_of("".join(said)) if ask.gives_context else ()

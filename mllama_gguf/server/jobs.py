@@ -4,13 +4,12 @@ clients."""
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from ..decode.conversation import Conversation
 from ..decode.writer import Stats
@@ -22,8 +21,7 @@ from .catalog import Card
 from .problems import Refused
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):  # there is one for each token, and a dataclass takes longer
     """Text of a reply. choice: which of several; logprobs: of its tokens."""
 
     text: str
@@ -99,10 +97,7 @@ class Mailbox:
             if (self._has_ended if self._whole else self._items) or not await self._wait(seconds):
                 break
         self._wants_any = self._has_ended = False
-        found = []
-        while self._items:
-            found.append(self._items.popleft())
-        return found
+        return [self._items.popleft() for _ in range(len(self._items))]
 
     async def _wait(self, seconds: float | None) -> bool:
         """Wait for `_wake`; False: it did not come for so many seconds. `asyncio.wait_for` makes a task."""
@@ -153,7 +148,7 @@ class Job:
     ahead: Callable[[Usable, Job], None] | None = None
     encoded: set[str] = field(default_factory=set)
     created: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    is_cancelled: bool = False
     reason: str = "client"
 
     @property
@@ -163,14 +158,14 @@ class Job:
 
     @property
     def should_stop(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.cancelled.is_set() or self.is_late
+        """Whether nobody waits for it any more. Asked for each token."""
+        return self.is_cancelled or (self.time_limit > 0 and self.is_late)
 
     def cancel(self, reason: str) -> None:
         """Stop it, from any thread."""
-        if not self.cancelled.is_set():
+        if not self.is_cancelled:
             self.reason = reason
-            self.cancelled.set()
+            self.is_cancelled = True
 
 
 class FairQueue:
