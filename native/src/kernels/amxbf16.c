@@ -260,9 +260,9 @@ INLINE void copy(const float * from, int64_t from_stride, int64_t rows, int64_t 
     }
 }
 
-// One panel: a->n rows of out, `width` columns, = first + x w or, if `first` is NULL, out + x w, for so many pairs of x,
-// in tiles [..][steps]. Sums wait in the nearest caches for the last pass; those that fill no pair of tiles are copied.
-// Meanwhile the weights at `next` are fetched, if there is another panel.
+// One panel: a->n rows of out, `width` columns, = first + x w or, if `first` is NULL, out + x w, for so many pairs
+// of x, in tiles [..][steps]. Sums wait in the nearest caches for the last pass; those that fill no pair of tiles are
+// copied. Meanwhile the weights at `next` are fetched, if there is another panel.
 static void multiply_panel(const linear_args * a, const factor * x, int64_t pairs, const factor * w,
                            const float * first, int64_t width, float * out, const char * next) {
     float __attribute__((aligned(64))) sums[ROWS][WIDTH];
