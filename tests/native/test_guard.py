@@ -13,6 +13,7 @@ NATIVE = Path(__file__).parents[2] / "native"
 
 # These only look into ggml's own structures. All others ask a backend, which may throw: see guard.h.
 HARMLESS = {
+    "ggml_backend_buffer_get_base",  # of the CPU's memory
     "ggml_backend_buffer_get_size",
     "ggml_backend_buffer_get_type",
     "ggml_backend_buffer_set_usage",

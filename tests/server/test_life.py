@@ -323,7 +323,8 @@ def test_a_second_signal_ends_it_immediately() -> None:
         process("-m", "demo", "--shutdown-grace", "60", "-c", "0") as (child, url),
         httpx.stream("POST", f"{url}/api/generate", json=endless(), timeout=60) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # to drop it would end the connection
+        next(lines)
         child.terminate()
         time.sleep(0.3)
         assert child.poll() is None
