@@ -27,6 +27,10 @@ typedef int16_t vs __attribute__((vector_size(64)));
 
 enum { TILE = 16 }; // rows; and in a row: sums, pairs of BF16 or fours of 8 bits
 
+// A list of configurations, by a number of rows or of what is in a row
+#define ONE_TO_16(t) \
+    t(1), t(2), t(3), t(4), t(5), t(6), t(7), t(8), t(9), t(10), t(11), t(12), t(13), t(14), t(15), t(16)
+
 #if !defined(MLLAMA_AMX_EMULATED) || defined(MLLAMA_AMX_TRAPPED)
 // Before all others. All tiles become 0.
 #define AMX_CONFIGURE(tiles) __asm__ volatile("ldtilecfg %0" : : "m"(*(tiles)) : "memory")

@@ -215,9 +215,7 @@ static void attend(const attend_args * a) {
       .row_bytes = { ROW, ROW, ROW, ROW, 4 * (n), 4 * (n), ROW, ROW },                     \
       .rows      = { TILE, TILE, TILE, TILE, TILE, TILE, (n), (n) } }
 static const amx_tiles linear_tiles[STEP] = { // of that many pairs plus one
-    LINEAR_TILES(1), LINEAR_TILES(2),  LINEAR_TILES(3),  LINEAR_TILES(4),  LINEAR_TILES(5),  LINEAR_TILES(6),
-    LINEAR_TILES(7), LINEAR_TILES(8),  LINEAR_TILES(9),  LINEAR_TILES(10), LINEAR_TILES(11), LINEAR_TILES(12),
-    LINEAR_TILES(13), LINEAR_TILES(14), LINEAR_TILES(15), LINEAR_TILES(16),
+    ONE_TO_16(LINEAR_TILES),
 };
 
 // to[16 or, with `both`, 32 rows][WIDTH] = first + x w for some steps of a panel. x: tiles of the first rows; those of

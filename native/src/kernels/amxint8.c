@@ -11,7 +11,8 @@
 #include "kernels/q8_column.h"
 
 enum {
-    PANELS       = 2,               // of 16 rows, that are multiplied together
+    PANEL        = TILE,            // rows
+    PANELS       = 2,               // that are multiplied together
     STEPS        = QUANT_BLOCK / 4, // fours of weights
     TILE_STEPS   = TILE,            // in a tile
     HIGH         = 256,             // what the high plane counts
@@ -28,6 +29,8 @@ typedef struct panel {
     float    dmin[TILE];             // these not of Q6_K
     uint32_t mins[4][TILE];          // two of 16 bits: of 32 weights each, from the first to the last
 } __attribute__((aligned(64))) panel;
+
+#include "kernels/panels.h"
 
 // A scale of each row, 8 bits: for the even weights and for the odd ones; and what is less for all
 typedef struct factors {
@@ -133,11 +136,13 @@ static void unpack_q6_k(const char * const * rows, panel * p) {
     { .palette   = 1,                                       \
       .row_bytes = { ROW, ROW, ROW, ROW, ROW, ROW, ROW, ROW }, \
       .rows      = { (n), (n), (n), (n), (n), TILE, TILE, TILE } }
-static const amx_tiles column_tiles[TILE] = { // for that many columns plus one
-    COLUMN_TILES(1),  COLUMN_TILES(2),  COLUMN_TILES(3),  COLUMN_TILES(4),  COLUMN_TILES(5),  COLUMN_TILES(6),
-    COLUMN_TILES(7),  COLUMN_TILES(8),  COLUMN_TILES(9),  COLUMN_TILES(10), COLUMN_TILES(11), COLUMN_TILES(12),
-    COLUMN_TILES(13), COLUMN_TILES(14), COLUMN_TILES(15), COLUMN_TILES(16),
+static const amx_tiles tiles_of[TILE] = { // for that many columns plus one
+    ONE_TO_16(COLUMN_TILES),
 };
+
+static int64_t column_tiles(int64_t n_columns) {
+    return (n_columns + TILE - 1) / TILE;
+}
 
 // Adds the products of a tile of columns, `stride` bytes apart, and a block of each panel, 64 weights from step i on
 INLINE void multiply_step(const panel * p, const q8_column * x, int64_t stride, int i) {
@@ -198,8 +203,8 @@ INLINE void add_column(const worth * w, const bool with_mins, const q8_column * 
 // operations ahead. So the sums of the tile before are added in four parts, one after each step's products. The last
 // tile begins among the columns of the one before it.
 INLINE void multiply_block(const panel * p, const bool with_mins, const q8_column * x, int64_t n, int64_t n_columns,
-                           const char * fetched, int64_t piece, float (*out)[PANELS * TILE]) {
-    const int64_t n_tiles = (n_columns + TILE - 1) / TILE, full = n_columns < TILE ? n_columns : TILE;
+                           const char * fetched, int64_t piece, float (*out)[PANELS * PANEL]) {
+    const int64_t n_tiles = column_tiles(n_columns), full = n_columns < TILE ? n_columns : TILE;
     const worth   w = worth_of(p, with_mins);
     tile_sums     sums[2][2 * PANELS] __attribute__((aligned(64))); // [2 k + plane] of panel k
     int64_t       before = 0, first = TILE; // the tile before begins there, and its columns are added from `first` on
@@ -235,46 +240,26 @@ INLINE void multiply_block(const panel * p, const bool with_mins, const q8_colum
     }
 }
 
-// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
-static void multiply_columns(const struct ggml_tensor * w, const void * columns, int64_t n_columns, int64_t first,
+static void multiply_with_mins(const panel * p, const q8_column * x, int64_t n, int64_t n_columns,
+                               const char * fetched, int64_t piece, float (*sums)[PANELS * PANEL]) {
+    multiply_block(p, true, x, n, n_columns, fetched, piece, sums);
+}
+
+static void multiply_q6_k(const panel * p, const q8_column * x, int64_t n, int64_t n_columns, const char * fetched,
+                          int64_t piece, float (*sums)[PANELS * PANEL]) {
+    multiply_block(p, false, x, n, n_columns, fetched, piece, sums);
+}
+
+static const form Q4_K = { sizeof(q4_k_block), unpack_q4_k, multiply_with_mins };
+static const form Q5_K = { sizeof(q5_k_block), unpack_q5_k, multiply_with_mins };
+static const form Q6_K = { sizeof(q6_k_block), unpack_q6_k, multiply_q6_k };
+
+static void multiply_columns(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                              int64_t then, float * out) {
-    const q8_column * x = columns;
-    const int64_t     n = w->ne[0] / QUANT_BLOCK, n_tiles = (n_columns + TILE - 1) / TILE;
-    const int64_t     full = n_columns < TILE ? n_columns : TILE;
-    const size_t      size = k_block_size(w->type);
-    panel             panels[PANELS];
-    float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
-    const char *      rows[PANELS * TILE];
-    void           (* unpack)(const char * const * rows, panel * p) = w->type == GGML_TYPE_Q4_K   ? unpack_q4_k
-                                                                      : w->type == GGML_TYPE_Q5_K ? unpack_q5_k
-                                                                                                  : unpack_q6_k;
-    for (int64_t i = 0; i < PANELS * TILE; i++) { // the last row for those that do not exist
-        rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
-    }
-    memset(totals, 0, sizeof(totals[0]) * (size_t) n_columns);
-    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
-    const int64_t piece   = round_up(PANELS * TILE * (int64_t) w->nb[1] / n / (PANELS + n_tiles), LINE);
-    AMX_CONFIGURE(&column_tiles[full - 1]);
-    for (int64_t block = 0; block < n; block++) {
-        for (int k = 0; k < PANELS; k++, fetched += piece) {
-            fetch(fetched, piece);
-            unpack(rows + TILE * k, &panels[k]);
-        }
-        if (w->type != GGML_TYPE_Q6_K) {
-            multiply_block(panels, true, x + block, n, n_columns, fetched, piece, totals);
-        } else {
-            multiply_block(panels, false, x + block, n, n_columns, fetched, piece, totals);
-        }
-        fetched += n_tiles * piece;
-        for (int i = 0; i < PANELS * TILE; i++) {
-            rows[i] += size;
-        }
-    }
+    const form * f = w->type == GGML_TYPE_Q4_K ? &Q4_K : w->type == GGML_TYPE_Q5_K ? &Q5_K : &Q6_K;
+    AMX_CONFIGURE(&tiles_of[(n_columns < TILE ? n_columns : TILE) - 1]);
+    multiply_panels(f, w, x, n_columns, column_tiles(n_columns), first, then, out);
     AMX_RELEASE();
-    const int64_t left = w->ne[1] - first < PANELS * TILE ? w->ne[1] - first : PANELS * TILE;
-    for (int64_t c = 0; c < n_columns; c++) {
-        memcpy(out + c * w->ne[1] + first, totals[c], (size_t) left * sizeof(float));
-    }
 }
 
 // ---- few columns --------------------------------------------------------------------------------------------------
@@ -285,14 +270,7 @@ const cpu_quantized cpu_quantized_amx = {
     .multiply_column  = amx_emulated_multiply_column,
     .multiply_columns = multiply_columns,
 #else
-static void quantize(const float * x, int64_t n, void * out) {
-    cpu_quantized_vnni.quantize(x, n, out);
-}
-
-static void multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
-                            float * out) {
-    cpu_quantized_vnni.multiply_column(w, x, first, end, then, out);
-}
+COLUMNS_OF(cpu_quantized_vnni)
 
 static void multiply(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first, int64_t then,
                      float * out) {
@@ -310,6 +288,6 @@ const cpu_quantized cpu_quantized_amx = {
 #endif
     .block_size       = sizeof(q8_column),
     .rows_alone       = 64,
-    .rows             = PANELS * TILE,
+    .rows             = PANELS * PANEL,
     .columns          = TASK_COLUMNS,
 };

@@ -6,8 +6,11 @@
 #include "kernels/amx_rows.h"
 #include "kernels/q8_groups.h"
 
+typedef q8_groups q8_column;
+
 enum {
-    PANELS       = 2,               // of 16 rows, that are multiplied together
+    PANEL        = TILE,            // rows
+    PANELS       = 2,               // that are multiplied together
     STEPS        = QUANT_BLOCK / 4, // fours of weights
     GROUP_STEPS  = SMALL_BLOCK / 4, // in a tile of weights
     PART         = 4,               // groups whose sums are added together
@@ -23,6 +26,8 @@ typedef struct panel {
     uint32_t w[STEPS][TILE]; // four weights of each row, as the columns' values come
     float    d[GROUPS][TILE];
 } __attribute__((aligned(64))) panel;
+
+#include "kernels/panels.h"
 
 // ---- weights to lanes ---------------------------------------------------------------------------------------------
 
@@ -72,15 +77,17 @@ static void unpack_q4_0(const char * const * rows, panel * p) {
     { .palette   = 1,                                                                \
       .row_bytes = { ROW, ROW, ROW, ROW, SMALL_BLOCK, SMALL_BLOCK, ROW, ROW },       \
       .rows      = { (n), (n), (n), (n), (n), (n), GROUP_STEPS, GROUP_STEPS } }
-static const amx_tiles column_tiles[TILE] = { // for that many columns plus one
-    COLUMN_TILES(1),  COLUMN_TILES(2),  COLUMN_TILES(3),  COLUMN_TILES(4),  COLUMN_TILES(5),  COLUMN_TILES(6),
-    COLUMN_TILES(7),  COLUMN_TILES(8),  COLUMN_TILES(9),  COLUMN_TILES(10), COLUMN_TILES(11), COLUMN_TILES(12),
-    COLUMN_TILES(13), COLUMN_TILES(14), COLUMN_TILES(15), COLUMN_TILES(16),
+static const amx_tiles tiles_of[TILE] = { // for that many columns plus one
+    ONE_TO_16(COLUMN_TILES),
 };
+
+static int64_t parts_of(int64_t n_columns) {
+    return (n_columns + TILE - 1) / TILE * (GROUPS / PART);
+}
 
 // The products of a group of a tile of columns, `stride` bytes apart: an even group's sums go to 0 and 1, an odd one's
 // to 2 and 3.
-INLINE void multiply_even(const panel * p, const q8_groups * x, int64_t stride, int group) {
+INLINE void multiply_even(const panel * p, const q8_column * x, int64_t stride, int group) {
     AMX_ZERO(0);
     AMX_ZERO(1);
     AMX_LOAD(4, x->q + SMALL_BLOCK * group, stride);
@@ -90,7 +97,7 @@ INLINE void multiply_even(const panel * p, const q8_groups * x, int64_t stride, 
     AMX_MULTIPLY_INT8(1, 4, 7);
 }
 
-INLINE void multiply_odd(const panel * p, const q8_groups * x, int64_t stride, int group) {
+INLINE void multiply_odd(const panel * p, const q8_column * x, int64_t stride, int group) {
     AMX_ZERO(2);
     AMX_ZERO(3);
     AMX_LOAD(5, x->q + SMALL_BLOCK * group, stride);
@@ -112,7 +119,7 @@ INLINE void store_odd(tile_sums * sums) {
 
 // A part of the groups of a tile of columns
 typedef struct part {
-    const q8_groups * x;           // n blocks apart
+    const q8_column * x;           // n blocks apart
     int64_t           n;
     int64_t           first, full; // columns that are still to be added
     int               group;       // the first
@@ -144,10 +151,10 @@ INLINE void add_columns(part * a, int64_t end, const vf (*d)[PANELS]) {
 // The unit of the tiles and those of vectors work at the same time, but the processor looks only some hundreds of
 // operations ahead. So a quarter of the part before is added after each group's products. The last tile begins among
 // the columns of the one before it.
-static void multiply_block(const panel * p, const q8_groups * x, int64_t n, int64_t n_columns, const char * fetched,
+static void multiply_block(const panel * p, const q8_column * x, int64_t n, int64_t n_columns, const char * fetched,
                            int64_t piece, float (*out)[PANELS * TILE]) {
-    const int64_t n_parts = (n_columns + TILE - 1) / TILE * (GROUPS / PART);
-    const int64_t full    = n_columns < TILE ? n_columns : TILE, stride = n * (int64_t) sizeof(q8_groups);
+    const int64_t n_parts = parts_of(n_columns);
+    const int64_t full    = n_columns < TILE ? n_columns : TILE, stride = n * (int64_t) sizeof(q8_column);
     tile_sums     sums[2][PART][PANELS] __attribute__((aligned(64)));
     part          before = { .first = TILE }; // none
     for (int64_t i = 0; i <= n_parts; i++) {
@@ -186,40 +193,14 @@ static void multiply_block(const panel * p, const q8_groups * x, int64_t n, int6
     }
 }
 
-// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
-static void multiply_columns(const struct ggml_tensor * w, const void * columns, int64_t n_columns, int64_t first,
+static const form Q8_0 = { GROUPS * sizeof(q8_0_block), unpack_q8_0, multiply_block };
+static const form Q4_0 = { GROUPS * sizeof(q4_0_block), unpack_q4_0, multiply_block };
+
+static void multiply_columns(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                              int64_t then, float * out) {
-    const q8_groups * x    = columns;
-    const bool        q4   = w->type == GGML_TYPE_Q4_0;
-    const size_t      size = GROUPS * (q4 ? sizeof(q4_0_block) : sizeof(q8_0_block));
-    const int64_t     n    = w->ne[0] / QUANT_BLOCK, n_parts = (n_columns + TILE - 1) / TILE * (GROUPS / PART);
-    const int64_t     full = n_columns < TILE ? n_columns : TILE;
-    panel             panels[PANELS];
-    float             totals[TASK_COLUMNS][PANELS * TILE] __attribute__((aligned(64)));
-    const char *      rows[PANELS * TILE];
-    for (int64_t i = 0; i < PANELS * TILE; i++) { // the last row for those that do not exist
-        rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
-    }
-    memset(totals, 0, sizeof(totals[0]) * (size_t) n_columns);
-    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
-    const int64_t piece   = round_up(PANELS * TILE * (int64_t) size / (PANELS + n_parts), LINE);
-    AMX_CONFIGURE(&column_tiles[full - 1]);
-    for (int64_t block = 0; block < n; block++) {
-        for (int k = 0; k < PANELS; k++, fetched += piece) {
-            fetch(fetched, piece);
-            (q4 ? unpack_q4_0 : unpack_q8_0)(rows + TILE * k, &panels[k]);
-        }
-        multiply_block(panels, x + block, n, n_columns, fetched, piece, totals);
-        fetched += n_parts * piece;
-        for (int i = 0; i < PANELS * TILE; i++) {
-            rows[i] += size;
-        }
-    }
+    AMX_CONFIGURE(&tiles_of[(n_columns < TILE ? n_columns : TILE) - 1]);
+    multiply_panels(w->type == GGML_TYPE_Q4_0 ? &Q4_0 : &Q8_0, w, x, n_columns, parts_of(n_columns), first, then, out);
     AMX_RELEASE();
-    const int64_t left = w->ne[1] - first < PANELS * TILE ? w->ne[1] - first : PANELS * TILE;
-    for (int64_t c = 0; c < n_columns; c++) {
-        memcpy(out + c * w->ne[1] + first, totals[c], (size_t) left * sizeof(float));
-    }
 }
 
 // ---- few columns --------------------------------------------------------------------------------------------------
@@ -230,14 +211,7 @@ const cpu_quantized cpu_quantized_amx_32 = {
     .multiply_column  = amx_emulated_multiply_column_32,
     .multiply_columns = multiply_columns,
 #else
-static void quantize(const float * x, int64_t n, void * out) {
-    cpu_quantized_vnni_32.quantize(x, n, out);
-}
-
-static void multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
-                            float * out) {
-    cpu_quantized_vnni_32.multiply_column(w, x, first, end, then, out);
-}
+COLUMNS_OF(cpu_quantized_vnni_32)
 
 static void multiply(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first, int64_t then,
                      float * out) {
@@ -253,9 +227,9 @@ const cpu_quantized cpu_quantized_amx_32 = {
     .multiply_column  = multiply_column,
     .multiply_columns = multiply,
 #endif
-    .block_size       = sizeof(q8_groups),
+    .block_size       = sizeof(q8_column),
     .rows_alone       = 64,
-    .rows             = PANELS * TILE,
+    .rows             = PANELS * PANEL,
     .columns          = TASK_COLUMNS,
     .q8_0_columns     = INT64_MAX,
 };

@@ -5,8 +5,6 @@
 
 typedef uint32_t vw __attribute__((vector_size(32)));
 
-#include "kernels/k_panels.h"
-
 enum {
     PANEL        = 8,  // rows, one for each 32-bit lane
     PANELS       = 2,  // that are multiplied together
@@ -57,25 +55,15 @@ INLINE void transpose(const char * const * rows, size_t at, vw * out) {
     out[3] = (vw) _mm256_unpackhi_epi64(b, d);
 }
 
+INLINE void store_step(panel * p, int group, int i, vw w) {
+    store(p->w[GROUP_STEPS * group + i], (__m256i) w);
+}
+
+#include "kernels/k_unpack.h"
+
 // Blocks of Q4_K or, `five`, of Q5_K
 INLINE void unpack_with_mins(const bool five, const char * const * rows, panel * p) {
-    const size_t at = five ? offsetof(q5_k_block, q) : offsetof(q4_k_block, q);
-    UNROLL for (int half = 0; half < 2; half++) { // 16 of the 32 bytes of two groups
-        vw high[4];
-        if (five) {
-            transpose(rows, offsetof(q5_k_block, high) + (size_t) (16 * half), high);
-        }
-        UNROLL for (int j = 0; j < 8; j += 2) {
-            vw w[4];
-            transpose(rows, at + (size_t) (16 * j + 16 * half), w);
-            UNROLL for (int i = 0; i < 4; i++) {
-                UNROLL for (int k = j; k < j + 2; k++) {
-                    const vw q = five ? q5_k_weights(w[i], high[i], k) : q4_k_weights(w[i], k);
-                    store(p->w[k * GROUP_STEPS + 4 * half + i], (__m256i) q);
-                }
-            }
-        }
-    }
+    unpack_four_or_five_bits(five, rows, p);
     vw first[4];
     transpose(rows, 0, first);
     const k_head head = k_head_of(first);
@@ -98,21 +86,7 @@ static void unpack_q5_k(const char * const * rows, panel * p) {
 }
 
 static void unpack_q6_k(const char * const * rows, panel * p) {
-    for (int half = 0; half < 2; half++) {
-        UNROLL for (int j = 0; j < 2; j++) { // 16 bytes each
-            const size_t at = offsetof(q6_k_block, low) + (size_t) (64 * half + 16 * j);
-            vw           a[4], b[4], high[4];
-            transpose(rows, at, a);
-            transpose(rows, at + 32, b);
-            transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
-            UNROLL for (int i = 0; i < 4; i++) {
-                UNROLL for (int k = 0; k < 4; k++) {
-                    const vw w = q6_k_weights(a[i], b[i], high[i], k);
-                    store(p->w[(4 * half + k) * GROUP_STEPS + 4 * j + i], (__m256i) w);
-                }
-            }
-        }
-    }
+    unpack_six_bits(rows, p);
     vw scales[4];
     transpose(rows, offsetof(q6_k_block, scales), scales);
     UNROLL for (int j = 0; j < 4; j++) { // four bytes

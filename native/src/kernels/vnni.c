@@ -1,13 +1,13 @@
 // Products with Q4_K, Q5_K and Q6_K by AVX512-VNNI, with AVX-512BW, FMA and F16C
 #include "kernels/vnni_rows.h"
 
-#include "kernels/k_panels.h"
-
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
 INLINE void store_step(panel * p, int group, int i, vw w) {
     store(p->w[8 * PLACE[group] + i], w);
 }
+
+#include "kernels/k_unpack.h"
 
 INLINE __m512 scaled(__m512 d, vw scale) {
     return _mm512_mul_ps(d, _mm512_cvtepi32_ps((__m512i) scale));
@@ -15,22 +15,7 @@ INLINE __m512 scaled(__m512 d, vw scale) {
 
 // Blocks of Q4_K or, `five`, of Q5_K
 INLINE void unpack_with_mins(const bool five, const char * const * rows, panel * p) {
-    const size_t at = five ? offsetof(q5_k_block, q) : offsetof(q4_k_block, q);
-    UNROLL for (int half = 0; half < 2; half++) { // 16 of the 32 bytes of two groups
-        vw high[4];
-        if (five) {
-            transpose(rows, offsetof(q5_k_block, high) + (size_t) (16 * half), high);
-        }
-        UNROLL for (int j = 0; j < 8; j += 2) {
-            vw w[4];
-            transpose(rows, at + (size_t) (16 * j + 16 * half), w);
-            UNROLL for (int i = 0; i < 4; i++) {
-                UNROLL for (int k = j; k < j + 2; k++) {
-                    store_step(p, k, 4 * half + i, five ? q5_k_weights(w[i], high[i], k) : q4_k_weights(w[i], k));
-                }
-            }
-        }
-    }
+    unpack_four_or_five_bits(five, rows, p);
     vw first[4];
     transpose(rows, 0, first);
     const k_head head = k_head_of(first);
@@ -53,20 +38,7 @@ static void unpack_q5_k(const char * const * rows, panel * p) {
 }
 
 static void unpack_q6_k(const char * const * rows, panel * p) {
-    for (int half = 0; half < 2; half++) {
-        UNROLL for (int j = 0; j < 2; j++) { // 16 bytes each
-            const size_t at = offsetof(q6_k_block, low) + (size_t) (64 * half + 16 * j);
-            vw           a[4], b[4], high[4];
-            transpose(rows, at, a);
-            transpose(rows, at + 32, b);
-            transpose(rows, offsetof(q6_k_block, high) + (size_t) (32 * half + 16 * j), high);
-            UNROLL for (int i = 0; i < 4; i++) {
-                UNROLL for (int k = 0; k < 4; k++) {
-                    store_step(p, 4 * half + k, 4 * j + i, q6_k_weights(a[i], b[i], high[i], k));
-                }
-            }
-        }
-    }
+    unpack_six_bits(rows, p);
     ggml_fp16_t factors[PANEL];
     for (int i = 0; i < PANEL; i++) {
         factors[i] = ((const q6_k_block *) rows[i])->d;
@@ -145,7 +117,7 @@ static const form Q6_K = { sizeof(q6_k_block), unpack_q6_k, multiply_q6_k };
 static void multiply_columns(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                              int64_t then, float * out) {
     const form * f = w->type == GGML_TYPE_Q4_K ? &Q4_K : w->type == GGML_TYPE_Q5_K ? &Q5_K : &Q6_K;
-    multiply_panels(f, w, x, n_columns, first, then, out);
+    multiply_panels(f, w, x, n_columns, column_groups(n_columns), first, then, out);
 }
 
 const cpu_quantized cpu_quantized_vnni = {

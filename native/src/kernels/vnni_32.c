@@ -105,17 +105,11 @@ static const form Q4_0 = { GROUPS * sizeof(q4_0_block), unpack_q4_0, multiply_q4
 
 static void multiply_columns(const struct ggml_tensor * w, const void * x, int64_t n_columns, int64_t first,
                              int64_t then, float * out) {
-    multiply_panels(w->type == GGML_TYPE_Q4_0 ? &Q4_0 : &Q8_0, w, x, n_columns, first, then, out);
+    const form * f = w->type == GGML_TYPE_Q4_0 ? &Q4_0 : &Q8_0;
+    multiply_panels(f, w, x, n_columns, column_groups(n_columns), first, then, out);
 }
 
-static void quantize(const float * x, int64_t n, void * out) {
-    cpu_quantized_avx2_32.quantize(x, n, out);
-}
-
-static void multiply_column(const struct ggml_tensor * w, const void * x, int64_t first, int64_t end, int64_t then,
-                            float * out) {
-    cpu_quantized_avx2_32.multiply_column(w, x, first, end, then, out);
-}
+COLUMNS_OF(cpu_quantized_avx2_32)
 
 const cpu_quantized cpu_quantized_vnni_32 = {
     .block_size       = sizeof(q8_column),

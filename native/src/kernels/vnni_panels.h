@@ -67,18 +67,16 @@ INLINE __m512i spread(const void * p) {
     return _mm512_set1_epi32(x);
 }
 
-// A form of weights: how a block of a panel's rows is unpacked, and multiplied by at most COLUMN_GROUP columns, which
-// lie n blocks apart
-typedef struct form {
-    size_t size; // bytes of 256 weights
-    void (* unpack)(const char * const * rows, panel * p);
-    void (* multiply)(const panel * p, const q8_column * x, int64_t n, float (*sums)[PANELS * PANEL], int64_t columns);
-} form;
+#include "kernels/panels.h"
 
-// One that calls multiply_block with the number of columns as a constant
+static int64_t column_groups(int64_t n_columns) {
+    return (n_columns + COLUMN_GROUP - 1) / COLUMN_GROUP;
+}
+
+// The `multiply` of a form: multiply_block with the number of a group's columns as a constant
 #define MULTIPLY(name, argument)                                                                             \
-    static __attribute__((noinline)) void name(const panel * p, const q8_column * x, int64_t n,              \
-                                               float (*sums)[PANELS * PANEL], int64_t columns) {             \
+    static __attribute__((noinline)) void name##_group(const panel * p, const q8_column * x, int64_t n,      \
+                                                       float (*sums)[PANELS * PANEL], int64_t columns) {     \
         switch (columns) {                                                                                   \
             case 1: multiply_block(p, argument, x, n, sums, 1); break;                                       \
             case 2: multiply_block(p, argument, x, n, sums, 2); break;                                       \
@@ -87,37 +85,13 @@ typedef struct form {
             case 5: multiply_block(p, argument, x, n, sums, 5); break;                                       \
             case 6: multiply_block(p, argument, x, n, sums, 6); break;                                       \
         }                                                                                                    \
+    }                                                                                                        \
+    static void name(const panel * p, const q8_column * x, int64_t n, int64_t n_columns,                     \
+                     const char * fetched, int64_t piece, float (*sums)[PANELS * PANEL]) {                   \
+        const int64_t n_groups = column_groups(n_columns);                                                   \
+        for (int64_t i = 0; i < n_groups; i++) {                                                             \
+            const int64_t c = n_columns * i / n_groups, end = n_columns * (i + 1) / n_groups;                \
+            fetch(fetched + i * piece, piece);                                                               \
+            name##_group(p, x + c * n, n, sums + c, end - c);                                                \
+        }                                                                                                    \
     }
-
-// Two panels of rows. Meanwhile those from `then` on are fetched from memory.
-static void multiply_panels(const form * f, const struct ggml_tensor * w, const q8_column * x, int64_t n_columns,
-                            int64_t first, int64_t then, float * out) {
-    const int64_t n = w->ne[0] / QUANT_BLOCK, n_groups = (n_columns + COLUMN_GROUP - 1) / COLUMN_GROUP;
-    panel         panels[PANELS];
-    float         sums[TASK_COLUMNS][PANELS * PANEL] __attribute__((aligned(64)));
-    const char *  rows[PANELS * PANEL];
-    for (int64_t i = 0; i < PANELS * PANEL; i++) { // the last row for those that do not exist
-        rows[i] = (const char *) w->data + (size_t) (first + i < w->ne[1] ? first + i : w->ne[1] - 1) * w->nb[1];
-    }
-    memset(sums, 0, sizeof(sums[0]) * (size_t) n_columns);
-    const char *  fetched = (const char *) w->data + (size_t) then * w->nb[1];
-    const int64_t piece   = round_up(PANELS * PANEL * (int64_t) f->size / (PANELS + n_groups), LINE);
-    for (int64_t block = 0; block < n; block++) {
-        for (int k = 0; k < PANELS; k++, fetched += piece) {
-            fetch(fetched, piece);
-            f->unpack(rows + PANEL * k, &panels[k]);
-        }
-        for (int64_t i = 0; i < n_groups; i++, fetched += piece) {
-            fetch(fetched, piece);
-            const int64_t c = n_columns * i / n_groups, end = n_columns * (i + 1) / n_groups;
-            f->multiply(panels, x + c * n + block, n, sums + c, end - c);
-        }
-        for (int i = 0; i < PANELS * PANEL; i++) {
-            rows[i] += f->size;
-        }
-    }
-    const int64_t left = w->ne[1] - first < PANELS * PANEL ? w->ne[1] - first : PANELS * PANEL;
-    for (int64_t c = 0; c < n_columns; c++) {
-        memcpy(out + c * w->ne[1] + first, sums[c], (size_t) left * sizeof(float));
-    }
-}
