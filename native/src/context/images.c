@@ -33,9 +33,7 @@ static void make_patches(mllama_context * ctx) {
         guard_host_buffer_type(ctx->model->plan.vision, &type) != MLLAMA_OK || !type) {
         return;
     }
-    if (guard_alloc_buffer(type, tile * (size_t) p->max_tiles, &ctx->patches) != MLLAMA_OK) {
-        ctx->patches = NULL; // other memory serves too
-    }
+    (void) guard_alloc_buffer(type, tile * (size_t) p->max_tiles, &ctx->patches); // without it other memory serves too
 }
 
 // *own: to be freed afterwards
