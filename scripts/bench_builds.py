@@ -13,7 +13,6 @@ must have the C API of this checkout.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -23,36 +22,20 @@ from pathlib import Path
 import full_shape
 import numpy as np
 import report
-from contestant import Contestant
-
-from mllama_gguf.backend.callbacks import Callbacks
-from mllama_gguf.backend.context import LocalContext
+from contestant import Contestant, TextModel
 
 WORDS = 128000
 N_TOKENS = 40  # of a round
 N_PROMPT = 128
 
 
-class Build:
-    """A text model, with one build."""
-
-    def __init__(self, library: str, path: str, threads: int) -> None:
-        os.environ["MLLAMA_LIBRARY"] = library
-        from mllama_gguf.backend.library import load
-        from mllama_gguf.backend.local import open_model
-
-        callbacks = Callbacks(load())
-        model = open_model(path, None, callbacks=callbacks)
-        self.context: LocalContext = model.open_context(callbacks, n_ctx=1024, n_threads=threads)
-
-
-def prompt(build: Build, tokens: list[int]) -> float:
+def prompt(build: TextModel, tokens: list[int]) -> float:
     """Seconds of a prompt."""
     build.context.truncate(0)
     return decode(build, tokens)
 
 
-def decode(build: Build, tokens: list[int]) -> float:
+def decode(build: TextModel, tokens: list[int]) -> float:
     """Seconds of these tokens, after what is there."""
     start = time.perf_counter()
     build.context.decode(tokens, -1, 0, "last")
@@ -71,7 +54,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         path = Path(folder) / "mllama.gguf"
         full_shape.write_mllama(path, args.layers, vision=False)
-        builds = [Contestant(Build, library, str(path), args.threads) for library in args.libraries]
+        builds = [
+            Contestant(TextModel, "MLLAMA_LIBRARY", library, str(path), args.threads)
+            for library in args.libraries
+        ]
         prompts: list[list[float]] = [[], []]
         times: list[list[float]] = [[], []]
         random = np.random.default_rng(0)

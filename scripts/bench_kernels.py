@@ -13,7 +13,6 @@ rounds, and each relative to the first kernel.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import full_shape
 import numpy as np
 import report
-from contestant import Contestant
+from contestant import Contestant, TextModel
 
 from mllama_gguf.convert.quantize import TARGETS
 
@@ -33,22 +32,7 @@ WORDS = 128000
 N_PROMPT, N_TOKENS, TILES = 512, 12, 4
 
 
-class Model:
-    """A text model, with one kernel."""
-
-    def __init__(self, kernel: str, path: str, threads: int) -> None:
-        os.environ["MLLAMA_CPU_KERNEL"] = kernel
-        from mllama_gguf.backend.callbacks import Callbacks
-        from mllama_gguf.backend.library import load
-        from mllama_gguf.backend.local import open_model
-
-        callbacks = Callbacks(load())
-        model = open_model(path, None, callbacks=callbacks, n_gpu_layers=0)
-        self.hparams = model.hparams
-        self.context = model.open_context(callbacks, n_ctx=1024, n_threads=threads)
-
-
-def measure(model: Model) -> dict[str, float]:
+def measure(model: TextModel) -> dict[str, float]:
     """Seconds of a prompt, of the cache of an image, and of a token."""
     context, h, random = model.context, model.hparams, np.random.default_rng(0)
     prompt = random.integers(0, WORDS, N_PROMPT).tolist()
@@ -87,7 +71,7 @@ def main() -> None:
         full_shape.write_mllama(path, args.layers, vision=False, target=args.type)
         for round in range(1, args.rounds + 1):
             for kernel in args.kernels:
-                with Contestant(Model, kernel, str(path), args.threads) as model:
+                with Contestant(TextModel, "MLLAMA_CPU_KERNEL", kernel, str(path), args.threads) as model:
                     model.run(measure)  # reads the file
                     found[kernel].append(model.run(measure))
             print(f"round {round} of {args.rounds}", file=sys.stderr)

@@ -7,6 +7,7 @@ mllama_gguf/backend/repack.py.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -77,6 +78,21 @@ class Contestant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class TextModel:
+    """A text model where an environment variable has a value: MLLAMA_LIBRARY, or MLLAMA_CPU_KERNEL."""
+
+    def __init__(self, variable: str, value: str, path: str, threads: int) -> None:
+        os.environ[variable] = value
+        from mllama_gguf.backend.callbacks import Callbacks
+        from mllama_gguf.backend.library import load
+        from mllama_gguf.backend.local import open_model
+
+        callbacks = Callbacks(load())
+        model = open_model(path, None, callbacks=callbacks, n_gpu_layers=0)
+        self.hparams = model.hparams
+        self.context = model.open_context(callbacks, n_ctx=1024, n_threads=threads)
 
 
 def how_it_ended(code: int | None) -> str:
