@@ -18,7 +18,7 @@ Without an image also llama.cpp's batched decoding of a model with the same byte
 cross-attention layers, which such conversations skip.
 
 A newcomer: the time until a prompt of --context tokens has its first logits, while the others decode,
-relative to the time it takes alone.
+relative to the time it takes alone. Newcomers come at different moments of a step, evenly spread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from mllama_gguf.decode.scheduler import Scheduler
 KINDS = {"no image": 0, "one tile each": 1, "four tiles each": 4, "one image for all": -4}
 COUNTS = (4, 8)
 N_CTX = 1024
-NEWCOMERS = 3  # in a round
+NEWCOMERS = 5  # in a round
+WATCHED = 0.5  # seconds, of the others before a newcomer comes
 
 
 class Bench:
@@ -133,8 +134,10 @@ class Bench:
             one.join()
         return len(slots) * n_tokens / (time.perf_counter() - start)
 
-    def newcomer(self, prompt: list[int], n_others: int) -> float:
-        """Seconds until the first logits of a prompt, while others decode."""
+    def newcomer(self, prompt: list[int], n_others: int, moment: float) -> float:
+        """Seconds until the first logits of a prompt, while others decode.
+
+        moment: when it comes, 0 to 1: from the beginning to the end of a step of the others"""
         end = threading.Event()
 
         def talk(number: int) -> None:
@@ -148,8 +151,14 @@ class Bench:
         talks = [threading.Thread(target=talk, args=(n,)) for n in self.numbers[1 : 1 + n_others]]
         for one in talks:
             one.start()
-        time.sleep(0.5 if talks else 0)
-        self.context.sequence_truncate(self.numbers[0], 0) if not talks else self._empty_first()
+        if talks:
+            n_steps = self.scheduler.n_steps
+            time.sleep(WATCHED)
+            step = WATCHED / max(self.scheduler.n_steps - n_steps, 1)
+            self._empty_first()  # ends as a step begins
+            time.sleep(moment * step)
+        else:
+            self.context.sequence_truncate(self.numbers[0], 0)
         start = time.perf_counter()
         self.scheduler.decode(self.numbers[0], prompt, -1, 0, "last", bool)
         seconds = time.perf_counter() - start
@@ -241,9 +250,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         bench.prepare(bench.slots(0, len(bench.numbers)), prompts)
         for words, n in (("newcomer alone", 0), ("newcomer among 7", len(bench.numbers) - 1)):
             seconds = []
-            for _ in range(NEWCOMERS):
+            for which in range(NEWCOMERS):
                 bench.rewind(args.context)
-                seconds.append(bench.newcomer(prompts[0], n))
+                seconds.append(bench.newcomer(prompts[0], n, (which + 0.5) / NEWCOMERS))
             figures[words] = statistics.median(seconds)
         rounds.append(figures)
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}

@@ -383,9 +383,9 @@ mllama_status mllama_repack_product(const char * layout, int32_t type, const flo
 // This library has its own CPU kernels for the vision encoder (attention, linear layers, GELU) and for the text
 // (attention over F32 and F16 caches, products with quantized weights). They need flash_attn. mllama_context_new
 // chooses one for the life of the context: from mllama_context_params.cpu_kernel, else from the environment variable
-// MLLAMA_CPU_KERNEL, else the best of the processor, as far as known without a trial. Names: "amx" (which needs its
-// name or a trial), "avx512bf16", "avx512", "avx2"; on ARM "neonbf16", "neon"; everywhere "portable", and "off" for
-// ggml's operations alone.
+// MLLAMA_CPU_KERNEL, else the best of the processor, as far as known without a trial. Names: "amx",
+// "avx512bf16", "avx512", "avx2"; on ARM "neonbf16", "neon"; everywhere "portable", and "off" for ggml's operations
+// alone.
 //
 // A kernel is put together of parts, each with a table of functions. A name may change some of them:
 // "avx2,quantized=ggml". Without a name before them they change the best kernel.

@@ -12,7 +12,7 @@ typedef struct named {
     const char * name, * f32, * bf16, * quantized, * quantized_32;
 } named;
 
-// The best first. Several may have the same name: the first of them that is supported, and needs no trial, counts.
+// The best first. Several may have the same name: the first of them that is supported counts.
 static const named NAMED[] = {
     { "amx", "avx512", "amx", "amx", "amx" },
     { "avx512bf16", "avx512", "avx512bf16", "vnni", "vnni" },
@@ -33,7 +33,7 @@ enum { N_NAMED = sizeof(NAMED) / sizeof(NAMED[0]) };
 // ---- kernels by name ----------------------------------------------------------------------------------------------
 
 // What the tables of an entry can be used for
-typedef enum use { NOT_BUILT, NOT_HERE, AFTER_TRIAL, USABLE } use;
+typedef enum use { NOT_BUILT, NOT_HERE, USABLE } use;
 
 static use tables_of(const named * entry, const cpu_table * parts[CPU_PARTS]) {
     use found = USABLE;
@@ -50,16 +50,13 @@ static use tables_of(const named * entry, const cpu_table * parts[CPU_PARTS]) {
             name = "ggml"; // is faster
         }
         parts[part] = cpu_table_named(part, name, strlen(name));
-        const use it = !parts[part]                ? NOT_BUILT
-                       : !parts[part]->supported() ? NOT_HERE
-                       : parts[part]->untried      ? AFTER_TRIAL
-                                                   : USABLE;
+        const use it = !parts[part] ? NOT_BUILT : !parts[part]->supported() ? NOT_HERE : USABLE;
         found = it < found ? it : found;
     }
     return found;
 }
 
-// The first entry of this name that needs no trial, else the first one that the processor supports. name NULL: of any.
+// The first entry of this name that the processor supports. name NULL: of any.
 static use find(const char * name, size_t length, const cpu_table * parts[CPU_PARTS]) {
     use best = NOT_BUILT;
     for (int i = 0; i < N_NAMED && best < USABLE; i++) {
@@ -106,11 +103,10 @@ static int n_different(const cpu_table * const a[CPU_PARTS], const cpu_table * c
 static void set_name(cpu_kernel * kernel) {
     const cpu_table * parts[CPU_PARTS], * nearest[CPU_PARTS];
     const char *      name = NULL;
-    int               least = 2 * CPU_PARTS + 2;
+    int               least = CPU_PARTS + 1;
     for (int i = 0; i < N_NAMED; i++) {
-        const use found = find(NAMED[i].name, strlen(NAMED[i].name), parts);
-        if (found >= AFTER_TRIAL) {
-            const int n = 2 * n_different(parts, kernel->parts) + (found == AFTER_TRIAL);
+        if (find(NAMED[i].name, strlen(NAMED[i].name), parts) == USABLE) {
+            const int n = n_different(parts, kernel->parts);
             if (n < least) {
                 least = n;
                 name  = NAMED[i].name;

@@ -139,7 +139,6 @@ typedef enum cpu_part {
 typedef struct cpu_table {
     const char *          name;
     bool               (* supported)(void); // by this processor
-    bool                  untried;          // nobody has run it yet: it is used by name, or after a trial
     const cpu_f32 *       f32;
     const cpu_bf16 *      bf16;
     const cpu_quantized * quantized;        // of Q4_K, Q5_K and Q6_K, or of Q8_0 and Q4_0

@@ -113,7 +113,7 @@ static const cpu_table F32_TABLES[] = {
 
 static const cpu_table BF16_TABLES[] = {
 #ifdef MLLAMA_AMX
-    { .name = "amx", .supported = has_amx, .untried = true, .bf16 = &cpu_bf16_amx },
+    { .name = "amx", .supported = has_amx, .bf16 = &cpu_bf16_amx },
 #endif
 #ifdef MLLAMA_AVX512BF16
     { .name = "avx512bf16", .supported = has_avx512bf16, .bf16 = &cpu_bf16_avx512bf16 },
@@ -128,12 +128,12 @@ static const cpu_table BF16_TABLES[] = {
 
 static const cpu_table QUANTIZED_TABLES[] = {
 #ifdef MLLAMA_AMX
-    { .name = "amx", .supported = has_amx, .untried = true, .quantized = &cpu_quantized_amx },
+    { .name = "amx", .supported = has_amx, .quantized = &cpu_quantized_amx },
 #endif
 #if defined(__x86_64__)
     { .name = "vnni", .supported = has_avx512vnni, .quantized = &cpu_quantized_vnni },
 #ifdef MLLAMA_AVXVNNI
-    { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni },
+    { .name = "avxvnni", .supported = has_avxvnni, .quantized = &cpu_quantized_avxvnni },
 #endif
     { .name = "avx2", .supported = has_avx2, .quantized = &cpu_quantized_avx2 },
 #endif
@@ -147,12 +147,12 @@ static const cpu_table QUANTIZED_TABLES[] = {
 
 static const cpu_table QUANTIZED_32_TABLES[] = {
 #ifdef MLLAMA_AMX
-    { .name = "amx", .supported = has_amx, .untried = true, .quantized = &cpu_quantized_amx_32 },
+    { .name = "amx", .supported = has_amx, .quantized = &cpu_quantized_amx_32 },
 #endif
 #if defined(__x86_64__)
     { .name = "vnni", .supported = has_vnni_32, .quantized = &cpu_quantized_vnni_32 },
 #ifdef MLLAMA_AVXVNNI
-    { .name = "avxvnni", .supported = has_avxvnni, .untried = true, .quantized = &cpu_quantized_avxvnni_32 },
+    { .name = "avxvnni", .supported = has_avxvnni, .quantized = &cpu_quantized_avxvnni_32 },
 #endif
     { .name = "avx2", .supported = has_avx2, .quantized = &cpu_quantized_avx2_32 },
 #endif
