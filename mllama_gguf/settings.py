@@ -35,6 +35,7 @@ Precision = Literal["fast", "exact"]
 VisionPrecision = Literal["exact", "bf16"]
 
 DEFAULT_PROMPT = "Describe this image."
+MAX_BATCH = 8192  # tokens in one step, as context.h says
 MAX_PARALLEL = 255  # conversations that compute together: sequences of a context, besides its own
 
 
@@ -160,7 +161,7 @@ class Settings:
     )
     n_batch: int = _setting(
         512,
-        Whole(1),
+        Whole(1, MAX_BATCH),
         "Batch size: tokens computed in one step.",
         Option(("-b", "--n-batch"), "N"),
     )

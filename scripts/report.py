@@ -138,4 +138,4 @@ def check_replaced(path: Path, name: str, content: dict[str, Any]) -> None:
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Keep the figures, if somebody wants them."""
     if path is not None:
-        write_whole(path, json.dumps(result, indent=1) + "\n")
+        write_whole(path, json.dumps(result, indent=1, default=str) + "\n")

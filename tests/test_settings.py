@@ -94,9 +94,9 @@ def test_values_in_their_plain_form(name: str, value: Any, plain: Any) -> None:
         ("n_ctx", np.array([4, 5]), "n_ctx must be a whole number"),
         ("n_ctx", "4096", "n_ctx must be a whole number"),
         ("n_ctx", -1, "n_ctx must be a whole number"),
-        ("n_batch", 2**31, "n_batch must be a whole number of at least 1, not 2147483648"),
-        ("n_batch", 0, "n_batch must be a whole number of at least 1, not 0"),
-        ("n_batch", None, "n_batch must be a whole number of at least 1, not None"),
+        ("n_batch", 2**31, "n_batch must be a whole number from 1 to 8192, not 2147483648"),
+        ("n_batch", 0, "n_batch must be a whole number from 1 to 8192, not 0"),
+        ("n_batch", None, "n_batch must be a whole number from 1 to 8192, not None"),
         (
             "n_threads",
             999999,

@@ -312,6 +312,7 @@ class Conversation(OneProcess, Answers):
     def free(self) -> None:
         """Free the caches. The caller has sole use."""
         self._closed = True
+        self.session.leave()
         self.context.close()
 
     def __enter__(self) -> Conversation:

@@ -238,7 +238,9 @@ class Scheduler(OneProcess):
 
     def _choose(self) -> list[tuple[_Job, int]]:
         """What to compute: jobs, and how many tokens of each."""
-        single = [job for job in self._waiting if job.left == 1][: min(self._n_batch, MAX_PARALLEL)]
+        # One token at least is for a prompt, which else waits until the replies before it end.
+        most = min(self._n_batch, MAX_PARALLEL) - any(job.left > 1 for job in self._waiting)
+        single = [job for job in self._waiting if job.left == 1][:most]
         chosen = [(job, 1) for job in single]
         room = self._n_batch - len(single)
         if len(self._waiting) > 1:

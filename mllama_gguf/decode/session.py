@@ -218,6 +218,10 @@ class Session(OneProcess):
             self.slots.release(slot)
             self._context.truncate(len(self._tokens))
 
+    def leave(self) -> None:
+        """Hold no slot any more: for a session that is not used again."""
+        self._look_at(None, 0)
+
     def _look_at(self, slot: Slot | None, n_visible: int) -> None:
         """What the last token saw. slot: acquired, and released when another one takes its place."""
         before, self._slot, self._n_visible = self._slot, slot, n_visible

@@ -51,12 +51,9 @@ static mllama_status allocate(kv_cache * cache, const mllama_model * model, bool
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     for (int32_t d = -1; d < model->plan.n_gpus; d++) {
-        ggml_backend_dev_t      device = d < 0 ? model->plan.cpu : model->plan.gpus[d];
-        struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (2 * n_layer + 1), .no_alloc = true };
-        struct ggml_context *   ctx    = ggml_init(params);
-        if (!ctx) {
-            return fail(MLLAMA_ERR_MEMORY, "out of memory");
-        }
+        ggml_backend_dev_t    device = d < 0 ? model->plan.cpu : model->plan.gpus[d];
+        struct ggml_context * ctx    = NULL;
+        TRY(guard_context(ggml_tensor_overhead() * (2 * n_layer + 1), &ctx));
         cache->contexts[cache->n_buffers++] = ctx;
         const enum ggml_type here_v = type_of_values(model, device, types);
         uint64_t             size   = 0;

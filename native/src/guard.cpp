@@ -241,6 +241,15 @@ void guard_buffer_free(ggml_backend_buffer_t buffer) {
     freeing([&] { ggml_backend_buffer_free(buffer); });
 }
 
+mllama_status guard_context(size_t size, ggml_context ** ctx) {
+    *ctx = nullptr;
+    const mllama_status status = guarded([&] { *ctx = ggml_init({ size, nullptr, true }); },
+                                         [](const char *, bool) { return MLLAMA_ERR_MEMORY; });
+    return status == MLLAMA_OK && *ctx ? MLLAMA_OK
+                                       : fail(MLLAMA_ERR_MEMORY, "out of memory: no %zu MiB for the list of tensors",
+                                              size >> 20);
+}
+
 // ---- graphs -------------------------------------------------------------------------------------------------------
 
 mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes,

@@ -63,6 +63,9 @@ mllama_status guard_get(const struct ggml_tensor * t, void * data, size_t offset
 bool          guard_is_host(ggml_backend_buffer_t buffer);      // false if that cannot be told
 void          guard_buffer_free(ggml_backend_buffer_t buffer);  // what it throws is logged
 
+// A context of `size` bytes for tensors without data, never NULL after MLLAMA_OK. ggml_free gives it back.
+mllama_status guard_context(size_t size, struct ggml_context ** ctx);
+
 // ---- graphs -------------------------------------------------------------------------------------------------------
 
 mllama_status guard_sched_new(ggml_backend_t * backends, int32_t n_backends, size_t n_nodes,

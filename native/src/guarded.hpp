@@ -34,7 +34,7 @@ struct words {
     // Drivers' exceptions have one type for all reasons.
     bool of_memory() const {
         return std::strstr(text, "OutOfDeviceMemory") || std::strstr(text, "OutOfHostMemory") ||
-               std::strstr(text, "ut of memory");
+               std::strstr(text, "ut of memory") || std::strstr(text, "mem_buffer != NULL"); // of ggml_init
     }
 };
 

@@ -8,7 +8,8 @@ shift 2
 mkdir -p "$folder"
 requirement=$(grep -o 'llama-cpp-python==[0-9.]*' "$here/../../pyproject.toml" | head -1)
 if [ ! -d "$folder/source" ]; then
-  python3 -m pip download -q --no-deps --no-binary :all: --no-build-isolation -d "$folder" "$requirement" 2> "$folder/download.log" ||
+  # pip prepares what it downloads, and for that takes CMake and scikit-build-core from the registry, or builds them.
+  python3 -m pip download -q --no-deps --no-binary llama-cpp-python -d "$folder" "$requirement" 2> "$folder/download.log" ||
     [ -n "$(find "$folder" -maxdepth 1 -name 'llama_cpp_python-*.tar.gz')" ] || { cat "$folder/download.log"; exit 1; }
   mkdir -p "$folder/unpacked"
   tar -xzf "$folder"/llama_cpp_python-*.tar.gz -C "$folder/unpacked"

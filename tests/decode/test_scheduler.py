@@ -23,6 +23,7 @@ from mllama_gguf import (
     RequestError,
 )
 from mllama_gguf.decode.scheduler import CHUNK, Scheduler
+from mllama_gguf.decode.slots import MAX_SLOTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 IMAGES = [str(EXAMPLES / f"{name}.png") for name in ("apple", "wide", "tall", "apple-and-cat")]
@@ -311,3 +312,36 @@ def test_a_context_that_takes_long_to_open(model: LoadedModel, monkeypatch: pyte
         type(model._backend), "open_context", lambda self, *args, **more: slowly(*args, **more)
     )
     model.scheduler().close()
+
+
+def test_a_closed_conversation_holds_no_image(model: LoadedModel, scheduler: Scheduler) -> None:
+    for i in range(MAX_SLOTS + 3):
+        with model.conversation(scheduler=scheduler) as one:
+            one.caption(np.full((32, 32, 3), i, np.uint8), max_tokens=1)
+    assert len(scheduler.slots) <= MAX_SLOTS
+
+
+def test_a_prompt_goes_on_beside_replies_that_fill_the_batch() -> None:
+    n_batch = 2
+    with LoadedModel.from_pretrained("demo", image_cache=False, n_batch=n_batch) as model:
+        scheduler = model.scheduler()
+        ended, began = threading.Event(), threading.Barrier(n_batch + 1)
+
+        def reply(number: int) -> None:
+            began.wait()
+            for _ in range(500):
+                if ended.is_set():
+                    break
+                scheduler.decode(number, [5], -1, 0, "last", bool)
+            else:
+                raise AssertionError("the prompt waited until the reply ended")
+
+        newcomer, *numbers = [scheduler.context.sequence_new(512) for _ in range(n_batch + 1)]
+        with ThreadPoolExecutor(n_batch) as pool:
+            replies = [pool.submit(reply, number) for number in numbers]
+            began.wait()
+            scheduler.decode(newcomer, [5] * 20, -1, 0, "last", bool)
+            ended.set()
+            for one in replies:
+                one.result()
+        scheduler.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -20,7 +20,7 @@ from helpers import TinyFiles
 from layouts import read_parts, write
 
 from mllama_gguf import Mllama
-from mllama_gguf.errors import MllamaError
+from mllama_gguf.errors import MllamaError, ModelError
 
 Files = Callable[[str], TinyFiles]
 
@@ -187,3 +187,21 @@ def test_tensors_missing_misshaped_or_out_of_the_file(original: bytes, tmp_path:
         mutated[at : at + len(new)] = new
         path.write_bytes(mutated)
         assert not opens(path), f"{name}: {new!r} at byte {at}"
+
+
+def test_an_encoder_whose_graph_takes_gigabytes(tmp_path: Path) -> None:
+    """Small tensors, but so many positions and layers that ggml would ask for 100 GB, and end the process."""
+    large = replace(
+        tiny.ARCHS["gqa"],
+        name="large",
+        image_size=1024,
+        patch_size=1,
+        vision_width=2,
+        vision_heads=1,
+        vision_ff=1,
+        local_layers=60,
+        max_tiles=1,
+    )
+    files = write(large, tmp_path, "canonical", one_file=True)
+    with Mllama(*files, n_ctx=64) as model, pytest.raises(ModelError, match=r"take \d+ operations; at most"):
+        model.encode_image(np.zeros((1024, 1024, 3), np.uint8))

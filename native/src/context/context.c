@@ -85,8 +85,8 @@ static mllama_status check_params(mllama_context * ctx) {
     if (ctx->params.n_ctx < 1 || ctx->params.n_ctx > p->n_ctx_train) {
         return fail(MLLAMA_ERR_ARGUMENT, "n_ctx is %d; this model takes 1 to %d", ctx->params.n_ctx, p->n_ctx_train);
     }
-    if (ctx->params.n_batch < 1) {
-        return fail(MLLAMA_ERR_ARGUMENT, "n_batch is %d; it must be at least 1", ctx->params.n_batch);
+    if (ctx->params.n_batch < 1 || ctx->params.n_batch > MAX_BATCH) {
+        return fail(MLLAMA_ERR_ARGUMENT, "n_batch is %d; it can be 1 to %d", ctx->params.n_batch, MAX_BATCH);
     }
     if (ctx->params.n_threads > GGML_MAX_N_THREADS) {
         return fail(MLLAMA_ERR_ARGUMENT, "n_threads is %d; at most %d are possible", ctx->params.n_threads,

@@ -7,6 +7,7 @@ enum {
     MAX_BACKENDS  = MAX_DEVICES + 4,
     KV_STEP       = 256, // the attended part of a cache grows in such steps, so that a graph serves many tokens
     MAX_SEQUENCES = 256,
+    MAX_BATCH     = 8192, // tokens of a step; ggml's lists for its graph take 6 GB at the shape of the 11B model
 };
 
 // The tokens of one conversation

@@ -12,14 +12,7 @@
 static const double NODE_FLOP = 2e10;
 
 mllama_status graph_init(graph * g, size_t max_nodes, const compute_env * env, struct ggml_tensor * beside) {
-    struct ggml_init_params params = {
-        .mem_size = ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false),
-        .no_alloc = true,
-    };
-    g->ctx = ggml_init(params);
-    if (!g->ctx) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
+    TRY(guard_context(ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false), &g->ctx));
     g->gf         = ggml_new_graph_custom(g->ctx, max_nodes, false);
     g->env        = *env;
     g->beside     = beside;

@@ -17,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_NODES = 1 << 20 }; // ten times as many as the 11B model takes
+
 typedef struct encoder {
     graph *                g;
     const mllama_model *   model;
@@ -329,6 +331,11 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     const size_t layer  = 96 + 8 * (size_t) p->max_tiles + 24 * blocks;
     const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * layer + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;
+    if (nodes > MAX_NODES) {
+        return fail(MLLAMA_ERR_FILE, "%s: %d layers over %d tiles of %d patches take %zu operations; at most %d are "
+                    "supported", model->vision_file->path, p->n_vision_layer + p->n_vision_global_layer, p->max_tiles,
+                    p->n_positions - 1, nodes, MAX_NODES);
+    }
     TRY(graph_init(&vg->g, nodes, env, NULL));
     vg->g.device = model->plan.vision;
 

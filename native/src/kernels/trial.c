@@ -212,14 +212,14 @@ static void end(trial * t) {
 static mllama_status begin(trial * t, const cpu_kernel * kernel, cpu_part part, int32_t n_threads) {
     *t = (trial) { .kernel = *kernel, .part = part };
     const size_t size = 64 * ggml_tensor_overhead() + 2 * ggml_graph_overhead();
-    t->ctx = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
+    TRY(guard_context(size, &t->ctx));
     TRY(devices_init());
     TRY(guard_start(devices_cpu(), &t->backend));
     void * set = NULL;
     TRY(guard_function(devices_cpu(), "ggml_backend_set_n_threads", &set));
     ggml_backend_buffer_type_t type = NULL;
     TRY(guard_buffer_type(devices_cpu(), &type));
-    if (!t->ctx || !t->backend || !set || !type) {
+    if (!t->backend || !set || !type) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     ((ggml_backend_set_n_threads_t) set)(t->backend, n_threads);

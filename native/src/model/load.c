@@ -108,11 +108,7 @@ static mllama_status new_context(weight_list * list, ggml_backend_dev_t device, 
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     list->buffers = buffers;
-    struct ggml_init_params params = { .mem_size = ggml_tensor_overhead() * (size_t) (list->n + 1), .no_alloc = true };
-    *ctx = ggml_init(params);
-    if (!*ctx) {
-        return fail(MLLAMA_ERR_MEMORY, "out of memory");
-    }
+    TRY(guard_context(ggml_tensor_overhead() * (size_t) (list->n + 1), ctx));
     list->buffers[list->n_buffers++] = (weight_buffer) { .context = *ctx, .device = device, .mapped = mapped };
     return MLLAMA_OK;
 }

@@ -17,11 +17,10 @@ ggml_backend_buffer_type_t * repack_layouts(ggml_backend_dev_t cpu) {
 }
 
 bool repack_multiplies(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t layout, const struct ggml_tensor * matrix) {
-    struct ggml_context * ctx = ggml_init(
-        (struct ggml_init_params){ .mem_size = 4 * ggml_tensor_overhead(), .no_alloc = true });
+    struct ggml_context * ctx    = NULL;
     ggml_backend_buffer_t buffer = NULL;
     bool                  ok     = false;
-    if (ctx && guard_alloc_buffer(layout, 0, &buffer) == MLLAMA_OK && buffer) {
+    if (guard_context(4 * ggml_tensor_overhead(), &ctx) == MLLAMA_OK && guard_alloc_buffer(layout, 0, &buffer) == MLLAMA_OK && buffer) {
         struct ggml_tensor * w = ggml_new_tensor(ctx, matrix->type, 4, matrix->ne);
         struct ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, matrix->ne[0], 1);
         w->buffer = buffer;
@@ -107,11 +106,11 @@ static void product_free(product * p) {
 static mllama_status product_init(product * p, ggml_backend_buffer_type_t layout, enum ggml_type type, int32_t n_in,
                                   int32_t n_out, int32_t n_columns) {
     const size_t size = 16 * ggml_tensor_overhead() + ggml_graph_overhead();
-    p->weights = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
-    p->values  = ggml_init((struct ggml_init_params) { .mem_size = size, .no_alloc = true });
-    p->packed  = malloc(ggml_row_size(type, n_in) * (size_t) n_out);
+    TRY(guard_context(size, &p->weights));
+    TRY(guard_context(size, &p->values));
+    p->packed = malloc(ggml_row_size(type, n_in) * (size_t) n_out);
     TRY(guard_start(devices_cpu(), &p->backend));
-    if (!p->weights || !p->values || !p->packed || !p->backend) {
+    if (!p->packed || !p->backend) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
     p->w = ggml_new_tensor_2d(p->weights, type, n_in, n_out);
