@@ -11,13 +11,20 @@ from ..words import brief, one_line
 from .pointers import is_list
 
 MAX_CHECKED = 1000  # values in a schema; jsonschema takes 0.1 ms for each
+# Keywords that jsonschema looks at, at most: a second or so. A few references that each name the next one
+# twice are looked at in more ways than can be counted.
+MAX_LOOKS = 100_000
 _DEEPEST = 60
+
+
+class _TooMuch(Exception):
+    """More than MAX_LOOKS."""
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Raise RequestError for a schema that its draft does not allow, as `jsonschema.validate` does before it
-    looks at anything: also for keywords without effect on a reply. Of a large one, which takes jsonschema
-    seconds, nothing is said.
+    looks at anything: also for keywords without effect on a reply. Of one that takes jsonschema seconds
+    nothing is said.
 
     schema: lists may be tuples
     """
@@ -32,12 +39,12 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         # A default of its own: else a draft that is not known is a warning.
         kind = validator_for(plain, default=Draft202012Validator)
         kind.check_schema(plain)
-        for _ in kind(plain).iter_errors(None):  # addresses that cannot be read
+        for _ in _bounded(kind, MAX_LOOKS // 10)(plain).iter_errors(None):  # addresses that cannot be read
             break
     except SchemaError as e:
         where = "/".join(["#", *map(str, e.absolute_path)])
         raise RequestError(f"JSON schema at {brief(where, 120)}: is not valid: {one_line(e.message)}") from e
-    except RecursionError:
+    except (RecursionError, _TooMuch):
         return
     except Exception as e:  # of no common class
         raise RequestError(f"JSON schema: cannot be used by jsonschema: {one_line(e)}") from e
@@ -67,6 +74,8 @@ def check(text: str, schema: Any) -> None:
         wrong = next(_errors(value, schema), None)
     except RecursionError as e:
         raise RequestError("the reply is nested too much for Python") from e
+    except _TooMuch as e:
+        raise RequestError("the reply cannot be checked against the JSON schema: that takes too long") from e
     except Exception as e:  # OverflowError, say, over a number such as 1e400
         raise RequestError(f"the reply cannot be checked against the JSON schema: {one_line(e)}") from e
     if wrong is not None:
@@ -85,8 +94,38 @@ def _errors(value: Any, schema: dict[str, Any]) -> Iterator[Any]:
             yield from additional(validator, wanted, instance, schema) or ()
 
     without["additionalProperties"] = additional_properties
-    errors: Iterator[Any] = extend(kind, without)(schema).iter_errors(value)
+    errors: Iterator[Any] = _bounded(extend(kind, without), MAX_LOOKS)(schema).iter_errors(value)
     return errors
+
+
+def _bounded(kind: Any, most: int) -> Any:
+    """A class of validators that raises _TooMuch at one keyword more than `most`."""
+    from jsonschema.validators import extend
+
+    left = most
+
+    def counted(function: Any) -> Any:
+        def call(validator: Any, wanted: Any, instance: Any, schema: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise _TooMuch
+            return function(validator, wanted, instance, schema)
+
+        return call
+
+    made = extend(kind, {name: counted(function) for name, function in kind.VALIDATORS.items()})
+    evolve = made.evolve
+
+    def evolved(self: Any, **changes: Any) -> Any:
+        # A part with a draft of its own would get a class that does not count.
+        schema = changes.get("schema")
+        if isinstance(schema, dict) and "$schema" in schema:
+            changes["schema"] = {name: value for name, value in schema.items() if name != "$schema"}
+        return evolve(self, **changes)
+
+    made.evolve = evolved
+    return made
 
 
 def _nothing(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from helpers import TinyFiles, elsewhere
 
 from mllama_gguf.errors import RequestError
 from mllama_gguf.text.grammar import gbnf, json_schema, lark, regex
+from mllama_gguf.text.validation import check
 from mllama_gguf.text.vocab import Vocab
 
 TRIAL = Path(__file__).parents[2] / "scripts" / "trial_grammars.py"
@@ -98,3 +99,35 @@ def test_ambiguous_grammars_come_to_an_end(vocab: Vocab, grammar: Any) -> None:
             assert time.process_time() - start < 3.0
     except RequestError as e:
         assert "\n" not in str(e) and len(str(e)) < 500
+
+
+def doubling(word: str, n: int = 30) -> dict[str, Any]:
+    """Definitions that each name the next one twice: 2 ** n ways to look at them."""
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"} if word == "$schema" else {}
+    keyword = "anyOf" if word == "$schema" else word
+    one = {str(i): {keyword: [{"$ref": f"#/$defs/{i + 1}"}] * 2, **draft} for i in range(n)}
+    return {"$ref": "#/$defs/0", "$defs": {**one, str(n): {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("word", ["anyOf", "oneOf", "allOf", "$schema"])
+def test_definitions_that_name_each_other_twice(vocab: Vocab, word: str) -> None:
+    start = time.monotonic()
+    schema = doubling(word)
+    either = {"anyOf": [{"$ref": "#/$defs/0"}, {"type": "string"}], "$defs": schema["$defs"]}
+    for one in (schema, either, {"type": "object", "properties": {"a": schema}, "required": ["a"]}):
+        try:
+            json_schema(one)
+        except RequestError as e:
+            assert "\n" not in str(e)
+    try:
+        check('{"a": "b"}', either)
+    except RequestError as e:
+        assert "takes too long" in str(e) or "does not fit" in str(e)
+    assert time.monotonic() - start < 30
+
+
+def test_a_grammar_of_blank_lines() -> None:
+    start = time.monotonic()
+    with pytest.raises(RequestError):
+        gbnf("\n" * 200_000 + "x")
+    assert time.monotonic() - start < 30
