@@ -31,7 +31,7 @@ _IMAGES = re.compile(
     % (re.escape(PNG_SIGNATURE), re.escape(JPEG_SIGNATURE)),
     re.DOTALL,
 )
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+(?:=+\s*)?")  # blanks in one place, or they are tried in both
 _ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]{1,19}://|blob:)", re.IGNORECASE)
 _LONG_TEXT = 300  # characters; a text above it is data rather than a name
 
@@ -144,14 +144,14 @@ def _decode_base64(text: str) -> bytes:
     return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
 
 
-def _parse_data_uri(uri: str) -> tuple[str, bytes]:
+def _parse_data_uri(uri: str, is_inner: bool = False) -> tuple[str, bytes]:
     header, comma, body = uri[5:].partition(",")
     media_type, *parameters = header.split(";")
     name = show_name(f"data URI ({media_type.strip()[:60] or 'no type'})")
     if not comma:
         raise ImageError(f"{name}: no comma, so no data; expected data:image/png;base64,...")
-    if body[:5].lower() == "data:":  # the prefix was put before a text that had it
-        return _parse_data_uri(body)
+    if not is_inner and body[:5].lower() == "data:":  # the prefix was put before a text that had it
+        return _parse_data_uri(body, is_inner=True)
     data = unquote_to_bytes(body)
     if any(p.strip().lower() == "base64" for p in parameters):
         try:

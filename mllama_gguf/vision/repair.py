@@ -23,6 +23,8 @@ _PNG_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MOST_TEXT = 1 << 20  # bytes of such a chunk, unpacked
 
 _EOI = b"\xff\xd9"
+_MARKER = re.compile(rb"\xff([^\xff\0])", re.DOTALL)
+_BLOCK = 2**64 - 1  # a bit for each coefficient of a block
 _PIECE = 256
 _SMALL_GREY = (b"\1\0", b"\2\0", b"\4\0")  # bits a sample and kind of colour, as in the head
 # First column and row of each pass of an interlaced PNG, and the steps.
@@ -159,8 +161,9 @@ def jpeg_scans_complete(data: bytes) -> bool:
     image that ends between two scans decodes without an error, but is not the whole image."""
     components: tuple[int, ...] = ()
     progressive = False
-    left: dict[tuple[int, int], int] = {}  # component and coefficient: lowest bit that was sent
-    seen: set[int] = set()
+    # Of each component a bit for each coefficient whose lowest bit was sent. No loop over coefficients: a
+    # scan's head is so short that a file holds millions of them.
+    whole: dict[int, int] = {}
     for marker, body in jpeg_heads(data):
         if marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) and len(body) >= 6:
             progressive = marker in (0xC2, 0xCA)
@@ -168,19 +171,20 @@ def jpeg_scans_complete(data: bytes) -> bool:
         elif marker == 0xDA and body and len(body) >= 1 + 2 * body[0] + 3:
             n = body[0]
             first, last, bits = body[1 + 2 * n : 4 + 2 * n]
+            sent = (_BLOCK >> (63 - min(last, 63))) & (_BLOCK << first)
             for component in body[1 : 1 + 2 * n : 2]:
-                seen.add(component)
-                for k in range(first, min(last, 63) + 1):
-                    left[component, k] = bits & 15
-    if not components or not seen.issuperset(components):
+                before = whole.get(component, 0)
+                whole[component] = before & ~sent if bits & 15 else before | sent
+    if not components or not whole.keys() >= set(components):
         return False
-    return not progressive or all(left.get((c, k), 1) == 0 for c in components for k in range(64))
+    return not progressive or all(whole[component] == _BLOCK for component in components)
 
 
 def jpeg_heads(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Marker and content of each segment with a length; the data of the scans is passed over."""
     at = 2
-    while (found := re.compile(rb"\xff+([^\xff\0])", re.DOTALL).search(data, at)) is not None:
+    # Fill bytes, any number of 0xFF, may stand before a marker. "\xff+" would try a run from each of its bytes.
+    while (found := _MARKER.search(data, at)) is not None:
         marker, at = found[1][0], found.end()
         if 0xD0 <= marker <= 0xD9 or marker == 0x01:
             continue

@@ -51,16 +51,15 @@ _OTHER_IMAGES: tuple[tuple[bytes, str], ...] = (
 )
 _TEXT_SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (
-        rb"(?:<\?xml.*?)?(?:<!--.*?-->\s*)*(?:<!DOCTYPE\s+svg.*?)?<(?:\w+:)?svg\b",
-        "an SVG drawing; render it first: rsvg-convert file.svg -o file.png",
-    ),
-    (
         rb"<!DOCTYPE\s+html|<html\b|<head\b|<body\b",
         "an HTML page, not an image; was the download refused?",
     ),
     (rb"<\?xml", "an XML document, not an image"),
     (rb"[{\[]\s*\"", "a JSON document, not an image"),
 )
+_SVG_WORDS = "an SVG drawing; render it first: rsvg-convert file.svg -o file.png"
+_SVG = re.compile(rb"<(?:\w+:)?svg\b", re.IGNORECASE)
+_BEFORE_SVG = re.compile(rb"<\?xml|<!DOCTYPE\s+svg", re.IGNORECASE)
 
 
 def is_heif(head: bytes) -> bool:
@@ -78,10 +77,24 @@ def describe_signature(head: bytes) -> str:
         if re.match(pattern, head, re.DOTALL):
             return f"an image of a format that is not read ({kind}); convert it to PNG first"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if _is_svg(text):
+        return _SVG_WORDS
     for pattern, words in _TEXT_SIGNATURES:
         if re.match(pattern, text, re.DOTALL | re.IGNORECASE):
             return words
     return ""
+
+
+def _is_svg(text: bytes) -> bool:
+    """Whether a text begins as an SVG file does. One pattern for all of it would try each comment from each
+    place before it."""
+    at = 0
+    while text.startswith(b"<!--", at):
+        end = text.find(b"-->", at)
+        if end < 0:
+            return False
+        at = end + 3 + len(text[end + 3 :]) - len(text[end + 3 :].lstrip())
+    return (_SVG.search if _BEFORE_SVG.match(text, at) else _SVG.match)(text, at) is not None
 
 
 def describe_jpeg(data: bytes) -> str:
