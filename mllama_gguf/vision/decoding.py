@@ -18,7 +18,15 @@ from ..handles import ModuleLock
 from ..words import one_line
 from .colour import describe_compression, describe_tiff, mend_tiff, to_rgb
 from .jpeg2000 import mend_jpeg2000
-from .repair import JPEG_SIGNATURE, PNG_SIGNATURE, clean_png, fill_png, jpeg_endings, jpeg_scans_complete
+from .repair import (
+    JPEG_SIGNATURE,
+    PNG_SIGNATURE,
+    clean_png,
+    fill_png,
+    jpeg_endings,
+    jpeg_scans_complete,
+    png_size,
+)
 from .signatures import describe_jpeg, describe_signature, is_heif
 
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; Pillow refuses above it as well
@@ -147,10 +155,13 @@ def decode(file: BinaryIO, name: str, max_pixels: int | None, allow_truncated: b
         if not head:
             raise ImageError(f"{name}: is empty (0 bytes)")
         if head.startswith(PNG_SIGNATURE):
-            file = io.BytesIO(clean_png(file.read()))
+            cleaned = clean_png(file.read())
+            if (size := png_size(cleaned)) is not None:
+                check_size(size, name, limit)
+            file = io.BytesIO(cleaned)
         try:
             return finish(_open(file, head, name), name, limit)
-        except ImageError:
+        except (ImageError, Image.DecompressionBombError, MemoryError):  # mending would only take more
             raise
         except Exception:
             file.seek(0)
@@ -175,8 +186,8 @@ def _decode_cut(data: bytes, head: bytes, name: str, limit: int, allow_truncated
         file = io.BytesIO(data)
         image = _open(file, head, name)
         check_size(image.size, name, limit)
-        padding = 4 * image.width * image.height + _HEAD_BYTES
-        return finish(_open(io.BytesIO(data + bytes(padding)), head, name), name, limit)
+        size = len(data) + 4 * image.width * image.height + _HEAD_BYTES
+        return finish(_open(io.BytesIO(data.ljust(size, b"\0")), head, name), name, limit)
     return None
 
 

@@ -21,11 +21,15 @@ _PNG_USED = (b"tRNS", b"eXIf")
 # ImageMagick keeps EXIF, and so the orientation, in a text chunk of this name; XMP has one too.
 _PNG_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MOST_TEXT = 1 << 20  # bytes of such a chunk, unpacked
+_MOST_TEXTS = (
+    8  # of these chunks that are looked at: a file of 1 MB holds a thousand that unpack to 1 MB each
+)
 
 _EOI = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff([^\xff\0])", re.DOTALL)
 _BLOCK = 2**64 - 1  # a bit for each coefficient of a block
 _PIECE = 256
+_ZEROS = 1 << 20  # bytes at a time
 _SMALL_GREY = (b"\1\0", b"\2\0", b"\4\0")  # bits a sample and kind of colour, as in the head
 # First column and row of each pass of an interlaced PNG, and the steps.
 _ADAM7 = (
@@ -50,7 +54,7 @@ def clean_png(data: bytes) -> bytes:
     Damaged pixels are left to the decoder, which refuses them.
     """
     out = [PNG_SIGNATURE]
-    ended = False
+    ended, n_texts = False, 0
     for kind, body, right in _png_chunks(data):
         if kind in _PNG_NEEDED:
             out.append(_png_chunk(kind, body, right))
@@ -61,8 +65,12 @@ def clean_png(data: bytes) -> bytes:
             # Pillow compares the transparent grey with pixels that it has widened to 8 bits.
             widened = body[1] * 255 // (2 ** out[1][16] - 1)
             out.append(_png_chunk(kind, struct.pack(">H", widened)))
-        elif right and (kind in _PNG_USED or _is_orientation(kind, body)):
+        elif right and kind in _PNG_USED:
             out.append(_png_chunk(kind, body))
+        elif right and n_texts < _MOST_TEXTS and body.startswith(_PNG_TEXT):
+            n_texts += 1
+            if _is_small(kind, body):
+                out.append(_png_chunk(kind, body))
     if not ended:
         out.append(_png_chunk(b"IEND", b""))
     return b"".join(out)
@@ -88,10 +96,8 @@ def _png_chunk(kind: bytes, body: bytes, right: bool = True) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
 
 
-def _is_orientation(kind: bytes, body: bytes) -> bool:
-    """Whether a text chunk may hold the orientation, and is small enough to be unpacked."""
-    if kind == b"eXIf" or not body.startswith(_PNG_TEXT):
-        return False
+def _is_small(kind: bytes, body: bytes) -> bool:
+    """Whether a text chunk is small enough to be unpacked."""
     rest = body.partition(b"\0")[2]
     if kind == b"tEXt":
         return len(rest) <= _MOST_TEXT
@@ -104,26 +110,56 @@ def _is_orientation(kind: bytes, body: bytes) -> bool:
         return False
 
 
-def fill_png(cleaned: bytes) -> bytes:
-    """A cleaned PNG whose missing pixels are zeros."""
-    unpacker, rows = zlib.decompressobj(), bytearray()
-    header, before = b"", []
-    for kind, body, _ in _png_chunks(cleaned):
+def png_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that the head of a PNG file says; None if it has none that can be used."""
+    header = _png_header(data)
+    return struct.unpack_from(">II", header) if header else None
+
+
+def _png_header(data: bytes) -> bytes:
+    """The content of the last head before the pixels, which is the one that Pillow takes; b"" if none can be
+    used."""
+    header = b""
+    for kind, body, _ in _png_chunks(data):
         if kind == b"IHDR":
             header = body
-        if kind == b"IDAT":
-            try:
-                for at in range(0, len(body), _PIECE):  # what comes before damage is kept
-                    rows += unpacker.decompress(body[at : at + _PIECE])
-            except zlib.error:
-                break
-        elif kind != b"IEND":
-            before.append(_png_chunk(kind, body))
-    if len(header) != 13:
+        elif kind == b"IDAT":
+            break
+    return header if len(header) == 13 and header[8] in (1, 2, 4, 8, 16) else b""
+
+
+def fill_png(cleaned: bytes) -> bytes:
+    """A cleaned PNG whose missing pixels are zeros.
+
+    As many bytes are unpacked as its head asks for; check `png_size` first.
+    """
+    header = _png_header(cleaned)
+    if not header:
         return cleaned
-    missing = _png_bytes(header) - len(rows)
-    pixels = zlib.compress(bytes(rows) + bytes(max(missing, 0)), 1)
-    return b"".join((PNG_SIGNATURE, *before, _png_chunk(b"IDAT", pixels), _png_chunk(b"IEND", b"")))
+    missing = _png_bytes(header)
+    unpacker, packer = zlib.decompressobj(), zlib.compressobj(1)
+    before, pixels, damaged = [], [], False
+    for kind, body, _ in _png_chunks(cleaned):
+        if kind not in (b"IDAT", b"IEND", b"IHDR"):
+            before.append(_png_chunk(kind, body))
+        if kind != b"IDAT" or damaged:
+            continue
+        try:
+            for at in range(0, len(body), _PIECE):  # what comes before damage is kept
+                if not missing:  # to the unpacker 0 means as many as there are
+                    break
+                rows = unpacker.decompress(body[at : at + _PIECE], missing)
+                missing -= len(rows)
+                pixels.append(packer.compress(rows))
+        except zlib.error:
+            damaged = True
+    while missing:
+        zeros = bytes(min(missing, _ZEROS))
+        missing -= len(zeros)
+        pixels.append(packer.compress(zeros))
+    pixels.append(packer.flush())
+    head, ending = _png_chunk(b"IHDR", header), _png_chunk(b"IEND", b"")
+    return b"".join((PNG_SIGNATURE, head, *before, _png_chunk(b"IDAT", b"".join(pixels)), ending))
 
 
 def _png_bytes(header: bytes) -> int:
@@ -183,7 +219,7 @@ def jpeg_scans_complete(data: bytes) -> bool:
 def jpeg_heads(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Marker and content of each segment with a length; the data of the scans is passed over."""
     at = 2
-    # Fill bytes, any number of 0xFF, may stand before a marker. "\xff+" would try a run from each of its bytes.
+    # Any number of 0xFF may stand before a marker. "\xff+" would try such a run from each of its bytes.
     while (found := _MARKER.search(data, at)) is not None:
         marker, at = found[1][0], found.end()
         if 0xD0 <= marker <= 0xD9 or marker == 0x01:
