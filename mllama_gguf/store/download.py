@@ -95,7 +95,7 @@ def download(
     """Fetch `blob` from `url` to `target`; the data goes to `partial` first, where a later call resumes.
 
     Only one process at a time fetches to `partial`; another waits, and finds the file there. `target` is on
-    the same disk. Raises DownloadError; `target` then does not exist.
+    the same disk; one of the wrong size is replaced. Raises DownloadError; `target` is then as it was.
     """
     import httpx
 
@@ -109,8 +109,13 @@ def download(
             raw, _ = open_locked(partial, float("inf"))
         with io.BufferedRandom(raw) as file:
             if target.exists():
-                partial.unlink()
-                return
+                there = target.stat().st_size
+                if blob.size in (None, there):
+                    partial.unlink()
+                    return
+                logger.warning(
+                    "%s: has %d bytes instead of %d; it is fetched again", target, there, blob.size
+                )
             _Transfer(http, url, blob, partial, progress).run(file)
             os.replace(partial, target)
     except httpx.HTTPError as e:  # no TransportError: too many redirects and the like

@@ -291,6 +291,25 @@ def test_what_ollama_has_is_not_fetched(server: ModelServer, home: Path) -> None
     assert server.gets("blobs") == []
 
 
+@pytest.mark.parametrize("there", [b"", DATA[:-1], DATA + b"x"])
+def test_a_blob_of_the_wrong_size_is_replaced(
+    server: ModelServer, home: Path, there: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.add_model("library/m/1", ("model", DATA))
+    place = home / "downloads/blobs" / f"sha256-{SHA256}"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(there)
+    server.refuse = [0, 404]  # the manifest comes, the blob does not
+    with pytest.raises(DownloadError):
+        pull(tag(server))
+    assert place.read_bytes() == there  # whole or not at all
+    assert pull(tag(server)).text.read_bytes() == DATA
+    assert f"{place}: has {len(there)} bytes instead of {len(DATA)}" in caplog.text
+    assert len(caplog.text.splitlines()) == 2
+    pull(tag(server))
+    assert len(caplog.text.splitlines()) == 2
+
+
 def test_dropped_connections_are_resumed(server: ModelServer) -> None:
     server.add_model("library/m/1", ("model", DATA))
     manifest = len(server.manifests["library/m/1"])
