@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, BinaryIO
@@ -107,13 +108,13 @@ class Csv:
         """A record as a row."""
         text = io.StringIO()
         values = asdict(record)
-        csv.writer(text, lineterminator="\n").writerow(values[name] for name in self.names)
-        return text.getvalue().encode("utf-8", "surrogateescape")
+        # The writer quotes the characters of its line end, and before Python 3.13 no other "\r".
+        csv.writer(text, lineterminator="\r\n").writerow(values[name] for name in self.names)
+        return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
     def read(self, text: str) -> list[Record]:
         """The records of whole rows. Raises ValueError, TypeError, KeyError, csv.Error."""
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        return [_record({**row, "tokens": int(row["tokens"])}) for row in rows]
+        return [_record({**row, "tokens": int(row["tokens"])}) for row in _rows(text)]
 
 
 FORMATS: dict[str, type[Jsonl | Csv]] = {".jsonl": Jsonl, ".csv": Csv}
@@ -143,7 +144,20 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
         raise RequestError(f"{show_name(path)}: is not a file of captions ({one_line(e)})") from e
 
 
+_CELL = re.compile(r'"[^"]*"|[^",\n]+')
+
+
 def _rows(text: str) -> Iterable[Any]:
+    """The rows of a table as objects. Older versions did not quote "\\r" in a cell."""
+
+    def quoted(found: re.Match[str]) -> str:
+        cell, end = found[0], ""
+        if cell.endswith("\r") and text[found.end() : found.end() + 1] == "\n":
+            cell, end = cell[:-1], "\r"  # a line end of two characters
+        return f'"{cell}"{end}' if "\r" in cell and not cell.startswith('"') else cell + end
+
+    if "\r" in text:
+        text = _CELL.sub(quoted, text)
     return csv.DictReader(io.StringIO(text, newline=""), strict=True)
 
 
