@@ -69,10 +69,11 @@ def is_llama_template(template: str) -> bool:
 
 def _squeezed(template: str) -> str:
     """A Go template without the blanks that its actions remove or that mean nothing."""
-    template = re.sub(r"\s*\{\{-\s*", "{{", template.strip())
-    template = re.sub(r"\s*-\}\}\s*", "}}", template)
-    template = re.sub(r"\{\{\s*|\s*\}\}", lambda found: found.group().strip(), template)
-    return re.sub(r"\{\{[^}]*\}\}", lambda found: " ".join(found.group().split()), template)
+    # Blanks before a brace are matched from their first one alone: tried from each they take hours.
+    template = re.sub(r"(?:(?<!\s)\s+)?\{\{-\s*", "{{", template.strip())
+    template = re.sub(r"(?:(?<!\s)\s+)?-\}\}\s*", "}}", template)
+    template = re.sub(r"\{\{\s*|(?:(?<!\s)\s+)?\}\}", lambda found: found.group().strip(), template)
+    return re.sub(r"\{\{[^{}]*\}\}", lambda found: " ".join(found.group().split()), template)
 
 
 def read_params(data: bytes, origin: object) -> dict[str, Any]:

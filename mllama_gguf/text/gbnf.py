@@ -85,7 +85,7 @@ def _plain(grammar: str) -> str:
     """The grammar in words that mean the same to llama.cpp and to the converter. Rules get numbers, so that
     no two names become the same."""
     names: dict[str, str] = {}
-    defined = {name for name, rest in re.findall(r"(?m)^[ \t\r\f\v]*([\w-]+)\s*(::=)", grammar) if rest}
+    defined = {name for name, rest in re.findall(r"(?m)^[^\S\n]*([\w-]+)\s*(::=)", grammar) if rest}
     if "root" not in defined:
         raise RequestError("the grammar has no rule 'root'")
     parts = []
