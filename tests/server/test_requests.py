@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import time
 from typing import Any
 
 import pytest
@@ -53,6 +54,18 @@ def test_messages_of_one_role_are_one() -> None:
     assert ask is not None
     found = [(one["role"], "".join(part["text"] for part in one["content"])) for one in ask.messages]
     assert found == [("user", "a\n\nb"), ("assistant", "c"), ("user", "d"), ("tool", "e"), ("tool", "f")]
+
+
+def test_many_messages_of_one_role() -> None:
+    """They are read where all clients are served: no message may cost more than the one before."""
+    messages = [{"role": "user", "content": ""}] * 60_000
+    responses_input = [{"role": "user", "content": [{"type": "input_text", "text": ""}]}] * 60_000
+    start = time.process_time()
+    ask = chat({"model": "m", "messages": messages}, LIMITS).ask
+    assert ask is not None and len(ask.messages[0]["content"]) == 2 * 60_000 - 1
+    openai_requests.chat({"model": "m", "messages": messages}, LIMITS, allow_gbnf=False)
+    responses.request({"model": "m", "input": responses_input}, LIMITS, allow_gbnf=False)
+    assert time.process_time() - start < 10
 
 
 def test_options() -> None:
