@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, RequestError
+from ..errors import ContextFullError, ModelError, RequestError
 from ..words import one_line
 from .messages import Message, read_messages
 from .special import END, SPLIT, Guard
@@ -109,8 +109,8 @@ class ChatTemplate:
         continue_final: whether the reply continues the last message, which must be the assistant's; None:
                    if it is
 
-        Raises RequestError for messages of another shape, and with the template's own words if it refuses
-        them.
+        Raises RequestError for messages of another shape or that are too long, and with the template's own
+        words if it refuses them; ModelError for a template that works for ever or makes too much by itself.
         """
         plain = read_messages(messages)
         is_continued = _is_continued(plain, continue_final)
@@ -148,6 +148,8 @@ class ChatTemplate:
             try:
                 text = self._render(shown, prompt, is_native)
                 self._check(text, prompt)
+            except _TooLong:
+                raise  # no other way is shorter
             except RequestError as e:
                 problems.append(e)
                 continue
@@ -211,9 +213,30 @@ class ChatTemplate:
         try:
             return limited(lambda: self._template.render(variables))
         except (TooMuch, MemoryError) as e:
-            raise ModelError(f"the chat template cannot be used: {one_line(e)}") from e
+            self._check_template()
+            raise _TooLong(f"the conversation is too much for the chat template: {one_line(e)}") from e
         except Exception as e:  # the template's own raise_exception, or any error of the code in it
             raise _Refusal(f"the chat template refuses the messages: {one_line(e)}") from e
+
+    def _check_template(self) -> None:
+        """Raise ModelError if the template is too much with one short message too: then it is the template's
+        fault, not the conversation's."""
+        from .sandbox import TooMuch, limited
+
+        shortest = {
+            **self._tokens,
+            "messages": [{"role": "user", "content": _Text("x")}],
+            "tools": None,
+            "add_generation_prompt": True,
+            "raise_exception": _raise,
+            "strftime_now": _now,
+        }
+        try:
+            limited(lambda: self._template.render(shortest))
+        except (TooMuch, MemoryError) as e:
+            raise ModelError(f"the chat template cannot be used: {one_line(e)}") from e
+        except Exception:  # it refuses such a message, which says nothing
+            return
 
     def _check(self, text: str, prompt: _Prompt) -> None:
         """Raise RequestError if the template left out what must be there."""
@@ -251,6 +274,10 @@ class _Prompt:
 
 class _Refusal(RequestError):
     """The template itself refuses the messages."""
+
+
+class _TooLong(ContextFullError, RequestError):
+    """The conversation, or what else the caller gave, is more than the template may work on."""
 
 
 class _Text(str):

@@ -109,8 +109,35 @@ def doubling(word: str, n: int = 30) -> dict[str, Any]:
     return {"$ref": "#/$defs/0", "$defs": {**one, str(n): {"type": "integer"}}}
 
 
-@pytest.mark.parametrize("word", ["anyOf", "oneOf", "allOf", "$schema"])
-def test_definitions_that_name_each_other_twice(vocab: Vocab, word: str) -> None:
+DRAFT, DRAFT_4 = "https://json-schema.org/draft/2020-12/schema", "http://json-schema.org/draft-04/schema#"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        doubled(lambda ref: {"anyOf": [ref, ref]}),
+        doubled(lambda ref: {"oneOf": [ref, ref]}),
+        doubled(lambda ref: {"allOf": [ref, ref]}),
+        doubled(lambda ref: {"anyOf": [ref, ref], "$schema": DRAFT}),
+        doubled(lambda ref: {"properties": {"a": ref, "b": ref}, "anyOf": [ref, ref]}),
+        doubled(lambda ref: {"items": ref, "anyOf": [ref, ref]}),
+        doubled(lambda ref: {"type": "array", "prefixItems": [ref, ref], "items": False}),
+        doubled(lambda ref: {"not": ref, "allOf": [ref]}),
+        doubled(lambda ref: {"if": ref, "then": ref, "else": ref}),
+        doubled(lambda ref: {"dependentSchemas": {"a": ref}, "oneOf": [ref, ref]}),
+        doubled(lambda ref: {"anyOf": [ref, ref]}, "definitions"),
+        doubled(lambda ref: {"anyOf": [ref, ref]}, "definitions", **{"$schema": DRAFT_4}),
+        {
+            "$defs": {
+                str(i): {"$dynamicAnchor": f"a{i}", "anyOf": [{"$dynamicRef": f"#a{i + 1}"}] * 2}
+                for i in range(40)
+            },
+            "$dynamicRef": "#a0",
+        },
+    ],
+)
+def test_references_that_double(vocab: Vocab, schema: dict[str, Any]) -> None:
+    """jsonschema would take hours; llguidance has its own bound."""
     start = time.monotonic()
     schema = doubling(word)
     either = {"anyOf": [{"$ref": "#/$defs/0"}, {"type": "string"}], "$defs": schema["$defs"]}

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from mllama_gguf.errors import MllamaError, ModelError
+from mllama_gguf.errors import ContextFullError, MllamaError, ModelError, RequestError
+from mllama_gguf.text import sandbox
 from mllama_gguf.text.chat import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "the apple"}]
@@ -86,6 +87,29 @@ def test_what_is_endless_or_too_large_is_the_models_fault() -> None:
         render(LOOP * 3 + "{% endfor %}" * 3)
     with pytest.raises(ModelError, match="too large"):
         render("{{ 'x' * 10**9 }}")
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{% for p in m.content %}x{% endfor %}{% endfor %}"]
+)
+def test_a_conversation_that_is_too_long_is_the_callers_fault(
+    template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would load a model again that is at fault."""
+    made = ChatTemplate(template, bos="<s>", eos="</s>", image="<|image|>")
+    monkeypatch.setattr(sandbox, "MAX_LINES", 5000)
+    made.render(MESSAGES)
+    parts = [{"type": "text", "text": "a"}, {"type": "image", "image": b""}] * 10
+    for messages in (MESSAGES * 10_000, [{"role": "user", "content": parts}] * 1000):
+        with pytest.raises(RequestError, match="too much for the chat template") as raised:
+            made.render(messages)
+        assert isinstance(raised.value, ContextFullError)  # the server's word for it
+
+
+def test_a_variable_that_is_too_large_is_the_callers_fault() -> None:
+    made = ChatTemplate("{{ 'ab' * n }}", bos="<s>", eos="</s>", image="<|image|>")
+    with pytest.raises(RequestError, match="too large"):
+        made.render(MESSAGES, variables={"n": 10**9})
 
 
 @pytest.mark.parametrize(
