@@ -33,7 +33,7 @@ class Writer(Protocol):
         """What is sent for an event."""
 
     def ping(self) -> bytes:
-        """What is sent while nothing comes."""
+        """What is sent while nothing else is."""
 
     def failure(self, problem: Refused) -> bytes:
         """What is sent for an error after the beginning."""
@@ -102,11 +102,10 @@ class Computed(Response):
     async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         n_events = 0
-        begun = time.monotonic()
+        sent = time.monotonic()  # the last time that anything was
         while True:
-            wait = max(0.0, self._ping_seconds - (time.monotonic() - begun))
+            wait = max(0.0, self._ping_seconds - (time.monotonic() - sent))
             events = await self._job.mailbox.take(wait)
-            begun = time.monotonic()
             if not started:
                 if events and isinstance(events[0], Refused):
                     await error_reply(scope["path"], events[0])(scope, receive, send)
@@ -121,9 +120,13 @@ class Computed(Response):
                     break
                 parts += self._writer.frames(event)
             last = bool(events) and isinstance(events[-1], (Done, Refused))
-            body = b"".join(parts) if events else self._writer.ping()
+            body = b"".join(parts)
+            if not (body or last) and (not events or time.monotonic() - sent >= self._ping_seconds):
+                body = self._writer.ping()  # also while events come and the writer holds them back
             n_events += len(events)
-            await send({"type": "http.response.body", "body": body, "more_body": not last})
+            if body or last:
+                await send({"type": "http.response.body", "body": body, "more_body": not last})
+                sent = time.monotonic()
             if last:
                 return
             if events:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 from mllama_gguf.server.jobs import Done, Mailbox, Piece
 from mllama_gguf.server.problems import Refused
-from mllama_gguf.server.streaming import joined
+from mllama_gguf.server.streaming import Computed, joined
 from mllama_gguf.text.logprobs import TokenLogprob
 
 
@@ -66,3 +68,38 @@ def test_a_reader_of_a_mailbox_is_woken_for_what_it_wants() -> None:
 
     for whole in (True, False):
         asyncio.run(read(whole))
+
+
+def test_a_sign_of_life_while_a_reply_is_held_back() -> None:
+    """What may become a call of a tool is not shown; proxies and clients end a connection that is silent."""
+
+    async def sent(ping: float) -> list[bytes]:
+        mailbox = Mailbox(asyncio.get_running_loop(), whole=False)
+        engine: Any = SimpleNamespace(submit=lambda job: None, cancel=lambda job: None)
+        writer: Any = SimpleNamespace(
+            media_type="x/y", ping=lambda: b"ping", frames=lambda e: [b"end"] if isinstance(e, Done) else []
+        )
+        job: Any = SimpleNamespace(mailbox=mailbox)
+        bodies: list[bytes] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                bodies.append(message["body"])
+
+        async def write() -> None:
+            for _ in range(60):
+                mailbox.put(Piece("x"))
+                await asyncio.sleep(0.02)
+            mailbox.put(Done(0.0, 1.0))
+
+        writing = asyncio.create_task(write())
+        await Computed(engine, job, writer, stream=True, ping_seconds=ping)({"path": "/"}, receive, send)
+        await writing
+        return bodies
+
+    bodies = asyncio.run(sent(0.1))
+    assert bodies[-1] == b"end" and set(bodies[:-1]) == {b"ping"} and 2 <= len(bodies[:-1]) <= 20
+    assert asyncio.run(sent(60.0)) == [b"end"]
