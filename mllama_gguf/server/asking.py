@@ -32,7 +32,7 @@ class Ask:
     context:  what /api/generate gave for the conversation before, if there was one
     options:  of `ReplyOptions.checked`, those that the request or its API names
     fallback: the same, where neither the request nor the model says anything
-    own_defaults: options that the model brings along count
+    not_own:  options that the model brings along and that do not count
     n_ctx:    most tokens of prompt and reply; None: those of the model
     truncate: leave out the oldest messages of a conversation that is too long
     gives_context: /api/generate wants it
@@ -44,7 +44,7 @@ class Ask:
     context: tuple[int, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     fallback: Mapping[str, Any] = field(default_factory=dict)
-    own_defaults: bool = False
+    not_own: frozenset[str] = frozenset()
     n: int = 1
     n_ctx: int | None = None
     truncate: bool = False
@@ -111,7 +111,7 @@ def load_only(loaded: Usable, job: Job) -> Generator[Event, None, None]:
 
 def _options(ask: Ask, loaded: Usable) -> ReplyOptions:
     """Those of the request, over those of the model, over those of the API."""
-    own = loaded.model.defaults.options if ask.own_defaults else {}
+    own = {k: v for k, v in loaded.model.defaults.options.items() if k not in ask.not_own}
     return ReplyOptions.checked({**ask.fallback, **own, **ask.options})
 
 

@@ -75,7 +75,7 @@ def generate(body: Mapping[str, Any], limits: ImageLimits) -> Wish:
         raise fields.wrong("context", "a list of whole numbers", "something else")
     images = [_image(image, f"images[{i}]", limits) for i, image in enumerate(fields.items(body, "images"))]
     _check_number(len(images), limits)
-    if not prompt and not images and not context:
+    if not prompt and (not images or keep_alive == 0):
         return Wish(model, None, stream, keep_alive)
     common = _common(body, limits)
     if raw:
@@ -129,7 +129,6 @@ def _common(body: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
     return {
         "options": options,
         "fallback": DEFAULTS,
-        "own_defaults": True,
         "n_ctx": n_ctx,
         "limits": limits,
     }
@@ -168,8 +167,8 @@ def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
         if (share := fields.number(given, name, where=where)) is not None:
             found[name] = min(max(share, 0.0), 1.0)
     seed = fields.whole(given, "seed", -MAX_SEED, MAX_SEED, where)
-    if seed is not None and seed >= 0:
-        found["seed"] = seed
+    if seed is not None:
+        found["seed"] = seed if seed >= 0 else None  # a fresh one, whatever the model's own is
     if (n_predict := fields.whole(given, "num_predict", where=where)) is not None:
         found["max_tokens"] = n_predict if n_predict > 0 else None
     if given.get("stop") is not None:

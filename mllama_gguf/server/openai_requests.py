@@ -19,8 +19,9 @@ from .problems import Refused
 
 logger = logging.getLogger(__name__)
 
-# As in Ollama's layer for this API, and as OpenAI has them; not the model's own.
 DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+# As in Ollama's layer for this API, and as OpenAI has them, whatever the model's own are.
+_NOT_OWN = frozenset(("temperature", "top_p"))
 # Wishes that the model has no means for. Only known values are taken, so that a typing error is not a wish.
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _WISHES: Mapping[str, tuple[str, ...]] = {
@@ -61,6 +62,7 @@ def chat(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool) -> W
         messages=messages,
         options=options,
         fallback=DEFAULTS,
+        not_own=_NOT_OWN,
         n=1 if n is None else n,
         limits=limits,
     )
@@ -80,10 +82,16 @@ def completion(body: Mapping[str, Any], limits: ImageLimits, *, allow_gbnf: bool
     if body.get("logprobs") not in (None, False, 0):
         raise Refused(400, "logprobs is not served here; use /v1/chat/completions", None, "logprobs")
     options = _options(others, allow_gbnf)
-    options.setdefault("max_tokens", 16)
     n = fields.whole(body, "n", 1, MAX_REPLIES)
     stream = fields.flag(body, "stream")
-    ask = Ask(raw=prompt, options=options, fallback=DEFAULTS, n=1 if n is None else n, limits=limits)
+    ask = Ask(
+        raw=prompt,
+        options=options,
+        fallback={**DEFAULTS, "max_tokens": 16},
+        not_own=_NOT_OWN,
+        n=1 if n is None else n,
+        limits=limits,
+    )
     return Wish(model, ask, stream, stream and wants_usage(body))
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mllama_gguf.server import ollama_requests, openai_requests, responses
-from mllama_gguf.server.asking import _old, fewest
+from mllama_gguf.server.asking import _old, _options, fewest
 from mllama_gguf.server.contexts import to_key, to_words
 from mllama_gguf.server.images import ImageLimits
 from mllama_gguf.server.ollama_requests import chat, format_of, generate
 from mllama_gguf.server.problems import Refused, clean
 from mllama_gguf.server.replies import to_bytes
 from mllama_gguf.server.times import expiry, nanoseconds, parse_duration, rfc3339
+from mllama_gguf.store.defaults import Defaults
 
 LIMITS = ImageLimits()
 ONE, TWO = b"\x89PNG\r\n\x1a\n1", b"\x89PNG\r\n\x1a\n2"
@@ -79,7 +81,7 @@ def test_options() -> None:
     assert options(temperature=-1, top_p=7, min_p=-2, top_k=-1) == {
         "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0,
     }  # fmt: skip
-    assert options(seed=0) == {"seed": 0} and options(seed=-1) == {}
+    assert options(seed=0) == {"seed": 0} and options(seed=-1) == {"seed": None}
     assert options(num_predict=5.0) == {"max_tokens": 5}
     assert options(num_predict=-1) == options(num_predict=-2) == {"max_tokens": None}
     assert options(stop="x") == options(stop=["x", ""]) == {"stop": ["x"]}
@@ -97,7 +99,13 @@ def test_a_limit_of_the_context_is_soft() -> None:
 def test_a_request_without_a_prompt_loads() -> None:
     assert chat({"model": "m"}, LIMITS).ask is None
     assert generate({"name": "m", "keep_alive": 0}, LIMITS).keep_alive == 0
-    assert generate({"model": "m", "prompt": "", "images": [b64(ONE)]}, LIMITS).ask is not None
+    assert generate({"model": "m", "context": [1, 2]}, LIMITS).ask is None
+    assert generate({"model": "m", "prompt": "", "context": [1], "keep_alive": 0}, LIMITS).ask is None
+    with_image = {"model": "m", "prompt": "", "images": [b64(ONE)]}
+    for keep_alive, computes in ((None, True), ("5m", True), (0, False), ("0s", False)):
+        for more in ({}, {"context": [1]}, {"raw": True}):
+            wish = generate({**with_image, "keep_alive": keep_alive, **more}, LIMITS)
+            assert (wish.ask is not None) == computes
 
 
 def test_formats() -> None:
@@ -149,11 +157,42 @@ def test_parameters_of_openai() -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **more}
         return openai_requests.chat(body, LIMITS, allow_gbnf=False).ask
 
-    assert ask().fallback["temperature"] == 1.0 and ask().own_defaults is False
+    assert ask().fallback["temperature"] == 1.0 and ask().not_own == {"temperature", "top_p"}
     assert ask(max_completion_tokens=3, max_tokens=9).options == {"max_tokens": 3}
     assert ask(temperature=None, user="u", what=1).options == {}
     assert ask(stop=["", "x"]).options == {"stop": ["x"]}
     assert ask(n=2.0).n == 2
+
+
+def test_options_of_the_model() -> None:
+    """Request over model over API; but OpenAI's temperature and top_p are always its own."""
+    own = {
+        "temperature": 0.1, "top_p": 0.2, "top_k": 3, "min_p": 0.4, "seed": 5, "stop": ("six",),
+        "max_tokens": 7,
+    }  # fmt: skip
+    loaded: Any = SimpleNamespace(model=SimpleNamespace(defaults=Defaults(options=own)))
+    bare: Any = SimpleNamespace(model=SimpleNamespace(defaults=Defaults()))
+    talk = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    text = {"model": "m", "prompt": "x"}
+
+    def found(api: Any, body: Any, loaded: Any = loaded, **more: Any) -> tuple[Any, ...]:
+        named = {} if api in (chat, generate) else {"allow_gbnf": False}
+        options = _options(api({**body, **more}, LIMITS, **named).ask, loaded)
+        s = options.sampling
+        return s.temperature, s.top_p, s.top_k, s.min_p, s.seed, options.stops, options.max_tokens
+
+    for api, body in (
+        (openai_requests.chat, talk), (openai_requests.completion, text),
+        (responses.request, {"model": "m", "input": "x"}),
+    ):  # fmt: skip
+        assert found(api, body) == (1.0, 1.0, 3, 0.4, 5, ("six",), 7)
+        assert found(api, body, temperature=0.5, top_p=0.6, seed=8)[:5] == (0.5, 0.6, 3, 0.4, 8)
+    assert found(openai_requests.chat, talk, stop=[])[5] == ()
+    assert found(openai_requests.chat, talk, stop="y", max_tokens=9)[5:] == (("y",), 9)
+    assert found(openai_requests.completion, text, bare) == (1.0, 1.0, 0, 0.0, None, (), 16)
+    assert found(chat, talk) == found(generate, text) == (0.1, 0.2, 3, 0.4, 5, ("six",), 7)
+    assert found(chat, talk, options={"seed": -1})[4] is None
+    assert found(generate, text, options={"seed": 0, "num_predict": -1})[4:] == (0, ("six",), None)
 
 
 def test_input_of_responses() -> None:
