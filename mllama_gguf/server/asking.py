@@ -36,6 +36,7 @@ class Ask:
     n_ctx:    most tokens of prompt and reply; None: those of the model
     truncate: leave out the oldest messages of a conversation that is too long
     gives_context: /api/generate wants it
+    n_bytes:  that all of it takes in memory, about
     """
 
     messages: Messages = ()
@@ -51,10 +52,17 @@ class Ask:
     gives_context: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
 
+    n_bytes: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        # At once, for what is large is read in a thread of its own.
+        everything = (self.messages, self.raw, self.images, self.context, self.options)
+        object.__setattr__(self, "n_bytes", _size(everything))
+
     @property
-    def n_bytes(self) -> int:
-        """Bytes of all images."""
-        return sum(len(data) for data, _ in self.limited_images(None))
+    def has_images(self) -> bool:
+        """Whether there are any."""
+        return next(self.limited_images(None), None) is not None
 
     def limited_images(self, max_tiles: int | None) -> Iterator[tuple[bytes, int | None]]:
         """Files, and the most tiles of each. max_tiles: if it says nothing itself."""
@@ -65,6 +73,22 @@ class Ask:
                 for part in message["content"]:
                     if part["type"] == "image":
                         yield part["image"], _most(part, max_tiles)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a value of JSON that may hold files. Lists and objects have 100 for each of their items."""
+    size, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, (str, bytes)):
+            size += len(one)
+        elif isinstance(one, Mapping):
+            size += 100 * len(one)
+            rest += one.values()
+        elif isinstance(one, (list, tuple)):
+            size += 100 * len(one)
+            rest += one
+    return size
 
 
 def answer(ask: Ask) -> Callable[[Usable, Job], Generator[Event, None, None]]:

@@ -86,7 +86,7 @@ class Engine:
             waiting = self._queue.n_bytes
             if waiting and waiting + job.n_bytes > self._settings.max_waiting:
                 raise Refused(
-                    503, "server busy, please try again.  too many images wait", "server_busy", again=True
+                    503, "server busy, please try again.  too much waits", "server_busy", again=True
                 )
             self._queue.add(job)
             self._metrics.queued.set(len(self._queue))
@@ -99,6 +99,15 @@ class Engine:
             if self._queue.remove(job):
                 self._metrics.queued.set(len(self._queue))
                 self._metrics.cancelled.labels(reason).inc()
+
+    def expire(self, job: Job) -> bool:
+        """Take a job whose time is over out of the queue; False: it does not wait there any more."""
+        with self._changed:
+            found = self._queue.remove(job)
+            if found:
+                self._metrics.queued.set(len(self._queue))
+                self._metrics.cancelled.labels("time").inc()
+        return found
 
     def unload(self, card: Card) -> None:
         """Free a model once nobody uses it."""
@@ -275,7 +284,7 @@ class Engine:
         if isinstance(error, Aborted):
             self._metrics.cancelled.labels("time" if job.is_late else job.reason).inc()
             if job.is_late:
-                return Refused(504, f"not done within {job.time_limit:g} s", "time_limit")
+                return job.lateness
             if job.reason == "shutdown":
                 return STOPPING
         return refusal(error)

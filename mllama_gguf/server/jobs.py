@@ -133,7 +133,7 @@ class Job:
 
     work:    run in the engine's thread, or in one of its own; gives Pieces and Endeds
     keep_alive: seconds that the model stays afterwards; None: the server's
-    n_bytes: of its images
+    n_bytes: of its images and texts
     ahead:   run in another thread while the job waits for its place; None: there is nothing to do
     encoded: keys of the states that were computed so
     """
@@ -161,6 +161,11 @@ class Job:
         """Whether nobody waits for it any more. Asked for each token."""
         return self.is_cancelled or (self.time_limit > 0 and self.is_late)
 
+    @property
+    def lateness(self) -> Refused:
+        """The answer to one that is late."""
+        return Refused(504, f"not done within {self.time_limit:g} s", "time_limit")
+
     def cancel(self, reason: str) -> None:
         """Stop it, from any thread."""
         if not self.is_cancelled:
@@ -183,7 +188,7 @@ class FairQueue:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the images of all jobs that wait."""
+        """Bytes of the images and texts of all jobs that wait."""
         return sum(job.n_bytes for job in self)
 
     def add(self, job: Job) -> None:

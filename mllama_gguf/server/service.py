@@ -67,7 +67,7 @@ class Service:
             keep_alive,
             0 if ask is None else ask.n_bytes,
             self.settings.time_limit,
-            encode_ahead(ask) if ask is not None and ask.n_bytes else None,
+            encode_ahead(ask) if ask is not None and ask.has_images else None,
         )
 
     def computed(

@@ -34,7 +34,7 @@ class ServerSettings:
     max_models:  loaded at the same time
     parallel:    requests of a model that are computed together; None: as `models.need_of` says
     max_body:    bytes of a request
-    max_waiting: bytes of the images of all waiting requests
+    max_waiting: bytes of the images and texts of all waiting requests
     body_seconds: the longest pause inside a request that arrives
     time_limit:  seconds of a request, 0: none
     ping:        seconds after which a waiting client gets a sign of life

@@ -69,12 +69,15 @@ class Computed(Response):
             await error_reply(scope["path"], e)(scope, receive, send)
             return
         watch = asyncio.create_task(self._watch(receive))
+        timer = self._time()
         try:
             await (self._send_stream if self._stream else self._send_whole)(scope, receive, send)
         except OSError:  # the connection is gone
             pass
         finally:
             watch.cancel()
+            if timer is not None:
+                timer.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
             self._engine.cancel(self._job)  # does nothing after the end
@@ -84,6 +87,20 @@ class Computed(Response):
             pass
         self._engine.cancel(self._job)
         self._job.mailbox.put(Refused(499, "request canceled"))
+
+    def _time(self) -> asyncio.TimerHandle | None:
+        """What tells a client of the end of its time while its job waits. One that runs is stopped by the
+        engine."""
+        job = self._job
+
+        def end() -> None:
+            if self._engine.expire(job):
+                job.mailbox.put(job.lateness)
+
+        if not job.time_limit:
+            return None
+        rest = job.created + job.time_limit - time.monotonic()
+        return asyncio.get_running_loop().call_later(max(0.0, rest), end)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         events: list[Event] = []

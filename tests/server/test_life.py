@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,29 @@ def test_the_images_that_wait_are_limited(slow: Path) -> None:
         with sent(served, "/api/chat", slow_image(True)):
             wait_for(lambda: served.metric("mllama_requests_queued") == 1)
             answer = served.post("/api/chat", slow_image(False))
-            assert answer.status_code == 503 and "too many images wait" in answer.json()["error"]
+            assert answer.status_code == 503 and "too much waits" in answer.json()["error"]
             assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_the_texts_that_wait_are_limited(slow: Path) -> None:
+    settings = ServerSettings(port=0, max_waiting=100_000)
+    with (
+        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
+        sent(served, "/api/chat", slow_image(True)),
+    ):
+        wait_for(lambda: is_computing(served))
+        text = {"model": "slow", "prompt": "x" * 60_000, "stream": False}
+        with sent(served, "/api/generate", text):
+            wait_for(lambda: served.metric("mllama_requests_queued") == 1)
+            schema = {"type": "object", "properties": {f"name{i}": {} for i in range(2000)}}
+            talk = [{"role": "user", "content": "x"}] * 1000
+            for path, body in (
+                ("/api/generate", text),
+                ("/api/generate", {**text, "prompt": "x", "format": schema}),
+                ("/api/chat", {"model": "slow", "messages": talk}),
+            ):
+                answer = served.post(path, body)
+                assert answer.status_code == 503 and "too much waits" in answer.json()["error"]
 
 
 def test_clients_take_turns() -> None:
@@ -115,6 +137,23 @@ def test_clients_take_turns() -> None:
     assert [one.client for one in taken] == ["a", "b", "c", "a", "a"]
     assert [one for one in taken if one.client == "a"] == [jobs[0], jobs[2], jobs[4]]
     loop.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_time_limit_of_a_request_that_waits(slow: Path, stream: bool) -> None:
+    """It is told when its time is over, not when its turn comes."""
+    settings = ServerSettings(port=0)
+    with (
+        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
+        sent(served, "/api/chat", slow_image(True)),
+    ):
+        wait_for(lambda: is_computing(served))
+        object.__setattr__(served.service, "settings", replace(served.service.settings, time_limit=0.3))
+        body = {"model": "slow", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+        answer = served.post("/api/chat", body)
+        assert answer.status_code == 504 and "0.3 s" in answer.json()["error"]
+        assert is_computing(served) and served.metric("mllama_requests_queued") == 0
+        assert served.metric('mllama_cancelled_total{reason="time"}') == 1
 
 
 def test_a_time_limit(slow: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_sign_of_life_while_a_reply_is_held_back() -> None:
         writer: Any = SimpleNamespace(
             media_type="x/y", ping=lambda: b"ping", frames=lambda e: [b"end"] if isinstance(e, Done) else []
         )
-        job: Any = SimpleNamespace(mailbox=mailbox)
+        job: Any = SimpleNamespace(mailbox=mailbox, time_limit=0)
         bodies: list[bytes] = []
 
         async def receive() -> Any:
