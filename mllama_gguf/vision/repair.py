@@ -21,9 +21,7 @@ _PNG_USED = (b"tRNS", b"eXIf")
 # ImageMagick keeps EXIF, and so the orientation, in a text chunk of this name; XMP has one too.
 _PNG_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MOST_TEXT = 1 << 20  # bytes of such a chunk, unpacked
-_MOST_TEXTS = (
-    8  # of these chunks that are looked at: a file of 1 MB holds a thousand that unpack to 1 MB each
-)
+_MOST_TEXTS = 8  # such chunks that are looked at: a file of 1 MB holds a thousand that unpack to 1 MB each
 
 _EOI = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff([^\xff\0])", re.DOTALL)
