@@ -20,7 +20,8 @@ bool repack_multiplies(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t layout
     struct ggml_context * ctx    = NULL;
     ggml_backend_buffer_t buffer = NULL;
     bool                  ok     = false;
-    if (guard_context(4 * ggml_tensor_overhead(), &ctx) == MLLAMA_OK && guard_alloc_buffer(layout, 0, &buffer) == MLLAMA_OK && buffer) {
+    if (guard_context(4 * ggml_tensor_overhead(), &ctx) == MLLAMA_OK &&
+        guard_alloc_buffer(layout, 0, &buffer) == MLLAMA_OK && buffer) {
         struct ggml_tensor * w = ggml_new_tensor(ctx, matrix->type, 4, matrix->ne);
         struct ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, matrix->ne[0], 1);
         w->buffer = buffer;
