@@ -13,6 +13,7 @@ from ..words import brief, one_line
 from .gbnf import MAX_CHARACTERS, MAX_RULES, to_lark
 from .pattern import whole
 from .schema import readable
+from .validation import Work, check_schema
 
 Kind = Literal["json", "regex", "gbnf", "lark"]
 
@@ -102,16 +103,16 @@ def grammar_of(response_format: Mapping[str, Any] | None, grammar: str | None) -
     )
 
 
-def json_schema(schema: Any) -> Grammar:
+def json_schema(schema: Any, work: Work | None = None) -> Grammar:
     """JSON of a schema. Every complete reply passes `jsonschema.validate(json.loads(reply), schema)`.
+
+    work: for `validation.check_schema`
 
     Raises RequestError for a schema that cannot be obeyed.
     """
-    from .validation import check_schema
-
     obeyed = {**readable(schema), "x-guidance": _JSON_OPTIONS}
     if schema is not True:
-        check_schema(schema)
+        check_schema(schema, work)
     return Grammar("json", json.dumps({"grammars": [{"json_schema": obeyed}]}), schema)
 
 

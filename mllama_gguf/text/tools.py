@@ -17,6 +17,7 @@ from ..errors import RequestError
 from ..words import brief
 from .grammar import Grammar, json_schema
 from .pointers import is_list
+from .validation import MAX_CHECKED, MAX_LOOKS, Work
 
 MAX_TOOLS = 128
 _CHOICES = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
@@ -46,9 +47,10 @@ class Tools:
         if not self.required:
             return None
         chosen = [tool["function"] for tool in self.told if tool["function"]["name"] in self.required]
+        work = Work(values=10 * MAX_CHECKED, keywords=3 * MAX_LOOKS // 10)  # a second or two
         for function in chosen:
             try:
-                json_schema(_parameters(function))
+                json_schema(_parameters(function), work)
             except RequestError as e:
                 raise RequestError(f"tool {brief(function['name'])}: its parameters: {e}") from e
         return json_schema(
@@ -65,7 +67,8 @@ class Tools:
                     }
                     for index, function in enumerate(chosen)
                 ]
-            }
+            },
+            work,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
@@ -17,29 +18,46 @@ MAX_LOOKS = 100_000
 _DEEPEST = 60
 
 
+@dataclass
+class Work:
+    """What jsonschema may still do, for one schema or for several of one request.
+
+    values:   of schemas that it may compare with their draft
+    keywords: that it may look at
+    """
+
+    values: int = MAX_CHECKED
+    keywords: int = MAX_LOOKS // 10
+
+
 class _TooMuch(Exception):
-    """More than MAX_LOOKS."""
+    """More than that."""
 
 
-def check_schema(schema: Mapping[str, Any]) -> None:
+def check_schema(schema: Mapping[str, Any], work: Work | None = None) -> None:
     """Raise RequestError for a schema that its draft does not allow, as `jsonschema.validate` does before it
     looks at anything: also for keywords without effect on a reply. Of one that takes jsonschema seconds
     nothing is said.
 
     schema: lists may be tuples
+    work:   is counted down; None: as much as for one schema
     """
     from jsonschema import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
 
+    work = work or Work()
+    rest = [min(work.values, MAX_CHECKED)]
+    work.values -= rest[0]
     try:
-        plain = _plain(schema, [MAX_CHECKED], 0)
+        plain = _plain(schema, rest, 0)
     except OverflowError:
         return
+    work.values += rest[0]
     try:
         # A default of its own: else a draft that is not known is a warning.
         kind = validator_for(plain, default=Draft202012Validator)
         kind.check_schema(plain)
-        for _ in _bounded(kind, MAX_LOOKS // 10)(plain).iter_errors(None):  # addresses that cannot be read
+        for _ in _bounded(kind, work)(plain).iter_errors(None):  # addresses that cannot be read
             break
     except SchemaError as e:
         where = "/".join(["#", *map(str, e.absolute_path)])
@@ -94,21 +112,18 @@ def _errors(value: Any, schema: dict[str, Any]) -> Iterator[Any]:
             yield from additional(validator, wanted, instance, schema) or ()
 
     without["additionalProperties"] = additional_properties
-    errors: Iterator[Any] = _bounded(extend(kind, without), MAX_LOOKS)(schema).iter_errors(value)
+    errors: Iterator[Any] = _bounded(extend(kind, without), Work(keywords=MAX_LOOKS))(schema).iter_errors(value)
     return errors
 
 
-def _bounded(kind: Any, most: int) -> Any:
-    """A class of validators that raises _TooMuch at one keyword more than `most`."""
+def _bounded(kind: Any, work: Work) -> Any:
+    """A class of validators that raises _TooMuch once no keywords are left."""
     from jsonschema.validators import extend
-
-    left = most
 
     def counted(function: Any) -> Any:
         def call(validator: Any, wanted: Any, instance: Any, schema: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
+            work.keywords -= 1
+            if work.keywords < 0:
                 raise _TooMuch
             return function(validator, wanted, instance, schema)
 

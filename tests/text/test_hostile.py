@@ -16,6 +16,7 @@ from helpers import TinyFiles, elsewhere
 
 from mllama_gguf.errors import RequestError
 from mllama_gguf.text.grammar import gbnf, json_schema, lark, regex
+from mllama_gguf.text.tools import read_tools
 from mllama_gguf.text.validation import check, check_schema
 from mllama_gguf.text.vocab import Vocab
 
@@ -145,6 +146,18 @@ def test_references_that_double(vocab: Vocab, schema: dict[str, Any]) -> None:
     with suppress(RequestError):
         vocab.constraints.begin(vocab, json_schema(schema))
     assert time.monotonic() - start < 20
+
+
+def test_tools_whose_references_double(vocab: Vocab) -> None:
+    """All schemas of a request share a bound."""
+    levels = doubled(lambda ref: {"anyOf": [ref, ref], "type": "object"})["$defs"]
+    schema = {"anyOf": [{"$ref": "#/$defs/0"}] * 2, "type": "object", "$defs": {**levels, "40": {}}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": schema}} for i in range(128)]
+    start = time.process_time()
+    for some in (tools[:8], tools):
+        with suppress(RequestError):
+            vocab.constraints.begin(vocab, read_tools(some, "required", None).grammar())
+    assert time.process_time() - start < 15
 
 
 def test_patterns_below_a_draft_of_its_own() -> None:
