@@ -112,7 +112,8 @@ def _errors(value: Any, schema: dict[str, Any]) -> Iterator[Any]:
             yield from additional(validator, wanted, instance, schema) or ()
 
     without["additionalProperties"] = additional_properties
-    errors: Iterator[Any] = _bounded(extend(kind, without), Work(keywords=MAX_LOOKS))(schema).iter_errors(value)
+    bounded = _bounded(extend(kind, without), Work(keywords=MAX_LOOKS))
+    errors: Iterator[Any] = bounded(schema).iter_errors(value)
     return errors
 
 
