@@ -96,7 +96,7 @@ def test_options_reach_the_model(
         (["-ngl", "-2"], "must be a whole number"),
         (["-c", "1.5"], "must be a whole number of at least 0, not '1.5'"),
         (["-c", "-1"], "must be a whole number of at least 0, not -1"),
-        (["-b", "0"], "must be a whole number of at least 1, not 0"),
+        (["-b", "0"], "must be a whole number from 1 to 8192, not 0"),
         (["-b", "9" * 30], "must be a whole number"),
         (["-t", "0"], "must be a whole number from 1 to 512, not 0"),
         (["-ts", "3,x"], "must be a list of numbers of at least 0"),

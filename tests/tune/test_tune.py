@@ -128,7 +128,7 @@ def test_the_errors_of_a_point_are_words(task: Task) -> None:
     point = replace(task, function="mllama_gguf.tune.search:measure_caption").measure_point(
         {**BASE, "n_batch": 0}
     )
-    assert point.error == "n_batch must be a whole number of at least 1, not 0"
+    assert point.error == "n_batch must be a whole number from 1 to 8192, not 0"
     with pytest.raises(PointFailed, match=r"exit code 1: .*no_such"):
         run_point("no_such:thing", {}, 20)
 
