@@ -95,18 +95,19 @@ class Engine:
     def cancel(self, job: Job, reason: str = "client") -> None:
         """Nobody waits for this job any more."""
         job.cancel(reason)
-        with self._changed:
-            if self._queue.remove(job):
-                self._metrics.queued.set(len(self._queue))
-                self._metrics.cancelled.labels(reason).inc()
+        self._withdraw(job, reason)
 
     def expire(self, job: Job) -> bool:
         """Take a job whose time is over out of the queue; False: it does not wait there any more."""
+        return self._withdraw(job, "time")
+
+    def _withdraw(self, job: Job, reason: str) -> bool:
+        """Whether the job was in the queue, which it then has left."""
         with self._changed:
             found = self._queue.remove(job)
             if found:
                 self._metrics.queued.set(len(self._queue))
-                self._metrics.cancelled.labels("time").inc()
+                self._metrics.cancelled.labels(reason).inc()
         return found
 
     def unload(self, card: Card) -> None:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,17 @@ from mllama_gguf.server.models import Models, Need, Opening
 from mllama_gguf.server.settings import ServerSettings
 
 
+@contextmanager
+def busy(slow: Path, settings: ServerSettings) -> Iterator[Running]:
+    """A server that encodes an image for a long time."""
+    with (
+        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
+        sent(served, "/api/chat", slow_image(True)),
+    ):
+        wait_for(lambda: is_computing(served))
+        yield served
+
+
 def test_questions_about_the_server_never_wait(slow_served: Running) -> None:
     with sent(slow_served, "/api/chat", slow_image(False)):
         wait_for(lambda: is_computing(slow_served))
@@ -69,42 +82,27 @@ def test_a_sign_of_life_while_an_image_is_encoded(slow: Path) -> None:
 
 def test_a_full_queue(slow: Path) -> None:
     settings = ServerSettings(port=0, max_queue=1)
-    offers = (Offer("slow:latest", str(slow)),)
-    with (
-        running(settings, offers=offers, given={"n_ctx": 512}) as served,
-        sent(served, "/api/chat", slow_image(True)),
-    ):
-        wait_for(lambda: is_computing(served))
-        with sent(served, "/api/chat", slow_image(True)):
-            wait_for(lambda: served.metric("mllama_requests_queued") == 1)
-            for path in ("/api/chat", "/v1/chat/completions"):
-                body = {"model": "slow", "messages": [{"role": "user", "content": "x"}]}
-                answer = served.post(path, body)
-                assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
-                assert "maximum pending requests exceeded" in answer.text
+    with busy(slow, settings) as served, sent(served, "/api/chat", slow_image(True)):
+        wait_for(lambda: served.metric("mllama_requests_queued") == 1)
+        for path in ("/api/chat", "/v1/chat/completions"):
+            body = {"model": "slow", "messages": [{"role": "user", "content": "x"}]}
+            answer = served.post(path, body)
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            assert "maximum pending requests exceeded" in answer.text
 
 
 def test_the_images_that_wait_are_limited(slow: Path) -> None:
     settings = ServerSettings(port=0, max_waiting=1000)
-    with (
-        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
-        sent(served, "/api/chat", slow_image(True)),
-    ):
-        wait_for(lambda: is_computing(served))
-        with sent(served, "/api/chat", slow_image(True)):
-            wait_for(lambda: served.metric("mllama_requests_queued") == 1)
-            answer = served.post("/api/chat", slow_image(False))
-            assert answer.status_code == 503 and "too much waits" in answer.json()["error"]
-            assert int(answer.headers["retry-after"]) >= 1
+    with busy(slow, settings) as served, sent(served, "/api/chat", slow_image(True)):
+        wait_for(lambda: served.metric("mllama_requests_queued") == 1)
+        answer = served.post("/api/chat", slow_image(False))
+        assert answer.status_code == 503 and "too much waits" in answer.json()["error"]
+        assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_the_texts_that_wait_are_limited(slow: Path) -> None:
     settings = ServerSettings(port=0, max_waiting=100_000)
-    with (
-        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
-        sent(served, "/api/chat", slow_image(True)),
-    ):
-        wait_for(lambda: is_computing(served))
+    with busy(slow, settings) as served:
         text = {"model": "slow", "prompt": "x" * 60_000, "stream": False}
         with sent(served, "/api/generate", text):
             wait_for(lambda: served.metric("mllama_requests_queued") == 1)
@@ -143,11 +141,7 @@ def test_clients_take_turns() -> None:
 def test_a_time_limit_of_a_request_that_waits(slow: Path, stream: bool) -> None:
     """It is told when its time is over, not when its turn comes."""
     settings = ServerSettings(port=0)
-    with (
-        running(settings, offers=(Offer("slow:latest", str(slow)),), given={"n_ctx": 512}) as served,
-        sent(served, "/api/chat", slow_image(True)),
-    ):
-        wait_for(lambda: is_computing(served))
+    with busy(slow, settings) as served:
         object.__setattr__(served.service, "settings", replace(served.service.settings, time_limit=0.3))
         body = {"model": "slow", "messages": [{"role": "user", "content": "x"}], "stream": stream}
         answer = served.post("/api/chat", body)
