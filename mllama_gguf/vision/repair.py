@@ -74,17 +74,22 @@ def clean_png(data: bytes) -> bytes:
     return b"".join(out)
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
-    """Name, content and whether the checksum is right, up to where the file ends, in a chunk perhaps."""
+def _png_places(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name of each chunk, and where its content begins and would end, up to where the file ends."""
     at = len(PNG_SIGNATURE)
     while at + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        checksum = data[at + 8 + length : at + 12 + length]
+        yield data[at + 4 : at + 8], at + 8, at + 8 + length
         at += 12 + length
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """Name, content and whether the checksum is right, up to where the file ends, in a chunk perhaps."""
+    for kind, start, end in _png_places(data):
         if kind in _PNG_NEEDED or kind in _PNG_USED or kind in (b"zTXt", b"iTXt", b"tEXt"):
+            body, checksum = data[start:end], data[end : end + 4]
             # Cut in the checksum alone: what it would have checked is there.
-            whole = len(body) == length
+            whole = len(body) == end - start
             expected = struct.pack(">I", zlib.crc32(kind + body))
             yield kind, body, whole and (len(checksum) < 4 or checksum == expected)
 
@@ -118,9 +123,9 @@ def _png_header(data: bytes) -> bytes:
     """The content of the last head before the pixels, which is the one that Pillow takes; b"" if none can be
     used."""
     header = b""
-    for kind, body, _ in _png_chunks(data):
+    for kind, start, end in _png_places(data):
         if kind == b"IHDR":
-            header = body
+            header = data[start:end]
         elif kind == b"IDAT":
             break
     return header if len(header) == 13 and header[8] in (1, 2, 4, 8, 16) else b""
