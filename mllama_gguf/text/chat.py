@@ -202,14 +202,8 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]], prompt: _Prompt, is_native: bool) -> str:
         from .sandbox import TooMuch, limited
 
-        variables = {
-            **prompt.variables,
-            **self._tokens,
-            "messages": messages,
-            "tools": (prompt.tools or None) if is_native else None,
-            "add_generation_prompt": not prompt.is_continued,
-            "raise_exception": _raise,
-        }
+        tools = (prompt.tools or None) if is_native else None
+        variables = {**prompt.variables, **self._given(messages, tools, not prompt.is_continued)}
         try:
             return limited(lambda: self._template.render(variables))
         except (TooMuch, MemoryError) as e:
@@ -218,19 +212,23 @@ class ChatTemplate:
         except Exception as e:  # the template's own raise_exception, or any error of the code in it
             raise _Refusal(f"the chat template refuses the messages: {one_line(e)}") from e
 
+    def _given(self, messages: list[dict[str, Any]], tools: Any, is_new: bool) -> dict[str, Any]:
+        """What every template knows. is_new: a new message of the assistant begins."""
+        return {
+            **self._tokens,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": is_new,
+            "raise_exception": _raise,
+        }
+
     def _check_template(self) -> None:
         """Raise ModelError if the template is too much with one short message too: then it is the template's
         fault, not the conversation's."""
         from .sandbox import TooMuch, limited
 
-        shortest = {
-            **self._tokens,
-            "messages": [{"role": "user", "content": _Text("x")}],
-            "tools": None,
-            "add_generation_prompt": True,
-            "raise_exception": _raise,
-            "strftime_now": _now,
-        }
+        message = {"role": "user", "content": _Text("x")}
+        shortest = {"strftime_now": _now, **self._given([message], None, True)}
         try:
             limited(lambda: self._template.render(shortest))
         except (TooMuch, MemoryError) as e:
