@@ -127,8 +127,8 @@ template <class Call> void freeing(Call && call) {
 bool answers(ggml_backend_t backend) {
     bool                  ok     = false;
     ggml_backend_buffer_t buffer = nullptr;
-    ggml_context *        ctx    = ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true });
-    if (!ctx) {
+    ggml_context *        ctx    = nullptr;
+    if (guard_context(8 * ggml_tensor_overhead() + ggml_graph_overhead(), &ctx) != MLLAMA_OK) {
         return true; // who knows
     }
     const auto add = [&] {
