@@ -112,6 +112,8 @@ class Fake:
 
     def __init__(self) -> None:
         self.gone = threading.Event()  # the client left before the end
+        self.knows_models = threading.Event()  # until then, nobody is told which
+        self.knows_models.set()
         self._lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         routes = [
@@ -143,6 +145,7 @@ class Fake:
         self.write({**last, "eval_duration": 2_000_000_000, "message": {"content": ""}, **more}, None)
 
     def close(self) -> None:
+        self.knows_models.set()
         self._server.should_exit = True
         self._server.force_exit = True
         self._thread.join(30)
@@ -156,6 +159,8 @@ class Fake:
         asyncio.run(serve())
 
     async def _tags(self, request: Asked) -> Response:
+        while not self.knows_models.is_set():
+            await asyncio.sleep(0.01)
         return JSONResponse({"models": [{"name": "fake:latest", "capabilities": ["vision"]}]})
 
     async def _ps(self, request: Asked) -> Response:

@@ -150,6 +150,31 @@ def test_text_of_the_model_is_never_html(opening: Any, fake: Any) -> None:
     assert page.evaluate("window.hacked") is None
 
 
+def test_a_question_before_the_models_are_known_is_sent_once_they_are(opening: Any, fake: Any) -> None:
+    fake.knows_models.clear()
+    one = opening(fake.url)
+    page = one.page
+    box = page.get_by_role("textbox", name="Your question")
+    box.fill("Who are")
+    page.keyboard.press("Enter")
+    page.keyboard.type(" you?")  # there was more to say: the first Enter counts no longer
+    fake.knows_models.set()
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    assert one.bodies == []
+
+    fake.knows_models.clear()
+    page.reload()
+    box.fill("Who are you?")
+    page.keyboard.press("Enter")
+    assert one.bodies == []
+    fake.knows_models.set()
+    fake.say("A model.")
+    fake.finish()
+    assert text_of(turn(page)) == "A model."
+    assert [body["messages"][0]["content"] for body in one.bodies] == ["Who are you?"]
+    assert box.input_value() == ""
+
+
 def test_words_come_one_by_one_and_can_be_stopped(opening: Any, fake: Any) -> None:
     one = opening(fake.url)
     page = one.page

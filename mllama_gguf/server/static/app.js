@@ -15,6 +15,8 @@ const talk = byId("talk");
 const turns = [];
 let writing = null; // {controller, turn} of the reply that is being written
 let offered = [];
+let isFinding = false; // the server is asked for its models
+let isWanted = false; // the question is to be sent as soon as they are known
 
 // ---- small things
 
@@ -109,9 +111,11 @@ function askForKey() {
 // ---- models
 
 async function findModels() {
+  isFinding = true;
   try {
     offered = await models();
   } catch (error) {
+    isFinding = isWanted = false;
     if (error.status === 401 && (await askForKey())) return findModels();
     select.replaceChildren(new Option(error.status === 401 ? "A key is needed" : "No answer", ""));
     notice(error.status === 401 ? "The server asks for a key." : words(error), { name: "Try again", run: findModels });
@@ -129,7 +133,9 @@ async function findModels() {
   }
   const last = kept("mllama-model");
   if (offered.some((one) => one.name === last)) select.value = last;
+  isFinding = false;
   showState();
+  if (isWanted) send();
   return undefined;
 }
 
@@ -205,6 +211,7 @@ async function reply(turn) {
 }
 
 function send() {
+  isWanted = isFinding && question.value.trim() !== "";
   if (writing || byId("send").disabled) return;
   const { format, error } = form.format();
   if (error) return void form.showError();
@@ -242,6 +249,7 @@ function edit(turn) {
 }
 
 function renew(images = []) {
+  isWanted = false;
   writing?.controller.abort();
   turns.splice(0);
   talk.replaceChildren();
@@ -308,6 +316,7 @@ function setUp() {
   byId("down").addEventListener("click", () => toEnd(true));
   question.addEventListener("keydown", keys);
   question.addEventListener("input", () => {
+    isWanted = false; // there is more to say
     grow();
     showState();
   });
