@@ -148,19 +148,19 @@ static mllama_status get_logits(const mllama_context * ctx, part * parts, int32_
 static mllama_status check_last(const mllama_context * ctx, part * parts, int32_t n_parts) {
     const struct ggml_tensor * last = ctx->text.last;
     const int64_t n_embd  = last->ne[0];
-    const int64_t n       = n_parts > 1 || ctx->text.logits ? last->ne[1] : 1;
-    float *       columns = malloc((size_t) n * last->nb[1]), * column = columns;
+    int64_t       at      = 0;
+    float *       columns = malloc(ggml_nbytes(last));
     if (!columns) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    const size_t        skipped = (size_t) (last->ne[1] - n) * last->nb[1];
-    const mllama_status status  = guard_get(last, columns, skipped, (size_t) n * last->nb[1]);
+    const mllama_status status = guard_get(last, columns, 0, ggml_nbytes(last));
     for (int32_t wants = 1; wants >= 0 && status == MLLAMA_OK; wants--) { // in the order of text_graph_columns
         for (int32_t i = 0; i < n_parts; i++) {
             const int64_t rows = n_logits(&parts[i]), mine = rows > 0 ? rows : 1;
             if ((rows > 0) == (wants == 1)) {
-                parts[i].finite &= finite_f32(column, mine * n_embd);
-                column += mine * n_embd;
+                parts[i].finite &= finite_f32(columns + at * n_embd, mine * n_embd);
+                parts[i].finite &= !graph_saw(&ctx->text.g, ctx->text.n_tokens + at, mine);
+                at += mine;
             }
         }
     }
@@ -168,8 +168,8 @@ static mllama_status check_last(const mllama_context * ctx, part * parts, int32_
     return status;
 }
 
-// The same of what the graph has watched, and of damage that products may hide. That counts with logits, the results at
-// last: before them, taps see where it begins.
+// The same of what the graph has watched in the columns of the tokens, and of damage that products may hide. That counts
+// with logits, the results at last: before them, taps see where it begins.
 static void check_watched(const mllama_context * ctx, part * parts, int32_t n_parts) {
     const char * const * damage = ctx->model->damage;
     int64_t              column = 0;

@@ -11,13 +11,10 @@ static mllama_status reserve_step(mllama_context * ctx, const text_item * items,
 
 // The text graphs of a full sequence, for whole batches and single tokens, that see a slot (-1: no image).
 static mllama_status reserve_text(mllama_context * ctx, const sequence * s, int32_t slot) {
-    // With logits the last layer computes one column only, without them all.
-    const int32_t n_most     = ctx->n_step < s->n_ctx ? ctx->n_step : s->n_ctx;
-    const int32_t n_tokens[] = { n_most, n_most, 1 };
-    const int32_t logits[]   = { MLLAMA_LOGITS_NONE, MLLAMA_LOGITS_LAST, MLLAMA_LOGITS_LAST };
-    for (int32_t i = 0; i < 3; i++) {
+    const int32_t n_tokens[] = { ctx->n_step < s->n_ctx ? ctx->n_step : s->n_ctx, 1 };
+    for (int32_t i = 0; i < 2; i++) {
         const int32_t   n_visible = slot >= 0 ? ctx->slots[slot].n_images : 0;
-        const text_item item      = context_item(ctx, s, n_tokens[i], s->n_ctx, slot, n_visible, logits[i]);
+        const text_item item = context_item(ctx, s, n_tokens[i], s->n_ctx, slot, n_visible, MLLAMA_LOGITS_LAST);
         TRY(reserve_step(ctx, &item, 1));
     }
     return MLLAMA_OK;

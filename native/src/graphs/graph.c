@@ -41,7 +41,8 @@ mllama_status graph_use_watch(graph * g, size_t n_columns) {
     if (!g->not_finite) {
         return fail(MLLAMA_ERR_MEMORY, "out of memory");
     }
-    g->n_watched = n_columns;
+    g->n_watched  = n_columns;
+    g->watch_from = 0;
     for (size_t i = 0; i < n_columns; i++) {
         atomic_init(&g->not_finite[i], false);
     }
@@ -154,7 +155,11 @@ static struct ggml_tensor * mul_mat(graph * g, struct ggml_tensor * x, void * w)
 }
 
 void graph_watch(graph * g, struct ggml_tensor * x) {
-    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, g->beside, g->not_finite));
+    ggml_build_forward_expand(g->gf, cpu_watch_node(g->ctx, x, g->beside, g->not_finite + g->watch_from));
+}
+
+void graph_watch_from(graph * g, size_t first) {
+    g->watch_from = first;
 }
 
 void graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x) {

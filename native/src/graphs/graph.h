@@ -17,6 +17,7 @@ typedef struct graph {
     const cpu_quantized * with;
     atomic_bool *         not_finite;     // [n_watched], for each column: seen by graph_watch
     size_t                n_watched;
+    size_t                watch_from;     // which of them is column 0 of what is watched next
     struct ggml_tensor *  beside;         // a weight in the CPU's own memory, or NULL
     ggml_backend_dev_t    device;         // computes what has no weight of its own and no cache; NULL: not known
 } graph;
@@ -41,8 +42,10 @@ void          graph_free(graph * g);
 // Names a tensor as "prefix.layer.name" (as "prefix.name" for layer -1), for taps.
 struct ggml_tensor * graph_named(struct ggml_tensor * t, const char * prefix, int32_t layer, const char * name);
 
-// Looks for values that are not finite in x, whose columns are the first of the graph. It computes on the CPU.
+// Looks for values that are not finite in x, whose column 0 is the first that can be watched. It computes on the CPU.
 void                 graph_watch(graph * g, struct ggml_tensor * x);
+// From now on column 0 of what is watched is another one: it has other columns than what was watched before.
+void                 graph_watch_from(graph * g, size_t first);
 // The same where w multiplies x next on the CPU and is quantized: then x is rounded, which turns NaN into a number.
 // Other products carry NaN on.
 void                 graph_watch_factor(graph * g, const struct ggml_tensor * w, struct ggml_tensor * x);

@@ -170,16 +170,17 @@ static struct ggml_tensor * cross_attention(const decoder * d, const text_layer 
     return cache_attention(d, il, q, NULL);
 }
 
-// The columns that logits are made from: for a single item the last one, or all. With several items they are chosen
-// after the last layer.
+// The columns of text_graph_columns, of x with a column for each token
 static struct ggml_tensor * wanted_columns(const decoder * d, struct ggml_tensor * x) {
-    if (d->tg->n_items > 1 || d->tg->items[0].logits != MLLAMA_LOGITS_LAST || x->ne[1] == 1) {
-        return x;
+    const text_graph * tg = d->tg;
+    if (tg->wanted) {
+        return ggml_get_rows(d->g->ctx, x, tg->wanted);
     }
-    return columns(d, x, x->ne[1] - 1, 1);
+    return tg->n_items > 1 || tg->items[0].logits == MLLAMA_LOGITS_ALL ? x : columns(d, x, x->ne[1] - 1, 1);
 }
 
-// x [n_embd, n] -> [n_embd, n], or only the wanted columns after the last layer
+// x [n_embd, n] -> [n_embd, n], or only the wanted columns after the last layer. That layer's caches hold all of them,
+// so what follows its attention is computed for the wanted ones alone.
 static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct ggml_tensor * x) {
     graph *               g   = d->g;
     struct ggml_context * ctx = g->ctx;
@@ -187,9 +188,10 @@ static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct 
 
     struct ggml_tensor * norm = graph_named(graph_rms_norm(g, x, l->attn_norm, d->p->rms_eps), "blk", il, "attn_norm");
     struct ggml_tensor * attn = l->is_cross ? cross_attention(d, l, il, norm) : self_attention(d, l, il, norm);
-    if (il == d->p->n_layer - 1) {
+    if (il == d->p->n_layer - 1 && x->ne[1] == d->tg->n_tokens) {
         attn = wanted_columns(d, attn);
         x    = wanted_columns(d, x);
+        graph_watch_from(g, (size_t) d->tg->n_tokens);
     }
     graph_watch_factor(g, l->o, attn);
     attn = graph_named(graph_linear(g, l->o, attn), "blk", il, "attn_out");
@@ -212,14 +214,14 @@ static struct ggml_tensor * decoder_layer(const decoder * d, int32_t il, struct 
 // A cross-attention layer changes the columns that see images; the others pass through.
 static struct ggml_tensor * cross_layer(const decoder * d, int32_t il, struct ggml_tensor * x) {
     const int64_t n = x->ne[1];
-    if (d->n_seeing == 0) {
-        return il == d->p->n_layer - 1 ? wanted_columns(d, x) : x;
-    }
     if (d->n_seeing == n) {
         return decoder_layer(d, il, x);
     }
-    struct ggml_tensor * seeing = decoder_layer(d, il, columns(d, x, 0, d->n_seeing));
-    return ggml_concat(d->g->ctx, seeing, columns(d, x, d->n_seeing, n - d->n_seeing), 1);
+    if (d->n_seeing > 0) {
+        struct ggml_tensor * seeing = decoder_layer(d, il, columns(d, x, 0, d->n_seeing));
+        x = ggml_concat(d->g->ctx, seeing, columns(d, x, d->n_seeing, n - d->n_seeing), 1);
+    }
+    return il == d->p->n_layer - 1 ? wanted_columns(d, x) : x;
 }
 
 int64_t text_graph_columns(const text_shape * shape, int32_t * columns) {
@@ -295,6 +297,10 @@ static void add_inputs(text_graph * tg) {
     tg->cells     = graph_input(g, GGML_TYPE_I64, tg->n_tokens, 1, "cells");
     const int64_t n = tg->n_items == 1 ? tg->n_tokens : 1;
     tg->mask = graph_input(g, GGML_TYPE_F16, mask / n, n, "mask");
+    const int64_t n_wanted = text_graph_columns(&(text_shape) { .n_items = tg->n_items, .items = tg->items }, NULL);
+    if (tg->n_items > 1 && (n_wanted < tg->n_tokens || (tg->n_logits > 0 && tg->n_logits < n_wanted))) {
+        tg->wanted = graph_input(g, GGML_TYPE_I32, n_wanted, 1, "wanted");
+    }
 }
 
 mllama_status text_graph_build(const mllama_model * model, const text_shape * shape, const compute_env * env,
@@ -308,7 +314,7 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     TRY(graph_init(&tg->g, text_graph_most_nodes(p, tg->n_tokens, tg->n_items), env, model->token_embd));
     graph * g = &tg->g;
     TRY(graph_use_products(g, 7 * (size_t) p->n_layer + 1));
-    TRY(graph_use_watch(g, (size_t) tg->n_tokens));
+    TRY(graph_use_watch(g, 2 * (size_t) tg->n_tokens)); // the tokens, and then the columns of `last`
     add_inputs(tg);
     share_inputs(tg);
 
@@ -324,10 +330,6 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
             graph_watch_factor(g, model->layers[il].q, x);
         }
         x = model->layers[il].is_cross ? cross_layer(&d, il, x) : decoder_layer(&d, il, x);
-    }
-    if (tg->n_items > 1) {
-        tg->wanted = graph_input(g, GGML_TYPE_I32, text_graph_columns(shape, NULL), 1, "wanted");
-        x = ggml_get_rows(g->ctx, x, tg->wanted);
     }
     if (tg->n_logits > 0) {
         x = graph_named(graph_rms_norm(g, x, model->output_norm, p->rms_eps), "text", -1, "output_norm");

@@ -40,10 +40,10 @@ typedef struct text_graph {
     struct ggml_tensor * mask;      // input  F16, for each item [n_kv, n_tokens] one after the other
     // Of each item, its part of these two. All layers share the tensors, because each is copied to a device by itself.
     struct ggml_tensor ** item_cells, ** item_masks;
-    struct ggml_tensor * wanted;    // input  I32: the columns of `last`, NULL if they are the last ones
+    struct ggml_tensor * wanted;    // input  I32: the columns of `last`, see text_graph_columns. NULL: one item, or all
     struct ggml_tensor * logits;    // output F32 [vocab_size, n_logits], in the order of the items; NULL without
     int64_t              n_logits;
-    // output F32 [n_embd, columns]: x, or with logits the input of their product; of several items the wanted columns
+    // output F32 [n_embd, columns]: the columns of text_graph_columns, of x or with logits of the input of their product
     struct ggml_tensor * last;
     cpu_cache_attention * attention; // [n_layer]
     cpu_cache_item *      cache_items; // [n_layer * n_items], of them
@@ -55,5 +55,5 @@ void          text_graph_free(text_graph * graph);
 size_t        text_graph_most_nodes(const mllama_hparams * p, int64_t n_tokens, int64_t n_items);
 bool          text_graph_serves(const text_graph * graph, const text_shape * shape);
 // The columns whose logits are wanted, in the order of the items, then the last column of each item without logits.
-// columns: NULL, or room for as many as there are. Returns how many.
+// columns: NULL, or room for as many as there are. Returns how many. The order of an item's own columns stays.
 int64_t       text_graph_columns(const text_shape * shape, int32_t * columns);
