@@ -261,6 +261,7 @@ def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         if found and found[-1]["role"] == message["role"] != "tool" and "tool_calls" not in found[-1]:
             found[-1]["content"] += [_text("\n\n"), *message["content"]]  # in its place: there may be many
+            found[-1] |= {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
         else:
             found.append(message)
     return found

@@ -56,6 +56,13 @@ def test_messages_of_one_role_are_one() -> None:
     assert ask is not None
     found = [(one["role"], "".join(part["text"] for part in one["content"])) for one in ask.messages]
     assert found == [("user", "a\n\nb"), ("assistant", "c"), ("user", "d"), ("tool", "e"), ("tool", "f")]
+    calls = [{"function": {"name": "paint", "arguments": {}}}]
+    messages = [
+        {"role": "assistant", "content": "I paint."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    ask = chat({"model": "m", "messages": messages}, LIMITS).ask
+    assert ask is not None and [len(one["tool_calls"]) for one in ask.messages] == [1]
 
 
 def test_many_messages_of_one_role() -> None:

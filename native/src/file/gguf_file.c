@@ -16,7 +16,9 @@
 // tensor has other sizes whose product overflows.
 static mllama_status read_tensors(gguf_file * file) {
     const int64_t n = gguf_get_n_tensors(file->gguf);
-    TRY(guard_context(ggml_tensor_overhead() * (size_t) (n + 1), &file->meta));
+    if (guard_context(ggml_tensor_overhead() * (size_t) (n + 1), &file->meta) != MLLAMA_OK) {
+        return fail(MLLAMA_ERR_MEMORY, "%s: out of memory", file->path);
+    }
     for (int64_t i = 0; i < n; i++) {
         const char *    name   = gguf_get_tensor_name(file->gguf, i);
         const uint64_t  offset = gguf_get_tensor_offset(file->gguf, i), bytes = gguf_get_tensor_size(file->gguf, i);
