@@ -168,8 +168,8 @@ static mllama_status check_last(const mllama_context * ctx, part * parts, int32_
     return status;
 }
 
-// The same of what the graph has watched in the columns of the tokens, and of damage that products may hide. That counts
-// with logits, the results at last: before them, taps see where it begins.
+// The same of what the graph has watched in the columns of the tokens, and of damage that products may hide. That
+// counts with logits, the results at last: before them, taps see where it begins.
 static void check_watched(const mllama_context * ctx, part * parts, int32_t n_parts) {
     const char * const * damage = ctx->model->damage;
     int64_t              column = 0;

@@ -40,7 +40,7 @@ typedef struct text_graph {
     struct ggml_tensor * mask;      // input  F16, for each item [n_kv, n_tokens] one after the other
     // Of each item, its part of these two. All layers share the tensors, because each is copied to a device by itself.
     struct ggml_tensor ** item_cells, ** item_masks;
-    struct ggml_tensor * wanted;    // input  I32: the columns of `last`, see text_graph_columns. NULL: one item, or all
+    struct ggml_tensor * wanted;    // input  I32: the columns of text_graph_columns. NULL: one item, or all columns
     struct ggml_tensor * logits;    // output F32 [vocab_size, n_logits], in the order of the items; NULL without
     int64_t              n_logits;
     // output F32 [n_embd, columns]: the columns of text_graph_columns, of x or with logits of the input of their product
