@@ -43,7 +43,7 @@ typedef struct text_graph {
     struct ggml_tensor * wanted;    // input  I32: the columns of text_graph_columns. NULL: one item, or all columns
     struct ggml_tensor * logits;    // output F32 [vocab_size, n_logits], in the order of the items; NULL without
     int64_t              n_logits;
-    // output F32 [n_embd, columns]: the columns of text_graph_columns, of x or with logits of the input of their product
+    // output F32 [n_embd, columns]: x in the columns of text_graph_columns, or with logits the input of their product
     struct ggml_tensor * last;
     cpu_cache_attention * attention; // [n_layer]
     cpu_cache_item *      cache_items; // [n_layer * n_items], of them
