@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from typing import Any
@@ -17,7 +18,7 @@ from ..errors import MllamaError
 from . import ollama_api, openai_api, page
 from .bodies import Bodies
 from .catalog import Catalog
-from .engine import Engine
+from .engine import STOPPING, Engine
 from .metrics import Metrics
 from .models import Opening
 from .problems import Refused, refusal
@@ -129,6 +130,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, counted)
+        except asyncio.CancelledError:  # the server ends, and this took too long
+            if status == 499:
+                await error_reply(scope["path"], STOPPING)(scope, receive, counted)
         finally:
             label = self._label(scope["path"])
             api = "openai" if is_openai(label) else "ollama" if label.startswith("/api/") else "server"

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 Prepared: TypeAlias = "TiledImage | ImageEmbedding"
+Stop: TypeAlias = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def answer(ask: Ask) -> Callable[[Usable, Job], Generator[Event, None, None]]:
 
     def work(loaded: Usable, job: Job) -> Generator[Event, None, None]:
         options = _options(ask, loaded)
-        tokens, images = _prompt(ask, loaded, options)
+        tokens, images = _prompt(ask, loaded, options, lambda: job.should_stop)
         room = _room(ask, loaded, len(tokens))
         if options.max_tokens is None or options.max_tokens > room:
             options = replace(options, max_tokens=room)
@@ -115,7 +116,7 @@ def encode_ahead(ask: Ask) -> Callable[[Usable, Job], None]:
     def work(loaded: Usable, job: Job) -> None:
         conversation, max_tiles = loaded.conversation, _options(ask, loaded).prompt.max_tiles
         for data, most in ask.limited_images(max_tiles):
-            image = _prepared(data, ask, loaded, most)
+            image = _prepared(data, ask, loaded, most, lambda: job.should_stop)
             if conversation.image_source(image) == "encoded":
                 job.encoded.add(conversation.encode_image(image).key)
 
@@ -173,16 +174,17 @@ def _room(ask: Ask, loaded: Usable, n_tokens: int) -> int:
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def _prompt(ask: Ask, loaded: Usable, options: ReplyOptions) -> tuple[list[int], list[Prepared]]:
-    """The tokens of a prompt and its images, decoded. Raises RequestError, ImageError, ContextFullError."""
+def _prompt(ask: Ask, loaded: Usable, options: ReplyOptions, stop: Stop) -> tuple[list[int], list[Prepared]]:
+    """The tokens of a prompt and its images, decoded. Raises RequestError, ImageError, ContextFullError,
+    Aborted."""
     if ask.raw is not None:
         tokens = loaded.model.tokenize(ask.raw, add_bos=not ask.context)
-        images = [_prepared(data, ask, loaded, options.prompt.max_tiles) for data in ask.images]
+        images = [_prepared(data, ask, loaded, options.prompt.max_tiles, stop) for data in ask.images]
         n_marks = tokens.count(loaded.model.image_token_id)
         if n_marks != len(images):
             raise Refused(400, f"the prompt has {n_marks} image tokens for {len(images)} images")
     else:
-        tokens, images = _chat(ask, loaded, options.prompt)
+        tokens, images = _chat(ask, loaded, options.prompt, stop)
     if ask.context:
         before, known = unpack(loaded, ask.context)
         bos = loaded.model.tokenize("", add_bos=True)
@@ -192,12 +194,12 @@ def _prompt(ask: Ask, loaded: Usable, options: ReplyOptions) -> tuple[list[int],
     return tokens, images
 
 
-def _chat(ask: Ask, loaded: Usable, options: PromptOptions) -> tuple[list[int], list[Prepared]]:
+def _chat(ask: Ask, loaded: Usable, options: PromptOptions, stop: Stop) -> tuple[list[int], list[Prepared]]:
     """A conversation, without its oldest messages if it is too long and that is allowed."""
     messages = list(ask.messages)
     if not ask.context:
         messages = list(loaded.model.defaults.precede(messages))
-    messages = [_decoded(message, ask, loaded, options.max_tiles) for message in messages]
+    messages = [_decoded(message, ask, loaded, options.max_tiles, stop) for message in messages]
     n_ctx = min(ask.n_ctx or loaded.context_length, loaded.context_length) - len(ask.context)
 
     def prompt(n_left_out: int) -> tuple[list[int], tuple[ImageInput, ...]]:
@@ -208,14 +210,22 @@ def _chat(ask: Ask, loaded: Usable, options: PromptOptions) -> tuple[list[int], 
     def fits(n_left_out: int) -> bool:
         try:
             return len(prompt(n_left_out)[0]) < n_ctx
+        except ContextFullError:  # so much that it cannot even be counted
+            return False
         except RequestError:  # if so many must go, it is raised below
             return True
 
     old = _old(messages) if ask.truncate else []
-    tokens, images = prompt(0)
-    if old and len(tokens) >= n_ctx:
+    try:
+        tokens, images = prompt(0)
+        is_long = len(tokens) >= n_ctx
+    except ContextFullError:
+        if not old:
+            raise
+        is_long = True
+    if old and is_long:
         n = fewest(len(old), fits)
-        logger.info("the conversation has %d tokens of %d: %d messages are left out", len(tokens), n_ctx, n)
+        logger.info("the conversation has more than %d tokens: %d messages are left out", n_ctx - 1, n)
         tokens, images = prompt(n)
     return tokens, [loaded.conversation.prepare_image(image) for image in images]
 
@@ -246,13 +256,13 @@ def _old(messages: Messages) -> list[int]:
 
 
 def _decoded(
-    message: Mapping[str, Any], ask: Ask, loaded: Usable, max_tiles: int | None
+    message: Mapping[str, Any], ask: Ask, loaded: Usable, max_tiles: int | None, stop: Stop
 ) -> Mapping[str, Any]:
     """A message whose images are decoded and cut into tiles: a few megabytes, however large they were."""
     if isinstance(message["content"], str):
         return message
     parts = [
-        {"type": "image", "image": _prepared(part["image"], ask, loaded, _most(part, max_tiles))}
+        {"type": "image", "image": _prepared(part["image"], ask, loaded, _most(part, max_tiles), stop)}
         if part["type"] == "image"
         else part
         for part in message["content"]
@@ -265,13 +275,13 @@ def _most(part: Mapping[str, Any], max_tiles: int | None) -> int | None:
     return 1 if part.get("detail") == "low" else max_tiles
 
 
-def _prepared(image: ImageInput, ask: Ask, loaded: Usable, max_tiles: int | None) -> Prepared:
+def _prepared(image: ImageInput, ask: Ask, loaded: Usable, max_tiles: int | None, stop: Stop) -> Prepared:
     """An image as tiles. Files are decoded within the limits of requests.
 
     A request may ask for fewer tiles than the server's setting allows, not for more. Raises ImageError,
-    RequestError.
+    RequestError, Aborted.
     """
-    pixels = to_pixels(image, ask.limits) if isinstance(image, bytes) else image
+    pixels = to_pixels(image, ask.limits, stop) if isinstance(image, bytes) else image
     if max_tiles is not None and not isinstance(pixels, LimitedImage):
         pixels = LimitedImage(pixels, min(max_tiles, loaded.model.max_tiles))
     return loaded.conversation.prepare_image(pixels)

@@ -24,6 +24,10 @@ from .settings import ServerSettings
 
 LARGE = 1 << 20  # bytes; more is parsed in a thread
 MAX_DEPTH = 128  # of JSON
+# Values of JSON, counted roughly: they take up to 60 bytes each, and while they are read nothing else goes
+# on. A text with so many brackets and commas is longer than any context.
+MAX_PARTS = 1_000_000
+_PARTS = (b"[", b"{", b",")
 _MOST_DIGITS = 300  # of an integer; a float has 308
 # Base64, as the only thing in a string of JSON.
 _IMAGE = re.compile(rb'(?<=[\s:,\[{])"((?:data:[\w/.+;=-]{0,80},)?[A-Za-z0-9+/]{32768,}={0,2})"')
@@ -114,7 +118,10 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
         views.append(memoryview(data)[start:end])
         return f'"{mark}{len(views) - 1}"'.encode()
 
-    value = _parse(_IMAGE.sub(cut, data))
+    rest = _IMAGE.sub(cut, data)
+    if sum(map(rest.count, _PARTS)) > MAX_PARTS:
+        raise Refused(400, f"the JSON has more than {MAX_PARTS} values")
+    value = _parse(rest)
     if not isinstance(value, dict):
         raise Refused(400, f"expected a JSON object, not {type(value).__name__}")
     _check_depth(value)

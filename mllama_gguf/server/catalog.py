@@ -133,6 +133,11 @@ class Catalog:
         self._known: dict[tuple[Offer, tuple[Any, ...]], Card] = {}
         self._looked = -FRESH_SECONDS
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it offers what it was given, and nothing else."""
+        return self._chosen is not None
+
     def cards(self) -> list[Card]:
         """All models, those that were changed last first."""
         return sorted(self._look().values(), key=lambda card: (-card.modified, card.name))
@@ -165,9 +170,8 @@ class Catalog:
             self._card(offer)
 
     def forget(self) -> None:
-        """Look again at the next question."""
-        with self._lock:
-            self._looked = -FRESH_SECONDS
+        """Look again at the next question. Never waits."""
+        self._looked = -FRESH_SECONDS
 
     def _look(self, again: bool = False) -> dict[str, Card]:
         with self._lock:

@@ -57,6 +57,7 @@ class Engine:
             most=settings.max_models,
             memory=settings.memory,
             parallel=settings.parallel,
+            keep_alive=settings.keep_alive,
             metrics=metrics,
             abort=self._should_stop,
             wait=self._wait,
@@ -174,7 +175,7 @@ class Engine:
     def _next(self) -> tuple[list[Task], Job | None, bool]:
         """Wait for something to do."""
         while True:
-            seconds = self._models.close_expired()
+            self._models.close_expired()
             with self._changed:
                 tasks, self._tasks = self._tasks, []
                 job = self._queue.take(lambda one: self._models.has_place(one.card))
@@ -185,7 +186,8 @@ class Engine:
                 if tasks or job is not None or is_over:
                     return tasks, job, is_over and not tasks
                 self._encode_ahead()
-                self._changed.wait(seconds)
+                # Asked here: a job that ends now wakes this thread after it waits.
+                self._changed.wait(self._models.seconds_left())
 
     def _encode_ahead(self) -> None:
         """Let the images of the next job be encoded while it waits, if its model's jobs run together."""
@@ -250,8 +252,7 @@ class Engine:
             is_ruined = ruins_model(e)
             outcome = self._problem(job, e)
         self._of_thread.job = None
-        keep = self._settings.keep_alive if job.keep_alive is None else job.keep_alive
-        if not self._models.end(loaded, keep, is_ruined=is_ruined):
+        if not self._models.end(loaded, job.keep_alive, is_ruined=is_ruined):
             self._close_job(job, outcome)
         elif threading.current_thread() is self._thread:
             self._close_model(job, loaded, outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ from ..words import brief
 from .problems import Refused
 
 _MOST = (1 << 31) - 1
+_VIEW = re.compile(r"<memory at \w*>?")  # see `bodies`
 _NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
 
 
 def wrong(name: str, wanted: str, value: Any) -> Refused:
     """A field has a value of another kind."""
-    return Refused(400, f"{name} must be {wanted}, not {brief(value)}", "invalid_value", name)
+    shown = _VIEW.sub("text", brief(value))
+    return Refused(400, f"{name} must be {wanted}, not {shown}", "invalid_value", name)
 
 
 def get(body: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:

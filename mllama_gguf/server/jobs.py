@@ -132,7 +132,7 @@ class Job:
     """A request that a model answers.
 
     work:    run in the engine's thread, or in one of its own; gives Pieces and Endeds
-    keep_alive: seconds that the model stays afterwards; None: the server's
+    keep_alive: seconds that the model stays afterwards; None: as the job before said, or the server
     n_bytes: of its images and texts
     ahead:   run in another thread while the job waits for its place; None: there is nothing to do
     encoded: keys of the states that were computed so

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from ..errors import MllamaError
 from ..words import os_reason
+from .connections import BACKLOG, Connection, most_connections
 from .service import Service
 from .settings import ServerSettings
 
@@ -65,7 +66,8 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 server_header=False,
                 proxy_headers=False,
-                http="h11",
+                http=Connection,
+                backlog=BACKLOG,
                 ws="none",
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 timeout_keep_alive=KEEP_CONNECTION,
@@ -114,6 +116,7 @@ class Server(uvicorn.Server):
 def serve(service: Service, app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends it immediately. ready: called once it answers."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    Connection.most = most_connections()
     service.engine.start()
     try:
         asyncio.run(Server(service, app, ready).serve([listener]))

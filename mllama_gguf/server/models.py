@@ -77,6 +77,7 @@ class Loaded:
     """A model in memory, `Usable` by one job at a time.
 
     talks:   conversations of jobs that run together; None: one job at a time
+    keep:    seconds that it stays after a job, as the last job said that named any
     expires, used: as time.monotonic counts
     users:   running jobs
     is_over: it is closed once nobody uses it, and no job begins with it
@@ -89,6 +90,7 @@ class Loaded:
     need: Need
     seconds: float  # of loading
     talks: Talks | None = None
+    keep: float = math.inf
     expires: float = math.inf
     used: float = 0.0
     users: int = 0
@@ -129,6 +131,7 @@ class Models:
         most: int,
         memory: int | None,
         parallel: int | None,
+        keep_alive: float,
         metrics: Metrics,
         abort: Callable[[], bool],
         wait: Callable[[], None],
@@ -136,11 +139,13 @@ class Models:
     ) -> None:
         """most: at the same time; memory: bytes of this machine; None: nearly all.
         parallel: jobs of a model that run together; None: see `need_of`
+        keep_alive: seconds that a model stays after a job, if no job says it
         abort: asked while something computes; wait: for the end of a running job; raises Aborted."""
         self._opening = opening
         self._most = max(1, most)
         self._memory = memory
         self._parallel = parallel
+        self._keep_alive = keep_alive
         self._wait = wait
         self._metrics = metrics
         self._abort = abort
@@ -193,7 +198,7 @@ class Models:
             model.close()
             raise
         now = time.monotonic()
-        return Loaded(card, model, conversation, need, now - start, talks, used=now)
+        return Loaded(card, model, conversation, need, now - start, talks, self._keep_alive, used=now)
 
     def talks_of(self, card: Card) -> Talks | None:
         """The conversations of a model with which jobs may begin; None if its jobs do not run together."""
@@ -271,16 +276,18 @@ class Models:
         """A job uses a model."""
         with self._lock:
             loaded.users += 1
+            loaded.expires = time.monotonic() + loaded.keep
 
-    def end(self, loaded: Loaded, seconds: float, *, is_ruined: bool) -> bool:
+    def end(self, loaded: Loaded, seconds: float | None, *, is_ruined: bool) -> bool:
         """A job's end, from any thread. Whether `close_unused` has something to do.
 
-        seconds: that the model stays from now; 0: it does not stay
+        seconds: that the model stays from now; 0: it does not stay; None: as the job before said
         """
         with self._lock:
             loaded.users -= 1
+            loaded.keep = loaded.keep if seconds is None else seconds
             loaded.used = time.monotonic()
-            loaded.expires = loaded.used + seconds
+            loaded.expires = loaded.used + loaded.keep
             loaded.is_over |= is_ruined
             return self._is_to_close(loaded)
 
@@ -293,13 +300,17 @@ class Models:
         if self._is_to_close(loaded) and self._loaded.get(loaded.card.name) is loaded:
             self.close(loaded.card.name)
 
-    def close_expired(self) -> float | None:
-        """Free those whose time is over; seconds until the next one's is, None: never."""
+    def close_expired(self) -> None:
+        """Free those whose time is over."""
         now = time.monotonic()
         for loaded in list(self._loaded.values()):
             if loaded.expires <= now and not loaded.users:
                 logger.info("%s: unloaded, not used for its keep_alive", loaded.card.name)
                 self.close(loaded.card.name)
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the next one's time is over, None: never."""
+        now = time.monotonic()
         left = [loaded.expires - now for loaded in self._loaded.values() if not loaded.users]
         nearest = min(left, default=math.inf)
         return None if math.isinf(nearest) else max(0.0, nearest)

@@ -43,7 +43,7 @@ def routes(service: Service) -> list[Route]:
 
     async def pull_model(request: Request) -> Response:
         body = await service.read(request)
-        return await pull(service, model_of(body), stream=fields.flag(body, "stream", True))
+        return await pull(service, model_of(body), request, stream=fields.flag(body, "stream", True))
 
     unchanged = refuse(501, _NO_CHANGES)
     no_embeddings = refuse(501, _NO_EMBEDDINGS)

@@ -145,6 +145,8 @@ def _options(body: Mapping[str, Any], allow_gbnf: bool) -> dict[str, Any]:
     for name in ("max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"):
         if name in known:
             known[name] = fields.whole(known, name, -(1 << 63), 1 << 63)
+    if known.get("top_k") == -1:  # other servers' word for all
+        known["top_k"] = 0
     if known.get("max_tokens") == 0 or known.get("max_completion_tokens") == 0:
         raise Refused(400, "max_tokens must be at least 1", "invalid_value", "max_tokens")
     return plain_options(known)
@@ -164,7 +166,7 @@ def _message(index: int, message: Any, limits: ImageLimits, counted: list[int]) 
     given = {name: message[name] for name in _OF_MESSAGES if message.get(name) is not None}
     content = message.get("content")
     if content is None:
-        content = ""
+        content = fields.text(message, "refusal")  # an assistant's, in place of its words
     if isinstance(content, str):
         return {**given, "role": role, "content": content}
     if not isinstance(content, list):

@@ -5,27 +5,31 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
 
-import anyio.to_thread
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from ..errors import Aborted, MllamaError
 from ..store.lockfile import locked_models
 from ..store.pull import pull as fetch
-from ..store.references import DEFAULT_HOST, OllamaRef
+from ..store.references import DEFAULT_HOST, DEFAULT_NAMESPACE, OllamaRef
 from .catalog import canonical
+from .engine import STOPPING
 from .problems import Refused, refusal
 from .replies import json_reply, to_bytes
 from .service import Service
+
+Told: TypeAlias = "dict[str, Any] | Refused"
 
 SUCCESS = {"status": "success"}
 _one = threading.Lock()  # a download at a time
 
 
-async def pull(service: Service, name: str, *, stream: bool) -> Response:
-    """The answer to a request for a model. Raises Refused."""
+async def pull(service: Service, name: str, request: Request, *, stream: bool) -> Response:
+    """The answer to a request for a model. Raises Refused, ClientDisconnect."""
     try:
         await service.find(name)
     except Refused as e:
@@ -37,19 +41,23 @@ async def pull(service: Service, name: str, *, stream: bool) -> Response:
                 f"model '{name}' is not on this machine, and this server fetches none: run mllama pull "
                 "there, or mllama serve --allow-pull",
             ) from None
+        if service.catalog.is_chosen:
+            raise Refused(403, "this server offers only the models that it was started with (-m)") from None
         reference = reference_of(name)
     else:
         lines = [{"status": "pulling manifest"}, {"status": "verifying sha256 digest"}, SUCCESS]
         if not stream:
             return json_reply(SUCCESS)
         return Response(b"".join(to_bytes(line) + b"\n" for line in lines), media_type="application/x-ndjson")
+    told = _told(service, reference)
     if stream:
-        return StreamingResponse(_lines(service, reference), media_type="application/x-ndjson")
-    try:
-        await anyio.to_thread.run_sync(_fetch, reference, None)
-    except MllamaError as e:
-        raise refusal(e) from None
-    service.catalog.forget()
+        return StreamingResponse(_lines(told), media_type="application/x-ndjson")
+    async with aclosing(told):
+        async for one in told:
+            if isinstance(one, Refused):
+                raise one
+            if await request.is_disconnected():
+                raise ClientDisconnect
     return json_reply(SUCCESS)
 
 
@@ -66,8 +74,8 @@ def reference_of(name: str) -> str:
         ref = OllamaRef.parse(wanted)
     except MllamaError:
         raise Refused(400, f"{name[:100]!r} is not a model's name", None, "model") from None
-    if ref.host != DEFAULT_HOST:
-        raise Refused(403, f"models are fetched from {DEFAULT_HOST} only", None, "model")
+    if (ref.host, ref.namespace) != (DEFAULT_HOST, DEFAULT_NAMESPACE):
+        raise Refused(403, f"models are fetched from the library of {DEFAULT_HOST} only", None, "model")
     return str(ref)
 
 
@@ -80,12 +88,21 @@ def _fetch(reference: str, progress: Any) -> None:
         _one.release()
 
 
-async def _lines(service: Service, reference: str) -> AsyncIterator[bytes]:
+async def _lines(told: AsyncIterator[Told]) -> AsyncIterator[bytes]:
     """The progress of a download, a line of JSON each."""
-    told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    gone = threading.Event()  # nobody reads any more
+    async for one in told:
+        yield to_bytes({"error": one.words} if isinstance(one, Refused) else one) + b"\n"
+
+
+async def _told(service: Service, reference: str) -> AsyncGenerator[Told, None]:
+    """What a download tells, to success or an error. It stops if nobody listens any more, and at the end of
+    the server."""
+    told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+    gone = threading.Event()  # nobody listens any more
 
     def progress(name: str, done: int, total: int) -> None:
+        if service.engine.state == "stopping":
+            raise STOPPING
         if gone.is_set():
             raise Aborted("nobody waits for the download")
         told.put({"status": f"pulling {name[-64:][:12]}", "digest": name, "total": total, "completed": done})
@@ -96,37 +113,42 @@ async def _lines(service: Service, reference: str) -> AsyncIterator[bytes]:
             told.put({"status": "verifying sha256 digest"})
             told.put({"status": "writing manifest"})
         except BaseException as e:
-            told.put({"error": refusal(e).words})
+            told.put(refusal(e))
 
-    yield to_bytes({"status": "pulling manifest"}) + b"\n"
+    yield {"status": "pulling manifest"}
+    # No thread of a pool: the process would wait for its end.
     thread = threading.Thread(target=work, name="mllama-pull", daemon=True)
     thread.start()
     failed = False
     try:
-        while thread.is_alive() or not told.empty():
-            for line in _latest(told):
-                failed |= "error" in line
-                yield to_bytes(line) + b"\n"
+        while (is_alive := thread.is_alive()) or not told.empty():
+            for one in _latest(told):
+                failed |= isinstance(one, Refused)
+                yield one
+            if is_alive and service.engine.state == "stopping":  # the connection may be stuck
+                yield STOPPING
+                return
             await asyncio.sleep(0.2)
     finally:
         gone.set()
         service.catalog.forget()
     if not failed:
-        yield to_bytes(SUCCESS) + b"\n"
+        yield SUCCESS
 
 
-def _latest(told: queue.SimpleQueue[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _latest(told: queue.SimpleQueue[Told]) -> Iterator[Told]:
     """What was told, of several amounts one after the other the last one only."""
     amount: dict[str, Any] | None = None
     while not told.empty():
-        line = told.get()
-        if "total" in line and (amount is None or amount["status"] == line["status"]):
-            amount = line
+        one = told.get()
+        if isinstance(one, dict) and "total" in one:
+            if amount is not None and amount["status"] != one["status"]:
+                yield amount
+            amount = one
             continue
         if amount is not None:
             yield amount
-        amount = line if "total" in line else None
-        if amount is None:
-            yield line
+            amount = None
+        yield one
     if amount is not None:
         yield amount

@@ -243,7 +243,8 @@ class ResponseWriter:
     def failure(self, problem: Refused) -> bytes:
         error = openai_error(problem)["error"]
         told = {"code": error["code"] or "server_error", "message": error["message"]}
-        return self._event("response.failed", response=self._response("failed", told))
+        begun = b"".join(self._open())
+        return begun + self._event("response.failed", response=self._response("failed", told))
 
     def _open(self) -> Iterable[bytes]:
         if self._opened:

@@ -47,6 +47,9 @@ class Security:
         try:
             origin = self._check(scope)
         except Refused as e:
+            asking = _header(scope, b"origin")
+            if e.status == 401 and asking:  # a page that may ask is to see that it lacks the key
+                e.headers = {**e.headers, "Access-Control-Allow-Origin": asking, "Vary": "Origin"}
             await error_reply(scope["path"], e)(scope, receive, send)
             return
         if origin is None:

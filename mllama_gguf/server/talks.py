@@ -83,7 +83,8 @@ class Talks:
                 self._idle.remove(best)
                 best.job = job
                 return best
-        return self._open(job)
+            self._n += 1
+        return self._open_counted(job)
 
     def _best(self, free: Sequence[_Talk], tokens: Sequence[int], image_keys: Sequence[str]) -> _Talk | None:
         """None: a new one."""
@@ -138,6 +139,10 @@ class Talks:
     def _open(self, job: Job | None) -> _Talk:
         with self._lock:
             self._n += 1
+        return self._open_counted(job)
+
+    def _open_counted(self, job: Job | None) -> _Talk:
+        """A new one, which `_n` counts already."""
         try:
             return self._new(job)
         except BaseException:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..backend import library as _native
 from ..checks import whole_numbers
-from ..errors import Aborted, ModelError, RequestError
+from ..errors import Aborted, ContextFullError, ModelError, RequestError
 from ..gguf.reader import read_gguf
 from ..handles import FoundOnce, Handle, OneProcess
 from ..words import brief, show_name
@@ -33,6 +33,10 @@ _LETTERS = "A-Za-z\u0430-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud
 _AFTER_WORDS = ' \n\t.,;:!?()[]{}<>+-*/=_|"&#%@$~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f'
 
 _SPECIAL_KINDS = (2, 3)  # of tokenizer.ggml.token_type: unknown, control
+
+
+class _TooLong(ContextFullError, RequestError):
+    """A text that is too long to be tokenized."""
 
 
 class Vocab(OneProcess):
@@ -143,7 +147,7 @@ class Vocab(OneProcess):
             if cut is None:
                 if len(text) - start <= MAX_PIECE:
                     break
-                raise RequestError(
+                raise _TooLong(
                     f"text with {MAX_PIECE} characters in a row, from {brief(text[start : start + 20])} on, "
                     "among which no word ends, cannot be tokenized"
                 )

@@ -244,7 +244,7 @@ def decoding(name: str) -> Iterator[None]:
         except (ImageError, RequestError):
             raise
         except Image.DecompressionBombError as e:
-            raise ImageError(f"{name}: too large: {one_line(e)}; {_LARGER}") from e
+            raise ImageError(f"{name}: too large: {one_line(e)}; {LARGER}") from e
         except MemoryError as e:
             raise ImageError(f"{name}: not enough memory to decode it; make it smaller first") from e
         except Exception as e:  # a damaged file makes the decoders raise nearly anything
@@ -262,7 +262,7 @@ def decoding(name: str) -> Iterator[None]:
 
 # Words of Pillow's for a file that may be whole.
 _UNSUPPORTED = re.compile(r"unsupported|not supported|unknown .*(?:compression|method|mode)", re.IGNORECASE)
-_LARGER = f"make it smaller first, or allow more (max_pixels, --max-pixels, {MAX_PIXELS_VARIABLE})"
+LARGER = f"make it smaller first, or allow more (max_pixels, --max-pixels, {MAX_PIXELS_VARIABLE})"
 
 
 def finish(image: Image.Image, name: str, limit: int) -> Image.Image:
@@ -309,5 +309,5 @@ def check_size(size: tuple[int, int], name: str, limit: int) -> None:
     if width * height > limit or max(width, height) > MAX_SIDE:
         raise ImageError(
             f"{name}: too large ({width}x{height}): the limit is {limit} pixels and {MAX_SIDE} a side; "
-            f"{_LARGER}"
+            f"{LARGER}"
         )
