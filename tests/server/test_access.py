@@ -184,6 +184,13 @@ def test_a_key_is_needed_for_all_that_tells_something(locked: Running) -> None:
         assert locked.get(path).status_code == 200, path
     assert locked.post("/", content=b"").status_code == 401
     assert locked.get("/v1/models").json()["error"]["type"] == "authentication_error"
+    for origin, readable in (
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://evil.example", None),
+    ):
+        answer = locked.get("/v1/models", headers={"Origin": origin, "Authorization": "Bearer no"})
+        assert answer.status_code == (401 if readable else 403)
+        assert answer.headers.get("access-control-allow-origin") == readable
 
 
 def test_keys(locked: Running) -> None:

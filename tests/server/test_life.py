@@ -304,6 +304,28 @@ def test_a_model_is_freed_when_its_time_is_over() -> None:
         served.post("/api/generate", {"model": "demo", "prompt": "x", "stream": False})
         wait_for(lambda: loaded() == ["other:latest"])
         assert served.metric("mllama_loads_total") == 2
+        # A request that does not name a time, as those of OpenAI's API, does not change it.
+        body = {"model": "other", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        assert served.post("/v1/chat/completions", body).is_success
+        time.sleep(1.2)
+        assert loaded() == ["other:latest"]
+        assert served.metric("mllama_loads_total") == 2
+
+
+def test_a_model_is_freed_though_jobs_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of several ends just when the engine's thread has looked whose time is over."""
+    look = Models.close_expired
+
+    def slow_look(self: Models) -> None:
+        look(self)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(Models, "close_expired", slow_look)
+    with running(ServerSettings(port=0, parallel=2)) as served, ThreadPoolExecutor() as threads:
+        body = {"model": "demo", "prompt": "x", "stream": False, "keep_alive": 0.05}
+        for _ in range(3):
+            list(threads.map(lambda _: served.post("/api/generate", body), range(2)))
+            wait_for(lambda: served.get("/api/ps").json()["models"] == [], 10)
 
 
 def test_files_that_cannot_be_used_are_said_before(

@@ -126,6 +126,7 @@ def test_large_heads_are_refused(served: Running) -> None:
         b"null",
         b"",
         b"   ",
+        b'{"model": "demo", "x": [' + b"[]," * 500_001 + b"1]}",
         b"\xff\xfe\x00",
         b'{"model": "\xff"}',
     ],
@@ -144,6 +145,7 @@ def test_limits_of_images(small: Running) -> None:
     assert small.post("/api/chat", chat(png(100, 100))).status_code == 200
     answer = small.post("/api/chat", chat(png(101, 100)))
     assert answer.status_code == 400 and "too large (101x100)" in answer.json()["error"]
+    assert "--max-image-pixels" in answer.text and "MLLAMA" not in answer.text
     three = {"role": "user", "content": "x", "images": [png(9, 9)] * 3}
     assert small.post("/api/chat", {"model": "demo", "messages": [three]}).status_code == 400
     apart = [{"role": "user", "content": "x", "images": [png(9, 9)]} for _ in range(3)]
@@ -173,3 +175,29 @@ def test_an_image_bomb_costs_one_request(served: Running) -> None:
         image = base64.b64encode(png_bomb(width, height)).decode()
         assert served.post("/api/chat", chat(image)).status_code == 400
     assert served.post("/api/chat", chat(image64())).status_code == 200
+
+
+def test_two_images_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllama_gguf.errors import Aborted
+    from mllama_gguf.server import images
+
+    held, most, now = threading.Event(), 0, 0
+
+    def decode(*_: Any) -> Any:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        held.wait(20)
+        now -= 1
+
+    monkeypatch.setattr(images, "decode", decode)
+    threads = [threading.Thread(target=images.to_pixels, args=(b"", ImageLimits())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    with pytest.raises(Aborted):
+        images.to_pixels(b"", ImageLimits(), lambda: True)
+    held.set()
+    for thread in threads:
+        thread.join(20)
+    assert most == 2

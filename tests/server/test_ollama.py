@@ -330,6 +330,11 @@ def test_an_old_message_is_left_out(served: Running) -> None:
     refused = served.post("/api/chat", {**body, "stream": False, "truncate": False})
     assert refused.status_code == 400
     assert "the input length exceeds the context length" in refused.json()["error"]
+    # Also one that is too long to be counted, or to be rendered.
+    for old in ([{"role": "user", "content": "a" * 300_000}], [{"role": "user", "content": "x"}] * 5001):
+        talk = [*old, {"role": "assistant", "content": "x"}, {"role": "user", "content": "and now?"}]
+        answer = served.post("/api/chat", {**body, "messages": talk, "stream": False})
+        assert answer.is_success, answer.text
 
 
 def test_never_is_a_long_time() -> None:

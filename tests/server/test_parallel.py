@@ -242,7 +242,7 @@ def test_the_end_while_an_image_is_encoded_ahead(slow: Path) -> None:
     offers = (Offer("slow:latest", str(slow)),)
     form = endless("slow")
     with running(
-        ServerSettings(port=0, parallel=2, grace=0.1), offers=offers, given={"n_ctx": 512}
+        ServerSettings(port=0, parallel=2, grace=0.1), offers=offers, given={"n_ctx": 16_384}
     ) as served:
         with sent(served, "/api/generate", form), sent(served, "/api/generate", form):
             wait_for(lambda: served.metric(PROCESSING) == 2)

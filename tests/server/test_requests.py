@@ -169,6 +169,9 @@ def test_parameters_of_openai() -> None:
     assert ask(temperature=None, user="u", what=1).options == {}
     assert ask(stop=["", "x"]).options == {"stop": ["x"]}
     assert ask(n=2.0).n == 2
+    assert ask(top_k=-1).options == {"top_k": 0}
+    said = {"role": "assistant", "content": None, "refusal": "No."}
+    assert ask(messages=[said]).messages == [{"role": "assistant", "content": "No."}]
 
 
 def test_options_of_the_model() -> None:

@@ -8,6 +8,10 @@ from typing import Any
 
 from serving import Running, data_uri
 
+from mllama_gguf.server.problems import Refused
+from mllama_gguf.server.responses import ResponseWriter
+from mllama_gguf.text.tools import Tools
+
 QUESTION = "What is this?"
 TOOL = {
     "type": "function",
@@ -162,3 +166,12 @@ def test_text_that_is_no_call_is_a_message(served: Running) -> None:
     told = events_of(served, talk)
     assert "".join(one.get("delta", "") for one in told) == item["content"][0]["text"]
     assert told[-1]["response"]["output"][0]["content"] == item["content"]
+
+
+def test_an_error_before_the_first_text() -> None:
+    """OpenAI's client wants response.created first."""
+    writer = ResponseWriter("demo", {"input": "x"}, Tools())
+    names = [
+        line for line in writer.failure(Refused(400, "too long")).decode().splitlines() if "event" in line
+    ]
+    assert names == ["event: response.created", "event: response.in_progress", "event: response.failed"]

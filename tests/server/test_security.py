@@ -103,6 +103,7 @@ def test_pulls_go_to_one_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         "../x",
         "hf:a/b/c",
         "a/b/c/d",
+        "somebody/llama3.2-vision",
     ):
         with pytest.raises(Refused) as e:
             reference_of(name)
@@ -153,6 +154,11 @@ def test_errors_tell_no_addresses_and_no_folders(served: Running) -> None:
     for words in found:
         assert not re.search(r"0x[0-9a-f]{6,}", words), words
         assert "object at" not in words
+    text = "A" * 40_000  # which is kept as a part of the request
+    for body in ({"images": text}, {"images": [[text]]}, {"messages": [text]}, {"input": [text]}):
+        for path in ("/api/generate", "/api/chat", CHAT, "/v1/responses"):
+            words = served.post(path, {"model": "demo", "prompt": "x", **body}).text
+            assert "memory" not in words and "0x" not in words, (path, words)
     told = (
         "cannot identify <_io.BytesIO object at 0x7f1234567890> in /home/me/models/x.gguf, see http://a.b/c/d"
     )
