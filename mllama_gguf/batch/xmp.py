@@ -7,7 +7,8 @@ keep their work there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -25,6 +26,7 @@ _TAIL = '\n<?xpacket end="w"?>\n'
 
 LARGEST = 16 << 20  # bytes; darktable's history of an image takes some hundred thousand
 _DEEPEST = 200  # elements inside each other
+_PREFIXES = 100  # of namespaces; a file that several programs wrote has some twenty
 _NO_XML = re.compile("[^\t\n\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Names, in replies of a schema, of what is the caption and of what are the tags.
 _TEXTS = ("description", "caption", "summary", "text", "title")
@@ -80,10 +82,7 @@ def write_description(old: bytes, description: str, tags: Sequence[str] = ()) ->
     if tags:
         _add_tags(rdf, [clean(tag) for tag in tags])
     try:
-        with _registry:
-            for prefix, uri in {**prefixes, **_OURS}.items():
-                if prefix and not re.fullmatch(r"ns\d+|xml.*", prefix, re.IGNORECASE):
-                    ET.register_namespace(prefix, uri)
+        with _registry, _registered({**prefixes, **_OURS}):
             text = ET.tostring(root, encoding="unicode")
     except RecursionError as e:
         raise XmpError("its elements are nested too deeply") from e
@@ -113,6 +112,8 @@ class _Builder(ET.TreeBuilder):
 
     def start_ns(self, prefix: str, uri: str) -> None:
         self.prefixes.setdefault(prefix or "", uri)
+        if len(self.prefixes) > _PREFIXES:
+            raise XmpError(f"it has more than {_PREFIXES} prefixes of namespaces")
 
 
 def _parse(data: bytes) -> tuple[ET.Element, dict[str, str]]:
@@ -159,6 +160,23 @@ def _is_default(item: ET.Element) -> bool:
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _registered(prefixes: Mapping[str, str]) -> Iterator[None]:
+    """The prefixes of namespaces in what is written meanwhile. Those of other files would stay for ever, and
+    each further one takes longer the more there are."""
+    known: dict[str, str] = ET._namespace_map  # type: ignore[attr-defined]  # nothing public takes one out
+    before = dict(known)
+    try:
+        for prefix, uri in prefixes.items():
+            if prefix and not re.fullmatch(r"ns\d+|xml.*", prefix, re.IGNORECASE):
+                ET.register_namespace(prefix, uri)
+        yield
+    finally:
+        for uri in prefixes.values():
+            known.pop(uri, None)
+        known.update(before)
 
 
 def _place(rdf: ET.Element, name: str) -> ET.Element:

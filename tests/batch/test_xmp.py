@@ -171,6 +171,18 @@ def test_what_is_no_xmp(old: bytes) -> None:
         read_description(old)
 
 
+def test_prefixes_are_few_and_not_kept_for_other_files() -> None:
+    """Python keeps them for the whole process, and each further one took longer."""
+    known = dict(ET._namespace_map)  # type: ignore[attr-defined]
+    inside = "".join(f'<p{i}:a xmlns:p{i}="u{i}"/><dc:a xmlns:dc="u{i}"/>' for i in range(90))
+    data = write_description((BLOCK % ("", inside)).encode(), "new")
+    assert b'xmlns:p89="u89"' in data and read_description(data) == "new"
+    assert ET._namespace_map == known  # type: ignore[attr-defined]
+    inside = "".join(f'<p{i}:a xmlns:p{i}="u{i}"/>' for i in range(200))
+    with pytest.raises(XmpError, match="it has more than 100 prefixes of namespaces"):
+        write_description((BLOCK % ("", inside)).encode(), "new")
+
+
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
