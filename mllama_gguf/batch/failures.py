@@ -20,7 +20,6 @@ from ..reading import open_regular, parse_json
 from ..temporary import open_locked
 from ..words import as_json, show_name
 from .outputs import append, remove_empty
-from .records import whole_lines
 
 NAMES = ("errors.jsonl", "mllama-errors.jsonl")
 _BEGINS = b'{"image": '
@@ -70,11 +69,13 @@ class ErrorLog:
         """Keep a failure: "image" says whose, "error" is its class, "message" says why. Raises OSError."""
         line = as_json({**entry, "output": self._output} if self._output else entry).encode() + b"\n"
         with self._locked(create=True) as file:
+            start = max(0, file.seek(0, os.SEEK_END) - _LONGEST)  # a torn line of ours is shorter
+            file.seek(start)
             data = file.readall()
-            whole = whole_lines(data)
+            whole = data.rfind(b"\n") + 1
             try:
-                if _is_torn(data[whole:]):
-                    file.truncate(whole)
+                if (whole or not start) and _is_torn(data[whole:]):
+                    file.truncate(start + whole)
                 elif whole < len(data):
                     append(file, b"\n")
                 append(file, line)

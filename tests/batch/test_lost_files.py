@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -428,6 +429,29 @@ def test_lines_of_others_stay(tmp_path: Path) -> None:
     assert log.path.read_bytes() == theirs + b"".join(ours)
     log.tidy({"a", "b", "c"})
     assert log.path.read_bytes() == theirs
+    with open(log.path, "ab") as file:  # a line of theirs of which the end could be a torn one of ours
+        file.write(b"x" * 100 + b'{"image": "'.ljust(1 << 20, b"x"))
+    log.add(entry)
+    assert log.path.stat().st_size == len(theirs) + 100 + (1 << 20) + 1 + len(ours[0])
     (tmp_path / "empty.jsonl").touch()
     ErrorLog(tmp_path / "empty.jsonl").tidy(())
     assert (tmp_path / "empty.jsonl").exists()
+
+
+def test_the_end_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million failures each would take longer than the one before."""
+    read = []
+
+    class Counted(io.FileIO):
+        def readall(self) -> bytes:
+            read.append(data := super().readall())
+            return data
+
+    monkeypatch.setattr("mllama_gguf.temporary.io.FileIO", Counted)
+    log = ErrorLog(tmp_path / "errors.jsonl")
+    entry = {"image": "a", "error": "ImageError", "message": "x" * 1000}
+    line = json.dumps(entry).encode() + b"\n"
+    log.path.write_bytes(line * 5000 + line[:-9])
+    log.add(entry)
+    assert log.path.read_bytes() == line * 5001
+    assert [len(data) for data in read] == [1 << 20]
