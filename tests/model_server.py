@@ -31,12 +31,14 @@ class ModelServer:
     error_code: str | None = None  # the hub's X-Error-Code beside a refusal
     ranges: bool = True
     redirect_to: str | None = None  # scheme and address of another server for blobs
+    redirect_bytes: int = 0  # that a redirect promises and does not send
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     authorizations: list[str | None] = field(default_factory=list)
+    encodings: set[str | None] = field(default_factory=set)  # that were asked for
     gate: threading.Event | None = None  # bodies wait for it
 
-    def add_model(self, name: str, *parts: tuple[str, bytes]) -> list[str]:
-        """A tag `library/NAME/TAG` of (kind, bytes) layers; their digests."""
+    def add_model(self, name: str, *parts: tuple[str, bytes], config: bytes | None = None) -> list[str]:
+        """A tag `library/NAME/TAG` of (kind, bytes) layers, and its config; the digests of the layers."""
         digests = [self.add_blob(data) for _, data in parts]
         layers = [
             {
@@ -46,7 +48,10 @@ class ModelServer:
             }
             for (kind, data), digest in zip(parts, digests, strict=True)
         ]
-        self.manifests[name] = json.dumps({"schemaVersion": 2, "layers": layers}).encode()
+        manifest: dict[str, object] = {"schemaVersion": 2, "layers": layers}
+        if config is not None:
+            manifest["config"] = {"digest": f"sha256:{self.add_blob(config)}", "size": len(config)}
+        self.manifests[name] = json.dumps(manifest).encode()
         return digests
 
     def add_blob(self, data: bytes) -> str:
@@ -80,6 +85,7 @@ def serve() -> Iterator[ModelServer]:
             path = urlsplit(self.path).path
             server.requests.append((self.command, path, self.headers.get("Range")))
             server.authorizations.append(self.headers.get("Authorization"))
+            server.encodings.add(self.headers.get("Accept-Encoding"))
             status = server.always or (server.refuse.pop(0) if server.refuse else None)
             if status:
                 self.refuse(status)
@@ -89,7 +95,7 @@ def serve() -> Iterator[ModelServer]:
                 if server.redirect_to:
                     self.send_response(307)
                     self.send_header("Location", f"{server.redirect_to}{path}")
-                    self.send_header("Content-Length", "0")
+                    self.send_header("Content-Length", str(server.redirect_bytes))
                     self.end_headers()
                 else:
                     self.send(server.blobs.get(found[1]))

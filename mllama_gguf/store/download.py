@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -27,12 +28,13 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 5  # in a row without progress
 FIRST_PAUSE = 1.0  # seconds before the second attempt; doubled for each further one
 TIMEOUT = 30.0  # seconds for a connection, and between two pieces
+REDIRECTS = 20
 SPARE = 64 << 20  # bytes that a download leaves free on the disk
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
 def client() -> httpx.Client:
-    """An HTTP client with our time limits. Redirects are followed, to plain HTTP only on this machine."""
+    """An HTTP client with our time limits, for `answer`. Plain HTTP is for this machine only."""
     import httpx
 
     def check(request: httpx.Request) -> None:
@@ -42,7 +44,24 @@ def client() -> httpx.Client:
                 f"{request.url.copy_with(query=None)}: refused: the connection is not encrypted"
             )
 
-    return httpx.Client(follow_redirects=True, timeout=TIMEOUT, event_hooks={"request": [check]})
+    return httpx.Client(timeout=TIMEOUT, event_hooks={"request": [check]})
+
+
+@contextmanager
+def answer(http: httpx.Client, method: str, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+    """What a server answers, its body not read yet, and as it is. Redirects are followed; of their bodies,
+    which httpx would read whole and unpacked, nothing is read. Raises DownloadError, httpx.HTTPError."""
+    request = http.build_request(method, url, headers={**headers, "Accept-Encoding": "identity"})
+    for _ in range(REDIRECTS):
+        response = http.send(request, stream=True)
+        try:
+            if response.next_request is None:
+                yield response
+                return
+        finally:
+            response.close()
+        request = response.next_request
+    raise DownloadError(f"{url}: the server redirects more than {REDIRECTS} times")
 
 
 def check_space(folder: Path, n_bytes: int, variable: str = "MLLAMA_DOWNLOADS") -> None:
@@ -175,9 +194,9 @@ class _Transfer:
         import httpx
 
         # Compressed, a range would count other bytes.
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={self._done}-"} if self._done else {})}
+        headers = {"Range": f"bytes={self._done}-"} if self._done else {}
         try:
-            with self._http.stream("GET", self._url, headers=headers) as response:
+            with answer(self._http, "GET", self._url, headers) as response:
                 if (
                     response.status_code == 416
                 ):  # there is nothing after what we have, so it is not of this blob

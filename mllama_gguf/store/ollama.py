@@ -279,11 +279,16 @@ def _read_layers(manifest: Manifest) -> dict[str, Any]:
     found["missing"] = tuple(kind for kind in missing if kind != "license")
     path = None if manifest.config is None else find_blob(manifest.config)
     if path is not None:
-        config = read_json(_read(path, LARGEST_CONFIG), path, "its config")
-        if not isinstance(config, dict):
-            raise ModelError(f"{path}: its config is {type(config).__name__}, not an object")
-        found["config"] = config
+        found["config"] = read_config(path)
     return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a model. Raises FileNotFoundError, ModelError."""
+    config = read_json(_read(path, LARGEST_CONFIG), path, "its config")
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: its config is {type(config).__name__}, not an object")
+    return config
 
 
 def _read_manifest(path: Path) -> tuple[bytes, float]:

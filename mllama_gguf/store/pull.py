@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError, ModelError
 from ..files import Kind, check_output, replacing
-from ..words import os_reason
+from ..words import os_reason, show_name
 from . import hub, ollama
 from .digests import Blob, TransferProgress
-from .download import Dropped, check_space, check_status, client, download, patiently
+from .download import Dropped, answer, check_space, check_status, client, download, patiently
 from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
 from .manifest import LARGEST_MANIFEST, Manifest, parse_manifest
 from .references import HubRef, OllamaRef
@@ -32,8 +32,8 @@ def pull(name: str, progress: TransferProgress | None = None) -> ModelFiles:
     A file already here, in Ollama's store as well, is not fetched again. An interrupted download is resumed
     by the next call. Every file that is fetched is checked against its sha256.
 
-    Raises DownloadError, ModelError for a wrong name, RequestError if a file that is not ours is in the
-    way.
+    Raises DownloadError, ModelError for a wrong name and for a model of Ollama's that is no mllama,
+    RequestError if a file that is not ours is in the way.
     """
     if name.startswith("ollama:"):
         _pull_tag(OllamaRef.parse(name), progress)
@@ -80,10 +80,25 @@ def _pull_tag(ref: OllamaRef, progress: TransferProgress | None) -> None:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     target = check_output(path, _MANIFEST, overwrite=True)
+    if manifest.config is not None:  # before gigabytes of a model that cannot run here
+        _pull_blobs(ref, [(manifest.config, manifest.config.size or 0)], progress)
+        _check_family(ref, manifest.config)
     blobs = (*manifest.small, *manifest.blobs)
     _pull_blobs(ref, [(blob, blob.size or 0) for blob in blobs], progress)
     with _writing(path), replacing(target, kind=_MANIFEST) as file:  # last: it says that its blobs are there
         file.write(words)
+
+
+def _check_family(ref: OllamaRef, config: Blob) -> None:
+    """Raises ModelError if a config that is here names families, and not ours among them."""
+    path = _find_blob(config)
+    words = ollama.read_config(path) if path is not None else {}
+    several = words.get("model_families")
+    named = [words.get("model_family"), *(several if isinstance(several, list) else ())]
+    families = [name for name in named if isinstance(name, str) and name]
+    if families and "mllama" not in families:
+        shown = show_name(", ".join(dict.fromkeys(families)), 100)
+        raise ModelError(f"{ref} is a model of the family {shown}; only mllama runs here")
 
 
 @contextmanager
@@ -142,25 +157,31 @@ def _manifest(http: httpx.Client, ref: OllamaRef) -> bytes:
     """The JSON of a tag as the registry gives it. Raises DownloadError."""
     url = _manifest_url(ref)
     accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
-    return _ask(http, "GET", url, f"{ref} ({url})", accept).content
+    return _ask(http, "GET", url, f"{ref} ({url})", accept)[0]
 
 
 def _ask(
-    http: httpx.Client, method: str, url: str, what: str, headers: dict[str, str] | None = None
-) -> httpx.Response:
+    http: httpx.Client, method: str, url: str, what: str, headers: Mapping[str, str] | None = None
+) -> tuple[bytes, httpx.Headers]:
+    """A manifest, or what else is small, and the headers of the answer. Raises DownloadError."""
     import httpx
 
-    found: list[httpx.Response] = []
+    found: list[tuple[bytes, httpx.Headers]] = []
 
     def attempt() -> None:
+        data = bytearray()
         try:
-            response = http.request(method, url, headers=headers)
+            with answer(http, method, url, headers or {}) as response:
+                check_status(response, what)
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) > LARGEST_MANIFEST:
+                        raise DownloadError(f"{what}: the server sends more than {LARGEST_MANIFEST} bytes")
         except httpx.TransportError as e:
             raise Dropped(f"the connection failed ({e or type(e).__name__})", 0) from e
         except httpx.HTTPError as e:
             raise DownloadError(f"{what}: {e}") from e
-        check_status(response, what)
-        found.append(response)
+        found.append((bytes(data), response.headers))
 
     patiently(attempt, what)
     return found[0]
@@ -234,9 +255,7 @@ def _with_size(locked: LockedModel, file: LockedFile) -> LockedFile:
         return replace(file, size=there.size)
     url = f"{locked.ollama_ref().url}/blobs/sha256:{file.sha256}"
     with client() as http:
-        words = _ask(http, "HEAD", url, url, {"Accept-Encoding": "identity"}).headers.get(
-            "Content-Length", ""
-        )
+        words = _ask(http, "HEAD", url, url)[1].get("Content-Length", "")
     if not words.isdecimal():
         raise DownloadError(f"{url}: the server does not say how large it is")
     return replace(file, size=int(words))

@@ -284,6 +284,37 @@ def test_a_pull_replaces_nothing_but_a_manifest(server: ModelServer, home: Path,
     assert mine.read_text() == "my words" and place.stat().st_mtime_ns == before.st_mtime_ns
 
 
+def test_a_manifest_without_an_end(server: ModelServer, home: Path) -> None:
+    server.add_model("library/m/1", ("model", DATA))
+    good = pull(tag(server))
+    server.manifests["library/m/1"] = server.manifests["library/m/1"].ljust(2 << 20)
+    for ask in (pull, lock):
+        with pytest.raises(DownloadError, match=r"/manifests/1\): the server sends more than 1048576 bytes"):
+            ask(tag(server))
+    assert resolve(tag(server)) == good
+    assert server.encodings == {"identity"}  # a small answer could become a large one
+
+
+def test_only_models_that_run_here_are_fetched(server: ModelServer, home: Path, capsys: Captured) -> None:
+    other = [
+        ({"model_family": "llama"}, "llama"),
+        ({"model_family": "llama", "model_families": ["llama", "clip", 3, []]}, "llama, clip"),
+        ({"model_families": ["\x1b" * 2000]}, "\\x1b"),
+    ]
+    for config, family in other:
+        server.add_model("library/m/1", ("model", DATA), config=json.dumps(config).encode())
+        with pytest.raises(ModelError, match=r"is a model of the family .*; only mllama runs here") as raised:
+            pull(tag(server))
+        assert f" of the family {family}" in str(raised.value) and len(str(raised.value)) < 300
+        assert server.gets(SHA256) == []
+    assert run(["pull", tag(server)]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: {tag(server)} is a model of the family ")
+    assert not (home / "downloads/manifests").exists() or not files_in(home / "downloads/manifests")
+    for config in ({}, {"model_family": "mllama"}, {"model_families": ["llama", "mllama"]}, {"x": 1}):
+        server.add_model("library/m/1", ("model", DATA), config=json.dumps(config).encode())
+        assert pull(tag(server)).text.read_bytes() == DATA
+
+
 def test_what_ollama_has_is_not_fetched(server: ModelServer, home: Path) -> None:
     (blob,) = in_store(home / "ollama", "ollama:other", ("model", DATA))
     server.add_model("library/m/1", ("model", DATA))
@@ -414,6 +445,22 @@ def test_redirects(server: ModelServer) -> None:
         server.redirect_to = f"http://localhost:{other.address.partition(':')[2]}"
         assert pull(tag(server)).text.read_bytes() == DATA
         assert len(other.gets("blobs")) == 1
+
+
+def test_the_body_of_a_redirect_is_not_read(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 1.0)
+    server.add_model("library/m/1", ("model", DATA))
+    with serve() as other:
+        other.blobs = server.blobs
+        server.redirect_to, server.redirect_bytes = f"http://{other.address}", 1 << 40
+        assert pull(tag(server)).text.read_bytes() == DATA
+
+
+def test_redirects_without_an_end(server: ModelServer) -> None:
+    server.add_model("library/m/1", ("model", DATA))
+    server.redirect_to = f"http://{server.address}"
+    with pytest.raises(DownloadError, match=f"sha256:{SHA256}: the server redirects more than 20 times"):
+        pull(tag(server))
 
 
 def test_a_redirect_to_plain_http_elsewhere(server: ModelServer) -> None:
