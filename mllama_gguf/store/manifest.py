@@ -23,6 +23,7 @@ SMALL_LAYERS: Mapping[str, int] = {
     "license": 1 << 20,
 }
 LARGEST_CONFIG = 1 << 20
+MOST_LAYERS = 20  # of these; real models have up to six
 # Ollama's own runners for GGUF. A list of manifests may have others beside them.
 _RUNNERS = ("ollama", "llamacpp", "")
 
@@ -106,6 +107,10 @@ def parse_manifest(data: bytes, origin: object, read_blob: Callable[[Blob], byte
             small.append(Layer(kind, blob))
         else:
             unknown.append(media_type)
+    if len(small) > MOST_LAYERS:
+        raise ModelError(
+            f"{origin}: {len(small)} layers beside the weights; {MOST_LAYERS} are the most that are read"
+        )
     if len(found["model"]) != 1 or len(found["projector"]) > 1:
         numbers = f"{len(found['model'])} model and {len(found['projector'])} projector layers"
         raise ModelError(f"{origin}: {numbers}; a model in GGUF has one model and at most one projector")

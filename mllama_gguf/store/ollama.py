@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import MllamaError, ModelError
 from ..reading import open_regular
-from ..words import brief, os_reason
+from ..words import brief, os_reason, show_name
 from .defaults import Defaults
 from .digests import Blob
 from .manifest import LARGEST_CONFIG, LARGEST_MANIFEST, SMALL_LAYERS, Manifest, parse_manifest, read_json
@@ -123,13 +123,13 @@ class OllamaModel:
                 "file is used (another: --chat-template)"
             )
         if idle := idle_parameters(self.params):
-            yield f"{self.ref}: parameters without effect here: {', '.join(idle)}"
+            yield f"{self.ref}: parameters without effect here: {show_name(', '.join(idle))}"
         if self.missing:
             kinds = ", ".join(dict.fromkeys(self.missing))
             yield f"{self.ref}: its {kinds} is not on this machine; fetch it: mllama pull {self.ref}"
         if self.manifest.unknown:
             kinds = ", ".join(brief(one) for one in dict.fromkeys(self.manifest.unknown))
-            yield f"{self.ref}: layers of unknown kinds, which are not read: {kinds}"
+            yield f"{self.ref}: layers of unknown kinds, which are not read: {show_name(kinds)}"
 
     def _config(self, key: str) -> str:
         value = self.config.get(key)
@@ -257,10 +257,12 @@ def read_model(path: Path, ref: OllamaRef) -> OllamaModel:
 
 
 def _read_layers(manifest: Manifest) -> dict[str, Any]:
-    """The small layers as fields of `OllamaModel`; of several of a kind the last counts."""
+    """The small layers as fields of `OllamaModel`; of several of a kind the last counts, but for licences."""
     found: dict[str, Any] = {}
     licenses, missing = [], []
-    for layer in manifest.layers:
+    # Each is read once, however often it is named.
+    wanted = {(x.kind, x.blob.sha256 if x.kind == "license" else ""): x for x in manifest.layers}
+    for layer in wanted.values():
         blob = layer.blob
         path = find_blob(blob)
         if path is None:

@@ -424,6 +424,11 @@ def test_layers_that_are_too_large() -> None:
     for kind in ("params", "system", "template", "license", "messages"):
         with pytest.raises(ModelError, match=f"^m: its {kind} layer has {1 << 40} bytes"):
             parse_manifest(manifest(kind, 1 << 40), "m")
+    put(license=["words"] * 20)
+    assert resolve("ollama:m").ollama.licenses == ("words",)  # read once
+    put(license=["words"] * 21)
+    with pytest.raises(ModelError, match=r"m/latest: 21 layers beside the weights; 20 are the most"):
+        resolve("ollama:m")
     put(system="short")
     blob("short").write_bytes(b"x" * 5000)  # another size than the manifest says: not that blob
     assert resolve("ollama:m").defaults.system == ""
