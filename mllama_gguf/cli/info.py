@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..words import show_size
+from ..words import show_name, show_size
 from .terminal import echo, echo_json
 from .verbose import verbose_option
 
@@ -72,8 +72,8 @@ def _lines(model: ModelInfo) -> Iterator[tuple[str, str]]:
         yield "file", f"{file.path}{more} ({show_size(file.size)})"
         yield "  holds", f"{file.part}, {file.n_tensors} tensors"
         if file.name:
-            yield "  name", file.name
-        yield "  written by", file.converter or "another program"
+            yield "  name", show_name(file.name)
+        yield "  written by", show_name(file.converter) or "another program"
         for part, types in (("text", file.text_types), ("vision", file.vision_types)):
             if types:
                 yield f"  {part} types", ", ".join(f"{kind} {show_size(n)}" for kind, n in types.items())

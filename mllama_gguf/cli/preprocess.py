@@ -16,7 +16,7 @@ from ..errors import MllamaError, ModelError
 from ..files import Kind, cannot_write, check_folder, check_output, replacing
 from ..vision.drawing import TileDrawing
 from ..vision.preprocess import MAX_TILES, TILE_SIZE, TiledImage, preprocess_image
-from ..words import printable
+from ..words import brief, printable
 from .options import setting_option
 from .replies import allow_truncated_option, max_pixels_option
 from .terminal import echo, echo_json
@@ -144,7 +144,9 @@ def _sizes_of(model: str) -> tuple[int, int]:
     if not (isinstance(tile_size, int) and isinstance(max_tiles, int)) or not (
         1 <= tile_size <= MOST_TILE_SIZE and 1 <= max_tiles <= MOST_TILES
     ):
-        raise ModelError(f"{file.path}: unusable image_size {tile_size!r} or max_num_tiles {max_tiles!r}")
+        raise ModelError(
+            f"{file.path}: unusable image_size {brief(tile_size)} or max_num_tiles {brief(max_tiles)}"
+        )
     return tile_size, max_tiles
 
 

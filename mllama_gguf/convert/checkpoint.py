@@ -20,10 +20,12 @@ import numpy as np
 from ..errors import ModelError
 from ..gguf.writer import GGUF
 from ..reading import open_regular, parse_json, read_text
-from ..words import one_line, os_reason
+from ..words import brief, one_line, os_reason, show_name
 from .others import check_folder_kind, check_not_quantized
 
 SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as its bits
+_LARGEST_HEADER = 100_000_000  # bytes, as the format says
+_MOST_DIMENSIONS = 8  # of a tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def _read_safetensors_header(path: Path) -> dict[str, Source]:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
                 raise ModelError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+            if length > _LARGEST_HEADER:
+                raise ModelError(
+                    f"{path}: not a safetensors file: a header of {length} bytes; at most {_LARGEST_HEADER} "
+                    "are allowed"
+                )
             header = parse_json(f.read(length))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -78,23 +85,26 @@ def _read_safetensors_header(path: Path) -> dict[str, Source]:
     for name, info in header.items():
         if name == "__metadata__":
             continue
+        where = f"{path}: tensor {show_name(name)}"
         try:
             dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
             begin, end = (int(n) for n in info["data_offsets"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise ModelError(f"{path}: tensor {name}: broken entry in the header: {info}") from e
+            if len(shape) > _MOST_DIMENSIONS or not all(0 <= n < 1 << 63 for n in (*shape, begin, end)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            raise ModelError(f"{where}: broken entry in the header: {brief(info, 300)}") from e
         if dtype not in SAFETENSORS_TYPES:
             # An error only if we need the tensor; the plan checks its type.
             sources[name] = Source(path, name, dtype, shape, 8 + length + begin)
             continue
         source = Source(path, name, dtype, shape, 8 + length + begin)
         n_bytes = math.prod(shape) * source.item_size
-        if any(n < 0 for n in shape) or begin < 0 or end - begin != n_bytes:
-            raise ModelError(
-                f"{path}: tensor {name}: {end - begin} bytes for {dtype} {list(shape)}, {n_bytes} needed"
-            )
+        if end - begin != n_bytes:
+            raise ModelError(f"{where}: {end - begin} bytes for {dtype} {list(shape)}, {n_bytes} needed")
         if 8 + length + end > size:
-            raise ModelError(f"{path}: truncated: tensor {name} ends at byte {8 + length + end} of {size}")
+            raise ModelError(
+                f"{path}: truncated: tensor {show_name(name)} ends at byte {8 + length + end} of {size}"
+            )
         sources[name] = source
     return sources
 
@@ -137,7 +147,9 @@ class Checkpoint:
             if name is None:
                 continue
             if name in self.sources:
-                raise ModelError(f"{source.file}: tensor {source.name} is also in {self.sources[name].file}")
+                raise ModelError(
+                    f"{source.file}: tensor {show_name(source.name)} is also in {self.sources[name].file}"
+                )
             self.sources[name] = source
         tensors = [(source.name, source.dtype in SAFETENSORS_TYPES) for source in self.sources.values()]
         check_not_quantized(self.config_file, self.config, tensors)
@@ -152,13 +164,16 @@ class Checkpoint:
             headers: dict[str, dict[str, Source]] = {}
             for name, file in weight_map.items():
                 file = str(file)
-                if Path(file).name != file:
-                    raise ModelError(f"{index}: tensor {name}: {file!r} is not a plain file name")
+                if Path(file).name != file or len(file) > 255 or not file.isprintable():
+                    raise ModelError(
+                        f"{index}: tensor {show_name(name)}: {brief(file)} is not a plain file name"
+                    )
                 if file not in headers:
                     headers[file] = _read_safetensors_header(self.directory / file)
                 if name not in headers[file]:
                     raise ModelError(
-                        f"{self.directory / file}: tensor {name} is missing (it is named in {index.name})"
+                        f"{self.directory / file}: tensor {show_name(name)} is missing (it is named in "
+                        f"{index.name})"
                     )
                 yield headers[file][name]
         elif single.exists():

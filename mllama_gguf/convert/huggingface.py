@@ -184,8 +184,8 @@ def convert(
     targets = [check_output(path, GGUF, inputs=checkpoint.files(), overwrite=overwrite) for path, _ in layout]
     shape = read_shape(checkpoint)
     check_preprocessor(checkpoint, shape)
+    tensors = plan(checkpoint, shape, type, vision)  # before anything is made as large as config.json says
     tokenizer = read_tokenizer(checkpoint, shape)
-    tensors = plan(checkpoint, shape, type, vision)
     name = name or Path(os.path.abspath(hf_dir)).name
 
     outputs = [(Path(path), parts, [t for t in tensors if t.part in parts]) for path, parts in layout]

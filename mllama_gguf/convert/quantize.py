@@ -34,7 +34,7 @@ from ..files import check_output, check_room
 from ..gguf.reader import GGUFFile, TensorEntry, read_gguf
 from ..gguf.writer import GGUF, Job, Progress, counter, new_gguf, write_data, write_head
 from ..reading import open_regular, open_unbuffered
-from ..words import os_reason
+from ..words import brief, os_reason
 
 Array = npt.NDArray[Any]
 Warn = Callable[[str], object]
@@ -42,6 +42,7 @@ Warn = Callable[[str], object]
 logger = logging.getLogger(__name__)
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+_LONGEST_NAME = 63  # characters of a tensor's name that ggml reads
 # How many values a thread has in memory at a time: at most 4 MB, and its result.
 _PIECE_VALUES = 1 << 20
 
@@ -262,15 +263,15 @@ def _number(kind: str) -> int:
 def _check_input(file: GGUFFile) -> None:
     """The tensor table against the file, and what this program can quantize at all."""
     if file.architecture != "mllama":
-        raise ModelError(f"{file.path}: architecture {file.architecture!r}, expected 'mllama'")
+        raise ModelError(f"{file.path}: architecture {brief(file.architecture)}, expected 'mllama'")
     if not file.has_text:
         raise ModelError(f"{file.path}: holds no text model; the vision encoder is never quantized")
     sizes = [path.stat().st_size for path in file.paths]
     names = Counter(t.name for t in file.tensors)
     for t in file.tensors:
         path = file.paths[t.part]
-        if not t.name.isprintable():
-            raise ModelError(f"{path}: damaged GGUF header: a tensor is named {t.name!r}")
+        if not t.name.isprintable() or len(t.name) > _LONGEST_NAME:
+            raise ModelError(f"{path}: damaged GGUF header: a tensor is named {brief(t.name)}")
         if names[t.name] > 1:
             raise ModelError(f"{path}: tensor {t.name} is there twice")
         if not t.n_bytes or t.ne[0] % block(t.type_name)[0]:
@@ -306,7 +307,7 @@ def _plan(file: GGUFFile, target: Target, allow_requantize: bool) -> tuple[list[
 def _count(file: GGUFFile, key: str) -> int:
     value = file.keys.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{file.path}: key {key!r} is {value!r}, expected a number from 1")
+        raise ModelError(f"{file.path}: key {key!r} is {brief(value)}, expected a number from 1")
     return value
 
 

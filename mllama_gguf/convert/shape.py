@@ -5,17 +5,18 @@ RoPE factors: https://github.com/meta-llama/llama-models, ``apply_scaling``
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
 from ..vision.preprocess import IMAGE_MEAN, IMAGE_STD, supported_grids
+from ..words import brief
 from .checkpoint import Checkpoint
 
 
@@ -55,6 +56,11 @@ class Shape:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
+def _is_positive(value: object) -> TypeGuard[float]:
+    """Whether this is a number above 0 that fits into a float."""
+    return isinstance(value, (int, float)) and value is not True and 0 < value <= sys.float_info.max
+
+
 class _Section:
     """An object of config.json, read with checks. Missing values get the defaults of transformers."""
 
@@ -62,12 +68,14 @@ class _Section:
         """name: where it is in the file; "": it is the whole"""
         self._file, self._name = file, name
         if not isinstance(values, dict):
-            raise ModelError(f"{file}: {name} = {values!r}: an object is expected")
+            raise ModelError(f"{file}: {name} = {brief(values)}: an object is expected")
         self.values: dict[str, Any] = values
 
     def fail(self, key: str, value: object, why: str) -> ModelError:
         """The error about a value."""
-        return ModelError(f"{self._file}: {self._name}{'.' if self._name else ''}{key} = {value!r}: {why}")
+        return ModelError(
+            f"{self._file}: {self._name}{'.' if self._name else ''}{key} = {brief(value)}: {why}"
+        )
 
     def count(self, key: str, default: int) -> int:
         """A whole number above 0."""
@@ -79,7 +87,7 @@ class _Section:
     def real(self, key: str, default: float) -> float:
         """A finite number above 0."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise self.fail(key, value, "a positive number is expected")
         return float(value)
 
@@ -201,13 +209,15 @@ def rope_factors(shape: Shape, file: Path) -> npt.NDArray[np.float32] | None:
     if not scaling or kind == "default":
         return None
     if kind != "llama3":
-        raise ModelError(f"{file}: text_config.rope_scaling.rope_type = {kind!r}: only llama3 is supported")
+        raise ModelError(
+            f"{file}: text_config.rope_scaling.rope_type = {brief(kind)}: only llama3 is supported"
+        )
     values = {}
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         value = scaling.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise ModelError(
-                f"{file}: text_config.rope_scaling.{key} = {value!r}: a positive number is expected"
+                f"{file}: text_config.rope_scaling.{key} = {brief(value)}: a positive number is expected"
             )
         values[key] = float(value)
     factor, low, high, n_orig = values.values()
@@ -228,12 +238,17 @@ def check_preprocessor(checkpoint: Checkpoint, shape: Shape) -> None:
     size = {"height": shape.image_size, "width": shape.image_size}
     for key, expected in (("size", size), ("max_image_tiles", shape.max_tiles)):
         if settings.get(key, expected) != expected:
-            raise ModelError(f"{file}: {key} = {settings[key]!r}: {expected!r} expected from config.json")
+            raise ModelError(
+                f"{file}: {key} = {brief(settings[key])}: {expected!r} expected from config.json"
+            )
     for key, numbers in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
         value = settings.get(key, list(numbers))
         if (
             not isinstance(value, list)
             or len(value) != 3
-            or not np.allclose(value, numbers, rtol=0, atol=1e-6)
+            or not all(
+                isinstance(v, (int, float)) and n - 1e-6 <= v <= n + 1e-6
+                for v, n in zip(value, numbers, strict=True)
+            )
         ):
-            raise ModelError(f"{file}: {key} = {value!r}: only CLIP's {list(numbers)} is supported")
+            raise ModelError(f"{file}: {key} = {brief(value)}: only CLIP's {list(numbers)} is supported")

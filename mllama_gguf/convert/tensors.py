@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from ..errors import ModelError
+from ..words import show_name
 from .checkpoint import SAFETENSORS_TYPES, Checkpoint, Source
 from .quantize import TARGETS, block, fitting, mix
 from .shape import Shape, rope_factors
@@ -92,7 +93,8 @@ class _Plan:
             )
         if source.dtype not in SAFETENSORS_TYPES:
             raise ModelError(
-                f"{source.file}: tensor {source.name} has type {source.dtype}, a float type is expected"
+                f"{source.file}: tensor {source.name} has type {show_name(source.dtype)}, a float type is "
+                "expected"
             )
         part: Literal["text", "vision"] = "vision" if name.startswith(("v.", "mm.")) else "text"
         kind: str = (self._vision_type if part == "vision" else self._type) if matrix else "f32"
@@ -118,11 +120,11 @@ class _Plan:
         n_rows = source.shape[0] if source is not None and source.shape else 0
         n_rows = max(n_rows, shape.vocab_size, shape.image_token_id + 1)
         self._add_matrix("token_embd", embedding, n_rows, shape.n_embd)
-        factors = rope_factors(shape, self._checkpoint.config_file)
-        if factors is not None:
-            self.tensors.append(Tensor("rope_freqs.weight", factors.shape, "text", "f32", value=factors))
         for i in range(shape.n_layer):
             self._add_text_layer(f"blk.{i}", f"language_model.model.layers.{i}", i in shape.cross_layers)
+        factors = rope_factors(shape, self._checkpoint.config_file)  # the layers have checked their number
+        if factors is not None:
+            self.tensors.insert(1, Tensor("rope_freqs.weight", factors.shape, "text", "f32", value=factors))
         self._add("output_norm.weight", "language_model.model.norm.weight", shape.n_embd)
         self._add_matrix("output", "language_model.lm_head", shape.vocab_size, shape.n_embd)
 
@@ -206,5 +208,6 @@ class _Plan:
             source = self._checkpoint.sources[unknown[0]]
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise ModelError(
-                f"{source.file}: tensor {source.name}{more} does not belong to the model of config.json"
+                f"{source.file}: tensor {show_name(source.name)}{more} does not belong to the model of "
+                "config.json"
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..reading import read_text
+from ..words import brief
 from .checkpoint import Checkpoint, read_json
 from .shape import Shape
 
@@ -88,28 +89,30 @@ def _vocabulary(
             or not isinstance(i, int)
             or not 0 <= i < n_tokens
         ):
-            raise ModelError(f"{file}: token {token!r} has id {i!r}: an id up to {n_tokens - 1} is expected")
+            raise ModelError(
+                f"{file}: token {brief(token)} has id {brief(i)}: an id up to {n_tokens - 1} is expected"
+            )
         if tokens[i] not in (None, token):
-            raise ModelError(f"{file}: tokens {tokens[i]!r} and {token!r} have the same id {i}")
+            raise ModelError(f"{file}: tokens {brief(tokens[i])} and {brief(token)} have the same id {i}")
         tokens[i], types[i] = token, kind
 
     for token, i in data["model"]["vocab"].items():
         put(token, i, _NORMAL)
     for entry in data.get("added_tokens") or []:
         if not isinstance(entry, dict):
-            raise ModelError(f"{file}: added_tokens: an object is expected, not {entry!r}")
+            raise ModelError(f"{file}: added_tokens: an object is expected, not {brief(entry)}")
         put(entry.get("content"), entry.get("id"), _CONTROL if entry.get("special", True) else _USER_DEFINED)
     other = tokens[image_token_id]
     if other not in (None, IMAGE_TOKEN):
         raise ModelError(
-            f"{file}: token {image_token_id} is {other!r}: the configuration says {IMAGE_TOKEN!r}"
+            f"{file}: token {image_token_id} is {brief(other)}: the configuration says {IMAGE_TOKEN!r}"
         )
     tokens[image_token_id], types[image_token_id] = IMAGE_TOKEN, _CONTROL
     names = [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)]
     ids = {token: i for i, token in enumerate(names)}
     if len(ids) != n_tokens:
         double = next(token for i, token in enumerate(names) if ids[token] != i)
-        raise ModelError(f"{file}: token {double!r} occurs twice")
+        raise ModelError(f"{file}: token {brief(double)} occurs twice")
     return names, types
 
 
@@ -122,7 +125,7 @@ def _merges(file: Path, model: Mapping[str, Any]) -> list[str]:
             or len(pair) != 2
             or not all(isinstance(s, str) and s and " " not in s for s in pair)
         ):
-            raise ModelError(f"{file}: merge {merge!r}: a pair of byte-level tokens is expected")
+            raise ModelError(f"{file}: merge {brief(merge)}: a pair of byte-level tokens is expected")
         merges.append(f"{pair[0]} {pair[1]}")
     return merges
 
@@ -141,9 +144,9 @@ def _special_tokens(
             value = section.get(f"{role}_token")
             content = value.get("content") if isinstance(value, dict) else value
             if content is not None:
-                if content not in ids:
+                if not isinstance(content, str) or content not in ids:
                     raise ModelError(
-                        f"{checkpoint.directory}: {role}_token {content!r} is not in {file.name}"
+                        f"{checkpoint.directory}: {role}_token {brief(content)} is not in {file.name}"
                     )
                 return ids[content]
         for section in (generation, checkpoint.config, text_config):
@@ -182,8 +185,8 @@ def _n_tokens(file: Path, data: Mapping[str, Any], checkpoint: Checkpoint, shape
     if beyond:
         token, i = beyond[0]
         raise ModelError(
-            f"{file}: token {token!r} has id {i}: an id up to {rows - 1} is expected (embed_tokens has "
-            f"{rows} rows)"
+            f"{file}: token {brief(token)} has id {brief(i)}: an id up to {rows - 1} is expected "
+            f"(embed_tokens has {rows} rows)"
         )
     return max([least, *(i + 1 for _, i in ids if isinstance(i, int) and not isinstance(i, bool))])
 

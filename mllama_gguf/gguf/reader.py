@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..reading import open_regular
-from ..words import os_reason
+from ..words import brief, os_reason, show_name
 
 # Arrays longer than this (vocabulary, merges) are read as their length only.
 LONGEST_ARRAY = 1024
@@ -126,7 +126,7 @@ class GGUFFile:
                 while rest:
                     data = file.read(min(rest, chunk))
                     if not data:
-                        raise ModelError(f"{path}: the file ends inside tensor {tensor.name}")
+                        raise ModelError(f"{path}: the file ends inside tensor {show_name(tensor.name)}")
                     rest -= len(data)
                     yield data
         except OSError as e:
@@ -224,12 +224,12 @@ class _Reader:
             name = self._string()
             n_dims = self._scalar("<I")
             if n_dims > 4:
-                raise ModelError(f"{self._path}: tensor {name!r} has {n_dims} dimensions")
+                raise ModelError(f"{self._path}: tensor {brief(name)} has {n_dims} dimensions")
             ne = tuple(self._scalar("<Q") for _ in range(n_dims))
             tensors.append(TensorEntry(name, ne, self._scalar("<I"), self._scalar("<Q")))
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise ModelError(f"{self._path}: damaged GGUF header: alignment {alignment}")
+            raise ModelError(f"{self._path}: damaged GGUF header: alignment {brief(alignment)}")
         data = -(-self._at // alignment) * alignment
         return GGUFFile(self._path, version, keys, tuple(tensors), data_offsets=(data,), key_spans=spans)
 

@@ -16,6 +16,7 @@ from ..backend.measure import measure
 from ..backend.types import HParams
 from ..errors import ModelError
 from ..gguf.reader import GGUFFile, read_gguf
+from ..words import show_name
 
 # The key that our converter writes and no other.
 CONVERTER_KEY = "mllama.converter"
@@ -84,9 +85,8 @@ def model_info(paths: Sequence[str | os.PathLike[str]]) -> list[ModelInfo]:
     files = [read_gguf(path) for path in paths]
     for file in files:
         if file.architecture != "mllama" or not (file.has_text or file.has_vision):
-            raise ModelError(
-                f"{file.path}: not a mllama model (architecture {file.architecture or 'not named'})"
-            )
+            named = show_name(file.architecture) or "not named"
+            raise ModelError(f"{file.path}: not a mllama model (architecture {named})")
     text = [file for file in files if file.has_text]
     projectors = [file for file in files if not file.has_text]
     if len(text) == 1 and len(projectors) == 1 and not text[0].has_vision:

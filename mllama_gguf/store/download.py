@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError
 from ..temporary import open_locked
-from ..words import os_reason, show_size
+from ..words import one_line, os_reason, show_name, show_size
 from .digests import CHUNK, Blob, TransferProgress
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ def client() -> httpx.Client:
     def check(request: httpx.Request) -> None:
         host = request.url.host
         if request.url.scheme != "https" and host != "localhost" and not host.startswith("127."):
-            raise DownloadError(
-                f"{request.url.copy_with(query=None)}: refused: the connection is not encrypted"
-            )
+            shown = show_name(str(request.url.copy_with(query=None)))
+            raise DownloadError(f"{shown}: refused: the connection is not encrypted")
 
     return httpx.Client(timeout=TIMEOUT, event_hooks={"request": [check]})
 
@@ -138,7 +137,7 @@ def download(
             _Transfer(http, url, blob, partial, progress).run(file)
             os.replace(partial, target)
     except httpx.HTTPError as e:  # no TransportError: too many redirects and the like
-        raise DownloadError(f"{url}: {e}") from e
+        raise DownloadError(f"{url}: {one_line(e)}") from e
     except OSError as e:
         if e.errno == errno.ENOSPC:
             raise DownloadError(
@@ -218,13 +217,13 @@ class _Transfer:
                         raise DownloadError(f"{self._url}: sends more than {total} bytes")
                     self._progress("download", self._done, total)
         except httpx.TransportError as e:
-            raise Dropped(f"the connection failed ({e or type(e).__name__})", self._done) from e
+            raise Dropped(f"the connection failed ({one_line(e)})", self._done) from e
         if self._done < total:
             raise Dropped(f"the connection ended after {self._done} of {total} bytes", self._done)
 
     @staticmethod
     def _range_start(response: httpx.Response) -> int | None:
-        found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        found = re.match(r"bytes (\d{1,19})-", response.headers.get("Content-Range", ""))
         return int(found[1]) if found else None
 
     def _total(self, response: httpx.Response) -> int:
@@ -240,11 +239,12 @@ class _Transfer:
 def check_status(response: httpx.Response, what: str) -> None:
     """Raises Dropped for a server in passing trouble, DownloadError for another refusal."""
     code = response.status_code
+    said = f"{code} {show_name(response.reason_phrase)}"
     if code in _RETRIED:
-        raise Dropped(f"the server answers {code} {response.reason_phrase}", 0)
+        raise Dropped(f"the server answers {said}", 0)
     if code in (401, 403):
         raise DownloadError(f"{what}: the server answers {code}: it is not public")
     if code == 404:
         raise DownloadError(f"{what}: the server does not have it (404)")
     if not response.is_success:
-        raise DownloadError(f"{what}: the server answers {code} {response.reason_phrase}")
+        raise DownloadError(f"{what}: the server answers {said}")

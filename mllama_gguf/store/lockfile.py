@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 from ..errors import ModelError
 from ..files import AnyPath, Kind, cannot_write, check_output, replacing
 from ..reading import read_text
-from ..words import one_line, os_reason
+from ..words import brief, one_line, os_reason, show_name
 from .digests import Blob, is_sha256
 from .references import HubRef, OllamaRef
 
@@ -132,6 +132,11 @@ def without_warning() -> Iterator[None]:
         logger.disabled = was
 
 
+def known_names() -> str:
+    """The names of all models, for an error. Raises ModelError."""
+    return show_name(", ".join(sorted(locked_models())), 1000)
+
+
 def find_locked(name: str) -> LockedModel | None:
     """The model of that name, if any lock file has it. Raises ModelError."""
     return locked_models().get(name)
@@ -164,7 +169,7 @@ def _parse(path: Path, text: str) -> dict[str, LockedModel]:
         raise ModelError(f"{path}: is not a lock file: not TOML: {one_line(e)}") from e
     if words.get("version") != VERSION:
         raise ModelError(
-            f"{path}: version {words.get('version')!r} of a lock file is not supported ({VERSION} is)"
+            f"{path}: version {brief(words.get('version'))} of a lock file is not supported ({VERSION} is)"
         )
     return {
         name: _model(path, name, entry, words.get("licences"))
@@ -179,7 +184,7 @@ def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
 
 
 def _model(path: Path, name: str, entry: Any, licences: Any) -> LockedModel:
-    where = f"models.{name}"
+    where = f"models.{show_name(name, 100)}"
     entry = _table(path, where, entry)
     files = entry.get("files")
     if not isinstance(files, list):
@@ -199,7 +204,9 @@ def _model(path: Path, name: str, entry: Any, licences: Any) -> LockedModel:
         raise ModelError(f"{path}: {where} must have one file of role model and at most one of role mmproj")
     for key, value in model.parameters.items():
         if key not in PARAMETERS or not isinstance(value, PARAMETERS[key]):
-            raise ModelError(f"{path}: {where}.parameters.{key} = {value!r:.60} is not supported")
+            raise ModelError(
+                f"{path}: {where}.parameters.{show_name(key, 60)} = {brief(value)} is not supported"
+            )
     _check_source(path, model)
     return model
 
@@ -215,9 +222,11 @@ def _check_source(path: Path, model: LockedModel) -> None:
                     raise ModelError("a file of the hub needs its name in the repository: file = ...")
                 model.hub_ref(file)
         elif not (model.source == "bundled" and (path == SHIPPED or _is_shipped(model))):
-            raise ModelError(f"{model.source!r} is not a source; write ollama:NAME:TAG or hf:OWNER/REPO")
+            raise ModelError(
+                f"{brief(model.source, 100)} is not a source; write ollama:NAME:TAG or hf:OWNER/REPO"
+            )
     except ModelError as e:
-        raise ModelError(f"{path}: models.{model.name}: {e}") from e
+        raise ModelError(f"{path}: models.{show_name(model.name, 100)}: {e}") from e
 
 
 def _is_shipped(model: LockedModel) -> bool:
@@ -236,7 +245,7 @@ def _file(path: Path, where: str, entry: Any) -> LockedFile:
         file=_value(path, where, entry, "file", str, None),
     )
     if not is_sha256(file.sha256):
-        raise ModelError(f"{path}: {where}.sha256 = {file.sha256!r:.100} is not 64 hexadecimal digits")
+        raise ModelError(f"{path}: {where}.sha256 = {brief(file.sha256, 100)} is not 64 hexadecimal digits")
     return file
 
 
@@ -244,7 +253,7 @@ def _licence(path: Path, where: str, entry: dict[str, Any], licences: Any) -> Li
     name = _value(path, where, entry, "licence", str, None)
     if name is None:
         return None
-    at = f"licences.{name}"
+    at = f"licences.{show_name(name, 100)}"
     words = _table(path, at, _table(path, "licences", licences).get(name))
     return Licence(*(_value(path, at, words, key, str) for key in ("name", "url", "notice")))
 
@@ -261,7 +270,7 @@ def _value(
     if key in entry and (
         not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0))
     ):
-        raise ModelError(f"{path}: {where}.{key} = {value!r:.60} is not a usable {kind.__name__}")
+        raise ModelError(f"{path}: {where}.{key} = {brief(value)} is not a usable {kind.__name__}")
     return value
 
 

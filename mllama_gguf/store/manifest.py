@@ -93,7 +93,7 @@ def parse_manifest(data: bytes, origin: object, read_blob: Callable[[Blob], byte
         kind = media_type.removeprefix(MEDIA_TYPE)
         if media_type == MEDIA_TYPE + "adapter":
             n_bytes = layer.get("size")
-            shown = f" of {show_size(n_bytes)}" if isinstance(n_bytes, int) else ""
+            shown = f" of {show_size(n_bytes)}" if isinstance(n_bytes, int) and n_bytes < 1 << 63 else ""
             raise ModelError(
                 f"{origin}: has an adapter layer (LoRA){shown}, which this package does not apply; merge the "
                 "adapter into the weights, or use the model without it"
@@ -146,9 +146,11 @@ def _blob(layer: Mapping[str, Any], origin: object) -> Blob:
     digest, size = layer.get("digest"), layer.get("size")
     algorithm, _, sha256 = str(digest).partition(":")
     if algorithm != "sha256" or not is_sha256(sha256):
-        raise ModelError(f"{origin}: {digest!r:.100} is not a digest (sha256: and 64 hexadecimal digits)")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ModelError(f"{origin}: {size!r:.100} is not a size")
+        raise ModelError(
+            f"{origin}: {brief(digest, 100)} is not a digest (sha256: and 64 hexadecimal digits)"
+        )
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 1 << 63:
+        raise ModelError(f"{origin}: {brief(size, 100)} is not a size")
     return Blob(sha256, size)
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import DownloadError, ModelError
 from ..files import Kind, check_output, replacing
-from ..words import os_reason, show_name
+from ..words import brief, one_line, os_reason, show_name
 from . import hub, ollama
 from .digests import Blob, TransferProgress
 from .download import Dropped, answer, check_space, check_status, client, download, patiently
-from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, locked_models
+from .lockfile import LockedFile, LockedModel, find_locked, find_locked_file, known_names
 from .manifest import LARGEST_MANIFEST, Manifest, parse_manifest
 from .references import HubRef, OllamaRef
 from .resolve import BUNDLED, ModelFiles, resolve
@@ -48,7 +48,7 @@ def _find_entry(name: str) -> LockedModel:
     locked = find_locked(name)
     if locked is None:
         raise ModelError(
-            f"no model is called {name!r}; there are {', '.join(sorted(locked_models()))}, "
+            f"no model is called {brief(name, 200)}; there are {known_names()}, "
             "ollama:NAME[:TAG], hf:OWNER/REPO/FILE"
         )
     return locked
@@ -178,9 +178,9 @@ def _ask(
                     if len(data) > LARGEST_MANIFEST:
                         raise DownloadError(f"{what}: the server sends more than {LARGEST_MANIFEST} bytes")
         except httpx.TransportError as e:
-            raise Dropped(f"the connection failed ({e or type(e).__name__})", 0) from e
+            raise Dropped(f"the connection failed ({one_line(e)})", 0) from e
         except httpx.HTTPError as e:
-            raise DownloadError(f"{what}: {e}") from e
+            raise DownloadError(f"{what}: {one_line(e)}") from e
         found.append((bytes(data), response.headers))
 
     patiently(attempt, what)

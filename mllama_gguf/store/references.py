@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ..errors import ModelError
+from ..words import brief
 
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
@@ -45,7 +46,9 @@ class OllamaRef:
             or not _HOST.fullmatch(host)
             or not all(_PART.fullmatch(part) for part in parts)
         ):
-            raise ModelError(f"{words!r} is not a model's name; write ollama:[[HOST/]NAMESPACE/]NAME[:TAG]")
+            raise ModelError(
+                f"{brief(words, 200)} is not a model's name; write ollama:[[HOST/]NAMESPACE/]NAME[:TAG]"
+            )
         return cls(DEFAULT_HOST if host.lower() in HOST_ALIASES else host, *parts)
 
     @property
@@ -87,7 +90,7 @@ class HubRef:
         repo, at, revision = repo.partition("@")
         parts = (owner, repo, *file.split("/"), *([revision] if at else []))
         if not all(_PART.fullmatch(part) for part in parts):
-            raise ModelError(f"{words!r} is not a file's name; write hf:OWNER/REPO[@REVISION]/FILE")
+            raise ModelError(f"{brief(words, 200)} is not a file's name; write hf:OWNER/REPO[@REVISION]/FILE")
         return cls(f"{owner}/{repo}", str(PurePosixPath(file)), revision if at else "main")
 
     def __str__(self) -> str:

@@ -133,14 +133,11 @@ def _from_hub(words: str) -> ModelFiles:
 
 
 def _from_lock(name: str, asked: str | None = None) -> ModelFiles:
-    from .lockfile import find_locked, locked_models
+    from .lockfile import find_locked, known_names
 
     locked = find_locked(name)
     if locked is None:
-        raise ModelError(
-            f"{name}: no such file, nor a model's name ({', '.join(sorted(locked_models()))}, ollama:..., "
-            "hf:...)"
-        )
+        raise ModelError(f"{name}: no such file, nor a model's name ({known_names()}, ollama:..., hf:...)")
     paths = locked_paths(locked)
     if paths is None:
         raise ModelError(f"{asked or name} is not on this machine; fetch it: mllama pull {asked or name}")

@@ -234,7 +234,7 @@ def _read_keys(path: Path) -> tuple[dict[str, Any], list[str], frozenset[str]]:
     kinds = keys.pop("tokenizer.ggml.token_type", None)
     model, tokens = keys.get("tokenizer.ggml.model"), keys.pop("tokenizer.ggml.tokens", None)
     if model != "gpt2":
-        raise ModelError(f"{path}: tokenizer.ggml.model is {model!r}, 'gpt2' expected")
+        raise ModelError(f"{path}: tokenizer.ggml.model is {brief(model)}, 'gpt2' expected")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise ModelError(f"{path}: tokenizer.ggml.tokens is missing or no list of strings")
     # llama.cpp names empty tokens in this way, and takes a NUL for the end.
@@ -243,6 +243,6 @@ def _read_keys(path: Path) -> tuple[dict[str, Any], list[str], frozenset[str]]:
         raise ModelError(f"{path}: tokenizer.ggml.tokens has the same token twice")
     bos = keys.get("tokenizer.ggml.bos_token_id")
     if bos is not None and not (isinstance(bos, int) and 0 <= bos < len(tokens)):
-        raise ModelError(f"{path}: tokenizer.ggml.bos_token_id is {bos!r}, of {len(tokens)} tokens")
+        raise ModelError(f"{path}: tokenizer.ggml.bos_token_id is {brief(bos)}, of {len(tokens)} tokens")
     named = zip(tokens, kinds if isinstance(kinds, list) else [], strict=False)
     return keys, tokens, frozenset(token for token, kind in named if kind in _SPECIAL_KINDS)

@@ -542,7 +542,7 @@ def refused(checkpoint: Path, *words: str) -> None:
         convert(checkpoint, out / "m.gguf")
     message = str(caught.value)
     assert all(word in message for word in words), message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 1500
     assert not list(out.iterdir())
 
 
@@ -591,6 +591,28 @@ def test_wrong_config(checkpoint: Path, section: str, key: str, value: Any) -> N
 def test_shapes_must_match_the_config(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", lambda c: c["text_config"].update(intermediate_size=208))
     refused(checkpoint, "model.safetensors", "layers.0.mlp.gate_proj.weight", "[200, 96]", "[208, 96]")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "tensor"),
+    [
+        ("vocab_size", 3_000_000, "embed_tokens"),
+        ("head_dim", 20_000_000, "q_proj"),
+        ("num_hidden_layers", 1 << 30, "layers."),
+        ("hidden_size", 1 << 30, "embed_tokens"),
+    ],
+)
+def test_nothing_is_made_as_large_as_the_config_says(
+    checkpoint: Path, key: str, value: int, tensor: str
+) -> None:
+    """A config.json of a few bytes took all of the memory."""
+    edit_json(checkpoint / "config.json", lambda c: c["text_config"].update({key: value}))
+    tracemalloc.start()
+    try:
+        refused(checkpoint, tensor)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", sorted(tiny.make_weights(GQA))[::17])
@@ -643,6 +665,72 @@ def test_truncated_at_any_place(checkpoint: Path) -> None:
         refused(checkpoint, "model.safetensors", "truncated")
 
 
+LONG = "Z" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda c: c.update(model_type=LONG)),
+        ("config.json", lambda c: c.update(text_config=LONG)),
+        ("config.json", lambda c: c["text_config"].update(vocab_size=LONG)),
+        ("config.json", lambda c: c["text_config"].update(rope_theta=10**400)),
+        ("config.json", lambda c: c["text_config"].update(cross_attention_layers=[-1] * 99_999)),
+        ("config.json", lambda c: c["text_config"].update(rope_scaling={"rope_type": LONG})),
+        (
+            "config.json",
+            lambda c: c["text_config"].update(rope_scaling={"rope_type": "llama3", "factor": LONG}),
+        ),
+        ("config.json", lambda c: c["vision_config"].update(supported_aspect_ratios=LONG)),
+        ("preprocessor_config.json", lambda c: c.update(size=LONG)),
+        ("preprocessor_config.json", lambda c: c.update(image_mean=LONG)),
+        ("preprocessor_config.json", lambda c: c.update(image_mean=[LONG] * 3)),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update({LONG: 1 << 40})),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update({LONG: 0})),
+        ("tokenizer.json", lambda c: c["added_tokens"].append(LONG)),
+        ("tokenizer.json", lambda c: c["added_tokens"].append({"content": LONG, "id": 10**4000})),
+        ("tokenizer.json", lambda c: c["model"].update(merges=[LONG])),
+        ("tokenizer_config.json", lambda c: c.update(bos_token=LONG)),
+        ("tokenizer_config.json", lambda c: c.update(bos_token=[])),
+        ("model.safetensors", lambda c: c.update({LONG: 3})),
+        (
+            "model.safetensors",
+            lambda c: c.update({LONG: {"dtype": LONG, "shape": [1], "data_offsets": [0, 4]}}),
+        ),
+        (
+            "model.safetensors",
+            lambda c: c.update({LONG: {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}),
+        ),
+        (
+            "model.safetensors",
+            lambda c: c.update({LONG: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
+        ),
+        ("model.safetensors", lambda c: c["language_model.model.embed_tokens.weight"].update(dtype=LONG)),
+    ],
+)
+def test_errors_are_short_whatever_a_file_says(
+    checkpoint: Path, file: str, change: Callable[[Any], object]
+) -> None:
+    path = checkpoint / file
+    if path.suffix == ".json":
+        edit_json(path, change)
+    else:
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        change(header := json.loads(data[8 : 8 + length]))
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "named", [{LONG: "a.safetensors"}, {"a": LONG}, {LONG: LONG}, {LONG: "model.safetensors"}]
+)
+def test_errors_of_an_index_are_short(checkpoint: Path, named: dict[str, str]) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    refused(checkpoint)
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -654,6 +742,13 @@ def test_truncated_at_any_place(checkpoint: Path) -> None:
         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
         b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": ['
+        + b"9" * 3000
+        + b","
+        + b"9" * 3000
+        + b'], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"1," * 9999 + b'1], "data_offsets": [0, 4]}}',
     ],
 )
 def test_broken_safetensors_header(checkpoint: Path, header: bytes) -> None:

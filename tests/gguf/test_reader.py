@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from helpers import TinyFiles
 
+from mllama_gguf.cli.main import run
 from mllama_gguf.errors import ModelError
 from mllama_gguf.gguf.reader import LONGEST_ARRAY, LongArray, read_gguf
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "apple.png"
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,40 @@ def test_missing_file(tmp_path: Path) -> None:
         read_gguf(tmp_path / "none.gguf")
     with pytest.raises(ModelError):
         read_gguf(tmp_path)
+
+
+LONG = "Z" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "tensor"),
+    [
+        (LONG, {}, "v.a"),
+        ("mllama", {"general.alignment": LONG}, "v.a"),
+        ("mllama", {"mllama.vision.image_size": LONG, "mllama.block_count": LONG}, "v.a"),
+        ("mllama", {}, f"v.{LONG}"),
+    ],
+)
+def test_errors_are_short_whatever_a_file_says(
+    tmp_path: Path, architecture: str, keys: dict[str, str], tensor: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        writer.add_string(key, value)
+    for name in ("token_embd.weight", tensor):
+        writer.add_tensor(name, np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for args in (
+        ["info", path],
+        ["quantize", path, tmp_path / "b.gguf", "--type", "q4_0"],
+        ["preprocess", EXAMPLE, "-m", path],
+        ["caption", EXAMPLE, "-m", path],
+    ):
+        assert run([str(arg) for arg in args]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith(f"Error: {path}: ") and len(said.err) < 1000
+        assert not said.out

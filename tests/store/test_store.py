@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -209,12 +210,17 @@ def test_the_store_that_is_whole_wins(home: Path) -> None:
         {"digest": "sha256:" + "a" * 64, "size": "1"},
         {"digest": None, "size": 1},
         {"size": 1},
+        {"digest": "Z" * 100_000, "size": 1},
+        {"digest": "sha256:" + "a" * 64, "size": "Z" * 100_000},
+        {"digest": "sha256:" + "a" * 64, "size": 10**4000},
+        {"mediaType": "application/vnd.ollama.image.adapter", "size": 10**4000},
     ],
 )
 def test_manifests_that_are_refused(layer: dict[str, object]) -> None:
     words = json.dumps({"layers": [{"mediaType": "application/vnd.ollama.image.model", **layer}]}).encode()
-    with pytest.raises(ModelError, match=r"m.json: "):
+    with pytest.raises(ModelError, match=r"m.json: ") as raised:
         parse_manifest(words, "m.json")
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -470,6 +476,37 @@ def test_a_redirect_to_plain_http_elsewhere(server: ModelServer) -> None:
         pull(tag(server))
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"Z" * 90_000,
+        b"HTTP/1.1 400 " + b"Z" * 60_000,
+        b"HTTP/1.1 302 x\r\nLocation: http://a/" + b"z" * 60_000,
+    ],
+)
+def test_what_a_server_says_is_cut(answer: bytes) -> None:
+    def serve_one() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(answer + b"\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve_one)
+        thread.start()
+        try:
+            with pytest.raises(DownloadError) as raised:
+                pull(f"ollama:127.0.0.1:{listening.getsockname()[1]}/library/m:1")
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert len(str(raised.value)) < 700
+
+
 def test_no_room(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add_model("library/m/1", ("model", DATA))
     usage = shutil.disk_usage("/")._replace(free=len(DATA) + 1000)
@@ -609,12 +646,20 @@ def entry(source: str = "ollama:m", **file: object) -> str:
         entry(source="hf:me/repo", file="/etc/passwd"),
         entry(source="hf:../..", file="x"),
         entry() + "[models.m.parameters]\nn_gpu_layers = 1\n",
+        f"version = '{'Z' * 100_000}'",
+        f"version = 1\n[models.{'Z' * 100_000}]\n",
+        entry(source="Z" * 100_000),
+        entry(source="ollama:" + "Z" * 100_000),
+        entry(source="hf:" + "Z" * 100_000),
+        entry(sha256="Z" * 100_000),
+        entry() + f"[models.m.parameters]\n{'Z' * 100_000} = 1\n",
     ],
 )
 def test_lock_files_that_are_refused(home: Path, words: str) -> None:
     (home / "models.lock").write_text(words)
-    with pytest.raises(ModelError, match=r"^models.lock: "):
+    with pytest.raises(ModelError, match=r"^models.lock: ") as raised:
         resolve("m")
+    assert len(str(raised.value)) < 700
 
 
 def test_a_copy_of_the_shipped_lock_file_can_grow(home: Path, server: ModelServer) -> None:
