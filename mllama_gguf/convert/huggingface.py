@@ -181,7 +181,8 @@ def convert(
     layout = _layout(os.fspath(out), None if mmproj is None else os.fspath(mmproj), single_file)
 
     checkpoint = Checkpoint(hf_dir)
-    targets = [check_output(path, GGUF, inputs=checkpoint.files(), overwrite=overwrite) for path, _ in layout]
+    inputs = checkpoint.files()
+    targets = [check_output(path, GGUF, inputs=inputs, overwrite=overwrite) for path, _ in layout]
     shape = read_shape(checkpoint)
     check_preprocessor(checkpoint, shape)
     tensors = plan(checkpoint, shape, type, vision)  # before anything is made as large as config.json says
@@ -202,6 +203,8 @@ def convert(
             writer = _writer(parts, shape, tokenizer, name, file_type, chosen)
             file = files.enter_context(new_gguf(path, overwrite=overwrite))
             _write_file(writer, file, chosen, n_threads or usable_cpus(), tick)
+        for path, _, _ in outputs:  # again: neither appears if the name of the other was taken meanwhile
+            check_output(path, GGUF, inputs=inputs, overwrite=overwrite)
     return [path for path, _, _ in outputs]
 
 

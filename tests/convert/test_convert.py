@@ -905,6 +905,20 @@ def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> No
     assert not list(out.iterdir())
 
 
+@pytest.mark.parametrize("taken", ["m.gguf", "m-mmproj.gguf"])
+def test_both_files_or_none(checkpoint: Path, tmp_path: Path, taken: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def take(done: int, total: int) -> None:
+        if done == total:
+            (out / taken).write_bytes(b"GGUF of another program")
+
+    with pytest.raises(MllamaError, match=f"cannot write .*{taken}: it exists; --overwrite replaces it"):
+        convert(checkpoint, out / "m.gguf", overwrite=False, progress=take)
+    assert [path.name for path in out.iterdir()] == [taken]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command
 
