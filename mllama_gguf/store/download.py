@@ -19,6 +19,7 @@ from ..errors import DownloadError
 from ..temporary import open_locked
 from ..words import one_line, os_reason, show_name, show_size
 from .digests import CHUNK, Blob, TransferProgress
+from .references import LOOPBACK
 
 if TYPE_CHECKING:
     import httpx
@@ -39,7 +40,7 @@ def client() -> httpx.Client:
 
     def check(request: httpx.Request) -> None:
         host = request.url.host
-        if request.url.scheme != "https" and host != "localhost" and not host.startswith("127."):
+        if request.url.scheme != "https" and not LOOPBACK.fullmatch(host):
             shown = show_name(str(request.url.copy_with(query=None)))
             raise DownloadError(f"{shown}: refused: the connection is not encrypted")
 

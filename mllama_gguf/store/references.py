@@ -18,7 +18,7 @@ HOST_ALIASES = (DEFAULT_HOST, "ollama.com")
 # One part of a path: it cannot be "..", hidden, or hold a separator.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}(:[0-9]{1,5})?")
-_LOOPBACK = re.compile(r"(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3})(:\d+)?")
+LOOPBACK = re.compile(r"(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3})(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class OllamaRef:
     @property
     def url(self) -> str:
         """Address of the repository: https, but http for this machine itself."""
-        scheme = "http" if _LOOPBACK.fullmatch(self.host) else "https"
+        scheme = "http" if LOOPBACK.fullmatch(self.host) else "https"
         return f"{scheme}://{self.host}/v2/{self.namespace}/{self.name}"
 
 
