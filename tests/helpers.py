@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,27 @@ class TinyFiles:
 def noisy_image(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]:
     """A noisy image, uint8 [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """In the block, a folder of mode 0 is closed to this thread, also as root: without the capabilities
+    CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # the first one: effective
+    assert libc.capget(head, sets) == 0
+    was = sets[0]
+    sets[0] &= ~0b110
+    assert libc.capset(head, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = was
+        assert libc.capset(head, sets) == 0
 
 
 def python_path() -> str:

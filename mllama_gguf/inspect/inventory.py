@@ -117,10 +117,11 @@ def closed_stores() -> list[Path]:
 
 
 def _is_closed(store: Path) -> bool:
-    try:
-        os.listdir(store / "manifests")
-    except PermissionError:
-        return True
-    except OSError:
-        return False
+    for folder in ollama.FOLDERS:
+        try:
+            os.listdir(store / folder)
+        except PermissionError:
+            return True
+        except OSError:
+            continue
     return False

@@ -37,6 +37,11 @@ def is_sha256(words: object) -> bool:
     return isinstance(words, str) and _SHA256.fullmatch(words) is not None
 
 
+def is_size(number: object) -> bool:
+    """Whether a file can have so many bytes."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 63
+
+
 def stored_sha256(path: Path) -> str | None:
     """The digest in a path: blobs of the hub's cache and of Ollama's store are named by their digest."""
     name = os.path.basename(os.path.realpath(path)).removeprefix("sha256-")

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal
 
 from ..errors import ModelError
 from ..files import AnyPath, Kind, cannot_write, check_output, replacing
-from ..reading import read_text
+from ..reading import decode_text, read_text
 from ..words import brief, one_line, os_reason, show_name
-from .digests import Blob, is_sha256
+from .digests import Blob, is_sha256, is_size
 from .references import HubRef, OllamaRef
 
 if sys.version_info >= (3, 11):
@@ -267,9 +267,7 @@ def _value(
     value = entry.get(key, default)
     if value is _REQUIRED:
         raise ModelError(f"{path}: {where} has no {key}")
-    if key in entry and (
-        not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0))
-    ):
+    if key in entry and not (is_size(value) if kind is int else isinstance(value, kind)):
         raise ModelError(f"{path}: {where}.{key} = {brief(value)} is not a usable {kind.__name__}")
     return value
 
@@ -314,7 +312,7 @@ def check_lock_output(path: AnyPath) -> None:
 
 def _is_lock(file: BinaryIO) -> bool:
     try:
-        words = tomllib.load(file)
+        words = tomllib.loads(decode_text(file.read()))
     except RecursionError:
         return False
     return isinstance(words.get("version"), int) and set(words) <= {"version", "models", "licences"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..words import brief, show_size
-from .digests import Blob, is_sha256
+from .digests import Blob, is_sha256, is_size
 
 MEDIA_TYPE = "application/vnd.ollama.image."
 LARGEST_MANIFEST = 1 << 20  # bytes; real ones take one or two thousand
@@ -93,7 +93,7 @@ def parse_manifest(data: bytes, origin: object, read_blob: Callable[[Blob], byte
         kind = media_type.removeprefix(MEDIA_TYPE)
         if media_type == MEDIA_TYPE + "adapter":
             n_bytes = layer.get("size")
-            shown = f" of {show_size(n_bytes)}" if isinstance(n_bytes, int) and n_bytes < 1 << 63 else ""
+            shown = f" of {show_size(n_bytes)}" if is_size(n_bytes) else ""
             raise ModelError(
                 f"{origin}: has an adapter layer (LoRA){shown}, which this package does not apply; merge the "
                 "adapter into the weights, or use the model without it"
@@ -149,7 +149,7 @@ def _blob(layer: Mapping[str, Any], origin: object) -> Blob:
         raise ModelError(
             f"{origin}: {brief(digest, 100)} is not a digest (sha256: and 64 hexadecimal digits)"
         )
-    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 1 << 63:
+    if not is_size(size):
         raise ModelError(f"{origin}: {brief(size, 100)} is not a size")
     return Blob(sha256, size)
 

@@ -338,7 +338,11 @@ def list_tags(store: Path) -> Iterator[tuple[OllamaRef, OllamaModel | MllamaErro
     seen = set()
     for folder in FOLDERS:
         root = store / folder
-        for path in sorted(root.glob("*/*/*/*")):
+        try:
+            paths = sorted(root.glob("*/*/*/*"))
+        except OSError:  # of Python 3.11 and older, for a folder in a closed one
+            continue
+        for path in paths:
             try:
                 ref = OllamaRef.parse("/".join(path.relative_to(root).parts[:3]) + f":{path.name}")
             except ModelError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..reading import can_be_file
-from ..words import show_name
+from ..words import os_reason, show_name
 from .defaults import Defaults
 from .digests import stored_sha256
 
@@ -61,15 +61,15 @@ def resolve(
     Raises ModelError: there is no such model, or it is not here.
     """
     words = os.fspath(name) if name is not None else default_model()
-    if not can_be_file(words):
-        raise ModelError(f"{show_name(words, 80)}: no model has such a name")
+    if not words or not can_be_file(words):
+        raise ModelError(f"{show_name(words, 80) or 'an empty name'}: no model has such a name")
     if words.startswith("ollama:"):
         files = _from_ollama(words)
     elif words.startswith("hf:"):
         files = _from_hub(words)
     elif words in BUNDLED and not _is_no_folder(words):
         files = _bundled(words)
-    elif _is_no_folder(words) or (Path(words).is_dir() and not _is_locked(words)):
+    elif _is_no_folder(words) or (os.path.isdir(words) and not _is_locked(words)):
         files = _from_path(Path(words))
     else:
         files = _from_lock(words)
@@ -81,7 +81,7 @@ def resolve(
 
 def _is_no_folder(words: str) -> bool:
     """Whether there is something at a path that may be a model. A folder that has a model's name is none."""
-    return Path(words).exists() and not Path(words).is_dir()
+    return os.path.exists(words) and not os.path.isdir(words)
 
 
 def _is_locked(words: str) -> bool:
@@ -137,6 +137,12 @@ def _from_lock(name: str, asked: str | None = None) -> ModelFiles:
 
     locked = find_locked(name)
     if locked is None:
+        try:
+            os.stat(name)
+        except PermissionError as e:
+            raise ModelError(f"{show_name(name)}: {os_reason(e)}") from e
+        except OSError:
+            pass
         raise ModelError(f"{name}: no such file, nor a model's name ({known_names()}, ollama:..., hf:...)")
     paths = locked_paths(locked)
     if paths is None:

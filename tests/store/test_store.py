@@ -20,13 +20,13 @@ from pathlib import Path
 import layouts
 import pytest
 import tiny
-from helpers import TinyFiles, elsewhere
+from helpers import TinyFiles, elsewhere, without_rights
 from model_server import COMMIT, ModelServer, serve
 from stores import in_store
 
 from mllama_gguf import DownloadError, Mllama, MllamaError, ModelError, RequestError
 from mllama_gguf.cli.main import run
-from mllama_gguf.inspect.inventory import inventory, look
+from mllama_gguf.inspect.inventory import closed_stores, inventory, look, names
 from mllama_gguf.store import download
 from mllama_gguf.store.lockfile import SHIPPED, locked_models, read_lock, write_locked
 from mllama_gguf.store.manifest import parse_manifest
@@ -208,6 +208,7 @@ def test_the_store_that_is_whole_wins(home: Path) -> None:
         {"digest": "sha256:" + "a" * 64 + "/..", "size": 1},
         {"digest": "sha256:" + "a" * 64, "size": -1},
         {"digest": "sha256:" + "a" * 64, "size": "1"},
+        {"digest": "sha256:" + "a" * 64, "size": 2**63},
         {"digest": None, "size": 1},
         {"size": 1},
         {"digest": "Z" * 100_000, "size": 1},
@@ -231,6 +232,12 @@ def test_manifests_that_are_none(words: bytes) -> None:
         parse_manifest(words, "m.json")
 
 
+def test_an_adapter_of_an_absurd_size() -> None:
+    layer = {"mediaType": "application/vnd.ollama.image.adapter", "size": 10**400}
+    with pytest.raises(ModelError, match=r"m.json: has an adapter layer \(LoRA\), which"):
+        parse_manifest(json.dumps({"layers": [layer]}).encode(), "m.json")
+
+
 def test_a_store_that_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -239,15 +246,18 @@ def test_a_store_that_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: Capture
         monkeypatch.setenv("OLLAMA_MODELS", str(store))
         monkeypatch.setenv("MLLAMA_DOWNLOADS", f"{folder}/none")
         monkeypatch.setenv("HOME", folder)
+        monkeypatch.chdir(store)
         store.chmod(0)
-        was = os.geteuid()
         try:
-            if was == 0:  # to whom nothing is closed
-                os.seteuid(65534)
-            with pytest.raises(ModelError, match=r"this user may not read it \(permission denied\)"):
-                resolve("ollama:m")
+            with without_rights():
+                with pytest.raises(ModelError, match=r"this user may not read it \(permission denied\)"):
+                    resolve("ollama:m")
+                assert [name for name, _ in names()] == ["demo"]
+                assert store in closed_stores()
+                with pytest.raises(ModelError, match=r"m.gguf: Permission denied$"):
+                    resolve(store / "m.gguf")
+                assert resolve("demo").text == DEMO
         finally:
-            os.seteuid(was)
             store.chmod(0o755)
 
 
@@ -638,6 +648,7 @@ def entry(source: str = "ollama:m", **file: object) -> str:
         entry(sha256=SHA256[:-1]),
         entry(role="other"),
         entry(size=-1),
+        entry(size=10**400),
         entry(source="ollama:../../x"),
         entry(source="/etc"),
         entry(source="bundled", file="../../../etc/passwd"),
@@ -672,6 +683,14 @@ def test_a_copy_of_the_shipped_lock_file_can_grow(home: Path, server: ModelServe
     mine.write_text(mine.read_text().replace("demo.gguf", "other.gguf"))
     with pytest.raises(ModelError, match=r"^models.lock: models.demo: 'bundled' is not a source"):
         read_lock(Path("models.lock"))
+
+
+def test_a_lock_file_with_a_byte_order_mark_can_grow(home: Path, server: ModelServer) -> None:
+    mine = home / "models.lock"
+    mine.write_text(entry(), "utf-8-sig")
+    server.add_model("library/m/1", ("model", DATA))
+    assert run(["lock", tag(server)]) == 0
+    assert list(read_lock(mine)) == ["m", "m-1"]
 
 
 def test_pull_a_locked_model(server: ModelServer, home: Path, capsys: Captured) -> None:
