@@ -18,7 +18,7 @@ from ..errors import RequestError
 from ..files import write_whole
 from ..reading import open_regular, parse_json
 from ..temporary import open_locked
-from ..words import as_json, show_name
+from ..words import as_json, os_reason, show_name
 from .outputs import append, remove_empty
 
 NAMES = ("errors.jsonl", "mllama-errors.jsonl")
@@ -31,12 +31,18 @@ _WAIT = 60.0  # seconds for another run that adds a line
 def error_log(folder: Path, output: str = "") -> ErrorLog:
     """The log of a folder: the first of `NAMES` that is no other program's file. output: see ErrorLog. Raises
     RequestError."""
+    closed: OSError | None = None
     for name in NAMES:
         try:
             if _is_free(folder / name):
                 return ErrorLog(folder / name, output)
-        except OSError:
-            continue
+        except OSError as e:
+            closed = closed or e
+    if closed:
+        raise RequestError(
+            f"failures cannot be noted in {show_name(closed.filename)}: {os_reason(closed)}; "
+            "write to a folder that you may read and write"
+        )
     first, second = (show_name(folder / name) for name in NAMES)
     raise RequestError(
         f"{first} and {second} are files of another kind: failures cannot be noted; move one of them away"

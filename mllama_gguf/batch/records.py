@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 
 from ..errors import RequestError
 from ..reading import open_regular, parse_json
-from ..words import as_json, one_line, os_reason, show_name
+from ..words import as_json, brief, one_line, os_reason, show_name
 from .choices import Existing
 
 LARGEST_CAPTION = 1 << 20  # bytes of a caption file; what is larger is something else
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))  # Python's own would refuse long captions of ours
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,12 @@ def _record(values: Any) -> Record:
     names = {field.name for field in fields(Record)}
     if not isinstance(values, dict):
         raise ValueError("a record is an object")
-    record = Record(**{name: value for name, value in values.items() if name in names})
+    record = Record(**{name: value for name, value in values.items() if name in names and value is not None})
     if not isinstance(record.image, str) or not isinstance(record.caption, str):
         raise ValueError("image and caption must be strings")
+    for name, value in asdict(record).items():
+        if not isinstance(value, int if name == "tokens" else str):
+            raise ValueError(f"{name} is {brief(value)}")
     return record
 
 

@@ -19,7 +19,7 @@ from ..errors import RequestError
 from ..files import AnyPath, Kind, replacing, why_protected
 from ..reading import open_regular
 from ..temporary import open_locked, remove_leftovers
-from ..words import show_name
+from ..words import os_reason, show_name
 from .choices import Existing
 from .outputs import Journal, append, remove_empty
 from .records import LARGEST_CAPTION, Jsonl, Record, combine, last_of_each
@@ -161,14 +161,19 @@ class Sidecars:
         found: dict[str, str] = {}
         for image in images:
             path = self.path(image)
-            if path.is_symlink() or path.exists():
-                words = why_protected(path)
-            else:
+            way_out = "make it writable, or use --out"
+            try:
+                os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError, ValueError):
                 words = folders.get(path.parent, "")
                 if path.parent not in folders:
                     words = folders[path.parent] = why_protected(path)
+            except OSError as e:  # too long with its suffix, or in a closed folder
+                words, way_out = os_reason(e), "use --out"
+            else:
+                words = why_protected(path)
             if words:
-                found[image] = f"cannot write {show_name(path)}: {words}; make it writable, or use --out"
+                found[image] = f"cannot write {show_name(path)}: {words}; {way_out}"
         return found
 
     def records(self) -> Iterable[Record]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import noisy_image
+from helpers import noisy_image, without_rights
 from PIL import Image
 
 from mllama_gguf import RequestError
@@ -333,6 +333,29 @@ def test_an_errors_file_that_is_none(photos: Path, make: Any) -> None:
     make("mllama-errors.jsonl")
     with pytest.raises(RequestError, match="move one of them away"):
         error_log(photos)
+
+
+def test_a_closed_folder_is_named(photos: Path, capsys: Captured) -> None:
+    os.mkdir("closed", 0)
+    with without_rights():
+        assert run(["caption", "1.jpg", "--out", "closed/c.jsonl"]) == 1
+    assert "cannot be noted in closed/errors.jsonl: Permission denied; write to" in capsys.readouterr().err
+
+
+def test_a_name_without_a_caption_file_stops_no_other(photos: Path, capsys: Captured) -> None:
+    Path("3.jpg").unlink()
+    long = "a" * 249 + ".jpg"
+    os.link("1.jpg", long)
+    os.mkdir("closed")
+    os.link("1.jpg", "closed/1.jpg")
+    os.chmod("closed", 0)
+    with without_rights():
+        images = ["1.jpg", long, "closed/1.jpg"]
+        assert run(["caption", *images, "--sidecar", ".txt", "--sidecar-full-name", "-n", "2"]) == 3
+    said = capsys.readouterr().err
+    assert f"cannot write {long[:100]}" in said and ".jpg.txt: File name too long; use --out" in said
+    assert "cannot write closed/1.jpg.txt: Permission denied; use --out" in said
+    assert Path("1.jpg.txt").read_text().strip()
 
 
 def test_an_errors_file_that_is_a_link(photos: Path, tmp_path: Path) -> None:

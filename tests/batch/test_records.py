@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mllama_gguf import RequestError
 from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.records import Csv, Jsonl, Record, line_ends, read_records
 from mllama_gguf.cli.main import run
@@ -38,6 +39,31 @@ def test_odd_characters_come_back(tmp_path: Path, suffix: str, odd: str) -> None
     got = [replace(record, tokens=3) for record in read_records(path).values()]
     assert got == [*records[1:], RECORD]
     assert len(line_ends(path.read_bytes(), quotes=suffix == ".csv")) == len(records) + (suffix == ".csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_long_caption_comes_back(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"captions{suffix}"
+    record = replace(RECORD, caption="x" * 200_000)
+    written = RecordFile(path)
+    written.write(record)
+    written.close()
+    again = RecordFile(path)
+    again.close()
+    assert again.records() == [record]
+    assert read_records(path)["a.png"].caption == record.caption
+
+
+@pytest.mark.parametrize(
+    "field",
+    ['"sha256": ["a"]', '"tokens": "3"', '"duplicate_of": 1', '"finish_reason": {}', '"sha256": null'],
+)
+def test_fields_of_other_types_are_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "captions.jsonl"
+    good = '{"image": "a.png", "caption": "b", "finish_reason": "stop", "tokens": 3, "sha256": ""}'
+    path.write_text(f"{good}\n{good[:-1]}, {field}}}\n")
+    with pytest.raises(RequestError, match=r"captions.jsonl: is not a file of captions"):
+        RecordFile(path)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
