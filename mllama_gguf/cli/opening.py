@@ -43,12 +43,9 @@ def with_tuned(choice: ModelChoice) -> ModelChoice:
     from .log import show_log
 
     show_log("mllama_gguf.tune.saved")
-    try:
-        tuned = read_tuned(
-            lambda: key_of(resolve(choice.name, choice.mmproj).paths, offload_settings(choice.settings))
-        )
-    except OSError:
-        return choice  # opening says it better
+    tuned = read_tuned(
+        lambda: key_of(resolve(choice.name, choice.mmproj).paths, offload_settings(choice.settings))
+    )
     used = {name: value for name, value in tuned.items() if name not in choice.settings}
     if used:
         words = f"Tuned settings: {in_options(used)} (of mllama tune; --no-tuned ignores them)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,13 +88,16 @@ def tune_command(
     """
     from ..errors import RequestError
     from ..files import cannot_write
+    from ..reading import open_regular
     from ..tune.saved import check_tuned, config_path, key_of, write_tuned
     from ..tune.search import Results, Task, draw_plot, tune
     from ..vision.loading import load_image
-    from ..words import show_name
+    from ..words import os_reason, show_name
 
-    if not os.path.isfile(image):
-        raise RequestError(f"{show_name(image)}: no such file")
+    try:
+        open_regular(image).close()
+    except OSError as e:
+        raise RequestError(f"{show_name(image)}: {os_reason(e)}") from e
     load_image(image)  # else every point fails for it
     files = find_files(choice)
     settings = settings_of(choice, files)
@@ -118,13 +120,7 @@ def tune_command(
         best = tune(task, varied, results, on_point)
 
     _print(results.points, best)
-    try:
-        draw_plot(results.points, results.plot_path, f"{files.name}, one caption of {image.name}")
-        written = f"{results.json_path}, {results.csv_path}, {results.plot_path}"
-    except RequestError as e:
-        written = f"{results.json_path}, {results.csv_path} ({e})"
     echo(f"Best: {in_options(best.settings)}")
-    echo(f"Results: {written}")
     if varied.is_empty:
         echo("Nothing was varied: every setting is given. `mllama caption` does not use them by itself")
     elif not no_save:
@@ -135,6 +131,12 @@ def tune_command(
         except OSError as e:
             raise cannot_write(e.filename or config_path(), e) from e
         echo(f"`mllama caption` uses it from now on for this model ({path})")
+    try:
+        draw_plot(results.points, results.plot_path, f"{files.name}, one caption of {image.name}")
+        written = f"{results.json_path}, {results.csv_path}, {results.plot_path}"
+    except RequestError as e:
+        written = f"{results.json_path}, {results.csv_path} ({e})"
+    echo(f"Results: {written}")
 
 
 def _range(task: Task, choice: ModelChoice, settings: Settings) -> Range:

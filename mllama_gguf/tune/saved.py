@@ -58,18 +58,29 @@ def key_of(paths: Iterable[str | os.PathLike[str]], offload: Mapping[str, Any]) 
 
 
 def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
-    """The settings of `TUNED` kept for a key, which is asked for if there are any; {} if there are none. A
-    bad file is a warning. Raises what `key` raises."""
+    """The settings of `TUNED` kept for a key, which is asked for if there are any; {} if there are none, or
+    if the key cannot be had for an OSError. A bad file is a warning. Raises what else `key` raises."""
     path = config_path()
     try:
         tuned = _read(path)
-        kept = tuned.get(key(), {}) if tuned else {}
-        return _checked(kept.get("settings", {}) if isinstance(kept, dict) else kept)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
-        logger.warning("%s is ignored: %s; mend it or move it away", path, one_line(e))
+        return _ignored(path, e)
+    try:
+        name = key() if tuned else ""
+    except OSError:  # of the model's files: opening them says it better
         return {}
+    kept = tuned.get(name, {})
+    try:
+        return _checked(kept.get("settings", {}) if isinstance(kept, dict) else kept)
+    except ValueError as e:
+        return _ignored(path, e)
+
+
+def _ignored(path: Path, error: Exception) -> dict[str, Any]:
+    logger.warning("%s is ignored: %s; mend it or move it away", path, one_line(error))
+    return {}
 
 
 def check_tuned() -> None:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from ..errors import MllamaError, RequestError
 from ..files import AnyPath, Kind, cannot_write, check_folder, check_output, replacing, write_whole
 from ..reading import parse_json, read_regular, read_text
+from ..words import printable
 from .process import PointFailed, run_point
 from .saved import TUNED, head_sha256
 
@@ -171,7 +172,7 @@ class Results:
         another = f"give another folder, or --fresh to measure again ({self.json_path})"
         try:
             content = parse_json(read_text(self.json_path))
-            points = [Point(**point) for point in content["points"]]
+            points = [_read_point(point) for point in content["points"]]
             same = (content["version"], content["key"]) == (VERSION, self._key)
         except (ValueError, KeyError, TypeError) as e:
             raise RequestError(f"results that cannot be read: {e}; {another}") from None
@@ -232,6 +233,16 @@ class Results:
                 ]
             )
         return out.getvalue()
+
+
+def _read_point(values: Mapping[str, Any]) -> Point:
+    """A point of a file. Raises ValueError, TypeError, KeyError."""
+    point = Point(**values)
+    tables = (point.settings, point.seconds, point.tokens_per_second, point.memory)
+    if not all(isinstance(table, dict) for table in tables) or not set(TUNED) <= set(point.settings):
+        raise ValueError("a point without its settings or measurements")
+    float(point.total)
+    return point
 
 
 @dataclass(frozen=True)
@@ -351,7 +362,7 @@ def draw_plot(points: Sequence[Point], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 7), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     speed, memory = figure.subplots(2, 1, sharex=True)
-    speed.set_title(title)
+    speed.set_title(printable(title, keep=""), parse_math=False)  # names of files may have "$"
     for name in SECONDS[1:]:
         speed.plot(layers, [point.seconds[name] for point in good], marker="o", label=name)
     for index, point in enumerate(p for p in shown if p.error):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TinyFiles, elsewhere, noisy_image
+from helpers import TinyFiles, elsewhere, noisy_image, without_rights
 from PIL import Image
 
 from mllama_gguf import MllamaError, RequestError
@@ -118,6 +118,21 @@ def test_results_of_another_task_are_not_mixed(task: Task, tmp_path: Path) -> No
         Results(tmp_path, task)
 
 
+@pytest.mark.parametrize(
+    "values", [{"settings": {}}, {"settings": []}, {"seconds": {}}, {"seconds": []}, {"memory": 3}]
+)
+def test_a_damaged_file_of_results(task: Task, tmp_path: Path, values: dict[str, Any]) -> None:
+    seconds = dict.fromkeys(("load", "encode", "prompt", "decode"), 1.0)
+    Results(tmp_path, task).add(Point(dict(BASE), seconds))
+    assert Results(tmp_path, task).points == [Point(dict(BASE), seconds)]
+    file = tmp_path / "tune.json"
+    content = json.loads(file.read_text())
+    content["points"][0].update(values)
+    file.write_text(json.dumps(content))
+    with pytest.raises(RequestError, match=r"results that cannot be read: .*, or --fresh"):
+        Results(tmp_path, task)
+
+
 def test_nothing_works(task: Task, tmp_path: Path) -> None:
     choice = Range({**BASE, "n_gpu_layers": 2}, 0, {})
     with pytest.raises(MllamaError, match=r"no setting works.*SIGABRT"):
@@ -133,13 +148,14 @@ def test_the_errors_of_a_point_are_words(task: Task) -> None:
         run_point("no_such:thing", {}, 20)
 
 
-def test_plot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("title", ["a title", "p$^_$.png", os.fsdecode(b"\xff.png"), "a\nb"])
+def test_plot(tmp_path: Path, title: str) -> None:
     seconds = dict.fromkeys(("load", "encode", "prompt", "decode"), 1.0)
     points = [
         Point({**BASE, "n_gpu_layers": n}, seconds, {}, {"CPU": 2**20, "RPC0": n * 2**20}) for n in (4, 0)
     ]
     points.append(Point({**BASE, "n_gpu_layers": 2}, error="crashed"))
-    draw_plot(points, tmp_path / "plot.png", "a title")
+    draw_plot(points, tmp_path / "plot.png", title)
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.format == "PNG" and plot.width > 500
         assert len(set(plot.convert("RGB").resize((100, 100)).tobytes())) > 5
@@ -259,6 +275,13 @@ def test_a_bad_config_file_is_ignored_with_a_warning(
     assert why in err and "tuned.json is ignored" in err
 
 
+def test_a_wrong_model_is_no_fault_of_the_config_file(image: Path, capsys: Captured) -> None:
+    write_tuned("a", BASE, {})
+    assert run(["caption", str(image), "-m", "nosuch"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: nosuch: no such file") and said.count("\n") == 1
+
+
 def test_the_config_file_keeps_other_models(tmp_path: Path) -> None:
     write_tuned("a", BASE, {"model": "a.gguf"})
     write_tuned("b", {**BASE, "n_batch": 8}, {})
@@ -310,3 +333,24 @@ def test_what_is_no_image_is_refused_before_anything_is_measured(
     said = capsys.readouterr().err
     assert said.startswith("Error: ") and said.count("\n") == 1 and "notes" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_in_a_closed_folder(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with without_rights():
+        assert run(["tune", str(tmp_path / "closed" / "a.png"), "-o", str(tmp_path / "out")]) == 1
+    (tmp_path / "closed").chmod(0o755)
+    assert capsys.readouterr().err.endswith("closed/a.png: Permission denied\n")
+
+
+def test_the_settings_are_kept_though_the_plot_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def fail(*_: object) -> None:
+        raise MllamaError("cannot write tune.png: the disk is full")
+
+    monkeypatch.setattr("mllama_gguf.tune.search.draw_plot", fail)
+    args = ["-n", "2", "--repeats", "1", "-c", "256", "-t", "1", "-b", "64", "-o", str(tmp_path / "out")]
+    assert run(["tune", str(APPLE), *args]) == 1
+    assert "Error: cannot write tune.png" in capsys.readouterr().err
+    assert read_tuned(lambda: key_of([DEMO], {}))["n_batch"] == 64
