@@ -274,7 +274,7 @@ def _check_input(file: GGUFFile) -> None:
             raise ModelError(f"{path}: damaged GGUF header: a tensor is named {brief(t.name)}")
         if names[t.name] > 1:
             raise ModelError(f"{path}: tensor {t.name} is there twice")
-        if not t.n_bytes or t.ne[0] % block(t.type_name)[0]:
+        if not t.ne or not t.n_bytes or t.ne[0] % block(t.type_name)[0]:
             raise ModelError(f"{path}: tensor {t.name}: {list(t.ne)} of {t.type_name} cannot be read")
         if file.data_offsets[t.part] + t.offset + t.n_bytes > sizes[t.part]:
             raise ModelError(f"{path}: the file is truncated or damaged at tensor {t.name}")

@@ -339,6 +339,7 @@ def test_a_closed_folder_is_named(photos: Path, capsys: Captured) -> None:
     os.mkdir("closed", 0)
     with without_rights():
         assert run(["caption", "1.jpg", "--out", "closed/c.jsonl"]) == 1
+    os.chmod("closed", 0o755)
     assert "cannot be noted in closed/errors.jsonl: Permission denied; write to" in capsys.readouterr().err
 
 
@@ -352,6 +353,7 @@ def test_a_name_without_a_caption_file_stops_no_other(photos: Path, capsys: Capt
     with without_rights():
         images = ["1.jpg", long, "closed/1.jpg"]
         assert run(["caption", *images, "--sidecar", ".txt", "--sidecar-full-name", "-n", "2"]) == 3
+    os.chmod("closed", 0o755)
     said = capsys.readouterr().err
     assert f"cannot write {long[:100]}" in said and ".jpg.txt: File name too long; use --out" in said
     assert "cannot write closed/1.jpg.txt: Permission denied; use --out" in said

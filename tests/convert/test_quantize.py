@@ -464,6 +464,11 @@ def test_other_inputs(files: TinyFiles, tmp_path: Path) -> None:
     damaged[at : at + 4] = bytes(4)
     (tmp_path / "zero.gguf").write_bytes(damaged)
     refused(tmp_path / "zero.gguf", "q8_0", "head_count_kv", "0")
+    scalar = bytearray(files.one.read_bytes())
+    at = scalar.index(b"output_norm.weight") + len("output_norm.weight")
+    scalar[at : at + 12] = bytes(4)  # no dimensions
+    (tmp_path / "scalar.gguf").write_bytes(scalar)
+    refused(tmp_path / "scalar.gguf", "q8_0", "output_norm.weight: [] of F32 cannot be read")
     with pytest.raises(ValueError, match="q2_k"):
         quantize(files.one, tmp_path / "q.gguf", "q2_k")
 
