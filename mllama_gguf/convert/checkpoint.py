@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -53,6 +53,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: a JSON object is expected, not {type(value).__name__}")
     return value
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value of a JSON file is a string that UTF-8 can hold: JSON may have half of a character."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_safetensors_header(path: Path) -> dict[str, Source]:
@@ -133,8 +141,6 @@ class Checkpoint:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ModelError(f"{self.directory}: not a directory")
         try:
             check_folder_kind(self.directory)
         except OSError as e:

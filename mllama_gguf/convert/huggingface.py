@@ -187,7 +187,7 @@ def convert(
     check_preprocessor(checkpoint, shape)
     tensors = plan(checkpoint, shape, type, vision)  # before anything is made as large as config.json says
     tokenizer = read_tokenizer(checkpoint, shape)
-    name = name or Path(os.path.abspath(hf_dir)).name
+    name = (name or Path(os.path.abspath(hf_dir)).name).encode("utf-8", "replace").decode()
 
     outputs = [(Path(path), parts, [t for t in tensors if t.part in parts]) for path, parts in layout]
     sizes = [sum(t.n_bytes for t in chosen) for _, _, chosen in outputs]

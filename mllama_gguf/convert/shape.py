@@ -5,7 +5,6 @@ RoPE factors: https://github.com/meta-llama/llama-models, ``apply_scaling``
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from ..errors import ModelError
 from ..vision.preprocess import IMAGE_MEAN, IMAGE_STD, supported_grids
 from ..words import brief
 from .checkpoint import Checkpoint
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Shape:
 
 def _is_positive(value: object) -> TypeGuard[float]:
     """Whether this is a number above 0 that fits into a float."""
-    return isinstance(value, (int, float)) and value is not True and 0 < value <= sys.float_info.max
+    return isinstance(value, (int, float)) and value is not True and 0 < value <= _LARGEST
 
 
 class _Section:
@@ -85,7 +86,7 @@ class _Section:
         return value
 
     def real(self, key: str, default: float) -> float:
-        """A finite number above 0."""
+        """A number above 0 that a float32 can hold."""
         value = self.values.get(key, default)
         if not _is_positive(value):
             raise self.fail(key, value, "a positive number is expected")

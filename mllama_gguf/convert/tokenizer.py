@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ModelError
 from ..reading import read_text
 from ..words import brief
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, is_text, read_json
 from .shape import Shape
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,7 @@ def _vocabulary(
     types = [_UNUSED] * n_tokens
 
     def put(token: object, i: object, kind: int) -> None:
-        if (
-            not isinstance(token, str)
-            or isinstance(i, bool)
-            or not isinstance(i, int)
-            or not 0 <= i < n_tokens
-        ):
+        if not is_text(token) or isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_tokens:
             raise ModelError(
                 f"{file}: token {brief(token)} has id {brief(i)}: an id up to {n_tokens - 1} is expected"
             )
@@ -98,7 +93,7 @@ def _vocabulary(
 
     for token, i in data["model"]["vocab"].items():
         put(token, i, _NORMAL)
-    for entry in data.get("added_tokens") or []:
+    for entry in _list(file, "added_tokens", data.get("added_tokens")):
         if not isinstance(entry, dict):
             raise ModelError(f"{file}: added_tokens: an object is expected, not {brief(entry)}")
         put(entry.get("content"), entry.get("id"), _CONTROL if entry.get("special", True) else _USER_DEFINED)
@@ -116,14 +111,20 @@ def _vocabulary(
     return names, types
 
 
+def _list(file: Path, where: str, value: Any) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise ModelError(f"{file}: {where}: a list is expected, not {brief(value)}")
+    return value or []
+
+
 def _merges(file: Path, model: Mapping[str, Any]) -> list[str]:
     merges = []
-    for merge in model.get("merges") or []:
+    for merge in _list(file, "model.merges", model.get("merges")):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if (
             not isinstance(pair, list)
             or len(pair) != 2
-            or not all(isinstance(s, str) and s and " " not in s for s in pair)
+            or not all(is_text(s) and s and " " not in s for s in pair)
         ):
             raise ModelError(f"{file}: merge {brief(merge)}: a pair of byte-level tokens is expected")
         merges.append(f"{pair[0]} {pair[1]}")
@@ -196,12 +197,13 @@ def _parts(node: object, key: str) -> list[dict[str, Any]]:
     if not isinstance(node, dict):
         return []
     members = node.get(key) if node.get("type") == "Sequence" else [node]
-    return [m for m in members or [] if isinstance(m, dict)]
+    return [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
 
 
 def _template_adds(post_processor: object, token: str) -> bool:
     for part in _parts(post_processor, "processors"):
-        first = (part.get("single") or [None])[0] if part.get("type") == "TemplateProcessing" else None
+        single = part.get("single") if part.get("type") == "TemplateProcessing" else None
+        first = single[0] if isinstance(single, list) and single else None
         if isinstance(first, dict) and isinstance(first.get("SpecialToken"), dict):
             return bool(first["SpecialToken"].get("id") == token)
     return False
@@ -227,13 +229,15 @@ def _chat_template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str |
             return read_text(path)
         except (OSError, UnicodeDecodeError) as e:
             raise ModelError(f"{path}: cannot be read: {e}") from e
-    for template in (
-        checkpoint.json("chat_template.json").get("chat_template"),
-        settings.get("chat_template"),
+    for file, template in (
+        ("chat_template.json", checkpoint.json("chat_template.json").get("chat_template")),
+        ("tokenizer_config.json", settings.get("chat_template")),
     ):
         if isinstance(template, list):  # named templates
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
             template = named.get("default", next(iter(named.values()), None))
         if isinstance(template, str) and template:
+            if not is_text(template):
+                raise ModelError(f"{checkpoint.directory / file}: chat_template has half of a character")
             return template
     return None

@@ -26,8 +26,10 @@ from mllama_gguf.convert.checkpoint import Checkpoint, Source
 from mllama_gguf.convert.huggingface import convert
 from mllama_gguf.convert.shape import read_shape, rope_factors
 from mllama_gguf.convert.tensors import Tensor, plan
+from mllama_gguf.convert.tokenizer import read_tokenizer
 from mllama_gguf.convert.values import bf16_to_f32, f32_to_bf16, permute_rope_rows, piece_jobs
 from mllama_gguf.errors import MllamaError, ModelError
+from mllama_gguf.gguf.reader import read_gguf
 
 GQA = tiny.ARCHS["gqa"]
 
@@ -76,7 +78,7 @@ def pieces_of(tensor: Tensor) -> Iterator[Any]:
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
-    tiny.write_json(path, value)
+    path.write_text(json.dumps(value))  # in ASCII, which has half characters too
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -558,12 +560,15 @@ WRONG_CONFIGS: list[tuple[str, str, Any]] = [
     ("text_config", "num_key_value_heads", 4),
     ("text_config", "hidden_act", "gelu"),
     ("text_config", "rms_norm_eps", None),
+    ("text_config", "rms_norm_eps", 10**400),
+    ("text_config", "rms_norm_eps", 1e300),
     ("text_config", "rope_theta", "x"),
     ("text_config", "cross_attention_layers", [1, 5]),
     ("text_config", "cross_attention_layers", [3, 0]),
     ("text_config", "cross_attention_layers", []),
     ("text_config", "rope_scaling", {"rope_type": "yarn"}),
     ("text_config", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("text_config", "rope_scaling", {"rope_type": "llama3", "factor": 10**400}),
     ("text_config", "rope_scaling", 8),
     ("vision_config", "hidden_act", "quick_gelu"),
     ("vision_config", "norm_eps", 1e-6),
@@ -809,6 +814,11 @@ WRONG_TOKENIZERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "image token elsewhere": lambda t: t["added_tokens"][-1].update(content="<image>"),
     "merge of three": lambda t: t["model"]["merges"].append(["a", "b", "c"]),
     "other split": lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\s+"}),
+    "merges": lambda t: t["model"].update(merges=5),
+    "half of a character in a merge": lambda t: t["model"]["merges"].append("a \ud800"),
+    "half of a character": lambda t: t["model"]["vocab"].update({"\ud800": t["model"]["vocab"].pop("!")}),
+    "added tokens": lambda t: t.update(added_tokens=5),
+    "pre-tokenizers": lambda t: t["pre_tokenizer"].update(pretokenizers=5),
     "no pre-tokenizer": lambda t: t.pop("pre_tokenizer"),
 }
 
@@ -825,10 +835,42 @@ def test_unknown_special_token(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "node",
+    [
+        {"type": "Sequence", "processors": 5},
+        {"type": "TemplateProcessing", "single": 5},
+        {"type": "TemplateProcessing", "single": {"a": 1}},
+    ],
+)
+def test_a_post_processor_of_another_form_adds_nothing(checkpoint: Path, node: Any) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", lambda t: t.pop("add_bos_token", None))
+    edit_json(checkpoint / "tokenizer.json", lambda t: t.update(post_processor=node))
+    opened = Checkpoint(checkpoint)
+    assert read_tokenizer(opened, read_shape(opened)).add_bos is False
+
+
+def test_chat_templates_of_another_form(checkpoint: Path) -> None:
+    file = checkpoint / "tokenizer_config.json"
+    edit_json(file, lambda t: t.update(chat_template=[{"name": ["a"], "template": "x"}]))
+    opened = Checkpoint(checkpoint)
+    assert read_tokenizer(opened, read_shape(opened)).chat_template == "x"
+    edit_json(file, lambda t: t.update(chat_template="\ud800"))
+    refused(checkpoint, "tokenizer_config.json: chat_template has half of a character")
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff-model")
+    convert(tiny.make_checkpoint(GQA, folder), tmp_path / "m.gguf")
+    assert read_gguf(tmp_path / "m.gguf").keys["general.name"] == "?-model"
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("image_mean", [0.5, 0.5, 0.5]),
         ("image_std", [1, 1]),
+        ("image_mean", ["a", "b", "c"]),
+        ("image_std", [10**400, 1, 1]),
         ("size", {"height": 31, "width": 31}),
         ("max_image_tiles", 3),
     ],
@@ -943,6 +985,6 @@ def test_command_errors_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
     run, out = CliRunner(), str(tmp_path / "t.gguf")
     result = run.invoke(convert_command, [str(tmp_path / "nowhere"), "-o", out])
     assert result.exit_code == 1
-    assert result.output == f"Error: {tmp_path / 'nowhere'}: not a directory\n"
+    assert result.output == f"Error: {tmp_path / 'nowhere'}: cannot be listed: No such file or directory\n"
     result = run.invoke(convert_command, [str(checkpoint), "-o", out, "--single-file", "--mmproj", out])
     assert result.exit_code == 2

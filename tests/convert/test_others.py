@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from helpers import noisy_image
+from helpers import noisy_image, without_rights
 
 from mllama_gguf import Mllama, ModelError
 from mllama_gguf.cli.main import run
@@ -162,5 +162,10 @@ def test_weights_that_are_floats_again(checkpoint: Path, tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ModelError, match="not a directory"):
+    with pytest.raises(ModelError, match="cannot be listed: Not a directory"):
         convert(tmp_path / "file", tmp_path / "m.gguf")
+    (tmp_path / "closed" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    with without_rights(), pytest.raises(ModelError, match="cannot be listed: Permission denied"):
+        convert(tmp_path / "closed" / "checkpoint", tmp_path / "m.gguf")
+    (tmp_path / "closed").chmod(0o755)
