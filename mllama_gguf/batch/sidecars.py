@@ -262,8 +262,12 @@ class Sidecars:
         except XmpError as e:
             raise FileExistsError(errno.EEXIST, f"it exists, and {e}; move it away", os.fspath(path)) from e
         if data != old:
-            with replacing(path, durable=True, overwrite=bool(old)) as file:
-                file.write(data)
+            try:
+                with replacing(path, durable=True, overwrite=bool(old)) as file:
+                    file.write(data)
+            except FileExistsError:
+                if self._read(path) != text:  # another run has made the same caption
+                    raise
 
     def _check(self, path: Path, record: Record, old: bytes) -> None:
         """Check that a file may be replaced or added to. Raises OSError."""
@@ -272,9 +276,10 @@ class Sidecars:
             fits = self._form.kind.fits(path)
         except ValueError as e:
             text, fits = str(e), False
+        known = (self._expected.get(record.image), self._text(record))  # the second: of another run
         if not fits:
             words = f"it exists and is not a {self._form.kind.name}; move it away"
-        elif self._journal is not None or not text.strip() or self._expected.get(record.image) == text:
+        elif self._journal is not None or not text.strip() or text in known:
             return
         else:
             words = "it was made or edited meanwhile; it stays"

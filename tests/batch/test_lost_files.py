@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers import noisy_image, without_rights
 from PIL import Image
 
 from mllama_gguf import RequestError
+from mllama_gguf import files as files_module
 from mllama_gguf.batch.failures import ErrorLog, error_log
 from mllama_gguf.batch.outputs import RecordFile
 from mllama_gguf.batch.records import Record
@@ -143,6 +145,34 @@ def test_a_caption_written_meanwhile_stays(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="made or edited meanwhile"):
         output.write(Record(str(tmp_path / "a.png"), "ours", "stop", 1, ""))
     assert (tmp_path / "a.txt").read_text() == "by hand"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xmp"])
+def test_another_run_may_make_the_same_caption(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(str(tmp_path / "a.png"), "an <apple>\n", "stop", 1, "")
+    other = replace(record, caption="a pear")
+    output = Sidecars(suffix, [record.image])
+    output.write(record)
+    file = output.path(record.image)
+    data = file.read_bytes()
+    output.write(record)
+    with pytest.raises(FileExistsError, match="made or edited meanwhile"):
+        output.write(other)
+    published = files_module._publish
+
+    def publish(temporary: Path, target: Path) -> None:
+        target.write_bytes(data)  # it appears after the look at it
+        published(temporary, target)
+
+    monkeypatch.setattr(files_module, "_publish", publish)
+    file.unlink()
+    output.write(record)
+    file.unlink()
+    with pytest.raises(FileExistsError, match="made it meanwhile"):
+        output.write(other)
+    assert file.read_bytes() == data
 
 
 def test_links_of_captions_are_followed(photos: Path) -> None:
