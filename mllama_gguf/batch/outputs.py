@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import RequestError
-from ..files import AnyPath, Kind, cannot_write, check_output, keep_attributes, replacing
-from ..temporary import is_at, open_locked, sync_folder
+from ..files import AnyPath, Kind, cannot_write, check_output, replacing
+from ..temporary import is_at, open_locked
 from ..words import one_line, os_reason, show_name
 from .choices import Existing
-from .records import FORMATS, Record, combine, last_of_each, line_ends, whole_lines
+from .records import FORMATS, Record, combine, last_of_each, line_ends, line_number, whole_lines
+
+# What reading records raises.
+UNREADABLE = (ValueError, TypeError, KeyError, csv.Error)
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +67,16 @@ class Output(Protocol):
 class RecordFile:
     """Captions in one file, .jsonl or .csv, of which one process is the only writer."""
 
-    def __init__(self, path: AnyPath, *, inputs: Iterable[AnyPath] = (), partial: Path | None = None) -> None:
-        """path:    opened or made; its suffix says what it looks like
-        inputs:  files that the run reads, which it must not be
-        partial: a file of our own that is written instead; `finish` gives it the name `path`
+    def __init__(self, path: AnyPath, *, inputs: Iterable[AnyPath] = ()) -> None:
+        """path:   opened or made; its suffix says what it looks like
+        inputs: files that the run reads, which it must not be
 
-        Raises RequestError for a file that is something else, or in use, MllamaError if it cannot be written.
+        Raises RequestError for a file that is something else, damaged or in use, MllamaError if it cannot be
+        written.
         """
         self._format = FORMATS[suffix_of(path)]()
-        self._kind = Kind("file of captions", self._format.is_one)
-        self._target = check_output(path, self._kind, inputs=inputs, overwrite=True)
-        self._path = partial or self._target
+        kind = Kind("file of captions", self._format.is_one)
+        self._path = check_output(path, kind, inputs=inputs, overwrite=True)
         is_new = not os.path.lexists(self._path)
         self._file = _open(self._path)
         self._is_new = is_new
@@ -117,16 +119,8 @@ class RecordFile:
 
     def finish(self) -> None:
         """See Output."""
-        if self._path == self._target:
-            if self._replaces:
-                self._drop_replaced()
-            return
-        if self._target.exists() and self._target.stat().st_size and not self._kind.fits(self._target):
-            words = "it exists by now and is not a file of captions; move it away"
-            raise FileExistsError(errno.EEXIST, words, os.fspath(self._target))
-        keep_attributes(self._target, self._file.fileno())
-        os.replace(self._path, self._target)
-        sync_folder(self._target.parent)
+        if self._replaces:
+            self._drop_replaced()
 
     def close(self, *, failed: bool = False) -> None:
         """See Output."""
@@ -134,40 +128,43 @@ class RecordFile:
             remove_empty(self._file, self._path, len(self._format.head))
         self._file.close()
 
-    def _drop_replaced(self) -> None:
-        """Leave out records of images that have a later one."""
+    def lines(self) -> dict[str, bytes]:
+        """The last record of each image, as the file has it: another program may have added more to it.
+        Raises one of `UNREADABLE` for a file that somebody else has written to."""
         self._file.seek(0)
         data = self._file.readall()
+        records = self._format.read(data.decode("utf-8", "surrogateescape"))
         ends = line_ends(data, quotes=self._format.quotes)
-        try:
-            records = self._format.read(data.decode("utf-8", "surrogateescape"))
-        except (ValueError, TypeError, KeyError, csv.Error):
-            return  # somebody else has written there meanwhile
-        last = last_of_each(records)
-        if len(last) == len(records):
-            return
-        n_head = len(ends) - len(records)  # lines before the records
-        if n_head != bool(self._format.head):
-            return  # empty lines: an editor's work, which stays
-        starts = [0, *ends]
-        kept = [data[: starts[n_head]]]
-        for index, record in enumerate(records):
-            if last[record.image] is record:
-                kept.append(data[starts[n_head + index] : ends[n_head + index]])
-        with replacing(self._path, durable=True) as file:
-            file.write(b"".join(kept))
+        lines = [data[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        lines = [line for line in lines if line.strip()][bool(self._format.head) :]
+        found: dict[str, bytes] = {}
+        for record, line in zip(records, lines, strict=True):
+            found.pop(record.image, None)
+            found[record.image] = line
+        return found
+
+    def _drop_replaced(self) -> None:
+        """Leave out records of images that have a later one."""
+        with suppress(*UNREADABLE):
+            lines = self.lines()
+            with replacing(self._path, durable=True) as file:
+                file.write(self._format.head + b"".join(lines.values()))
 
     def _recover(self) -> list[Record]:
         """Read the file, drop a torn end, write what a file begins with."""
         data = self._file.readall()
         whole = whole_lines(data, quotes=self._format.quotes)
-        if self._format.is_record(data[whole:]):  # an editor left out the last line end
+        end = data[whole:]
+        if self._format.is_record(end):  # an editor left out the last line end
             self._file.write(b"\n")
             data += b"\n"
             whole = len(data)
+        elif words := self._format.fault(end):
+            where = f"{show_name(self._path)}: line {line_number(data, whole)}"
+            raise RequestError(f"{where}: {words}; mend it, or give another --out")
         try:
             records = self._format.read(data[:whole].decode("utf-8", "surrogateescape"))
-        except (ValueError, TypeError, KeyError, csv.Error) as e:
+        except UNREADABLE as e:
             reason = one_line(e)
             raise RequestError(
                 f"{show_name(self._path)}: is not a file of captions ({reason}); give another --out"
@@ -200,20 +197,23 @@ class Journal(RecordFile):
 
 
 class CombinedFile:
-    """Captions that are put after or before those which a file has. A journal keeps the new ones; the file
-    changes at the end, in one step."""
+    """Captions that replace those which a file has, or are put after or before them. A journal keeps the new
+    ones; the file changes at the end, in one step. The captions of other images stay in it."""
 
     def __init__(
         self, path: AnyPath, journal: Path, how: Existing, separator: str, inputs: Iterable[AnyPath] = ()
     ) -> None:
         """journal: as in `Journal`; how, separator: as in `combine`. Raises RequestError."""
-        suffix = suffix_of(path)
-        self._format = FORMATS[suffix]()
+        self._format = FORMATS[suffix_of(path)]()
         kind = Kind("file of captions", self._format.is_one)
         self._target = check_output(path, kind, inputs=inputs, overwrite=True)
         self._how, self._separator = how, separator
         self._journal = Journal(journal)
-        self._old = {record.image: record.caption for record in self._read_target()}
+        try:
+            self._old = {record.image: record.caption for record in self._read_target()}
+        except BaseException:
+            self.close(failed=True)
+            raise
 
     def records(self) -> Iterable[Record]:
         """See Output: those of the journal."""
@@ -236,15 +236,26 @@ class CombinedFile:
         self._journal.write(replace(record, existing=self._old.get(record.image, "")))
 
     def finish(self) -> None:
-        """See Output. Doing it twice is the same as once, because the journal has the older captions too."""
-        records = last_of_each(self._read_target())
-        for image, record in last_of_each(self._journal.read_again()).items():
-            caption = combine(record.existing, record.caption, self._how, self._separator)
-            records[image] = replace(record, caption=caption, existing="")
-        lines = b"".join(self._format.line(record) for record in records.values())
-        with replacing(self._target, durable=True) as file:
-            file.write(self._format.head + lines)
-        self._journal.remove()
+        """See Output. Doing it twice is the same as once, because the journal has the older captions too. One
+        that somebody has edited since is added to as it is. Raises RequestError too."""
+        target = RecordFile(self._target)
+        try:
+            there = last_of_each(target.records())
+            try:
+                lines = target.lines()
+            except UNREADABLE:  # no record has lines of its own
+                lines = {image: self._format.line(record) for image, record in there.items()}
+            for image, record in last_of_each(self._journal.read_again()).items():
+                present = there[image].caption if image in there else ""
+                caption = combine(record.existing, record.caption, self._how, self._separator)
+                if present not in (record.existing, caption):
+                    caption = combine(present, record.caption, self._how, self._separator)
+                lines[image] = self._format.line(replace(record, caption=caption, existing=""))
+            with replacing(self._target, durable=True) as file:
+                file.write(self._format.head + b"".join(lines.values()))
+            self._journal.remove()
+        finally:
+            target.close(failed=True)
 
     def _read_target(self) -> list[Record]:
         """What the file has. Raises RequestError."""

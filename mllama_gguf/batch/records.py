@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, BinaryIO
 
@@ -60,11 +61,11 @@ class Jsonl:
 
     quotes = False
     head = b""
+    begins = b'{"image": '
 
     def is_one(self, file: BinaryIO) -> bool:
         """Whether a file begins with a record, or with a torn one."""
-        begins = b'{"image": '
-        if not begins.startswith(file.read(len(begins))):
+        if not self.begins.startswith(file.read(len(self.begins))):
             return False
         file.seek(0)
         line = file.readline(16 * LARGEST_CAPTION)
@@ -76,6 +77,12 @@ class Jsonl:
             return bool(self.read(line.decode("utf-8", "surrogateescape")))
         except (ValueError, TypeError):
             return False
+
+    def fault(self, end: bytes) -> str:
+        """Why what follows the last line end is not a record that a kill cut; "" if it is one."""
+        end = end.rstrip(b"\0 \t\r")  # a crash of the machine may leave NULs
+        is_ours = end.startswith(self.begins) or self.begins.startswith(end)
+        return "" if is_ours and not _is_json(end) else "this is not a caption"
 
     def line(self, record: Record) -> bytes:
         """A record as a line. Optional fields that say nothing are left out."""
@@ -103,6 +110,19 @@ class Csv:
 
     def is_record(self, line: bytes) -> bool:
         """Without its line end no row is known to be whole."""
+        return False
+
+    def fault(self, end: bytes) -> str:
+        """Why what follows the last whole row is not a row that a kill cut; "" if it is one."""
+        if any(map(self._is_row, end.split(b"\n")[:-1])):
+            return "a quote here or above is not closed, and takes in the rows after it"
+        return ""
+
+    def _is_row(self, line: bytes) -> bool:
+        """Whether a line is a whole row. The lines of a row that a kill cut in a caption are none."""
+        with suppress(csv.Error):
+            for row in csv.reader([line.decode("utf-8", "surrogateescape")], strict=True):
+                return len(row) == len(self.names) and row[self.names.index("tokens")].isdigit()
         return False
 
     def line(self, record: Record) -> bytes:
@@ -135,8 +155,12 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
         raise RequestError(f"{show_name(path)}: {reason}") from e
     form: Jsonl | Csv = Jsonl() if data.lstrip()[:1] in (b"{", b"") else Csv()
     whole = whole_lines(data, quotes=form.quotes)
-    if form.is_record(data[whole:]) or (not form.quotes and _is_json(data[whole:])):  # without its line end
+    end = data[whole:]
+    is_whole = form.is_record(end) or (not form.quotes and _is_json(end))  # without its line end
+    if is_whole or not data.startswith(form.head):  # only a batch's file may be cut
         whole = len(data)
+    elif words := form.fault(end):
+        raise RequestError(f"{show_name(path)}: line {line_number(data, whole)}: {words}")
     text = data[:whole].decode("utf-8", "surrogateescape")
     try:
         rows = map(parse_json, filter(str.strip, text.split("\n"))) if not form.quotes else _rows(text)
@@ -205,6 +229,11 @@ def line_ends(data: bytes, *, quotes: bool = False) -> list[int]:
         if not inside:
             ends.append(size)
     return ends
+
+
+def line_number(data: bytes, position: int) -> int:
+    """The number of the line that begins at a position."""
+    return data.count(b"\n", 0, position) + 1
 
 
 def whole_lines(data: bytes, *, quotes: bool = False) -> int:

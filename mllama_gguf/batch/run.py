@@ -115,6 +115,8 @@ def caption_images(
             output.finish()
         except OSError as e:
             summary.stopped = str(cannot_write(e.filename or "the output", e))
+        except RequestError as e:  # somebody else has written there meanwhile
+            summary.stopped = str(e)
     report({"event": "summary", **vars(summary), "utilisation": summary.utilisation})
     return summary
 

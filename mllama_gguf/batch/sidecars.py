@@ -121,6 +121,7 @@ class Sidecars:
         self._separator, self._full_name = separator, full_name
         self._form: Form = XmpForm() if suffix.lower().endswith(".xmp") else TextForm()
         self._images = list(images)
+        self._journaled: dict[str, Record] = {}  # of a run that was killed
         self._expected: dict[str, str] = {}  # what a caption that is made again must still be
         self.refused: Mapping[str, str] = self._find_shared()
         read = {_identity(path): path for path in (*self._images, *inputs)}
@@ -183,10 +184,11 @@ class Sidecars:
         written = self._log.read() if self._log is not None else {}
         if self._journal is not None:
             for record in self._journal.records():
-                noted = written.get(os.path.realpath(record.image))
-                if noted is None or replace(noted, image=record.image) != self._whole(record):
-                    self._note(record)
-                self._put(record)  # the journal came first
+                try:
+                    self._continue(record, written.get(os.path.realpath(record.image)))
+                except FileExistsError:  # a file of another kind: the image is tried again, and fails alone
+                    continue
+                self._journaled[record.image] = record
                 yield replace(record, existing="")
             return
         for image in self._images:
@@ -208,8 +210,11 @@ class Sidecars:
     def write(self, record: Record) -> None:
         """See Output."""
         if self._journal is not None:
-            if self._how != "overwrite":
-                record = replace(record, existing=self._read(self.path(record.image)))
+            there = self._read(self.path(record.image))
+            before = self._journaled.get(record.image)
+            if before is not None and there == self._text(before):  # of the image as it was
+                there = before.existing
+            record = replace(record, existing=there)
             self._journal.write(record)
         self._note(record)  # a note without a file does no harm, a file without a note is not known as ours
         self._put(record)
@@ -226,13 +231,27 @@ class Sidecars:
         if self._journal is not None:
             self._journal.close(failed=failed)
 
+    def _continue(self, record: Record, noted: Record | None) -> None:
+        """Write the file of a record of the journal, which came first. A caption that somebody has edited
+        since stays. noted: what the log has of the image"""
+        there = self._read(self.path(record.image))
+        if not there.strip():
+            record = replace(record, existing="")
+        elif there not in (record.existing, self._text(record)):
+            return
+        if noted is None or replace(noted, image=record.image) != self._whole(record):
+            self._note(record)
+        self._put(record)
+
     def _note(self, record: Record) -> None:
         if self._log is not None:
             self._log.add(self._whole(record))
 
     def _whole(self, record: Record) -> Record:
-        """A record with the caption as the file has it."""
-        return replace(record, caption=self._text(record), existing="") if record.existing else record
+        """A record with the caption as the file has it, which the log knows without that of before."""
+        if record.existing and self._how != "overwrite":
+            record = replace(record, caption=self._text(record))
+        return replace(record, existing="")
 
     def _text(self, record: Record) -> str:
         """The caption file's text of a record."""

@@ -42,6 +42,7 @@ def run_batch(
     """Caption what the sources name. inputs: files that the options name. Returns the exit code."""
     from ..batch.failures import NAMES, error_log
     from ..batch.outputs import suffix_of
+    from ..batch.records import read_records
     from ..batch.settings import SettingsFile, now, run_settings
     from ..batch.sidecars import check_suffix
     from ..batch.sources import home_of, lists_among
@@ -71,15 +72,20 @@ def run_batch(
         tell_of_real_models(choice)  # before thousands of captions
     failed = True
     try:
-        done = list(output.records()) if settings.how == "skip" else []
+        skips = settings.how == "skip"
+        done = list(output.records()) if skips else []
         since = _since(settings, beside, mine, done, started)
         with _reporter(as_json) as report:
-            summary = _caption(images, output, settings, options, choice, errors, report, since)
+            # A journal does not say when its images were looked at.
+            looked = since if skips else 0.0
+            summary = _caption(images, output, settings, options, choice, errors, report, looked)
         failed = bool(summary.stopped)
         whole = not (summary.failed or summary.stopped or summary.interrupted)
         # Later runs look at what changed since: only if all that is there was looked at, and done.
+        if not skips and settings.out is not None and whole:
+            done = list(read_records(settings.out).values())
         everything = whole and {record.image for record in done} <= set(images)
-        if settings.how == "skip" or whole:
+        if skips or _changed(summary):
             _keep(beside, mine, started if everything else since)
     finally:
         output.close(failed=failed)
@@ -160,15 +166,15 @@ def _since(
     done: Sequence[Record],
     started: float,
 ) -> float:
-    """When the images of the existing captions were last looked at. Keeps the settings of this run, because a
-    run that continues after a kill is compared with them. Raises RequestError if the existing captions were
-    made with others, MllamaError for a full disk."""
+    """When the images of the existing captions were last looked at. Keeps the settings of a run that skips
+    captions, because one that continues after a kill is compared with them. Raises RequestError if the
+    existing captions were made with others, MllamaError for a full disk."""
     from ..batch.settings import check_same
     from ..files import cannot_write, is_full
 
-    if settings.how != "skip":
-        return started
     kept = beside.read()
+    if settings.how != "skip":
+        return kept.looked if kept is not None else 0.0
     if not done:
         since = started
     elif kept is None:  # of an earlier version, or moved without its settings
@@ -190,6 +196,12 @@ def _since(
         if is_full(e):
             raise cannot_write(beside.path, e) from e
     return since
+
+
+def _changed(summary: Summary) -> bool:
+    """Whether a run that does not skip captions has put new ones in their place."""
+    made = summary.captioned or summary.duplicates or summary.done_before
+    return bool(made) and not summary.stopped and not summary.interrupted
 
 
 def _keep(beside: SettingsFile, settings: Mapping[str, Any], looked: float) -> None:
@@ -225,7 +237,7 @@ def _open_output(
     is_xmp = settings.sidecar is not None and settings.sidecar.lower().endswith(".xmp")
     if is_added and not is_xmp and "json" in str((options.response_format or {}).get("type", "")):
         raise RequestError(f"--existing {how}: text before or after JSON would make it invalid")
-    folder = Path(os.path.realpath(settings.out)).parent if settings.out is not None else home
+    folder, name = _place(settings, home)
     remove_leftovers(folder)
     partial = None
     if how != "skip":
@@ -233,16 +245,12 @@ def _open_output(
             raise RequestError(
                 f"cannot write to {os.fspath(folder)}: {words}; make it writable, or use --out"
             )
-        words = json.dumps([settings.out, settings.sidecar, how, settings.separator, mine])
-        name = "x.jsonl" if is_added else settings.out
-        partial = _partial(folder, settings.out, name, words)
-    if settings.out is not None and is_added:
-        assert partial is not None
+        partial = _partial(folder, name, json.dumps([how, settings.separator, mine]))
+    if settings.out is not None and partial is not None:
         return CombinedFile(settings.out, partial, how, settings.separator, inputs)
     if settings.out is not None:
-        return RecordFile(settings.out, inputs=inputs, partial=partial)
+        return RecordFile(settings.out, inputs=inputs)
     assert settings.sidecar is not None
-    place, name = _place(settings, home)
     return Sidecars(
         settings.sidecar,
         images,
@@ -250,14 +258,14 @@ def _open_output(
         how=how,
         separator=settings.separator,
         full_name=settings.sidecar_full_name,
-        log=place / f".{name}.mllama.jsonl",
+        log=folder / f".{name}.mllama.jsonl",
         inputs=inputs,
     )
 
 
-def _partial(folder: Path, out: str | None, name: str | None, words: str) -> Path:
-    """The hidden file of an output and of the words that say how it is made; others of the output go, unless
-    a run writes them now. name: has the suffix of the hidden file; None: .jsonl"""
+def _partial(folder: Path, name: str, words: str) -> Path:
+    """The hidden file of an output of that name (see `_place`), and of the words that say how it is made;
+    others of the output go, unless a run writes them now."""
     import hashlib
 
     from ..temporary import remove_unlocked
@@ -265,9 +273,8 @@ def _partial(folder: Path, out: str | None, name: str | None, words: str) -> Pat
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
-    suffix = ".jsonl" if name is None else os.path.splitext(name)[1]
-    beginning = f".mllama-{digest(os.path.basename(out or ''))}-"
-    partial = folder / f"{beginning}{digest(words)}.partial{suffix}"
+    beginning = f".mllama-{digest(name)}-"
+    partial = folder / f"{beginning}{digest(words)}.partial.jsonl"
     pattern = re.compile(re.escape(beginning) + r"[0-9a-f]{12}\.partial\.[a-zA-Z]+")
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

@@ -16,7 +16,7 @@ from PIL import Image
 from mllama_gguf import RequestError
 from mllama_gguf import files as files_module
 from mllama_gguf.batch.failures import ErrorLog, error_log
-from mllama_gguf.batch.outputs import RecordFile
+from mllama_gguf.batch.outputs import CombinedFile, RecordFile
 from mllama_gguf.batch.records import Record
 from mllama_gguf.batch.sidecars import Sidecars, check_suffix
 from mllama_gguf.cli.main import run
@@ -296,11 +296,11 @@ def test_an_output_that_goes_away_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
-    path, partial = tmp_path / "c.csv", tmp_path / ".partial.csv"
-    file = RecordFile(path, partial=partial)
+    path, partial = tmp_path / "c.csv", tmp_path / ".partial.jsonl"
+    file = CombinedFile(path, partial, "overwrite", "")
     file.write(Record("a.png", "x", "stop", 1, ""))
     path.write_text("mine,yours\n")
-    with pytest.raises(FileExistsError, match="is not a file of captions"):
+    with pytest.raises(RequestError, match="is not a file of captions"):
         file.finish()
     file.close()
     assert path.read_text() == "mine,yours\n"
@@ -322,7 +322,7 @@ def test_what_is_planted_for_overwrite_is_not_followed(photos: Path, capsys: Cap
     (partial,) = seen
     assert partial.name.startswith(".mllama-")
     partial.symlink_to("c.jsonl")
-    refused(args, "Too many levels of symbolic links", photos, capsys)
+    refused(args, "this link is in the way; delete it", photos, capsys)
 
 
 # ---- errors.jsonl ------------------------------------------------------------------------------------------
