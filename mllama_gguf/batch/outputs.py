@@ -22,9 +22,9 @@ from typing import Protocol
 from ..errors import RequestError
 from ..files import AnyPath, Kind, cannot_write, check_output, replacing
 from ..temporary import is_at, open_locked
-from ..words import one_line, os_reason, show_name
+from ..words import os_reason, show_name
 from .choices import Existing
-from .records import FORMATS, Record, combine, last_of_each, line_ends, line_number, whole_lines
+from .records import FORMATS, Record, combine, last_of_each, line_ends, line_number, reason_of, whole_lines
 
 # What reading records raises.
 UNREADABLE = (ValueError, TypeError, KeyError, csv.Error)
@@ -165,7 +165,7 @@ class RecordFile:
         try:
             records = self._format.read(data[:whole].decode("utf-8", "surrogateescape"))
         except UNREADABLE as e:
-            reason = one_line(e)
+            reason = reason_of(e)
             raise RequestError(
                 f"{show_name(self._path)}: is not a file of captions ({reason}); give another --out"
             ) from e

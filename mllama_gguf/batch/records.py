@@ -166,7 +166,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
         rows = map(parse_json, filter(str.strip, text.split("\n"))) if not form.quotes else _rows(text)
         return last_of_each(map(_with_defaults, rows))
     except (ValueError, TypeError, KeyError, csv.Error) as e:
-        raise RequestError(f"{show_name(path)}: is not a file of captions ({one_line(e)})") from e
+        raise RequestError(f"{show_name(path)}: is not a file of captions ({reason_of(e)})") from e
 
 
 _CELL = re.compile(r'"[^"]*"|[^",\n]+')
@@ -229,6 +229,11 @@ def line_ends(data: bytes, *, quotes: bool = False) -> list[int]:
         if not inside:
             ends.append(size)
     return ends
+
+
+def reason_of(error: Exception) -> str:
+    """Why records cannot be read, in words."""
+    return one_line(error).replace("unexpected end of data", "a quote is not closed")
 
 
 def line_number(data: bytes, position: int) -> int:

@@ -57,11 +57,14 @@ def parts_of(caption: str) -> tuple[str, list[str]]:
 def read_description(data: bytes) -> str:
     """The description in an XMP file; "" if it has none. Raises XmpError."""
     rdf = _rdf(_parse(data)[0])
-    found = rdf.find(f"{{{_RDF}}}Description/{{{_DC}}}description")
-    if found is None:
-        return next((d.get(f"{{{_DC}}}description", "") for d in _descriptions(rdf)), "")
-    item = _default_item(found)
-    return (found if item is None else item).text or ""
+    tag = f"{{{_DC}}}description"
+    texts = []
+    for block in _descriptions(rdf):  # several programs may have one each
+        for found in block.findall(tag):
+            item = _default_item(found)
+            texts.append(_text(found if item is None else item))
+        texts.append(block.get(tag, ""))
+    return next(filter(str.strip, texts), "")
 
 
 def write_description(old: bytes, description: str, tags: Sequence[str] = ()) -> bytes:
@@ -73,20 +76,22 @@ def write_description(old: bytes, description: str, tags: Sequence[str] = ()) ->
     Raises XmpError.
     """
     if old.strip():
-        root, prefixes = _parse(old)
+        root, builder = _parse(old)
     else:
-        root, prefixes = ET.Element(f"{{{_X}}}xmpmeta"), {}
+        root, builder = ET.Element(f"{{{_X}}}xmpmeta"), _Builder()
         ET.SubElement(root, f"{{{_RDF}}}RDF")
     rdf = _rdf(root)
     _set_description(rdf, clean(description))
     if tags:
         _add_tags(rdf, [clean(tag) for tag in tags])
     try:
-        with _registry, _registered({**prefixes, **_OURS}):
+        with _registry, _registered({**builder.prefixes, **_OURS}):
             text = ET.tostring(root, encoding="unicode")
     except RecursionError as e:
         raise XmpError("its elements are nested too deeply") from e
-    return (_HEAD + text.strip() + _TAIL).encode("utf-8")
+    before, after = map("".join, builder.around)
+    text = text.strip().replace("\r", "&#xD;")  # a bare one would be read as a line end
+    return (f"{_HEAD}{before}{text}\n{after}".rstrip("\n") + _TAIL).encode("utf-8")
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -98,9 +103,12 @@ class _Builder(ET.TreeBuilder):
     def __init__(self) -> None:
         super().__init__(insert_comments=True, insert_pis=True)
         self.prefixes: dict[str, str] = {}
+        self.around: tuple[list[str], list[str]] = [], []  # comments before and after the root
+        self._is_begun = False
         self._depth = 0
 
     def start(self, tag: str, attrs: Mapping[Any, Any], /) -> Any:
+        self._is_begun = True
         self._depth += 1
         if self._depth > _DEEPEST:
             raise XmpError("its elements are nested too deeply")
@@ -110,14 +118,28 @@ class _Builder(ET.TreeBuilder):
         self._depth -= 1
         return super().end(tag)
 
+    def comment(self, text: str | None, /) -> Any:
+        if self._depth:
+            return super().comment(text)
+        self.around[self._is_begun].append(f"<!--{text}-->\n")
+        return None
+
+    def pi(self, target: str, text: str | None = None, /) -> Any:
+        if self._depth:
+            return super().pi(target, text)
+        if target != "xpacket":  # which is written anew
+            self.around[self._is_begun].append(f"<?{target} {text or ''}?>\n")
+        return None
+
     def start_ns(self, prefix: str, uri: str) -> None:
         self.prefixes.setdefault(prefix or "", uri)
         if len(self.prefixes) > _PREFIXES:
             raise XmpError(f"it has more than {_PREFIXES} prefixes of namespaces")
 
 
-def _parse(data: bytes) -> tuple[ET.Element, dict[str, str]]:
-    """The root of a file, and the prefixes of its namespaces. Nothing that a document type may do is done."""
+def _parse(data: bytes) -> tuple[ET.Element, _Builder]:
+    """The root of a file, and its builder, which knows the rest. Nothing that a document type may do is
+    done."""
     if len(data) > LARGEST:
         raise XmpError(f"it has more than {LARGEST} bytes")
     try:
@@ -133,7 +155,7 @@ def _parse(data: bytes) -> tuple[ET.Element, dict[str, str]]:
         root = parser.close()
     except ET.ParseError as e:
         raise XmpError(f"it is not XML: {e}") from e
-    return root, builder.prefixes
+    return root, builder
 
 
 def _rdf(root: ET.Element) -> ET.Element:
@@ -152,6 +174,14 @@ def _default_item(description: ET.Element) -> ET.Element | None:
     """The text in the default language, or the first one; also where a program wrote another kind of list."""
     items = list(description.iter(f"{{{_RDF}}}li"))
     return next(filter(_is_default, items), items[0] if items else None)
+
+
+def _text(element: ET.Element) -> str:
+    """All text in an element, beside and amid comments; `itertext` would give theirs too."""
+    parts = [element.text]
+    for child in element:
+        parts += [_text(child) if isinstance(child.tag, str) else "", child.tail]
+    return "".join(filter(None, parts))
 
 
 def _is_default(item: ET.Element) -> bool:
@@ -203,7 +233,8 @@ def _list_in(parent: ET.Element, kind: str) -> tuple[ET.Element, str]:
         return children[0], ""
     if children or any(name != _LANG for name in parent.attrib):
         raise XmpError(f"its {parent.tag.partition('}')[2]} is of a form that is not known")
-    text, parent.text = (parent.text or "").strip(), None
+    text = _text(parent).strip()
+    _set_text(parent, None)
     return ET.SubElement(parent, f"{{{_RDF}}}{kind}"), text
 
 
@@ -217,13 +248,22 @@ def _set_description(rdf: ET.Element, text: str) -> None:
     if item is None:
         item = ET.Element(f"{{{_RDF}}}li")
         alternatives.insert(0, item)
+    if any(isinstance(child.tag, str) for child in item):
+        raise XmpError("its description is of a form that is not known")
     item.set(_LANG, "x-default")
-    item.text = text
+    _set_text(item, text)
+
+
+def _set_text(element: ET.Element, text: str | None) -> None:
+    """Put a text in the place of all that an element has beside comments."""
+    element.text = text
+    for child in element:
+        child.tail = None
 
 
 def _add_tags(rdf: ET.Element, tags: Sequence[str]) -> None:
     bag, text = _list_in(_place(rdf, "subject"), "Bag")
-    there = {item.text for item in bag.findall(f"{{{_RDF}}}li")}
+    there = {_text(item) for item in bag.findall(f"{{{_RDF}}}li")}
     for tag in dict.fromkeys([text, *tags] if text else tags):
         if tag not in there:
             ET.SubElement(bag, f"{{{_RDF}}}li").text = tag

@@ -140,6 +140,46 @@ def test_a_description_of_a_form_that_is_not_known_stays() -> None:
         write_description((BLOCK % ("", inside)).encode(), "new")
 
 
+@pytest.mark.parametrize(
+    ("attributes", "inside", "expected"),
+    [
+        ('dc:description="my words"', "", "my words"),
+        (
+            "",
+            "<dc:description><rdf:Alt><rdf:li><!-- c -->my<?p i?> words</rdf:li></rdf:Alt></dc:description>",
+            "my words",
+        ),
+        ("", "<dc:description><!-- c -->my words</dc:description>", "my words"),
+        ("", "<dc:description><rdf:Alt><rdf:li> </rdf:li></rdf:Alt></dc:description>", ""),
+    ],
+)
+def test_a_description_is_found_wherever_it_is(attributes: str, inside: str, expected: str) -> None:
+    """In the second block, as an attribute, beside comments."""
+    first = '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmp:Rating="3"/>'
+    old = (BLOCK % (attributes, inside)).replace("<rdf:Description", f"{first}<rdf:Description", 1).encode()
+    assert read_description(old) == expected
+    data = write_description(old, "new")
+    assert read_description(data) == "new" and b"my" not in data and b"words" not in data
+    assert b'xmp:Rating="3"' in data and write_description(data, "new") == data
+
+
+def test_elements_in_a_description_stay() -> None:
+    inside = "<dc:description><rdf:Alt><rdf:li><rdf:value>old</rdf:value></rdf:li></rdf:Alt></dc:description>"
+    old = (BLOCK % ("", inside)).encode()
+    assert read_description(old) == "old"
+    with pytest.raises(XmpError, match="its description is of a form that is not known"):
+        write_description(old, "new")
+
+
+def test_what_is_around_and_carriage_returns_stay() -> None:
+    inside = "<dc:subject><rdf:Bag><rdf:li><!-- c -->a&#xD;b</rdf:li></rdf:Bag></dc:subject>"
+    old = f"<!-- before --><?mine x?>{BLOCK % ('', inside)}<!-- after -->".encode()
+    data = write_description(old, "text", ["a\rb"])
+    for kept in (b"<!-- before -->", b"<?mine x?>", b"<!-- after -->", b"<!-- c -->a&#xD;b<"):
+        assert data.count(kept) == 1
+    assert write_description(data, "text") == data
+
+
 def test_what_a_file_gives_back_is_what_was_shown() -> None:
     """Else a caption would count as edited by somebody."""
     form = XmpForm()
@@ -234,6 +274,15 @@ def test_the_file_of_another_program_gets_a_description(photo: str) -> None:
     assert read_description(Path("a.xmp").read_bytes()) == "by hand"
     assert run(["caption", photo, "--sidecar", ".xmp", "--overwrite"]) == 0
     assert read_description(Path("a.xmp").read_bytes()) == "a red apple"
+
+
+def test_a_description_of_another_program_is_not_made_again(photo: str, capsys: Captured) -> None:
+    first = '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmp:Rating="3"/>'
+    text = BLOCK % ('dc:description="my words"', "")
+    Path("a.xmp").write_text(data := text.replace("<rdf:Description", f"{first}<rdf:Description", 1))
+    assert run(["caption", photo, "--sidecar", ".xmp"]) == 0
+    assert "1 done before" in capsys.readouterr().err
+    assert Path("a.xmp").read_text() == data
 
 
 @pytest.mark.parametrize("how", ["skip", "overwrite", "append"])
