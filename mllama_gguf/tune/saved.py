@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..cpus import usable_cpus
+from ..errors import RequestError
 from ..files import Kind, check_folder, check_output, replacing
 from ..reading import open_regular, parse_json, read_text
 from ..settings import Settings
-from ..words import one_line
+from ..words import one_line, os_reason, show_name
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +85,12 @@ def _ignored(path: Path, error: Exception) -> dict[str, Any]:
 
 
 def check_tuned() -> None:
-    """Check that `write_tuned` may write its file: it is not another program's. Raises RequestError."""
+    """Check that `write_tuned` may write its file: it is not another program's, and what it keeps can be
+    read. Raises RequestError."""
     path = config_path()
     if check_folder(path.parent).is_dir():
         check_output(path, Kind("file of settings of `mllama tune`", _is_tuned), overwrite=True)
+        _read_all(path)
 
 
 def _is_tuned(file: BinaryIO) -> bool:
@@ -104,13 +107,22 @@ def write_tuned(key: str, settings: Mapping[str, Any], about: Mapping[str, Any])
     path = config_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:  # another process that adds settings waits
-        try:
-            tuned = _read(path)
-        except (FileNotFoundError, ValueError):
-            tuned = {}
+        tuned = _read_all(path)
         tuned[key] = {"settings": _checked(dict(settings)), **about}
         file.write((json.dumps({"version": VERSION, "tuned": tuned}, indent=2) + "\n").encode())
     return path
+
+
+def _read_all(path: Path) -> dict[str, Any]:
+    """The settings of all keys, to add to. Raises RequestError for a file that would lose some."""
+    try:
+        return _read(path) if path.stat().st_size else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        reason = os_reason(e) if isinstance(e, OSError) else one_line(e)
+        words = "the settings there would be lost; move it away, or use --no-save"
+        raise RequestError(f"{show_name(path)}: {reason}: {words}") from e
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -293,6 +293,27 @@ def test_the_config_file_keeps_other_models(tmp_path: Path) -> None:
     assert [path.name for path in config_path().parent.iterdir()] == ["tuned.json"]
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [('{"version": 2, "tuned": {"a": {}}}', "version 1"), ('{"version": 1, "tuned": [3]}', "not an object")],
+)
+def test_a_config_file_that_cannot_be_read_stays(
+    image: Path, content: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """That is said before anything is measured."""
+    monkeypatch.setattr("mllama_gguf.tune.search.tune", None)
+    config_path().parent.mkdir(parents=True, exist_ok=True)
+    config_path().write_text(content)
+    assert run(["tune", str(image), "-o", str(image.parent / "out")]) == 1
+    said = capsys.readouterr().err
+    assert why in said and "move it away, or use --no-save" in said and said.count("\n") == 1
+    with pytest.raises(RequestError, match=r"tuned\.json: .*the settings there would be lost"):
+        write_tuned("a", BASE, {})
+    assert config_path().read_text() == content
+    config_path().write_text("")
+    write_tuned("a", BASE, {})
+
+
 # ---- comparing ---------------------------------------------------------------------------------------------
 
 
