@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import RequestError
-from ..files import write_whole
+from ..files import AnyPath, write_whole
 from ..reading import open_regular, parse_json
 from ..temporary import open_locked
 from ..words import as_json, os_reason, show_name
@@ -26,6 +26,11 @@ _BEGINS = b'{"image": '
 _LONGEST = 1 << 20  # bytes of a line
 _KEYS = {"image", "error", "message"}
 _WAIT = 60.0  # seconds for another run that adds a line
+
+
+def output_name(out: AnyPath, home: AnyPath) -> str:
+    """What the lines in a log call a file of captions, links followed. home: the folder of the log"""
+    return os.path.relpath(os.path.realpath(out), os.path.realpath(home))
 
 
 def error_log(folder: Path, output: str = "") -> ErrorLog:

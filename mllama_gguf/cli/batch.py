@@ -154,9 +154,11 @@ def _place(settings: BatchSettings, home: Path) -> tuple[Path, str]:
 
 def _output_name(settings: BatchSettings, home: Path) -> str:
     """What the lines of errors.jsonl in a folder call an output, links followed."""
+    from ..batch.failures import output_name
+
     if settings.out is None:
         return f"--sidecar {settings.sidecar}"
-    return os.path.relpath(os.path.realpath(settings.out), os.path.realpath(home))
+    return output_name(settings.out, home)
 
 
 def _since(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..batch.failures import read_failures
+from ..batch.failures import output_name, read_failures
 from ..batch.records import read_records
 from ..batch.sidecars import read_sidecars
 from ..batch.sources import list_images
@@ -47,12 +47,15 @@ def entries_of(
     RequestError for a source that is something else, and for one that names no image.
     """
     if os.path.isdir(source):
-        home, output = Path(source), f"--sidecar {sidecar}"
+        home = Path(source)
+        logs = {home: f"--sidecar {sidecar}"}
         images = list_images([source], recursive=recursive)
         captions = read_sidecars(images, sidecar, full_name)
         made = [Entry(image, Path(os.path.abspath(image)), captions.get(image, "")) for image in images]
     else:
-        home, output = Path(os.path.realpath(source)).parent, os.path.basename(os.path.realpath(source))
+        home = Path(os.path.realpath(source)).parent
+        # A run notes failures beside the name that it was given, which may be a link.
+        logs = {folder: output_name(source, folder) for folder in (home, Path(source).parent)}
         made = [
             Entry(
                 image,
@@ -65,7 +68,8 @@ def entries_of(
         ]
     failures = {
         image: words.removeprefix(f"{show_name(image)}: ")
-        for image, words in read_failures(home, output).items()
+        for folder, output in logs.items()
+        for image, words in read_failures(folder, output).items()
     }
     entries = [
         entry if entry.caption else replace(entry, error=failures.get(entry.image, "")) for entry in made

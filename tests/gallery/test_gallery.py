@@ -174,6 +174,17 @@ def test_nothing_of_others_is_run_or_leads_away(here: Path) -> None:
             assert value is not None and value.startswith(("#", "data:image/svg+xml;base64,")), (tag, value)
 
 
+@pytest.mark.parametrize("named", ["links/l.jsonl", "real/c.jsonl"])
+def test_failures_of_an_output_that_is_a_link(here: Path, named: str) -> None:
+    os.mkdir("links")
+    os.mkdir("real")
+    Path("links/l.jsonl").symlink_to("../real/c.jsonl")
+    Image.fromarray(noisy_image(1, 20, 20)).save("a.png")
+    assert run(["caption", "a.png", "gone.png", "--out", named, "-n", "2"]) == 3
+    page = gallery("links/l.jsonl")
+    assert [bool(one.get("error")) for one in page.entries] == [False, True]
+
+
 def gallery_of(records: list[Record], failures: dict[str, str], title: str) -> Parsed:
     batch(records, failures=failures)
     return gallery("captions.jsonl", "--title", title)
