@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from ..files import quiet_stat
 from ..reading import open_regular
@@ -16,8 +18,10 @@ from .records import Record
 CLOCK_SECONDS = 2.0
 
 
-def is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | None) -> bool:
-    """Whether an existing caption is to be made again."""
+def is_stale(
+    record: Record, redo: Collection[Redo], unchanged_since: float | None, folders: dict[str, float]
+) -> bool:
+    """Whether an existing caption is to be made again. folders: what is known of them; empty at first"""
     if "length" in redo and record.finish_reason == "length":
         return True
     if "empty" in redo and not record.caption.strip():
@@ -25,13 +29,26 @@ def is_stale(record: Record, redo: Collection[Redo], unchanged_since: float | No
     if unchanged_since is None or not record.sha256:
         return False
     try:
-        info = os.stat(record.image)
+        info, link = os.stat(record.image), os.lstat(record.image)
+        parent = os.path.dirname(record.image)
+        if parent not in folders:
+            folders[parent] = max(map(_renamed, [*Path(record.image).parents][:-1]), default=0.0)
         # A file that is renamed to this name keeps the time when it was written.
-        if max(info.st_mtime, info.st_ctime) < unchanged_since - CLOCK_SECONDS:
+        if (
+            max(info.st_mtime, info.st_ctime, link.st_ctime, folders[parent])
+            < unchanged_since - CLOCK_SECONDS
+        ):
             return False
         return file_sha256(record.image) != record.sha256
     except (OSError, ValueError):
         return False  # it is gone, and its caption stays
+
+
+def _renamed(folder: Path) -> float:
+    """When a folder may have been renamed, or a link made that stands for one; 0.0: not since its files
+    changed."""
+    info = folder.lstat()
+    return info.st_ctime if stat.S_ISLNK(info.st_mode) or info.st_ctime > info.st_mtime else 0.0
 
 
 def known_contents(known: Collection[Record], pending: Iterable[str]) -> Iterator[tuple[str, Record]]:

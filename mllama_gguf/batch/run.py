@@ -75,8 +75,11 @@ def caption_images(
     summary = Summary(images=len(images))
     try:
         known = {record.image: record for record in output.records()}
+        folders: dict[str, float] = {}
         again = {
-            image for image in images if image in known and is_stale(known[image], redo, unchanged_since)
+            image
+            for image in images
+            if image in known and is_stale(known[image], redo, unchanged_since, folders)
         }
         output.again(again)
         for image in again:

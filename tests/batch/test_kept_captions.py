@@ -171,6 +171,32 @@ def test_overwrite_does_not_count_as_a_look_at_other_images(monkeypatch: pytest.
     assert kept is not None and kept.looked > Path("d.png").stat().st_mtime
 
 
+@pytest.mark.parametrize("how", ["renamed", "link", "links to folders"])
+def test_images_that_change_their_folder(how: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """Neither the files nor their times change."""
+    monkeypatch.setattr("mllama_gguf.batch.contents.CLOCK_SECONDS", 0.0)
+    images = "x.png" if how == "link" else "x/1.png"
+    for folder, name in (("one", "a"), ("two", "b")):
+        os.makedirs(f"in/{folder}")
+        os.rename(f"{name}.png", f"in/{folder}/1.png")
+    if how == "renamed":
+        os.rename("in/one", "x")
+    else:
+        os.symlink("in/one/1.png" if how == "link" else "in/one", images.split("/")[0])
+    args = ["caption", images, "--out", "c.jsonl", "-n", "5"]
+    assert run(args) == run(args) == 0
+    assert "1 done before" in capsys.readouterr().err
+    before = read_records("c.jsonl")[images]
+    os.rename(images.split("/")[0], "away")
+    if how == "renamed":
+        os.rename("in/two", "x")
+    else:
+        os.symlink("in/two/1.png" if how == "link" else "in/two", images.split("/")[0])
+    assert run(args) == 0
+    assert "1 of them again" in capsys.readouterr().err
+    assert read_records("c.jsonl")[images].sha256 != before.sha256
+
+
 # ---- runs that are continued -------------------------------------------------------------------------------
 
 
