@@ -180,7 +180,7 @@ def test_failures_of_an_output_that_is_a_link(here: Path, named: str) -> None:
     os.mkdir("real")
     Path("links/l.jsonl").symlink_to("../real/c.jsonl")
     Image.fromarray(noisy_image(1, 20, 20)).save("a.png")
-    assert run(["caption", "a.png", "gone.png", "--out", named, "-n", "2"]) == 3
+    assert run(["caption", "a.png", "gone.png", "--out", named, "-n", "2", "-m", "demo"]) == 3
     page = gallery("links/l.jsonl")
     assert [bool(one.get("error")) for one in page.entries] == [False, True]
 
