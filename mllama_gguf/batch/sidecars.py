@@ -203,6 +203,12 @@ class Sidecars:
             else:
                 yield Record(image, text, "stop", 0, "")
 
+    def has_others(self) -> bool:
+        """Whether captions were noted of images that are there and are none of this batch."""
+        mine = {os.path.realpath(image) for image in self._images}
+        noted = self._log.read() if self._log is not None else {}
+        return any(image not in mine and os.path.lexists(image) for image in noted)
+
     def again(self, images: Collection[str]) -> None:
         """See Output. A caption that somebody edits meanwhile stays."""
         self._expected = {image: self._read(self.path(image)) for image in images}

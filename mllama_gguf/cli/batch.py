@@ -44,7 +44,7 @@ def run_batch(
     from ..batch.outputs import suffix_of
     from ..batch.records import read_records
     from ..batch.settings import SettingsFile, now, run_settings
-    from ..batch.sidecars import check_suffix
+    from ..batch.sidecars import Sidecars, check_suffix
     from ..batch.sources import home_of, lists_among
     from ..errors import RequestError
 
@@ -85,6 +85,8 @@ def run_batch(
         if not skips and settings.out is not None and whole:
             done = list(read_records(settings.out).values())
         everything = whole and {record.image for record in done} <= set(images)
+        if isinstance(output, Sidecars):  # whose records are those of this run's images alone
+            everything &= not output.has_others()
         if skips or _changed(summary):
             _keep(beside, mine, started if everything else since)
     finally:

@@ -193,6 +193,16 @@ def test_a_change_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captions("c.jsonl")["a.png"] != "a red apple"
 
 
+def test_a_change_is_not_forgotten_beside_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllama_gguf.batch.contents.CLOCK_SECONDS", 0.0)
+    assert caption("--sidecar", ".txt") == 0
+    before = Path("a.txt").read_text()
+    Image.new("RGB", (50, 50), "blue").save("a.png")
+    assert run(["caption", "b.png", "--sidecar", ".txt"]) == 0
+    assert caption("--sidecar", ".txt") == 0
+    assert Path("a.txt").read_text() != before
+
+
 def test_an_image_that_is_gone_keeps_its_caption(capsys: Captured) -> None:
     assert caption("--out", "c.jsonl") == 0
     Path("a.png").unlink()
