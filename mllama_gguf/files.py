@@ -86,6 +86,13 @@ def check_output(
         raise refuse("this names a folder; give the name of a file")
     try:
         target = Path(os.path.realpath(name))
+    except FileNotFoundError:
+        raise refuse("the current folder is gone; go to another one") from None
+    except OSError as e:
+        raise refuse(os_reason(e)) from e
+    except ValueError as e:  # a NUL
+        raise refuse("the name cannot be used") from e
+    try:
         info = _stat(name)  # of the name and not of the target: /dev/stdout leads to no other path
         folder = target.parent.stat()
     except FileNotFoundError:

@@ -71,7 +71,11 @@ class Child:
                 else:
                     self._aborted = True
         except (EOFError, OSError):
-            os._exit(1)
+            pass
+        except BaseException as e:  # a request that cannot be read here: of a class of the caller's own
+            self.send("dying", f"the child process cannot read a request: {type(e).__name__}: {e}")
+        finally:
+            os._exit(1)  # without this thread nothing looks whether the parent lives
 
     def send(self, *message: Any) -> None:
         """From any thread."""

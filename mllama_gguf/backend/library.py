@@ -41,7 +41,7 @@ logging.getLogger("mllama_gguf").addHandler(logging.NullHandler())
 
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARY = "libmllama.dylib" if sys.platform == "darwin" else "libmllama.so"
-_REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir mllama_gguf"
+_REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir . (in the source folder)"
 
 OK = 0
 _ERRORS: dict[int, type[MllamaError]] = {
@@ -130,7 +130,9 @@ def _load() -> Native:
             for version in (lib.mllama_ggml_version_built, lib.mllama_ggml_version_loaded)
         )
     except (OSError, AttributeError) as e:
-        raise BackendError(f"{path.name} does not load ({one_line(e)}); run: {_REINSTALL}") from e
+        chosen = os.environ.get("MLLAMA_LIBRARY")
+        way_out = "MLLAMA_LIBRARY names it; unset that" if chosen else f"run: {_REINSTALL}"
+        raise BackendError(f"{path.name} does not load ({one_line(e)}); {way_out}") from e
     if built != found:
         raise BackendError(
             f"libmllama was built for ggml {built}, but the installed llama-cpp-python brings ggml {found}; "

@@ -99,9 +99,12 @@ def measuring(
         )
         return
     supervisor = Supervisor(workers, rpc_timeout)
+    # The child knows no classes of the caller's.
+    paths = os.fspath(model_path), None if mmproj_path is None else os.fspath(mmproj_path)
+    if settings.get("n_tiles") is not None:
+        settings["n_tiles"] = list(settings["n_tiles"])
 
     def measure_there(n: int) -> tuple[Memory, HParams]:
-        paths = model_path, mmproj_path
         found: tuple[Memory, HParams] = supervisor.call(
             callbacks, "", "measure", paths, {"n_gpu_layers": n, **settings}
         )

@@ -128,9 +128,12 @@ class Process:
                         if callbacks is not None:
                             callbacks.on_progress(phase, done, total)
                     case ("tap", name, values):
-                        wanted = bool(tap and tap(name, values))
-                        if values is None:
-                            self._send(("tap", wanted))
+                        wanted = False
+                        try:
+                            wanted = bool(tap and tap(name, values))
+                        finally:
+                            if values is None:  # the child waits for the answer
+                                self._send(("tap", wanted))
                     case _:
                         self._note(message)
             now = time.monotonic()

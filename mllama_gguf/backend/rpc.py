@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def serve(
     def run() -> None:
         status = native.lib.mllama_rpc_serve(
             f"{address}:{port}".encode(),
-            native.ffi.NULL if cache_dir is None else str(cache_dir).encode(),
+            native.ffi.NULL if cache_dir is None else os.fsencode(cache_dir),
             n_threads,
             len(indices),
             indices,

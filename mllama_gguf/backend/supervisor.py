@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ class Supervisor(OneProcess):
         self._unused: deque[int] = deque()  # numbers of contexts that nobody uses any more
         self._n_contexts = 0  # so far
         self._process: Process | None = None
+        self._kill: Callable[[], Any] = bool  # ends it
         self._closed = False
         self._lock = threading.Lock()  # of all this
         self._owner = 0  # the thread that has the lock
@@ -137,8 +138,10 @@ class Supervisor(OneProcess):
             return self._process
         self.epoch += 1
         process = self._process = Process()
-        finalize(self, process.kill)
+        self._kill = finalize(self, process.kill)
         try:
+            if self._closed:  # by another thread, meanwhile
+                raise MllamaError("this model is closed")
             level = logging.getLogger("mllama_gguf").getEffectiveLevel()
             self._ask(process, callbacks, "", "start", (self._workers, level), {})
             if self._model is not None:
@@ -186,6 +189,8 @@ class Supervisor(OneProcess):
             return process.ask((target, name, args, settings), callbacks, tap, timeout)
         except ProcessLost as e:
             self._end()
+            if self._closed:
+                raise MllamaError("this model is closed") from None
             self._raise_lost(str(e))
         except BaseException:
             if not process.alive:
@@ -195,7 +200,7 @@ class Supervisor(OneProcess):
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None and not self.is_inherited:
-            process.kill()
+            self._kill()  # and the finalizer lets go of the process
 
     def _raise_lost(self, words: str) -> NoReturn:
         """Name the worker. ggml's words do not always, so those that they do not name are asked."""

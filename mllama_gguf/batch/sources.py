@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import RequestError
 from ..reading import decode_text, read_regular
-from ..words import os_reason
+from ..words import os_reason, show_name
 
 # What a folder is searched for; a file that is named is tried whatever its name.
 SUFFIXES = frozenset((
@@ -29,6 +29,8 @@ MEDIA_SUFFIXES = SUFFIXES | {
     ".pdf", ".pef", ".pfm", ".psb", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
     ".svg", ".svgz", ".tga", ".wdp", ".webm", ".wmf", ".x3f", ".xcf",
 }  # fmt: skip
+
+_ADDRESS = re.compile(r"(?:data|file|https?):", re.IGNORECASE)
 
 
 def list_images(
@@ -73,6 +75,9 @@ def list_images(
         else:
             named.append(source)
     ordered = [*natsorted(named, alg=ns.PATH | ns.IGNORECASE), *listed]
+    for path in ordered:
+        if _ADDRESS.match(path) and not os.path.lexists(path):
+            raise RequestError(f"{show_name(path, 60)}: with --out or --sidecar an image is a file")
     images = [
         path
         for path in dict.fromkeys(ordered)
@@ -80,7 +85,8 @@ def list_images(
     ]
     if not images:
         hint = "" if recursive else "; --recursive looks in the folders below too"
-        raise RequestError(f"{', '.join(sources)}: no images there{hint}")
+        shown = ", ".join("standard input" if source == "-" else show_name(source) for source in sources)
+        raise RequestError(f"{shown}: no images there{hint if any(map(os.path.isdir, sources)) else ''}")
     return images
 
 

@@ -130,7 +130,7 @@ class Commands:
         self._show(f"Replies are JSON of the schema in {shown}.")
 
     def _redo(self, rest: str) -> None:
-        if not self._talk.temperature:
+        if self._talk.turns and not self._talk.temperature:
             self._show("(With temperature 0 the same reply comes again: /set temperature 0.7)")
         self._write(self._talk.again())
 

@@ -202,10 +202,10 @@ class Talk:
             if content["version"] != VERSION:
                 raise RequestError(f"{shown}: version {brief(content['version'])} of the format is not known")
             turns = [
-                Turn(list(map(_unpacked, turn["images"])), str(turn["text"]), str(turn["reply"]))
-                for turn in content["turns"]
+                Turn(list(map(_unpacked, turn["images"])), _text(turn["text"]), _text(turn["reply"]))
+                for turn in _list(content["turns"])
             ]
-            system = None if content["system"] is None else str(content["system"])
+            system = None if content["system"] is None else _text(content["system"])
             options = dict(content["options"])
         except OSError as e:
             raise RequestError(f"{shown}: cannot be read: {os_reason(e)}") from e
@@ -216,7 +216,10 @@ class Talk:
                 raise
             raise RequestError(f"{shown}: it is not a chat that /save wrote") from e
         form = options.pop("response_format", None)
-        ReplyOptions.checked({**options, "response_format": form})
+        try:
+            ReplyOptions.checked({**options, "response_format": form})
+        except RequestError as e:
+            raise RequestError(f"{shown}: {e}") from e
         self.system, self.options, self.form, self.turns = system, options, form, turns
         self.images, self.last = [], None
         self._saved = {Path(os.path.realpath(path)): stamp}
@@ -261,10 +264,22 @@ def _read(path: str) -> bytes:
     return data
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
 def _packed(image: Attached) -> dict[str, str]:
     return {"name": image.name, "data": base64.b64encode(image.data).decode("ascii")}
 
 
 def _unpacked(packed: Mapping[str, str]) -> Attached:
     data = base64.b64decode(packed["data"], validate=True)
-    return Attached(str(packed["name"]), data, load_image(io.BytesIO(data)).size)
+    return Attached(_text(packed["name"]), data, load_image(io.BytesIO(data)).size)

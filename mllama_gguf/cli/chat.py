@@ -88,6 +88,8 @@ def chat_command(
         talk = Talk(model, system, name=choice.name)
         if saved is not None:
             talk.load(saved)
+            if system is not None:
+                talk.system = system
         if temperature is not None:
             talk.set("temperature", temperature)
         for image in images:
@@ -129,14 +131,20 @@ def _session(history: bool) -> PromptSession[str]:
         from prompt_toolkit.history import InMemoryHistory
     except ImportError:
         raise RequestError(f"a chat at the terminal needs prompt_toolkit: {INSTALL}") from None
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
 
     from .chat_completion import ChatCompleter, KeptLines
 
     path = _history_file() if history else None
+    keys = KeyBindings()
+    # Pasted colours look like an event of a mouse, which prompt_toolkit would then fail to read.
+    keys.add(Keys.Vt100MouseEvent)(lambda event: None)
     return PromptSession(
         history=InMemoryHistory() if path is None else KeptLines(os.fspath(path)),
         completer=ChatCompleter(),
         complete_while_typing=False,
+        key_bindings=keys,
         enable_open_in_editor=True,
     )
 

@@ -169,13 +169,11 @@ def serve_command(
 def _server_settings(from_ollama: dict[str, Any], options: dict[str, Any]) -> ServerSettings:
     """The settings of the options, over those of Ollama's variables. Raises RequestError."""
     from ..server.images import ImageLimits
-    from ..server.settings import ServerSettings, check_reach, digest_of, duration_of, read_keys
+    from ..server.settings import ServerSettings, check_key, check_reach, digest_of, duration_of, read_keys
 
     keys: tuple[bytes, ...] = ()
     if options["api_key"] is not None:
-        if not options["api_key"].strip():
-            raise RequestError("--api-key: the key is empty")
-        keys = (digest_of(options["api_key"].strip()),)
+        keys = (digest_of(check_key(options["api_key"].strip(), "--api-key")),)
     if options["api_key_file"] is not None:
         keys += read_keys(options["api_key_file"])
     chosen: dict[str, Any] = dict(from_ollama)

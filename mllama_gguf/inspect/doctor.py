@@ -66,7 +66,7 @@ def _look(own_version: str) -> Iterator[Finding]:
     try:
         yield _library()
     except Exception as e:
-        yield _problem("library", e, "pip install --force-reinstall --no-cache-dir mllama_gguf")
+        yield _problem("library", e, "in the source folder: pip install --force-reinstall --no-cache-dir .")
         return  # nothing else can be looked at
     looks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("processor", _processor),
@@ -251,6 +251,7 @@ def _models() -> Iterator[Finding]:
         locked_models()
     except MllamaError as e:
         yield _problem("models.lock", e, "this file is ignored; mend it or move it away")
+    yield from _named_model()
     with without_warning():
         models = inventory()
     for found in models:
@@ -270,6 +271,22 @@ def _models() -> Iterator[Finding]:
     for store in closed_stores():
         advice = "run as the user that owns it, or make it readable"
         yield Finding("models", "note", f"{store}: this user may not read it", advice)
+
+
+def _named_model() -> Iterator[Finding]:
+    """What is wrong with the model that MLLAMA_MODEL names, and with the store that OLLAMA_MODELS names."""
+    from ..gguf.reader import read_gguf
+    from ..store.resolve import resolve
+
+    if name := os.environ.get("MLLAMA_MODEL"):
+        try:
+            read_gguf(resolve(name).text)
+        except MllamaError as e:
+            yield _problem("MLLAMA_MODEL", e, "every command without -m wants it; mend it or unset it")
+    store = os.environ.get("OLLAMA_MODELS")
+    if store and not os.path.isdir(store):
+        advice = "name the folder that holds blobs and manifests, or unset it"
+        yield Finding("OLLAMA_MODELS", "note", f"{private(store)}: no folder", advice)
 
 
 def _devices() -> Iterator[Finding]:

@@ -83,6 +83,14 @@ def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
+def check_key(key: str, where: str) -> str:
+    """The key, if a header can carry it as it is. where: for the error, which must not show it. Raises
+    RequestError."""
+    if not key or not key.isascii() or not key.isprintable():
+        raise RequestError(f"{where}: a key has one or more printable characters of ASCII")
+    return key
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host to listen on is this machine alone."""
     if host.lower() == "localhost":
@@ -107,7 +115,7 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise RequestError(f"{path}: there is no key in it")
-    return tuple(digest_of(key) for key in keys)
+    return tuple(digest_of(check_key(key, path)) for key in keys)
 
 
 def parse_host(words: str) -> tuple[str, int | None]:

@@ -94,10 +94,8 @@ def patiently(attempt: Callable[[], None], what: str) -> None:
             failures = failures + 1 if done <= best else 1
             best = max(best, done)
             if failures >= ATTEMPTS:
-                raise DownloadError(
-                    f"{what}: {reason}, {ATTEMPTS} times; the part that arrived is kept: run the "
-                    "command again to resume"
-                ) from e
+                kept = "; the part that arrived is kept: run the command again to resume" if best else ""
+                raise DownloadError(f"{what}: {reason}, {ATTEMPTS} times{kept}") from e
             pause = FIRST_PAUSE * 2 ** (failures - 1)
             logger.info("%s: %s; again in %g s", what, reason, pause)
             time.sleep(pause)

@@ -64,7 +64,7 @@ def read_tuned(key: Callable[[], str]) -> dict[str, Any]:
     path = config_path()
     try:
         tuned = _read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as e:
         return _ignored(path, e)

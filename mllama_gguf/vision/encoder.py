@@ -57,7 +57,8 @@ class ImageEncoder(OneProcess):
         stop:      asked now and then; True: stop this image with Aborted
         max_tiles: most tiles of the image; None: as the setting says
 
-        Raises what `Mllama.encode_image` raises; Aborted after `stop` too; BusyError in its own callbacks.
+        Raises what `Mllama.encode_image` raises; Aborted after `stop` or `close` too; BusyError in its own
+        callbacks.
         """
         self.check_process()
         self._check_callback()

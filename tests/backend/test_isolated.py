@@ -206,3 +206,70 @@ def test_waiting_for_a_turn_is_stopped(slow: Path, supervisor: Supervisor) -> No
     stop = True
     thread.join(10)
     assert [type(e) for e in ended] == [Aborted]
+
+
+class Odd:
+    """Can be sent, and not be read: the child has no such class."""
+
+    def __reduce__(self) -> Any:
+        return (_odd, ())
+
+
+def _odd() -> Odd:
+    raise AttributeError("no such class here")
+
+
+def test_a_request_that_the_child_cannot_read(supervisor: Supervisor, model: IsolatedModel) -> None:
+    first = child(supervisor)
+    with pytest.raises(BackendError, match="cannot read a request: AttributeError"):
+        supervisor.call(callbacks(), "", "devices", (Odd(),))
+    assert supervisor.call(callbacks(), "", "devices")
+    assert child(supervisor) != first
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_lost_processes_leave_no_descriptors(supervisor: Supervisor, model: IsolatedModel) -> None:
+    found = set()
+    for _ in range(4):
+        context = open_context(model)
+        logits(context, 1)
+        found.add(len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0)
+        os.kill(child(supervisor), signal.SIGKILL)
+        with pytest.raises(BackendError):
+            logits(context, 2)
+        gc.collect()
+    assert max(found) - min(found) <= 1  # of the last one
+
+
+def test_a_tap_that_raises_costs_no_caches(supervisor: Supervisor, model: IsolatedModel) -> None:
+    context, first = open_context(model), child(supervisor)
+    logits(context, 1, 2)
+
+    def tap(name: str, values: Any) -> bool:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"), context.tap(tap):
+        logits(context, 3)
+    assert child(supervisor) == first and context.n_past >= 2
+
+
+def test_closed_while_it_starts(supervisor: Supervisor, tiny_files: Files) -> None:
+    started = threading.Event()
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        started.set()
+        try:
+            supervisor.open_model(callbacks(), tiny_files("gqa").one, None)
+        except BaseException as e:
+            raised.append(e)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait(20)
+    time.sleep(0.05)
+    supervisor.close()
+    thread.join(60)
+    assert len(raised) == 1 and isinstance(raised[0], MllamaError)
+    assert supervisor._process is None

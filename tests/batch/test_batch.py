@@ -138,6 +138,13 @@ def test_what_is_no_image_is_left_out(tree: Path) -> None:
         (tree / name).touch()
     named = ["b/2.png", "b/2.txt", "b/errors.jsonl"]
     assert list_images(named, sidecar=".txt", exclude=["./b/errors.jsonl"]) == ["b/2.png"]
+    for address in ("data:image/png;base64," + "A" * 9000, "file:///b/2.png", "HTTPS://example.org/a.png"):
+        with pytest.raises(RequestError, match=r"^.{1,60}: with --out or --sidecar an image is a file$"):
+            list_images(["-"], stdin=address.encode())
+        with pytest.raises(RequestError, match=r"^.{1,60}: with --out or --sidecar an image is a file$"):
+            list_images([address, "b/2.png"])
+    with pytest.raises(RequestError, match=r"^standard input: no images there$"):
+        list_images(["-"])
     with pytest.raises(RequestError, match=r"b/\.git: no images there; --recursive"):
         (tree / "b" / ".git" / "x.png").unlink()
         list_images(["b/.git"])

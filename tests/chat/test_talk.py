@@ -121,6 +121,25 @@ def test_save_and_load(model: Mllama, tmp_path: Path) -> None:
     other.save(str(path))  # what was loaded may go on there
 
 
+def test_saved_chats_of_other_shapes(model: Mllama, tmp_path: Path) -> None:
+    path, talk = tmp_path / "chat.json", Talk(model, "Mine.")
+    whole = {"format": "mllama chat", "version": 1, "system": None, "options": {}, "turns": []}
+    turn = {"images": [], "text": "a", "reply": "b"}
+    for change in (
+        {"system": []},
+        {"turns": {}},
+        {"turns": [{**turn, "text": None}]},
+        {"turns": [{**turn, "reply": {}}]},
+    ):
+        path.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(RequestError, match=r"chat\.json: it is not a chat that /save wrote"):
+            talk.load(str(path))
+    path.write_text(json.dumps({**whole, "options": {"temperature": "x"}}))
+    with pytest.raises(RequestError, match=r"chat\.json: temperature must be a number"):
+        talk.load(str(path))
+    assert talk.system == "Mine."
+
+
 def test_a_chat_of_somebody_else_is_not_replaced(model: Mllama, tmp_path: Path) -> None:
     first, second = Talk(model, "First."), Talk(model, "Second.")
     path, empty = tmp_path / "chat.json", tmp_path / "empty.json"

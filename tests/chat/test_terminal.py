@@ -98,6 +98,15 @@ def test_a_conversation(chat: Chat, tmp_path: Path) -> None:
     assert "Describe this image." in history.read_text() and os.stat(history).st_mode & 0o077 == 0
 
 
+def test_colours_in_a_line(chat: Chat) -> None:
+    """They look like a mouse, which the chat does not use."""
+    chat.child.send("red \x1b[31mapple\x1b[0m")
+    chat.until("apple")
+    chat.child.send("\x03")
+    chat.until(">>>")
+    assert "Unhandled" not in chat.text() and "ENTER" not in chat.text()
+
+
 def test_the_end_by_a_command(chat: Chat) -> None:
     chat.line("/bye")
     assert chat.leave() == 0
@@ -264,3 +273,14 @@ def test_a_reply_whose_form_was_cut(
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
         assert run(["chat", "--no-cache", "-m", "demo", "--load", str(tmp_path / "saved.json")]) == 0
         assert capsys.readouterr().err == words
+
+
+def test_a_saved_chat_with_another_system_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"format": "mllama chat", "version": 1, "system": "Old.", "options": {}, "turns": []}
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
+    args = ["chat", "--no-cache", "-m", "demo", "--load", str(tmp_path / "saved.json")]
+    assert run([*args, "--system", "x " * 20_000]) == 1  # it reaches the model
+    assert "tokens" in capsys.readouterr().err

@@ -200,6 +200,14 @@ def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Capt
     assert found["library"]["mark"] == "problem" and "pip install" in str(found["library"]["advice"])
 
 
+def test_variables_that_name_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Captured, place: Path) -> None:
+    for name in ("nope", str(place / "nope.gguf"), __file__):
+        monkeypatch.setenv("MLLAMA_MODEL", name)
+        monkeypatch.setenv("OLLAMA_MODELS", str(place / "nothing"))
+        code, found = findings(capsys)
+        assert (code, found["MLLAMA_MODEL"]["mark"], found["OLLAMA_MODELS"]["mark"]) == (1, "problem", "note")
+
+
 def test_a_wrong_answer_is_seen() -> None:
     expected = np.array([1.0, 2.0], np.float32)
     assert selftest.relative_error(expected, expected) == 0

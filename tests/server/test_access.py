@@ -227,6 +227,9 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     path.write_text("# ours\nfirst\n\n  second  \n")
     assert read_keys(str(path)) == (digest_of("first"), digest_of("second"))
+    path.write_text("first\nschlüssel\n")  # a header cannot say which bytes these are
+    with pytest.raises(RequestError, match="characters of ASCII"):
+        read_keys(str(path))
     path.write_text("# none\n")
     with pytest.raises(RequestError, match="there is no key in it"):
         read_keys(str(path))

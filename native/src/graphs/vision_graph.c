@@ -329,7 +329,8 @@ mllama_status vision_graph_build(const mllama_model * model, int32_t n_used, int
     const double keys   = (double) p->n_positions_padded * p->max_tiles * 4;
     const size_t blocks = 1 + (size_t) (flop * (keys + 8.0 * p->vision_ff) / 2e10 * 4);
     const size_t layer  = 96 + 8 * (size_t) p->max_tiles + 24 * blocks;
-    const size_t nodes  = 512 + (size_t) (p->n_vision_layer + p->n_vision_global_layer) * layer + 64 * blocks +
+    const size_t layers = (size_t) (p->n_vision_layer + p->n_vision_global_layer);
+    const size_t nodes  = 512 + 4 * (size_t) p->n_intermediate + layers * layer + 64 * blocks +
                          (size_t) (flop * (1 + p->n_intermediate) * p->n_embd * 2 / 2e10) * 16;
     if (nodes > MAX_NODES) {
         return fail(MLLAMA_ERR_FILE, "%s: %d layers over %d tiles of %d patches take %zu operations; at most %d are "
