@@ -205,3 +205,12 @@ def test_an_encoder_whose_graph_takes_gigabytes(tmp_path: Path) -> None:
     files = write(large, tmp_path, "canonical", one_file=True)
     with Mllama(*files, n_ctx=64) as model, pytest.raises(ModelError, match=r"take \d+ operations; at most"):
         model.encode_image(np.zeros((1024, 1024, 3), np.uint8))
+
+
+def test_many_intermediate_layers(tmp_path: Path) -> None:
+    """One layer is collected 700 times: each is an operation, for which ggml's list had no room."""
+    many = replace(tiny.ARCHS["gqa"], name="many", intermediate=(1,) * 700)
+    files = write(many, tmp_path, "canonical", one_file=True)
+    with Mllama(*files, n_ctx=64) as model:
+        states = model.encode_image(np.zeros((28, 28, 3), np.uint8)).states
+    assert np.isfinite(states).all()
