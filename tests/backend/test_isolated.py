@@ -221,7 +221,7 @@ def _odd() -> Odd:
 
 def test_a_request_that_the_child_cannot_read(supervisor: Supervisor, model: IsolatedModel) -> None:
     first = child(supervisor)
-    with pytest.raises(BackendError, match="cannot read a request: AttributeError"):
+    with pytest.raises(BackendError, match="cannot read a request: "):
         supervisor.call(callbacks(), "", "devices", (Odd(),))
     assert supervisor.call(callbacks(), "", "devices")
     assert child(supervisor) != first
