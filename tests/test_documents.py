@@ -51,7 +51,6 @@ NOT_RUN = {
     "pip install '.[test]'": INSTALLS,
     "pip install '.[serve]'": INSTALLS,
     "pip install '.[chat]'": INSTALLS,
-    "pip install '.[serve]'": INSTALLS,
     "CMAKE_ARGS=\"-DGGML_RPC=ON\" pip install '.[dev]'": INSTALLS,
     "python -m venv .venv": INSTALLS,
     ". .venv/bin/activate": INSTALLS,
