@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,33 @@ def python_path() -> str:
 def elsewhere(**env: str) -> dict[str, Any]:
     """How to start another Python: outside the source tree, with the package that this one uses."""
     return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": python_path(), **env}}
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of a server that says the same to everybody, whatever they ask."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = server.accept()
+                except OSError:
+                    return
+                with client, suppress(OSError):
+                    client.recv(10_000)
+                    client.sendall(answer)
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(1024):  # closed with unread bytes, the answer would be lost
+                        pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def wait_until_open(process: subprocess.Popen[Any], path: Path | str) -> None:

@@ -8,7 +8,6 @@ no file of another kind is ever written to.
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import logging
@@ -24,10 +23,17 @@ from ..files import AnyPath, Kind, cannot_write, check_output, replacing
 from ..temporary import is_at, open_locked
 from ..words import os_reason, show_name
 from .choices import Existing
-from .records import FORMATS, Record, combine, last_of_each, line_ends, line_number, reason_of, whole_lines
-
-# What reading records raises.
-UNREADABLE = (ValueError, TypeError, KeyError, csv.Error)
+from .records import (
+    FORMATS,
+    UNREADABLE,
+    Record,
+    combine,
+    last_of_each,
+    line_ends,
+    line_number,
+    reason_of,
+    whole_lines,
+)
 
 logger = logging.getLogger(__name__)
 

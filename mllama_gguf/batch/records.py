@@ -17,6 +17,7 @@ from ..reading import open_regular, parse_json
 from ..words import as_json, brief, one_line, os_reason, show_name
 from .choices import Existing
 
+UNREADABLE = (ValueError, TypeError, KeyError, csv.Error)  # what reading records raises
 LARGEST_CAPTION = 1 << 20  # bytes of a caption file; what is larger is something else
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))  # Python's own would refuse long captions of ours
 
@@ -165,7 +166,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, Record]:
     try:
         rows = map(parse_json, filter(str.strip, text.split("\n"))) if not form.quotes else _rows(text)
         return last_of_each(map(_with_defaults, rows))
-    except (ValueError, TypeError, KeyError, csv.Error) as e:
+    except UNREADABLE as e:
         raise RequestError(f"{show_name(path)}: is not a file of captions ({reason_of(e)})") from e
 
 

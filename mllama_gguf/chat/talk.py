@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ..decode.options import DEFAULTS, ReplyOptions
 from ..decode.reply import Reply
@@ -22,6 +22,8 @@ from ..vision.loading import load_image
 from ..words import brief, os_reason, show_name
 
 VERSION = 1
+_T = TypeVar("_T")
+
 FORMAT = "mllama chat"
 MAX_FILE = 1 << 30  # bytes, of an image or of a chat
 
@@ -202,10 +204,10 @@ class Talk:
             if content["version"] != VERSION:
                 raise RequestError(f"{shown}: version {brief(content['version'])} of the format is not known")
             turns = [
-                Turn(list(map(_unpacked, turn["images"])), _text(turn["text"]), _text(turn["reply"]))
-                for turn in _list(content["turns"])
+                Turn(list(map(_unpacked, turn["images"])), _a(str, turn["text"]), _a(str, turn["reply"]))
+                for turn in _a(list, content["turns"])
             ]
-            system = None if content["system"] is None else _text(content["system"])
+            system = None if content["system"] is None else _a(str, content["system"])
             options = dict(content["options"])
         except OSError as e:
             raise RequestError(f"{shown}: cannot be read: {os_reason(e)}") from e
@@ -264,14 +266,9 @@ def _read(path: str) -> bytes:
     return data
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
+def _a(kind: type[_T], value: Any) -> _T:
+    """A value of a file, if it is of this kind. Raises TypeError."""
+    if not isinstance(value, kind):
         raise TypeError
     return value
 
@@ -282,4 +279,4 @@ def _packed(image: Attached) -> dict[str, str]:
 
 def _unpacked(packed: Mapping[str, str]) -> Attached:
     data = base64.b64decode(packed["data"], validate=True)
-    return Attached(_text(packed["name"]), data, load_image(io.BytesIO(data)).size)
+    return Attached(_a(str, packed["name"]), data, load_image(io.BytesIO(data)).size)

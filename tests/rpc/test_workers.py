@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from golden_cases import case, tiled
-from helpers import TinyFiles, elsewhere
+from helpers import TinyFiles, answering, elsewhere
 
 from mllama_gguf import Aborted, BackendError, Mllama
 from mllama_gguf.backend.types import Floats
@@ -187,27 +186,9 @@ def test_a_port_that_refuses(tiny_files: Files) -> None:
 @pytest.fixture
 def impostor() -> Iterator[str]:
     """A server that answers every hello with protocol version 99."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            while True:
-                try:
-                    client, _ = server.accept()
-                except OSError:
-                    return
-                with client, suppress(OSError):
-                    client.recv(1024)
-                    body = bytes([99, 0, 0, 0]) + bytes(24)
-                    client.sendall(len(body).to_bytes(8, "little") + body)
-                    client.shutdown(socket.SHUT_WR)
-                    while client.recv(1024):  # closed with unread bytes, the answer would be lost
-                        pass
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
+    body = bytes([99, 0, 0, 0]) + bytes(24)
+    with answering(len(body).to_bytes(8, "little") + body) as address:
+        yield address
 
 
 def test_another_protocol_version(impostor: str, tiny_files: Files) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 import layouts
 import pytest
 import tiny
-from helpers import TinyFiles, elsewhere, without_rights
+from helpers import TinyFiles, answering, elsewhere, without_rights
 from model_server import COMMIT, ModelServer, serve
 from stores import in_store
 
@@ -495,25 +494,8 @@ def test_a_redirect_to_plain_http_elsewhere(server: ModelServer) -> None:
     ],
 )
 def test_what_a_server_says_is_cut(answer: bytes) -> None:
-    def serve_one() -> None:
-        while True:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            with connection:
-                connection.recv(10_000)
-                connection.sendall(answer + b"\r\n\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=serve_one)
-        thread.start()
-        try:
-            with pytest.raises(DownloadError) as raised:
-                pull(f"ollama:127.0.0.1:{listening.getsockname()[1]}/library/m:1")
-        finally:
-            listening.shutdown(socket.SHUT_RDWR)
-            thread.join()
+    with answering(answer + b"\r\n\r\n") as address, pytest.raises(DownloadError) as raised:
+        pull(f"ollama:{address}/library/m:1")
     assert len(str(raised.value)) < 700
 
 

@@ -29,9 +29,8 @@ mllama_status fill_graph_build(const mllama_model * model, const image_slot * sl
     const mllama_hparams * p      = &model->hp.pub;
     const int64_t          n_embd = (int64_t) p->head_dim * p->n_head_kv;
     memset(fg, 0, sizeof(*fg));
-    // As in text_graph_most_nodes: two products, in blocks if the weights are huge.
-    const int64_t most   = graph_block_columns(2.0 * (double) p->n_embd * (double) n_embd);
-    const int64_t blocks = 2 * 8 * ((n_rows + most - 1) / most), cut = n_rows / 4 > blocks ? n_rows / 4 : blocks;
+    const int64_t blocks = graph_block_nodes(2, p->n_embd, n_embd, n_rows);
+    const int64_t cut    = n_rows / 4 > blocks ? n_rows / 4 : blocks;
     TRY(graph_init(&fg->g, 64 + (size_t) p->n_cross_layers * (48 + (size_t) cut), env,
                    model->token_embd));
     TRY(graph_use_products(&fg->g, 2 * (size_t) p->n_cross_layers));

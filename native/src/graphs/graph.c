@@ -104,6 +104,11 @@ int64_t graph_block_columns(double flop_per_column) {
     return n < 16.0 ? 16 : n > 1e9 ? (int64_t) 1e9 : (int64_t) n;
 }
 
+int64_t graph_block_nodes(int64_t n_products, int64_t n_in, int64_t n_out, int64_t n_columns) {
+    const int64_t most = graph_block_columns(2.0 * (double) n_in * (double) n_out);
+    return n_products * 8 * ((n_columns + most - 1) / most);
+}
+
 bool graph_on_gpu(const graph * g) {
     return g->device && device_is_gpu(g->device) && !device_is_rpc(g->device);
 }

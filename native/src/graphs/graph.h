@@ -80,3 +80,5 @@ struct ggml_tensor * graph_in_blocks(graph * g, struct ggml_tensor * x, int64_t 
                                      void * arg);
 // Columns that a node with this many floating point operations a column may have.
 int64_t graph_block_columns(double flop_per_column);
+// At most so many nodes are products with a weight of n_in x n_out, in blocks: up to eight for each.
+int64_t graph_block_nodes(int64_t n_products, int64_t n_in, int64_t n_out, int64_t n_columns);

@@ -345,11 +345,10 @@ mllama_status text_graph_build(const mllama_model * model, const text_shape * sh
     return MLLAMA_OK;
 }
 
-// Batches of many tokens are cut into blocks, which adds nodes: up to eight for each block of the seven products.
+// Batches of many tokens are cut into blocks, which adds nodes for each of the seven products.
 size_t text_graph_most_nodes(const mllama_hparams * p, int64_t n_tokens, int64_t n_items) {
     const int64_t n_q    = (int64_t) p->head_dim * p->n_head, n_ff = p->n_ff;
-    const int64_t most   = graph_block_columns(2.0 * (double) p->n_embd * (double) (n_ff > n_q ? n_ff : n_q));
-    const int64_t blocks = 7 * 8 * ((n_tokens + most - 1) / most);
+    const int64_t blocks = graph_block_nodes(7, p->n_embd, n_ff > n_q ? n_ff : n_q, n_tokens);
     const int64_t cut    = blocks > n_tokens ? blocks : n_tokens;
     return 256 + (size_t) p->n_layer * (160 + (size_t) cut + 40 * (size_t) n_items);
 }
