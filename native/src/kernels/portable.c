@@ -12,13 +12,14 @@ INLINE vf vmax(vf a, vf b) {
     return vmax4(a, b);
 }
 
-// Through the exponents: a number that is not finite becomes a large one.
+// Through the exponents. What is not finite has the highest one in both types.
 INLINE vf widen(const ggml_fp16_t * p) {
     vf x;
     for (int i = 0; i < LANES; i++) {
         union { uint32_t u; float f; } a = { .u = (uint32_t) (p[i] & 0x7fff) << 13 }, b;
         b.f = a.f * 0x1p112f;
         b.u |= (uint32_t) (p[i] & 0x8000) << 16;
+        b.u |= (p[i] & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
         x[i] = b.f;
     }
     return x;
